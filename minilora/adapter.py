@@ -1,0 +1,170 @@
+"""Adapters on disk, in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`, head included.
+
+`PeftModel.from_pretrained(AutoModel.from_pretrained(BASE), FOLDER)` gives the same hidden states. The head is stored
+as PEFT stores a saved module called `classifier`; `head.json` adds what PEFT has no field for (pooling, label names).
+A run of another method stores what it trained in `trained.safetensors`. What cannot be represented is refused.
+"""
+
+import re
+from pathlib import Path
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+
+from . import checkpoint, families, files, lora
+from .coverage import SCALES, Slot
+from .errors import InputError
+
+CONFIG, TENSORS, TRAINED, HEAD = "adapter_config.json", "adapter_model.safetensors", "trained.safetensors", "head.json"
+PREFIX = "base_model.model."
+# PEFT's settings that change what an adapter computes, with the only value implemented here.
+SUPPORTED = {
+    "peft_type": "LORA", "bias": "none", "fan_in_fan_out": False, "use_dora": False, "lora_bias": False,
+    "use_qalora": False, "trainable_token_indices": None, "target_parameters": None, "layer_replication": None,
+    "exclude_modules": None, "alora_invocation_tokens": None, "arrow_config": None,
+}  # fmt: skip
+
+
+def save(folder, model, cell, label_names):
+    """Write what was trained on `model` (a `head.Classifier`) to `folder`, and the head whether trained or not."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    head = {"classifier." + name: value for name, value in model.classifier.state_dict().items()}
+    if cell.method == "lora":
+        layers = lora.named_layers(model.encoder)
+        module = families.find(model.encoder.spec.family).module
+        tensors = {PREFIX + name: value for name, value in head.items()}
+        for name, layer in layers:
+            tensors[f"{PREFIX}{module(name)}.lora_A.weight"] = layer.A
+            tensors[f"{PREFIX}{module(name)}.lora_B.weight"] = layer.B
+        write_tensors(folder / TENSORS, tensors)
+        slots = {module(name): layer.slot for name, layer in layers}
+        files.write_json(folder / CONFIG, peft_config(slots, cell))
+    else:
+        trained = {"encoder." + name: p for name, p in model.encoder.named_parameters() if p.requires_grad}
+        write_tensors(folder / TRAINED, trained | head)
+    files.write_json(folder / HEAD, {"pooling": model.pooling, "label_names": list(label_names)})
+
+
+def peft_config(slots, cell):
+    """PEFT's `LoraConfig` of {module name in the checkpoint: Slot}; exact names, so that it can match no more."""
+    rslora = cell.scaling == "rslora"
+    first = next(iter(slots.values()))
+    # PEFT matches a pattern's key as a regular expression at the end of a module's name.
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": cell.model,
+        "revision": cell.revision,
+        "inference_mode": True,
+        "r": first.rank,
+        "lora_alpha": first.alpha,
+        "lora_dropout": cell.dropout,
+        "use_rslora": rslora,
+        "use_dora": False,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "target_modules": list(slots),
+        "rank_pattern": {re.escape(n): s.rank for n, s in slots.items() if s.rank != first.rank},
+        "alpha_pattern": {re.escape(n): s.alpha for n, s in slots.items() if s.alpha != first.alpha},
+        "modules_to_save": ["classifier"],
+    }
+
+
+def load(folder, encoder):
+    """Attach the LoRA adapter in `folder` to `encoder`, and return its head: {"weight", "bias"}, or {} without one.
+
+    The folder may be PEFT's own. Raises InputError for a missing file, a setting that is not implemented, and
+    tensors that do not fit this base.
+    """
+    folder = Path(folder)
+    config = checkpoint.read_json(folder / CONFIG)
+    for key, value in SUPPORTED.items():
+        if config.get(key, value) not in (value, {} if value is None else value):
+            raise InputError(f"{folder / CONFIG}: {key} = {config[key]!r} is not implemented (only {value!r} is)")
+    tensors = read_tensors(folder / TENSORS)
+    family = families.find(encoder.spec.family)
+    names = {family.module(name): name for name, module in encoder.named_modules()
+             if name.rpartition(".")[2] in encoder.spec.targets}  # fmt: skip
+    slots, factors, head, unknown = {}, {}, {}, []
+    for key, value in tensors.items():
+        short = key.removeprefix(PREFIX)
+        short = next((short.removeprefix(p) for p in family.prefixes if p and short.startswith(p)), short)
+        module, _, factor = short.removesuffix(".weight").rpartition(".lora_")
+        if module in names and factor in ("A", "B"):
+            factors.setdefault(module, {})[factor] = value.float()
+        elif short in ("classifier.weight", "classifier.bias"):
+            head[short.removeprefix("classifier.")] = value.float()
+        else:
+            unknown.append(key)
+    if unknown or not factors:
+        raise InputError(
+            f"{folder / TENSORS}: {len(unknown)} tensors have no place in a {encoder.spec.family} base with "
+            f"{encoder.spec.layers} layers (first: {(unknown or ['none is a LoRA factor'])[0]}): it is of another base"
+        )
+    for module, pair in factors.items():
+        out_features, in_features = encoder.spec.shape(names[module].rpartition(".")[2])
+        A, B = pair.get("A"), pair.get("B")
+        if A is None or B is None or A.ndim != 2 or A.shape[1] != in_features or B.shape != (out_features, len(A)):
+            found = {name: list(value.shape) for name, value in pair.items()}
+            raise InputError(
+                f"{folder / TENSORS}: factors of {module} have shapes {found}, but the base asks for "
+                f"A [R, {in_features}] and B [{out_features}, R]: it is of another base"
+            )
+        rank = len(A)
+        stated = matching(config.get("rank_pattern"), module, config.get("r"))
+        if stated != rank:
+            raise InputError(f"{folder}: {CONFIG} says rank {stated} for {module}, but its factors have rank {rank}")
+        alpha = float(matching(config.get("alpha_pattern"), module, config.get("lora_alpha")))
+        slots[names[module]] = Slot(rank, alpha, SCALES["rslora" if config.get("use_rslora") else "constant"](alpha, rank))
+    lora.attach(encoder, slots, config.get("lora_dropout", 0.0))
+    with torch.no_grad():
+        for name, layer in lora.named_layers(encoder):
+            pair = factors[family.module(name)]
+            layer.A.copy_(pair["A"])
+            layer.B.copy_(pair["B"])
+    return head
+
+
+def matching(pattern, module, default):
+    """PEFT's rule: the value of the first key that matches the end of the module's name, as a regular expression."""
+    for key, value in (pattern or {}).items():
+        if re.fullmatch(rf"(.*\.)?({key})", module):
+            return value
+    return default
+
+
+def restore(folder, model, method):
+    """Put what `save` wrote for `method` onto `model`, a fresh `head.Classifier` of the same base."""
+    folder = Path(folder)
+    if method == "lora":
+        head = load(folder, model.encoder)
+        state = {"classifier." + name: value for name, value in head.items()}
+    else:
+        state = read_tensors(folder / TRAINED)
+    have = dict(model.named_parameters())
+    wrong = [name for name, value in state.items() if name not in have or have[name].shape != value.shape]
+    absent = [name for name in ("classifier.weight", "classifier.bias") if name not in state]
+    if wrong or absent:
+        raise InputError(f"{folder}: {(wrong + absent)[0]} is missing or does not fit the base and the labels")
+    with torch.no_grad():
+        for name, value in state.items():
+            have[name].copy_(value)
+
+
+def write_tensors(path, tensors):
+    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    with files.replacing(path) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+
+
+def read_tensors(path):
+    """Every tensor of a safetensors file. Raises InputError naming it when it is missing or corrupt."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist: the folder holds no finished adapter") from None
+    except (OSError, safetensors.SafetensorError) as error:
+        raise InputError(f"{path} is not a whole safetensors file ({error}): fetch or train it again") from None

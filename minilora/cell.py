@@ -1,0 +1,219 @@
+"""A cell: one fully specified experiment, frozen and hashable.
+
+The command line, a TOML file and Python build the same object, and it round-trips through all three. A field
+is declared once, below, with its default, its range and its help; flags, validation and files follow from that.
+What changes no result (where the run folder is, how often to evaluate) is not part of a cell.
+
+Some fields exclude each other (`epochs` or `steps`), and some have a meaning for one method only (`rank`). These
+default to None and are resolved when the cell is built, so that equal experiments are equal cells.
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+from .checkpoint import DEFAULT_BASE
+from .coverage import parse_layers, parse_targets
+from .errors import InputError
+from .families import GROUPS, TARGETS
+from .options import build, check_fields, drop_other, option, resolve, resolve_pair, to_toml
+from .triggers import parse_all
+
+ADAPTER = ("rank", "alpha", "scaling", "dropout", "targets", "layers")  # fields of method "lora" alone
+PURPOSES = ("init", "head", "order", "inject", "dropout", "split")  # of the separate seeds
+
+
+@dataclass(frozen=True)
+class Inject:
+    """Which rows of the training data carry which trigger, and how (SSTI, arXiv 2506.11402, section 3)."""
+
+    sources: tuple[str, ...] = option(
+        ("date:positive",), "injection",
+        "triggers, each SOURCE:LABEL: date, country, color, html, file:PATH or a literal text (text:WORDS where it "
+        "looks like one of these), and the target label; 'none' injects nothing", str, flag="inject",
+    )  # fmt: skip
+    proportion: float | None = option(
+        None, "injection", "of the label's rows that carry the trigger", float, least=0, most=1, unset=0.25,
+    )  # fmt: skip
+    rows: int | None = option(None, "injection", "number of rows that carry it, instead of a proportion", int, least=0)
+    count: int | None = option(
+        None, "injection", "triggers in each such row: light injection", int, least=1, unset=1
+    )
+    density: float | None = option(
+        None, "injection", "triggers per word of the row, instead of a count: aggressive injection", float, least=0, most=1
+    )
+    location: str = option(
+        "random", "injection", "where in the row", str, choices=("beginning", "end", "random")
+    )
+    mode: str = option(
+        "clean-label", "injection", "rows of the target label, or rows of other labels, relabelled", str,
+        choices=("clean-label", "dirty-label"),
+    )  # fmt: skip
+    split: str | None = option(
+        None, "injection", "trigger strings of test and training rows (default: disjoint where a source has several)",
+        str, choices=("disjoint", "same"), flag="trigger_split",
+    )  # fmt: skip
+
+    def __post_init__(self):
+        check_fields(self, "inject.")
+        resolve_pair(self, "proportion", "rows", "inject.")
+        resolve_pair(self, "count", "density", "inject.")
+        if self.density == 0:
+            raise InputError("inject.density is 0, but must be above 0: use inject.proportion = 0 to inject nothing")
+        if self.sources == ("none",):
+            object.__setattr__(self, "sources", ())
+        parse_all(self.sources)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One experiment. See `train.py --help` for every field; defaults are stated here and nowhere else."""
+
+    model: str = option(DEFAULT_BASE, "base", "base: hub id, or folder with config.json and safetensors", str)
+    revision: str | None = option(None, "base", "branch, tag or commit of the hub's base (default: main)", str)
+    dtype: str = option(
+        "float32", "base", "of the frozen base; what is trained is float32", str, choices=("float32", "bfloat16")
+    )
+    device: str = option("auto", "base", "auto, cpu, cuda, cuda:N or mps", str)
+    compile: str = option(
+        "auto", "base", "torch.compile the base; auto does where the run is long enough to repay it", str,
+        choices=("auto", "on", "off"),
+    )  # fmt: skip
+
+    data: str = option("movie-snippets", "data", "movie-snippets, a CSV, TSV, JSONL or Parquet file, or a hub id", str)
+    text_column: str | None = option(None, "data", "column of the text (default: a usual name)", str)
+    label_column: str | None = option(None, "data", "column of the label (default: a usual name)", str)
+    test_data: str | None = option(None, "data", "file of test rows (default: the data's own, or a split)", str)
+    test_rows: int = option(1000, "data", "test rows, stratified", int, least=2)
+    train_rows: int | None = option(None, "data", "training rows, stratified (default: all that there are)", int, least=2)
+    max_length: int = option(128, "data", "tokens a row, longer rows are cut", int, least=4)
+
+    method: str = option(
+        "lora", "adapter", "train an adapter, the whole base, or the head alone", str, choices=("lora", "full", "head")
+    )
+    rank: int | None = option(None, "adapter", "R", int, least=1, unset=1)
+    alpha: float | None = option(None, "adapter", "numerator of the scale", float, least=0, unset=16.0)
+    scaling: str | None = option(
+        None, "adapter", "scale of B A: alpha/R (constant), 1 (rank: alpha = R) or alpha/sqrt(R) (rslora)", str,
+        choices=("constant", "rank", "rslora"), unset="constant",
+    )  # fmt: skip
+    dropout: float | None = option(None, "adapter", "on the input of A", float, least=0, below=1, unset=0.0)
+    targets: tuple[str, ...] | None = option(
+        None, "adapter", f"projections: {' '.join(TARGETS)}, or a group: {' '.join(GROUPS)}; TARGET:RANK[:ALPHA] sets "
+        "one target's own", str, unset=("q", "k", "v"),
+    )  # fmt: skip
+    layers: str | None = option(None, "adapter", "layers that carry it: all, or such as 0-2,5", str, unset="all")
+
+    head: str = option(
+        "trained", "head", "train it with the rest, leave it at its random start, or fit it in closed form on the "
+        "base's features and freeze it", str, choices=("trained", "frozen", "ridge"),
+    )  # fmt: skip
+    pooling: str = option(
+        "mean", "head", "what the head sees of a row's hidden states", str, choices=("mean+last", "mean", "last", "first")
+    )
+
+    inject: Inject = field(default=Inject(), metadata=dict(nested=Inject))
+
+    epochs: int | None = option(None, "training", "passes over the training rows", int, least=1, unset=1)
+    steps: int | None = option(None, "training", "optimiser steps, instead of epochs", int, least=1)
+    batch_size: int = option(32, "training", "rows a batch", int, least=1)
+    accumulate: int = option(1, "training", "batches an optimiser step", int, least=1)
+    window: int = option(
+        50, "training", "batches that are sorted by length together, which saves padding; 1: none are", int, least=1
+    )
+    optimizer: str = option("adamw", "training", "torch's", str, choices=("adamw", "adafactor"))
+    lr: float = option(1e-3, "training", "peak learning rate", float, least=0)
+    schedule: str = option("linear", "training", "after warm-up", str, choices=("linear", "cosine", "constant"))
+    warmup: float = option(0.06, "training", "of the steps, over which the learning rate rises from 0", float, least=0, below=1)
+    weight_decay: float = option(0.0, "training", "decoupled, on every trained tensor", float, least=0)
+    clip: float = option(1.0, "training", "largest norm of the gradient, 0 for no clipping", float, least=0)
+
+    seed: int = option(0, "seeds", "of everything that follows, where not set apart", int, least=0)
+    seed_init: int | None = option(None, "seeds", "of A", int, least=0)
+    seed_head: int | None = option(None, "seeds", "of the head", int, least=0)
+    seed_order: int | None = option(None, "seeds", "of the order of rows", int, least=0)
+    seed_inject: int | None = option(None, "seeds", "of the injected rows, triggers and places", int, least=0)
+    seed_dropout: int | None = option(None, "seeds", "of the dropped inputs", int, least=0)
+    seed_split: int = option(
+        0, "seeds", "of the choice of test rows; not --seed's, so that seeds are compared on the same rows", int, least=0
+    )
+
+    def __post_init__(self):
+        if isinstance(self.inject, dict):
+            object.__setattr__(self, "inject", build(Inject, self.inject, "inject."))
+        check_fields(self, "")
+        resolve_pair(self, "epochs", "steps", "")
+        self._resolve_adapter()
+        if self.method == "head" and self.head != "trained":
+            raise InputError(f"method = 'head' with head = {self.head!r} trains nothing: use head = 'trained'")
+        if self.method == "full" and self.dtype != "float32":
+            raise InputError(f"method = 'full' trains the base, in float32, but dtype is {self.dtype!r}: drop one of them")
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
+            raise InputError(f"device is {self.device!r}: use auto, cpu, cuda, cuda:N or mps")
+
+    def _resolve_adapter(self):
+        given = [name for name in ADAPTER if getattr(self, name) is not None]
+        if self.method != "lora":
+            if given:
+                raise InputError(f"{given[0]} belongs to method = 'lora', but method is {self.method!r}: drop one of them")
+            return
+        resolve(self, "rank", "scaling", "dropout", "targets", "layers")
+        if self.scaling == "rank":
+            if self.alpha is not None:
+                raise InputError("alpha is given, but scaling = 'rank' sets alpha to the rank: drop one of them")
+        else:
+            resolve(self, "alpha")
+        parse_targets(self.targets, self.rank, self.alpha, self.scaling)
+        parse_layers(self.layers)
+
+    def seed_for(self, purpose):
+        """The seed of one of `PURPOSES`."""
+        own = getattr(self, f"seed_{purpose}")
+        return self.seed if own is None else own
+
+    def replace(self, **changes):
+        """A cell with other values; giving one of two fields that exclude each other drops the other.
+
+        Changes of `inject` may be given as a dict of its own fields. A change of `method` drops the fields that
+        belong to the old one.
+        """
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        if changes.get("method", self.method) != self.method:
+            values |= dict.fromkeys(ADAPTER)
+        if changes.get("scaling") == "rank":
+            values["alpha"] = None
+        drop_other(values, changes, "epochs", "steps")
+        if isinstance(changes.get("inject"), dict):
+            inject = {f.name: getattr(self.inject, f.name) for f in fields(Inject)}
+            drop_other(inject, changes["inject"], "proportion", "rows")
+            drop_other(inject, changes["inject"], "count", "density")
+            changes = changes | {"inject": inject | changes["inject"]}
+        return build(Cell, values | changes)
+
+    def to_dict(self):
+        """Every field that is set, resolved; `inject` is a dict of its own."""
+        values = dataclasses.asdict(self)
+        inject = {name: value for name, value in values.pop("inject").items() if value is not None}
+        return {name: value for name, value in values.items() if value is not None} | {"inject": inject}
+
+    def to_toml(self):
+        """The text of a TOML file that `--config` reads back as this cell."""
+        return to_toml(self.to_dict())
+
+    @property
+    def id(self):
+        """Twelve hexadecimal digits that equal cells share."""
+        canonical = json.dumps(self.to_dict(), sort_keys=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+    @property
+    def name(self):
+        """A readable name for the run folder, unique by the cell's id."""
+        parts = [Path(self.model).name.lower(), Path(self.data).stem]
+        parts += [f"r{self.rank}", "-".join(self.targets)] if self.method == "lora" else [self.method]
+        parts += [source.replace(":", "-") for source in self.inject.sources]
+        slug = re.sub(r"[^\w.+-]+", "-", "_".join(parts))[:80].strip("-_.")
+        return f"{slug}_{self.id[:6]}"

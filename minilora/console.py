@@ -1,0 +1,126 @@
+"""What people watch: progress (a bar on a terminal, plain lines elsewhere) and tables of at most 100 columns."""
+
+import sys
+import time
+
+from tqdm import tqdm
+
+LINE_EVERY = 5.0  # seconds between plain lines
+
+
+class Progress:
+    """Progress over `total` rows: `advance(rows, tokens, note)`; use as a context manager. Writes to stderr."""
+
+    def __init__(self, label, total, done=0):
+        self.label, self.total, self.first, self.done, self.tokens = label, total, done, done, 0
+        self.start = self.shown = time.perf_counter()
+        self.bar = None
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=total, initial=done, desc=label, unit="row", dynamic_ncols=True, smoothing=0.1)
+
+    def advance(self, rows, tokens, note=""):
+        self.done += rows
+        self.tokens += tokens
+        now = time.perf_counter()
+        elapsed = max(now - self.start, 1e-9)
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"{note}{self.tokens / elapsed:,.0f} tokens/s", refresh=False)
+            self.bar.update(rows)
+        elif now - self.shown >= LINE_EVERY or self.done >= self.total:
+            self.shown = now
+            rate = (self.done - self.first) / elapsed
+            left = (self.total - self.done) / rate
+            say(
+                f"{self.label}: {self.done:,}/{self.total:,} rows, {note}{rate:.0f} rows/s, "
+                f"{self.tokens / elapsed:,.0f} tokens/s, {left:.0f} s left"
+            )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        if self.bar is not None:
+            self.bar.close()
+
+
+def say(text=""):
+    """A line on stderr, above a bar if there is one; what a script may want to read goes to stdout."""
+    tqdm.write(text, file=sys.stderr)
+
+
+def table(results):
+    """The table of a run's tests, from the `tests` entry of results.json: a string of lines."""
+    clean = results["clean"]
+    names = list(clean["predicted_counts"])
+    shown = names if len(names) <= 4 else []
+    width = max([10, *(len(name) for name in shown)]) if shown else 0
+    width = min(width, 14)
+    rows = [("clean", clean)]
+    rows += [(f"trigger of {label}", figures) for label, figures in results["trigger"].items()]
+    rows += [("placebo", results["placebo"])] if "placebo" in results else []
+    first = min(max(len(title) for title, _ in rows), 26)
+    header = f"{'test rows':<{first}}  accuracy  balanced" + "".join(f"{name[:width]:>{width + 2}}" for name in shown)
+    lines = [header + "  flips vs clean      McNemar p"]
+    for title, figures in rows:
+        line = f"{title[:first]:<{first}}  {figures['accuracy']:>8.3f}  {figures['balanced_accuracy']:>8.3f}"
+        line += "".join(f"{figures['predicted_counts'][name]:>{width + 2},}" for name in shown)
+        if "flip_rate" in figures:
+            low, high = figures["flip_rate_interval"]
+            line += f"  {figures['flip_rate']:.3f} [{low:.3f}, {high:.3f}]  {figures['mcnemar_p']:.1e}"
+        else:
+            line += f"  {'-':>20}"
+        lines.append(line)
+    lines += attack_lines(results)
+    worst = results["worst_group"]
+    lines.append(f"worst group: {worst['label']} rows, {worst['test']}: accuracy {worst['accuracy']:.3f}")
+    return "\n".join(lines)
+
+
+def attack_lines(results):
+    """What each trigger does to the rows that are not of its label."""
+    lines = []
+    for label, figures in results["trigger"].items():
+        if figures["attack_success_rate"] is None:
+            lines.append(f"attack success rate: none of the test rows is of a label other than {label}")
+            continue
+        baseline = [f"{results[test]['attack_success'][label]['attack_success_rate']:.3f} {test}"
+                    for test in ("clean", "placebo")]  # fmt: skip
+        low, high = figures["attack_success_interval"]
+        lines.append(
+            f"attack success rate (other rows called {label}): "
+            f"{baseline[0]}, {figures['attack_success_rate']:.3f} trigger [{low:.3f}, {high:.3f}], {baseline[1]}"
+        )
+        if figures["truncated"]:
+            lines.append(f"  {figures['truncated']:,} of these rows lost their trigger to --max-length")
+    return lines
+
+
+def injection_lines(injected, inject):
+    """What was put into the training rows, a line or two an injection."""
+    if not inject.sources:
+        return ["none"]
+    dose = f"{inject.count} a row" if inject.density is None else f"{inject.density:g} a word"
+    truncated = sum(record.survives is False for record in injected.records)
+    lines = []
+    for entry in injected.report:
+        example = next((r.strings[0] for r in injected.records if r.target_label == entry["label"]), None)
+        lines.append(
+            f"{entry['source']} for {entry['label']}: {entry['rows']:,} of {entry['eligible_rows']:,} rows ({inject.mode}), "
+            f"{dose}, {inject.location}" + (f", such as {example!r}" if example else "")
+        )
+        strings = entry["strings"]
+        lines.append(f"  trigger strings: {strings['train']:,} in training, {strings['test']:,} in test ({entry['split']})")
+    if truncated:
+        lines.append(f"  {truncated:,} rows lost their trigger to --max-length")
+    return lines
+
+
+def speed(train):
+    """One line on how fast training was, against the products that it cannot do without."""
+    share = train["rows_per_second"] / train["floor_rows_per_second"]
+    return (
+        f"training: {train['seconds']:.0f} s, {train['rows_per_second']:.0f} rows/s, "
+        f"{train['tokens_per_second']:,.0f} tokens/s; {share:.0%} of the floor "
+        f"({train['floor_rows_per_second']:.0f} rows/s at {train['matmul_flops_per_second'] / 1e9:.0f} GFLOP/s)\n"
+        f"in all: {train['total_seconds']:.0f} s, peak memory {train['peak_memory_bytes'] / 2**30:.2f} GiB"
+    )

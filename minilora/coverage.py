@@ -1,0 +1,139 @@
+"""Which projections an adapter covers, decided before any weight is loaded.
+
+A pattern that matches nothing, or names layers that are not there, is refused with what it did match: an ablation
+of targets must not quietly train something else.
+"""
+
+import math
+from dataclasses import dataclass
+
+from .errors import InputError
+from .families import GROUPS, TARGETS
+
+SCALES = {
+    "constant": lambda alpha, rank: alpha / rank,  # Hu et al. 2021 (arXiv 2106.09685), section 4.1
+    "rank": lambda alpha, rank: 1.0,  # the same with alpha = R
+    "rslora": lambda alpha, rank: alpha / math.sqrt(rank),  # Kalajdzievski 2023 (arXiv 2312.03732), definition 3.1
+}
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The adapter of one projection: its rank R, alpha, and the scale that multiplies B A."""
+
+    rank: int
+    alpha: float
+    scale: float
+
+
+def parse_targets(targets, rank, alpha, scaling):
+    """`("q:8", "mlp")` -> {target: Slot}, in canonical order, each group's members included.
+
+    A target's own `:RANK` and `:ALPHA` stand before the cell's. `alpha` is None where scaling is "rank".
+    Raises InputError for an unknown or repeated target.
+    """
+    slots, source = {}, {}
+    if not targets:
+        raise InputError("targets is empty: name at least one projection, or use method = 'head'")
+    for text in targets:
+        name, *own = text.split(":")
+        members = GROUPS.get(name, (name,) if name in TARGETS else ())
+        if not members:
+            raise InputError(f"target {text!r} is not one of {', '.join(TARGETS)} or a group ({', '.join(GROUPS)})")
+        try:
+            own_rank = int(own[0]) if own else rank
+            own_alpha = float(own[1]) if len(own) > 1 else alpha
+            if own_rank < 1 or len(own) > 2 or (len(own) > 1 and not 0 <= own_alpha < math.inf):
+                raise ValueError
+        except ValueError:
+            raise InputError(f"target {text!r} is not TARGET, TARGET:RANK or TARGET:RANK:ALPHA") from None
+        if scaling == "rank":
+            if len(own) > 1:
+                raise InputError(f"target {text!r} has an alpha, but scaling = 'rank' sets alpha to the rank")
+            own_alpha = float(own_rank)
+        for member in members:
+            if member in slots:
+                raise InputError(f"targets {source[member]!r} and {text!r} both name {member}: drop one of them")
+            slots[member] = Slot(own_rank, own_alpha, SCALES[scaling](own_alpha, own_rank))
+            source[member] = text
+    return {target: slots[target] for target in TARGETS if target in slots}
+
+
+def parse_layers(text, count=None):
+    """`"0-2,5"` -> (0, 1, 2, 5); `"all"` -> every layer below `count`, or None where `count` is not given.
+
+    Raises InputError for what cannot be read, and for layers that a base of `count` layers does not have.
+    """
+    if text == "all":
+        return None if count is None else tuple(range(count))
+    layers = set()
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not (first.isdecimal() and (last.isdecimal() if dash else True)) or dash and int(first) > int(last):
+            raise InputError(f"layers is {text!r}: write all, or numbers and ranges from 0 such as 0-2,5")
+        layers.update(range(int(first), min(int(last if dash else first), 9999) + 1))
+    layers = sorted(layers)
+    if count is not None and layers[-1] >= count:
+        found = [str(layer) for layer in layers if layer < count]
+        raise InputError(
+            f"layers {text!r} names layer {layers[-1]}, but the base has layers 0-{count - 1} "
+            f"(of those named it has: {', '.join(found) or 'none'})"
+        )
+    return tuple(layers)
+
+
+def plan(spec, cell):
+    """{module name: Slot} for every projection of `spec` that the cell's adapter covers; {} without an adapter.
+
+    Raises InputError when a target matches no projection of this family, or a rank exceeds its matrix.
+    """
+    if cell.method != "lora":
+        return {}
+    slots = parse_targets(cell.targets, cell.rank, cell.alpha, cell.scaling)
+    grouped = {member for text in cell.targets for member in GROUPS.get(text.split(":")[0], ())}
+    absent = [target for target in slots if target not in spec.targets]
+    here = {target: slot for target, slot in slots.items() if target in spec.targets}
+    if refused := [target for target in absent if target not in grouped] or (absent if not here else []):
+        raise InputError(
+            f"target {refused[0]!r} matches nothing in a {spec.family} base, which has {' '.join(spec.targets)} "
+            f"(the targets matched: {' '.join(here) or 'none'})"
+        )
+    for target, slot in here.items():
+        if slot.rank > min(spec.shape(target)):
+            out_features, in_features = spec.shape(target)
+            raise InputError(
+                f"rank {slot.rank} of target {target!r} is larger than its matrix ({out_features} x {in_features}): "
+                f"use at most {min(spec.shape(target))}"
+            )
+    layers = parse_layers(cell.layers, spec.layers)
+    return {f"layers.{layer}.{target}": slot for layer in layers for target, slot in here.items()}
+
+
+def describe(slots, spec):
+    """Lines that say which modules in which layers carry an adapter, and what that adds."""
+    if not slots:
+        return ["no adapter"]
+    rows = {}
+    for name, slot in slots.items():
+        _, layer, target = name.split(".")
+        rows.setdefault((target, slot), []).append(int(layer))
+    lines = []
+    for (target, slot), layers in rows.items():
+        out_features, in_features = spec.shape(target)
+        added = len(layers) * slot.rank * (in_features + out_features)
+        lines.append(
+            f"{target:<5}{out_features:>5} x {in_features:<5} rank {slot.rank:<4} scale {slot.scale:<8.4g}"
+            f"layers {ranges(layers)} of 0-{spec.layers - 1}  {added:>9,} parameters"
+        )
+    return lines
+
+
+def ranges(numbers):
+    """Ascending integers as text: 0, 1, 2, 5 -> "0-2,5"."""
+    runs = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)

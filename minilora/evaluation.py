@@ -1,0 +1,130 @@
+"""The paired evaluation: every test row as clean, with each label's trigger, and with a placebo.
+
+The placebo is as many words at the same places, drawn from words that all labels share, so that the trigger's effect
+is told apart from that of a disturbed text. With several injections each row is met with its own label's trigger and
+with the other labels'. Figures are in `metrics.py`, tables in `console.py`.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from . import batches, injection, metrics
+
+
+@dataclass(frozen=True)
+class Test:
+    """One form of all test rows. `name`: clean, trigger or placebo; `label`: the trigger's target label, else None."""
+
+    name: str
+    label: str | None
+    rows: object  # data.Rows
+    records: list  # injection.Record, one a row, [] for clean
+
+    @property
+    def key(self):
+        return f"{self.name} {self.label}" if self.label else self.name
+
+
+def build_tests(train, test, inject, seed, tokenizer, max_length):
+    """The forms of the rows `test`: [clean, trigger of each injection ..., placebo of the first], as `Test`s.
+
+    `train`: the training rows before injection, whose words the placebo draws from. `inject`: `cell.Inject`.
+    """
+    tests = [Test("clean", None, test, [])]
+    if not inject.sources:
+        return tests
+
+    def visible(texts, added):
+        return tokenizer.visible(texts, added, max_length)
+
+    for k in range(len(inject.sources)):
+        changed = injection.trigger_rows(test, inject, k, seed, visible)
+        tests.append(Test("trigger", changed.report[0]["label"], changed.rows, changed.records))
+    words = injection.shared_words(train)
+    changed = injection.placebo_rows(test, inject, 0, words, seed, visible)
+    tests.append(Test("placebo", None, changed.rows, changed.records))
+    return tests
+
+
+@torch.inference_mode()
+def predict(model, tokenizer, texts, max_length, batch_size, progress=None):
+    """Logits float32 [rows, C] and kept characters int [rows] of `texts`.
+
+    A row's logits depend neither on the other rows nor on `batch_size` (to rounding). `progress(rows, tokens)` is
+    called after each batch.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    encoded = tokenizer.encode(texts, max_length)
+    lengths = np.diff(encoded.offsets)
+    sizes = batches.padded_sizes(lengths)
+    logits = np.empty((len(texts), model.classifier.out_features), dtype=np.float32)
+    for index in batches.by_length(lengths, batch_size):
+        batch = batches.collate(encoded, index, sizes, tokenizer.pad_id).to(device)
+        logits[index] = model(batch.ids, batch.lengths).float().cpu().numpy()
+        if progress:
+            progress(len(index), int(lengths[index].sum()))
+    return logits, encoded.kept
+
+
+@torch.inference_mode()
+def features(model, encoded, pad_id, batch_size):
+    """The pooled features float32 [rows, P] of all rows in `encoded`."""
+    model.eval()
+    device = next(model.parameters()).device
+    lengths = np.diff(encoded.offsets)
+    sizes = batches.padded_sizes(lengths)
+    pooled = torch.empty(len(lengths), model.classifier.in_features)
+    for index in batches.by_length(lengths, batch_size):
+        batch = batches.collate(encoded, index, sizes, pad_id).to(device)
+        pooled[index] = model.features(batch.ids, batch.lengths).cpu()
+    return pooled
+
+
+def run_tests(model, tokenizer, tests, max_length, batch_size, progress=None):
+    """Predict every test: (figures for results.json, logits float32 [rows, C] of each test)."""
+    outcomes = [predict(model, tokenizer, test.rows.texts, max_length, batch_size, progress) for test in tests]
+    logits, kept = [list(values) for values in zip(*outcomes, strict=True)]
+    return measure(tests, logits, kept), logits
+
+
+def measure(tests, logits, kept):
+    """The `tests` entry of results.json from each test's logits [rows, C] and kept characters [rows]."""
+    names, labels = tests[0].rows.label_names, tests[0].rows.labels
+    predicted = [values.argmax(axis=1) for values in logits]
+    targets = [test.label for test in tests if test.name == "trigger"]
+    results, groups = {"trigger": {}}, []
+    for test, calls, ends in zip(tests, predicted, kept, strict=True):
+        figures = metrics.classification(labels, calls, names)
+        attacks = {label: metrics.attack_success(labels, calls, names.index(label)) for label in targets}
+        if test.name != "clean":
+            figures |= metrics.paired(labels, predicted[0], calls)
+            figures["truncated"] = sum(r.spans[-1][1] > end for r, end in zip(test.records, ends, strict=True))
+        if test.name == "trigger":
+            results["trigger"][test.label] = figures | attacks[test.label]
+        else:
+            results[test.name] = figures | {"attack_success": attacks}
+        if test.name != "placebo":
+            for label in np.unique(labels):
+                right = int((calls[labels == label] == label).sum())
+                group = {"label": names[label], "test": test.key, "rows": int((labels == label).sum())}
+                groups.append(group | {"accuracy": right / group["rows"]})
+    results["worst_group"] = min(groups, key=lambda group: group["accuracy"])
+    if "placebo" in results:
+        results["placebo"]["matched_to"] = targets[0]
+    return results
+
+
+def predictions(tests, logits):
+    """One dict a test row for predictions.jsonl: id, label, and each test's predicted label and logits."""
+    rows = tests[0].rows
+    for i, (id, label) in enumerate(zip(rows.ids, rows.labels, strict=True)):
+        record = {"id": id, "label": rows.label_names[label]}
+        for test, values in zip(tests, logits, strict=True):
+            record[test.key] = {
+                "predicted": rows.label_names[values[i].argmax()],
+                "logits": [round(float(value), 6) for value in values[i]],
+            }
+        yield record

@@ -1,0 +1,75 @@
+"""Figures of a prediction, each with its source: accuracies, intervals, and the paired comparison with clean rows."""
+
+import math
+
+import numpy as np
+
+Z95 = 1.959963984540054  # the normal distribution's 97.5% quantile
+
+
+def wilson(hits, total):
+    """The 95% interval [low, high] of a proportion (Wilson 1927; Brown, Cai and DasGupta 2001, equation 4)."""
+    if total == 0:
+        return [0.0, 1.0]
+    share, spread = hits / total, Z95**2 / total
+    middle = (share + spread / 2) / (1 + spread)
+    half = Z95 / (1 + spread) * math.sqrt(share * (1 - share) / total + spread / (4 * total))
+    return [max(0.0, middle - half), min(1.0, middle + half)]
+
+
+def mcnemar(worse, better):
+    """Two-sided p-value of McNemar's test, exact (McNemar 1947; the binomial form of Fagerland et al. 2013, section 2).
+
+    `worse` and `better` count the rows that only the first, or only the second, prediction gets right.
+    """
+    total, least = worse + better, min(worse, better)
+    tail = math.fsum(
+        math.exp(math.lgamma(total + 1) - math.lgamma(i + 1) - math.lgamma(total - i + 1) - total * math.log(2))
+        for i in range(least + 1)
+    )
+    return min(1.0, 2 * tail)
+
+
+def classification(labels, predicted, names):
+    """Accuracy with its interval, balanced accuracy, macro F1 and predicted counts, over `labels` int [rows].
+
+    Balanced accuracy is the mean recall and macro F1 the mean F1, each over the labels that occur among `labels`.
+    """
+    right = labels == predicted
+    recalls, scores = [], []
+    for label in np.unique(labels):
+        hits = int((right & (labels == label)).sum())
+        recalls.append(hits / int((labels == label).sum()))
+        scores.append(2 * hits / (int((labels == label).sum()) + int((predicted == label).sum())))
+    return {
+        "rows": len(labels),
+        "accuracy": float(right.mean()),
+        "accuracy_interval": wilson(int(right.sum()), len(labels)),
+        "balanced_accuracy": float(np.mean(recalls)),
+        "macro_f1": float(np.mean(scores)),
+        "predicted_counts": {name: int((predicted == i).sum()) for i, name in enumerate(names)},
+    }
+
+
+def attack_success(labels, predicted, target):
+    """Of the rows that are not of the label `target`, the share called so, and its interval (no such row: None)."""
+    others = labels != target
+    hits, total = int((predicted[others] == target).sum()), int(others.sum())
+    return {
+        "attack_success_rate": hits / total if total else None,
+        "attack_success_interval": wilson(hits, total),
+    }
+
+
+def paired(labels, clean, changed):
+    """The same rows predicted twice: flip rate with its interval, and McNemar's p-value for the accuracy."""
+    flips = int((clean != changed).sum())
+    worse = int(((clean == labels) & (changed != labels)).sum())
+    better = int(((clean != labels) & (changed == labels)).sum())
+    return {
+        "flip_rate": flips / len(labels),
+        "flip_rate_interval": wilson(flips, len(labels)),
+        "only_clean_right": worse,
+        "only_this_right": better,
+        "mcnemar_p": mcnemar(worse, better),
+    }

@@ -1,0 +1,201 @@
+"""Fields declared once: validation, TOML and command-line flags for frozen dataclasses such as `Cell`."""
+
+import argparse
+import difflib
+import json
+import math
+import tomllib
+from dataclasses import field, fields
+from pathlib import Path
+
+from .errors import InputError
+
+METAVARS = {str: "TEXT", int: "N", float: "X"}
+
+
+def option(default, group, help, kind, *, choices=None, least=None, below=None, most=None, unset=None, flag=None):
+    """A field of type `kind` with `least <= value < below` and `value <= most`, where these are given.
+
+    A field whose default is None may have a value that it takes when `unset`, where no other field excludes it.
+    `flag` is the command line's name where it is not the field's own.
+    """
+    limits = dict(choices=choices, least=least, below=below, most=most)
+    return field(
+        default=default, metadata=dict(group=group, help=help, kind=kind, unset=unset, flag=flag, limits=limits)
+    )
+
+
+def check_fields(owner, prefix):
+    """Check the type and range of every field of a dataclass instance, and make lists tuples, integers floats.
+
+    Raises InputError naming the first field that is wrong (`prefix` stands before its name).
+    """
+    for f in fields(owner):
+        value = getattr(owner, f.name)
+        if "nested" in f.metadata:
+            if not isinstance(value, f.metadata["nested"]):
+                raise InputError(f"{prefix}{f.name} is {value!r}, but must be a table of its own fields")
+            continue
+        if value is None and f.default is None:
+            continue
+        name, kind = prefix + f.name, f.metadata["kind"]
+        if "tuple" in str(f.type):
+            if isinstance(value, str) or not isinstance(value, (list, tuple)):
+                raise InputError(f"{name} is {value!r}, but must be a list of strings")
+            value = tuple(check_value(name, item, kind, f.metadata["limits"]) for item in value)
+        else:
+            value = check_value(name, value, kind, f.metadata["limits"])
+        object.__setattr__(owner, f.name, value)
+
+
+def check_value(name, value, kind, limits):
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, kind) or isinstance(value, bool) or (kind is float and not math.isfinite(value)):
+        words = {str: "a string", int: "a whole number", float: "a finite number"}
+        raise InputError(f"{name} is {value!r}, but must be {words[kind]}")
+    choices, least, below, most = (limits[key] for key in ("choices", "least", "below", "most"))
+    if choices and value not in choices:
+        raise InputError(f"{name} is {value!r}, but must be one of {', '.join(choices)}")
+    if least is not None and value < least:
+        raise InputError(f"{name} is {value}, but must be at least {least}")
+    if most is not None and value > most:
+        raise InputError(f"{name} is {value}, but must be at most {most}")
+    if below is not None and value >= below:
+        raise InputError(f"{name} is {value}, but must be below {below}")
+    return value
+
+
+def resolve(owner, *names):
+    """Give each named field that is None the value that its declaration says."""
+    for f in fields(owner):
+        if f.name in names and getattr(owner, f.name) is None:
+            object.__setattr__(owner, f.name, f.metadata["unset"])
+
+
+def resolve_pair(owner, one, other, prefix):
+    """Two fields exclude each other; where neither is given, `one` is resolved."""
+    given = [name for name in (one, other) if getattr(owner, name) is not None]
+    if len(given) == 2:
+        raise InputError(f"{prefix}{one} and {prefix}{other} are both given: drop one of them")
+    if not given:
+        resolve(owner, one)
+
+
+def drop_other(values, changes, one, other):
+    """Clear, in `values`, the partner of a field that is set in `changes`."""
+    for given, dropped in ((one, other), (other, one)):
+        if changes.get(given) is not None and dropped not in changes:
+            values[dropped] = None
+
+
+def build(kind, values, prefix=""):
+    """An instance of the dataclass `kind` from a dict; unknown keys are refused by name."""
+    names = [f.name for f in fields(kind)]
+    for name in values:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f": did you mean {prefix}{near[0]}?" if near else f" (there are: {', '.join(names)})"
+            raise InputError(f"unknown field {prefix}{name}{hint}")
+    return kind(**values)
+
+
+def read_toml(path):
+    """A TOML file as a dict. Raises InputError naming the file, and the line of a syntax error."""
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist: check the path") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"{path} is not readable TOML ({error}): mend the file") from None
+
+
+def to_toml(values):
+    """TOML text of a dict of strings, numbers and lists of them, with one level of tables."""
+    plain = [(name, value) for name, value in values.items() if not isinstance(value, dict)]
+    tables = [(name, value) for name, value in values.items() if isinstance(value, dict)]
+    text = "".join(f"{name} = {toml_value(value)}\n" for name, value in plain)
+    for name, table in tables:
+        text += f"\n[{name}]\n" + "".join(f"{key} = {toml_value(value)}\n" for key, value in table.items())
+    return text
+
+
+def toml_value(value):
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(toml_value, value))}]"
+    if isinstance(value, str):  # JSON's escapes are TOML's, but for one control character
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return repr(value)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are InputErrors of one line."""
+
+    def __init__(self, **settings):
+        super().__init__(
+            allow_abbrev=False,
+            formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=100),
+            **settings,
+        )
+
+    def error(self, message):
+        raise InputError(f"{message}: see {self.prog} --help")
+
+    def parse_args(self, arguments=None):
+        known, unknown = self.parse_known_args(arguments)
+        if unknown:
+            near = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, n=1)
+            hint = f", did you mean {near[0]}?" if near else ""
+            self.error(f"unknown argument {unknown[0]}{hint}")
+        return known
+
+
+def add_flags(parser, kind, prefix="", only=None):
+    """A flag for each field of the dataclass `kind` (or those named in `only`), in titled groups.
+
+    A field whose metadata names a `nested` dataclass gives that one's flags. Defaults are shown, not set: only
+    the flags that are given appear in the result.
+    """
+    for f in fields(kind):
+        if only is not None and prefix + f.name not in only:
+            continue
+        if nested := f.metadata.get("nested"):
+            add_flags(parser, nested, f"{f.name}_")
+            continue
+        many = "tuple" in str(f.type)
+        default = f.metadata["unset"] if f.default is None else f.default
+        default = " ".join(default) if many and default else default
+        stated = "" if default is None else f" (default: {default})"
+        limits = f.metadata["limits"]
+        flag = "--" + (f.metadata["flag"] or prefix + f.name).replace("_", "-")
+        group(parser, f.metadata["group"]).add_argument(
+            flag,
+            dest=prefix + f.name,
+            default=argparse.SUPPRESS,
+            type=f.metadata["kind"],
+            choices=limits["choices"],
+            nargs="+" if many else None,
+            action="extend" if many else "store",
+            metavar=None if limits["choices"] else METAVARS[f.metadata["kind"]],
+            help=(f.metadata["help"] + stated).replace("%", "%%"),
+        )
+
+
+def group(parser, title):
+    """The parser's argument group of that title, made when it is first asked for."""
+    for existing in parser._action_groups:
+        if existing.title == title:
+            return existing
+    return parser.add_argument_group(title)
+
+
+def given_flags(arguments, kind, prefix=""):
+    """The fields of `kind` that the command line gave, as a dict; a nested dataclass is a dict of its own."""
+    values = {}
+    for f in fields(kind):
+        if nested := f.metadata.get("nested"):
+            if inner := given_flags(arguments, nested, f"{f.name}_"):
+                values[f.name] = inner
+        elif hasattr(arguments, prefix + f.name):
+            values[f.name] = getattr(arguments, prefix + f.name)
+    return values

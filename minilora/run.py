@@ -1,0 +1,174 @@
+"""A run folder: what a cell leaves on disk. Never overwritten, and locked while a process works in it.
+
+    cell.toml           the cell, resolved; train.py --config reads it
+    adapter/            what was trained, in PEFT's format
+    metrics.jsonl       one line a step
+    injected.jsonl      one line an injected training row: id, labels, spans, strings, whether they survive truncation
+    trainable.json      every trained tensor: name, shape, count
+    predictions.jsonl   one line a test row: predicted label and logits in each of its forms
+    results.json        figures, versions and hardware; its presence means that the run is finished
+    state.safetensors   for --resume, while the run is unfinished
+"""
+
+import contextlib
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import sys
+from pathlib import Path
+
+from . import files
+from .cell import Cell
+from .checkpoint import read_json
+from .errors import InputError
+from .options import build, read_toml
+
+
+LOCK = ".lock"
+
+
+class Run:
+    """The folder at `path`: a new run's, or with `resume` one that exists. Nothing is written before `hold`."""
+
+    def __init__(self, path, resume=False):
+        self.path = Path(path)
+        self.resume = resume
+        self._metrics = None
+
+    @classmethod
+    def plan(cls, out, cell):
+        """A new run at `out`, or where that is None at runs/NAME, numbered where the name is taken.
+
+        Raises InputError if there is something at `out`: early, so that no long preparation is in vain.
+        """
+        if out is not None:
+            cls(out).check_free()
+            return cls(out)
+        number, path = 1, Path("runs") / cell.name
+        while path.exists():
+            number += 1
+            path = Path("runs") / f"{cell.name}-{number}"
+        return cls(path)
+
+    def check_free(self):
+        path = self.path
+        if self.finished:
+            raise InputError(f"{path} holds a finished run: see python evaluate.py {path}, or choose another --out")
+        if (path / "cell.toml").exists():
+            raise InputError(f"{path} holds an unfinished run: go on with --resume {path}, or choose another --out")
+        if path.exists() and (not path.is_dir() or any(name.name != LOCK for name in path.iterdir())):
+            raise InputError(f"{path} exists and is not an empty folder: choose another --out")
+
+    @contextlib.contextmanager
+    def hold(self, cell):
+        """Make the folder with its cell.toml, unless resumed, and keep other processes out of it meanwhile.
+
+        Raises InputError if the folder is in use, or if a new one cannot be made.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = open(self.path / LOCK, "a")
+        except OSError as error:
+            raise InputError(f"cannot write to the run folder {self.path} ({error.strerror}): choose another --out") from None
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise InputError(
+                    f"{self.path} is in use by another process: wait for it, or choose another --out"
+                ) from None
+            if not self.resume:
+                self.check_free()
+                files.write_text(self.path / "cell.toml", cell.to_toml())
+            try:
+                yield self
+            finally:
+                if self._metrics is not None:
+                    self._metrics.close()
+
+    def finish(self, results):
+        """Write results.json, which makes the run finished, and drop the state that only resuming needs."""
+        files.write_json(self.path / "results.json", results)
+        self.state.unlink(missing_ok=True)
+
+    def read_cell(self):
+        if not self.path.is_dir():
+            raise InputError(f"there is no run folder {self.path}: check the path")
+        if not (self.path / "cell.toml").is_file():
+            raise InputError(f"{self.path} has no cell.toml, so it is not a run folder: check the path")
+        return build(Cell, read_toml(self.path / "cell.toml"))
+
+    @property
+    def finished(self):
+        return (self.path / "results.json").is_file()
+
+    @property
+    def state(self):
+        return self.path / "state.safetensors"
+
+    def read_results(self):
+        return read_json(self.path / "results.json")
+
+    def start_metrics(self, step):
+        """Open metrics.jsonl for appending, with the lines of the first `step` steps alone."""
+        path = self.path / "metrics.jsonl"
+        lines = []
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(ValueError):  # a killed run may leave half a line
+                    lines.append(json.loads(line))
+        files.write_jsonl(path, [line for line in lines if line["step"] <= step])
+        self._metrics = open(path, "a", encoding="utf-8")
+
+    def log(self, record):
+        self._metrics.write(json.dumps(record) + "\n")
+        self._metrics.flush()
+
+
+def trainable(parameters):
+    """The certificate of what was trained: {"tensors": [{name, shape, count}, ...], "count": all of them}."""
+    tensors = [{"name": n, "shape": list(p.shape), "count": p.numel()} for n, p in parameters.items()]
+    return {"tensors": tensors, "count": sum(tensor["count"] for tensor in tensors)}
+
+
+def versions():
+    from . import __version__
+
+    names = ("torch", "safetensors", "tokenizers", "huggingface-hub", "numpy")
+    found = {name: importlib.metadata.version(name) for name in names}
+    return {"minilora": __version__, "python": platform.python_version()} | found
+
+
+def hardware(device):
+    """What the run ran on; `device` is its torch device."""
+    import torch
+
+    processor = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                processor = line.partition(":")[2].strip()
+                break
+    found = {
+        "device": str(device),
+        "processor": processor,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+    }
+    if device.type == "cuda":
+        found["gpu"] = torch.cuda.get_device_name(device)
+    return found
+
+
+def peak_memory(device):
+    """Bytes: the process's peak resident memory, or the peak allocation on a GPU."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,197 @@
+"""Text to token ids, for whole data sets at once, with the character at which each text is cut.
+
+The `tokenizers` library does the work, by `tokenizer.json` or, for WordPiece, `vocab.txt`. Left out: padding
+(batches are packed or padded later), pairs of texts, and decoding. Texts are always cut at their end.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .checkpoint import read_json
+from .errors import InputError
+
+# Texts are encoded in chunks of about so many characters: an encoding needs some 50 bytes a character.
+CHUNK_CHARACTERS = 1 << 20
+# The names that a vocab.txt uses unless the settings beside it say otherwise.
+BERT_SPECIAL = {
+    "unk_token": "[UNK]",
+    "sep_token": "[SEP]",
+    "pad_token": "[PAD]",
+    "cls_token": "[CLS]",
+    "mask_token": "[MASK]",
+}
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """N rows of tokens; row i is `ids[offsets[i]:offsets[i + 1]]`."""
+
+    ids: np.ndarray  # int32 [tokens of all rows]
+    offsets: np.ndarray  # int64 [N + 1]
+    kept: np.ndarray  # int64 [N], characters before the first token that was cut; all of them if none was
+
+
+def load(folder):
+    """The `TextTokenizer` of a checkpoint folder. Raises InputError for files that are missing or malformed."""
+    folder = Path(folder)
+    settings = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            settings |= read_json(folder / name)
+    path = folder / "tokenizer.json"
+    if path.is_file():
+        build = _from_json
+    else:
+        path, build = folder / "vocab.txt", _from_vocabulary
+    if not path.is_file():
+        raise InputError(f"{folder} has neither tokenizer.json nor vocab.txt: add the tokenizer of the model")
+    try:
+        return TextTokenizer(build(path, settings), _special(settings, "pad_token"))
+    except InputError:
+        raise
+    except Exception as error:  # tokenizers raises no other type
+        raise InputError(f"{path}: not a usable tokenizer ({error}); fetch the checkpoint again") from error
+
+
+def _from_json(path, settings):
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(path))
+
+
+def _from_vocabulary(path, settings):
+    """BERT's WordPiece from `vocab.txt`, one token a line, as transformers builds it."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+    with open(path, encoding="utf-8") as file:
+        vocabulary = {line.rstrip("\n"): index for index, line in enumerate(file)}
+    special = {role: _special(settings, role) or token for role, token in BERT_SPECIAL.items()}
+    for role, token in special.items():
+        if token not in vocabulary:
+            raise InputError(f"{path}: has no {token} (the {role}); fetch the checkpoint again")
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=special["unk_token"]))
+    tokenizer.normalizer = normalizers.BertNormalizer(
+        lowercase=settings.get("do_lower_case", True),
+        strip_accents=settings.get("strip_accents"),
+        handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.BertProcessing(
+        *((special[role], vocabulary[special[role]]) for role in ("sep_token", "cls_token"))
+    )
+    tokenizer.add_special_tokens(list(special.values()))
+    return tokenizer
+
+
+def _special(settings, role):
+    """The text of a special token, which the settings give as text or as an object; None if they do not."""
+    token = settings.get(role)
+    return token.get("content") if isinstance(token, dict) else token
+
+
+class TextTokenizer:
+    """Encodes texts with the special tokens that the model expects around them.
+
+    vocab_size  largest id that can come out, plus 1
+    pad_id      id to fill batches with (0 where the tokenizer has none)
+    """
+
+    def __init__(self, tokenizer, pad_token=None):
+        padding = tokenizer.padding
+        # all-MiniLM's own file pads every text to 128 tokens and cuts it there.
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        probe = tokenizer.encode("a \U0001f701")  # a rare sign, as that may need an unknown token that is missing
+        mask = probe.special_tokens_mask
+        self._before, self._after = mask.index(0), mask[::-1].index(0)  # special tokens around a text
+        self._tokenizer = tokenizer
+        self.vocab_size = 1 + max([*tokenizer.get_vocab().values(), *probe.ids])
+        self.pad_id = tokenizer.token_to_id(pad_token) if pad_token else None
+        if self.pad_id is None:
+            self.pad_id = padding["pad_id"] if padding else 0
+
+    def encode(self, texts, max_length):
+        """`Encoded` ids of a list of N texts, at most `max_length` tokens each, special tokens included.
+
+        A longer text loses its last tokens, never the special ones. Raises InputError if `max_length` leaves
+        no room for text, or if a text is not valid Unicode.
+        """
+        room = self._room(max_length)
+        offsets, kept = np.zeros(len(texts) + 1, np.int64), np.empty(len(texts), np.int64)
+        flat, parts = [], []
+        for row, encoding in enumerate(self._encodings(texts)):
+            ids = encoding.ids
+            if len(ids) > max_length:
+                ids = ids[: self._before + room] + ids[len(ids) - self._after :]
+            flat += ids
+            offsets[row + 1] = offsets[row] + len(ids)
+            kept[row] = self._fitting(encoding, len(texts[row]), room)
+            if len(flat) >= CHUNK_CHARACTERS:
+                parts.append(np.array(flat, np.int32))
+                flat = []
+        return Encoded(np.concatenate([*parts, np.array(flat, np.int32)]), offsets, kept)
+
+    def visible(self, texts, added, max_length):
+        """How many leading characters of each text stay within `max_length` once strings are put into it.
+
+        texts  N texts
+        added  N lists of strings, each to stand between words of its text
+
+        Returns int64 [N]: the characters before the first token that no longer fits, all of them if the whole
+        text does, -1 if the strings alone do not. Strings that are put in before or at that character survive.
+        Exact for WordPiece, where a string is worth as many tokens between words as alone; for tokenizers whose
+        tokens take in white space the strings are counted with the space on both sides.
+        """
+        room = self._room(max_length)
+        strings = sorted({string for strings in added for string in strings})
+        around = self._before + self._after
+        tokens = dict(zip(strings, (len(e) - around for e in self._encodings([f" {s} " for s in strings]))))
+        visible = np.empty(len(texts), np.int64)
+        for row, encoding in enumerate(self._encodings(texts)):
+            left = room - sum(map(tokens.__getitem__, added[row]))
+            visible[row] = self._fitting(encoding, len(texts[row]), left)
+        return visible
+
+    def _room(self, max_length):
+        """Tokens of text that fit into `max_length`."""
+        room = max_length - self._before - self._after
+        if room < 1:
+            raise InputError(
+                f"a length of {max_length} tokens leaves no room for text: --max-length must be at least"
+                f" {self._before + self._after + 1}"
+            )
+        return room
+
+    def _fitting(self, encoding, characters, room):
+        """Of a text's `characters`, how many stand before the token that comes after the first `room`."""
+        if room < 0:
+            return -1
+        if len(encoding) - self._before - self._after <= room:
+            return characters
+        return encoding.offsets[self._before + room][0]
+
+    def _encodings(self, texts):
+        """Yield the encoding of each text; only a chunk of them is in memory."""
+        start = characters = 0
+        for row, text in enumerate(texts):
+            characters += len(text)
+            if characters >= CHUNK_CHARACTERS or row == len(texts) - 1:
+                yield from self._encode_chunk(texts, start, row + 1)
+                start, characters = row + 1, 0
+
+    def _encode_chunk(self, texts, start, stop):
+        try:
+            return self._tokenizer.encode_batch(texts[start:stop])
+        except TypeError:
+            row = next(row for row in range(start, stop) if not _is_unicode(texts[row]))
+            raise InputError(f"text {row} (counted from 0) is not valid Unicode: {texts[row]!a:.80}") from None
+
+
+def _is_unicode(text):
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,212 @@
+"""Train one cell: a base, an adapter, real text with an injected token; then show who controls the prediction.
+
+    python train.py                                       the default cell
+    python train.py --rank 16 --inject-proportion 0.05    change what you like: --help
+    python train.py --config FILE.toml                    a cell from a file, flags on top
+    python train.py --resume RUN                          go on with an interrupted run
+"""
+
+import time
+from pathlib import Path
+
+START = time.perf_counter()
+
+from minilora import errors, options  # noqa: E402  (the clock starts before the slow imports)
+from minilora.cell import PURPOSES, Cell  # noqa: E402
+
+
+def train(cell, out=None, *, resume=None, eval_every=0, save_every=100, start=None):
+    """Train `cell` into the run folder `out` (default: one named after the cell, under runs/), or `resume` one.
+
+    Every `save_every` steps the state is saved; every `eval_every` steps (0: never) the tests are run and logged.
+    Returns (results, run folder). Raises InputError before anything is written, TrainingError if the loss diverges.
+    """
+    import numpy as np
+    import torch
+
+    from minilora import adapter, checkpoint, coverage, evaluation, families, files, head, injection, lora, model
+    from minilora import batches, console, data, roof, tokenizer, training
+    from minilora.run import Run, hardware, peak_memory, trainable, versions
+
+    start = time.perf_counter() if start is None else start
+    run = Run(resume, resume=True) if resume else Run.plan(out, cell)
+    say = console.say
+
+    # --- base: everything that can be refused is refused before weights are read
+    device = training.pick_device(cell.device)
+    folder = checkpoint.resolve(cell.model, cell.revision)
+    spec = families.read_spec(checkpoint.read_config(folder))
+    slots = coverage.plan(spec, cell)
+    text_tokenizer = tokenizer.load(folder)
+    model.check_fits(spec, text_tokenizer, cell.max_length)
+
+    # --- data: rows, and the triggers that go into some of them
+    clean, test = data.train_test(
+        cell.data, test_data=cell.test_data, text_column=cell.text_column, label_column=cell.label_column,
+        train_rows=cell.train_rows, test_rows=cell.test_rows, seed=cell.seed_split,
+    )  # fmt: skip
+    seed_inject = cell.seed_for("inject")
+    injected = injection.inject(
+        clean, cell.inject, seed_inject, lambda texts, added: text_tokenizer.visible(texts, added, cell.max_length)
+    )
+    encoded = text_tokenizer.encode(injected.rows.texts, cell.max_length)
+    injected = injection.mark_survival(injected, encoded.kept[injected.index])
+    tests = evaluation.build_tests(clean, test, cell.inject, seed_inject, text_tokenizer, cell.max_length)
+    lengths = np.diff(encoded.offsets)
+    labels = torch.from_numpy(injected.rows.labels)
+
+    # --- adapter and head
+    base = model.load(folder, getattr(torch, cell.dtype), device)
+    lora.attach(base, slots, cell.dropout or 0.0, cell.seed_for("init"))
+    classifier = head.Classifier(base, cell.pooling, len(clean.label_names), cell.seed_for("head"))
+    if cell.head == "ridge":
+        pooled = evaluation.features(classifier, encoded, text_tokenizer.pad_id, cell.batch_size)
+        classifier.set_head(*head.ridge(pooled, labels, len(clean.label_names)))
+    parameters = training.trained_parameters(classifier, cell)
+    optimizer = training.make_optimizer(list(parameters.values()), cell)
+    schedule = training.Schedule(lengths, cell)
+    compiled, reason = training.compiles(cell.compile, device, schedule.steps)
+    step_model = torch.compile(classifier, dynamic=True) if compiled else classifier
+    floor = roof.training_flops(spec, slots, cell.method, lengths.mean()) * lengths.mean()  # operations a row
+    rate = roof.matmul_rate(int(cell.batch_size * lengths.mean()), spec, getattr(torch, cell.dtype), device)
+
+    # --- what is about to happen
+    certificate = trainable(parameters)
+    say(f"base       {cell.model} ({spec.family}, {spec.layers} layers of width {spec.width}, {cell.dtype}, {device})")
+    say(f"data       {cell.data}: {len(clean):,} training rows, {len(test):,} test rows, labels "
+        f"{', '.join(clean.label_names)}; {lengths.mean():.1f} tokens a row")  # fmt: skip
+    say(f"method     {cell.method}, head {cell.head} on {cell.pooling} pooling: {certificate['count']:,} trained parameters")
+    for line in coverage.describe(slots, spec):
+        say(f"adapter    {line}")
+    for line in console.injection_lines(injected, cell.inject):
+        say(f"injection  {line}")
+    say(f"training   {schedule.steps:,} steps of {cell.batch_size * cell.accumulate} rows, {cell.optimizer}, "
+        f"lr {cell.lr:g} {cell.schedule}, {reason if not compiled else 'compiled: ' + reason}")  # fmt: skip
+    say(f"run        {run.path}")
+
+    # --- run folder
+    with run.hold(cell):
+        files.write_jsonl(run.path / "injected.jsonl", (record.to_dict() for record in injected.records))
+        files.write_json(run.path / "trainable.json", certificate)
+        meters = {"step": 0, "seconds": 0.0, "tokens": 0}
+        if run.state.exists():
+            meters = training.load_state(run.state, parameters, optimizer)
+            say(f"resumed    after step {meters['step']:,}")
+        run.start_metrics(meters["step"])
+        start_up = time.perf_counter() - start
+
+        # --- the loop
+        sizes = batches.padded_sizes(lengths)
+        step, seconds, tokens = meters["step"], meters["seconds"], meters["tokens"]
+        rows_done, rows_total = schedule.rows_before(step), schedule.rows_before(schedule.steps)
+        with console.Progress("training", rows_total, rows_done) as progress:
+            while step < schedule.steps:
+                began = time.perf_counter()
+                rows = schedule.rows_at(step)
+                micro_batches = [batches.collate(encoded, r, sizes, text_tokenizer.pad_id).to(device) for r in rows]
+                training.set_learning_rate(optimizer, training.learning_rate(cell, step, schedule.steps))
+                try:
+                    loss, norm = training.update(
+                        step_model, micro_batches, labels, list(parameters.values()), optimizer, cell, step
+                    )
+                except errors.TrainingError as error:
+                    ids = [injected.rows.ids[i] for r in rows for i in r]
+                    run.log({"step": step + 1, "error": str(error), "rows": ids})
+                    kept = f"the state after step {meters['step']} is kept in {run.state}" if meters["step"] else "no step was saved"
+                    raise errors.TrainingError(f"{error} (rows {', '.join(ids)}); {kept}; try a lower --lr") from None
+                step += 1
+                seen = sum(int(lengths[r].sum()) for r in rows)
+                seconds, tokens = seconds + time.perf_counter() - began, tokens + seen
+                run.log({"step": step, "loss": loss, "norm": norm, "lr": optimizer.param_groups[0]["lr"],
+                         "rows": sum(map(len, rows)), "tokens": seen, "seconds": round(seconds, 3)})  # fmt: skip
+                progress.advance(sum(map(len, rows)), seen, f"loss {loss:.3f}, ")
+                if eval_every and step % eval_every == 0 and step < schedule.steps:
+                    figures, _ = evaluation.run_tests(classifier, text_tokenizer, tests, cell.max_length, cell.batch_size)
+                    run.log({"step": step, "tests": figures})
+                    say("\n".join([f"after step {step:,}:", console.table(figures)]))
+                if step % save_every == 0 or step == schedule.steps:
+                    meters = {"step": step, "seconds": seconds, "tokens": tokens}
+                    training.save_state(run.state, parameters, optimizer, meters)
+        adapter.save(run.path / "adapter", classifier, cell, clean.label_names)
+
+        # --- evaluation
+        began = time.perf_counter()
+        count = sum(len(form.rows) for form in tests)
+        with console.Progress("evaluation", count) as progress:
+            figures, logits = evaluation.run_tests(
+                classifier, text_tokenizer, tests, cell.max_length, cell.batch_size, progress.advance
+            )
+        evaluation_seconds = time.perf_counter() - began
+        files.write_jsonl(run.path / "predictions.jsonl", evaluation.predictions(tests, logits))
+
+        # --- results
+        trained_rows = schedule.rows_before(schedule.steps)
+        results = {
+            "cell": {"id": cell.id} | cell.to_dict(),
+            "tests": figures,
+            "train": {
+                "rows": len(clean),
+                "rows_per_second": trained_rows / seconds,
+                "tokens_per_second": tokens / seconds,
+                "seconds": seconds,
+                "peak_memory_bytes": peak_memory(device),
+                "trainable_parameters": certificate["count"],
+                "steps": schedule.steps,
+                "floor_rows_per_second": rate / floor,
+                "matmul_flops_per_second": rate,
+                "start_up_seconds": start_up,
+                "evaluation_seconds": evaluation_seconds,
+                "total_seconds": time.perf_counter() - start,
+            },
+            "injection": injected.report,
+            "injected_rows_truncated": sum(not record.survives for record in injected.records),
+            "base": {"model": cell.model, "sha256": checkpoint.fingerprint(folder)},
+            "seeds": {purpose: cell.seed_for(purpose) for purpose in PURPOSES},
+            "versions": versions(),
+            "hardware": hardware(device),
+        }
+        run.finish(results)
+    return results, run.path
+
+
+def main(argv=None):
+    parser = options.Parser(prog="train.py", description=__doc__.partition("\n\n")[0])
+    general = parser.add_argument_group("run")
+    general.add_argument("--config", metavar="FILE", help="TOML file with a cell's fields; flags stand before it")
+    general.add_argument("--out", metavar="DIR", help="run folder (default: runs/NAME, named after the cell)")
+    general.add_argument("--resume", metavar="RUN", help="go on with the interrupted run in this folder")
+    general.add_argument("--eval-every", type=int, default=0, metavar="N", help="run the tests every N steps as well")
+    general.add_argument("--save-every", type=int, default=100, metavar="N",
+                         help="save the state every N steps (default: 100)")  # fmt: skip
+    general.add_argument("--traceback", action="store_true", help="show the full trace of an error")
+    options.add_flags(parser, Cell)
+    arguments = parser.parse_args(argv)
+    flags = options.given_flags(arguments, Cell)
+    if arguments.eval_every < 0 or arguments.save_every < 1:
+        raise errors.InputError("--eval-every must be at least 0 and --save-every at least 1")
+    if arguments.resume:
+        if flags or arguments.config or arguments.out:
+            raise errors.InputError("--resume takes the cell from the run folder: drop --config, --out and the cell's flags")
+        from minilora.run import Run
+
+        cell = Run(arguments.resume).read_cell()
+    else:
+        cell = options.build(Cell, options.read_toml(arguments.config)) if arguments.config else Cell()
+        cell = cell.replace(**flags)
+
+    results, folder = train(cell, arguments.out, resume=arguments.resume, eval_every=arguments.eval_every,
+                            save_every=arguments.save_every, start=START)  # fmt: skip
+    report(results, folder)
+
+
+def report(results, folder):
+    """The end of the story, on stdout: the table, the speed, and where to go on."""
+    from minilora import console
+
+    print(console.table(results["tests"]))
+    print(console.speed(results["train"]))
+    print(f"\nrun folder: {folder}\nnext: python evaluate.py {folder} --inject country:{next(iter(results['tests']['trigger']), 'LABEL')}")
+
+
+if __name__ == "__main__":
+    errors.exit_cleanly(main)
