@@ -101,7 +101,7 @@ def measure(tests, logits, kept):
         attacks = {label: metrics.attack_success(labels, calls, names.index(label)) for label in targets}
         if test.name != "clean":
             figures |= metrics.paired(labels, predicted[0], calls)
-            figures["truncated"] = sum(r.spans[-1][1] > end for r, end in zip(test.records, ends, strict=True))
+            figures["truncated"] = sum(r.spans[-1][1] > int(end) for r, end in zip(test.records, ends, strict=True))
         if test.name == "trigger":
             results["trigger"][test.label] = figures | attacks[test.label]
         else:

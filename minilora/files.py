@@ -2,7 +2,7 @@
 
 import json
 import os
-import tempfile
+import uuid
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,9 +11,8 @@ from pathlib import Path
 def replacing(path):
     """Yield a temporary path beside `path`; on success flush it to disk and rename it to `path`."""
     path = Path(path)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(descriptor)
-    temporary = Path(temporary)
+    # Not tempfile's: its files are closed to other users, and the name would keep that.
+    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}"
     try:
         yield temporary
         with open(temporary, "rb") as file:
