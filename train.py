@@ -33,7 +33,7 @@ def train(cell, out=None, *, resume=None, eval_every=0, save_every=100, start=No
     say = console.say
 
     # --- base: everything that can be refused is refused before weights are read
-    device = training.pick_device(cell.device)
+    device, dtype = training.pick_device(cell.device), getattr(torch, cell.dtype)
     folder = checkpoint.resolve(cell.model, cell.revision)
     spec = families.read_spec(checkpoint.read_config(folder))
     slots = coverage.plan(spec, cell)
@@ -43,7 +43,7 @@ def train(cell, out=None, *, resume=None, eval_every=0, save_every=100, start=No
     # --- data: rows, and the triggers that go into some of them
     clean, test = data.train_test(
         cell.data, test_data=cell.test_data, text_column=cell.text_column, label_column=cell.label_column,
-        train_rows=cell.train_rows, test_rows=cell.test_rows, seed=cell.seed_split,
+        train_rows=cell.train_rows, test_rows=cell.test_rows, seed=cell.seed_split, revision=cell.data_revision,
     )  # fmt: skip
     seed_inject = cell.seed_for("inject")
     injected = injection.inject(
@@ -56,7 +56,7 @@ def train(cell, out=None, *, resume=None, eval_every=0, save_every=100, start=No
     labels = torch.from_numpy(injected.rows.labels)
 
     # --- adapter and head
-    base = model.load(folder, getattr(torch, cell.dtype), device)
+    base = model.load(folder, dtype, device)
     lora.attach(base, slots, cell.dropout or 0.0, cell.seed_for("init"))
     classifier = head.Classifier(base, cell.pooling, len(clean.label_names), cell.seed_for("head"))
     if cell.head == "ridge":
@@ -68,7 +68,7 @@ def train(cell, out=None, *, resume=None, eval_every=0, save_every=100, start=No
     compiled, reason = training.compiles(cell.compile, device, schedule.steps)
     step_model = torch.compile(classifier, dynamic=True) if compiled else classifier
     floor = roof.training_flops(spec, slots, cell.method, lengths.mean()) * lengths.mean()  # operations a row
-    rate = roof.matmul_rate(int(cell.batch_size * lengths.mean()), spec, getattr(torch, cell.dtype), device)
+    rate = roof.matmul_rate(int(cell.batch_size * lengths.mean()), spec, dtype, device)
 
     # --- what is about to happen
     certificate = trainable(parameters)

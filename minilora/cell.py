@@ -84,6 +84,7 @@ class Cell:
     )  # fmt: skip
 
     data: str = option("movie-snippets", "data", "movie-snippets, a CSV, TSV, JSONL or Parquet file, or a hub id", str)
+    data_revision: str | None = option(None, "data", "branch, tag or commit of a hub data set (default: main)", str)
     text_column: str | None = option(None, "data", "column of the text (default: a usual name)", str)
     label_column: str | None = option(None, "data", "column of the label (default: a usual name)", str)
     test_data: str | None = option(None, "data", "file of test rows (default: the data's own, or a split)", str)

@@ -1,9 +1,9 @@
 """The Hugging Face hub: bring the files that a model or a data set needs into the local cache.
 
-`huggingface_hub` does the transfer, the cache (HF_HOME, HF_HUB_CACHE), the token and HF_HUB_OFFLINE. Added here
-are the choice of files, a quick answer where the hub can't be reached (its own downloads retry for 20 s and
-more), and the guarantee that a folder handed back holds every file that was chosen. Left out: uploads, and a
-second cache of our own.
+`huggingface_hub` does the transfer, the cache (HF_HOME, HF_HUB_CACHE), the token and HF_HUB_OFFLINE. Added
+here are the choice of files, a quick answer where the hub can't be reached (its own downloads retry for 20 s
+and more), and the guarantee that a folder handed back holds every file that was chosen. Left out: uploads,
+and a second cache of our own.
 """
 
 import glob
@@ -21,7 +21,7 @@ SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)\b.*")
 
 
 class HubUnreachable(InputError):
-    """The hub gave no answer (offline, HF_HUB_OFFLINE, timeout, server error) and the cache can't stand in."""
+    """The hub gave no answer (offline, timeout, server error) and the cache can't stand in for it."""
 
 
 def fetch(repo_id, choose, *, kind="model", revision=None):
@@ -33,12 +33,12 @@ def fetch(repo_id, choose, *, kind="model", revision=None):
     revision  branch, tag or commit; default: the main branch
 
     Only chosen files travel, and none that the cache has. A full commit hash whose files are all in the cache
-    needs no network. A branch may have moved, so the hub is asked; where it can't be reached, the cache's last
-    snapshot of that revision serves if it is complete. The cache holds whole files only, so an interrupted
-    download is never used and the next call goes on from there.
+    needs no network. A branch may have moved, so the hub is asked; where it can't be reached, the cache's
+    last snapshot of that revision serves if it is complete. The cache holds whole files only, so an
+    interrupted download is never used and the next call goes on from there.
 
-    Raises HubUnreachable, or InputError for a repository or revision that is missing, private or gated, and for
-    a download that breaks off.
+    Raises HubUnreachable, or InputError for a repository or revision that is missing, private or gated, and
+    for a download that breaks off.
     """
     cached = _cached(repo_id, kind, revision)
     if revision and COMMIT.fullmatch(revision) and _is_complete(cached, choose, repo_id, kind):
@@ -58,7 +58,7 @@ def fetch(repo_id, choose, *, kind="model", revision=None):
 def _list(repo_id, kind, revision):
     """The commit that `revision` names on the hub and its file names, from one request without retries."""
     from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     api = HfApi(library_name="minilora")
 
@@ -83,8 +83,8 @@ def _list(repo_id, kind, revision):
         reason = " ".join(str(error).split()) or type(error).__name__
     raise HubUnreachable(
         f"cannot reach the hub for {kind} {repo_id!r} (tried {api.endpoint}: {reason}), and the cache"
-        f" {constants.HF_HUB_CACHE} holds no complete copy of revision {revision or 'main'!r}; go online once,"
-        " or name local files"
+        f" {constants.HF_HUB_CACHE} holds no complete copy of revision {revision or 'main'!r}; go online"
+        " once, or name local files"
     )
 
 
@@ -144,8 +144,8 @@ def _refusal(error, repo_id, kind, revision):
         return InputError(f"{kind} {repo_id!r} has no revision {revision!r}; check the branch, tag or commit")
     if status in (401, 403, 404):
         return InputError(
-            f"the hub has no {kind} {repo_id!r} that you can read; check the id, or run `hf auth login` if it is"
-            " private or gated"
+            f"the hub has no {kind} {repo_id!r} that you can read; check the id, or run `hf auth login` if it"
+            " is private or gated"
         )
     reason = " ".join(str(error).split())
     return InputError(f"the hub refused {kind} {repo_id!r} ({reason}); check the id and the revision")
@@ -175,7 +175,7 @@ def _is_complete(folder, choose, repo_id, kind):
     names = _listing(folder.name, repo_id, kind)
     if names is not None:
         return _holds(folder, choose(names))
-    # Without the repository's listing an interrupted download shows in what choose misses, or in absent shards.
+    # Without the repository's listing, what is absent shows in what choose misses, or in the shards' numbers.
     present = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     try:
         chosen = choose(present)

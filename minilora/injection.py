@@ -140,13 +140,12 @@ def placebo_rows(rows, settings, k, vocabulary, seed, visible=None):
 
 
 def shared_words(rows, least_rows=20, spread=1.2, enough=20):
-    """Words that say little about the label, sorted: the vocabulary of the placebo. Use the clean training
-    rows.
+    """Words that say little about the label, sorted: the placebo's vocabulary. `rows`: clean training rows.
 
-    They are lower-case, alphabetic, seen in `least_rows` rows of every label (rarer ones are often balanced by
-    chance alone), at a rate (share of the label's rows) within a factor `spread` of the mean of the labels'
-    rates. Where fewer than `enough` are so, rarer words within the factor make up the number, and then any that
-    are seen in every label, the most frequent first. Raises InputError where there is no such word.
+    They are lower-case, alphabetic, seen in `least_rows` rows of every label (rarer ones are often balanced
+    by chance alone), at a rate (share of the label's rows) within a factor `spread` of the mean of the labels'
+    rates. Where fewer than `enough` are so, rarer words within the factor make up the number, and then any
+    seen in every label, the most frequent first. Raises InputError where there is no such word.
     """
     present = np.unique(rows.labels)
     position = np.searchsorted(present, rows.labels).tolist()
@@ -163,7 +162,7 @@ def shared_words(rows, least_rows=20, spread=1.2, enough=20):
     factor = np.maximum(rates.max(axis=1) / mean, mean / rates.min(axis=1))
     least = counts.min(axis=1)
     balanced = (least >= least_rows) & (factor <= spread)
-    ranking = sorted(range(len(words)), key=lambda i: (not balanced[i], factor[i] > spread, -least[i], words[i]))
+    ranking = np.lexsort((words, -least, factor > spread, ~balanced))
     return sorted(words[i] for i in ranking[: max(enough, int(balanced.sum()))])
 
 

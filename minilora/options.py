@@ -150,22 +150,22 @@ class Parser(argparse.ArgumentParser):
         return known
 
 
-def add_flags(parser, kind, prefix="", only=None):
+def add_flags(parser, kind, prefix="", only=None, default=None):
     """A flag for each field of the dataclass `kind` (or those named in `only`), in titled groups.
 
     A field whose metadata names a `nested` dataclass gives that one's flags. Defaults are shown, not set: only
-    the flags that are given appear in the result.
+    the flags that are given appear in the result. `default` is shown in place of the fields' own defaults.
     """
     for f in fields(kind):
-        if only is not None and prefix + f.name not in only:
+        if only is not None and "nested" not in f.metadata and prefix + f.name not in only:
             continue
         if nested := f.metadata.get("nested"):
-            add_flags(parser, nested, f"{f.name}_")
+            add_flags(parser, nested, f"{f.name}_", only, default)
             continue
         many = "tuple" in str(f.type)
-        default = f.metadata["unset"] if f.default is None else f.default
-        default = " ".join(default) if many and default else default
-        stated = "" if default is None else f" (default: {default})"
+        stated = default or (f.metadata["unset"] if f.default is None else f.default)
+        stated = " ".join(stated) if many and isinstance(stated, tuple) else stated
+        stated = "" if stated is None else f" (default: {stated})"
         limits = f.metadata["limits"]
         flag = "--" + (f.metadata["flag"] or prefix + f.name).replace("_", "-")
         group(parser, f.metadata["group"]).add_argument(

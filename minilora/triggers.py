@@ -137,11 +137,9 @@ class Lines(Source):
             # Not splitlines(), which also splits at characters that may stand inside a trigger.
             lines = Path(path).expanduser().read_text(encoding="utf-8-sig").split("\n")
         except OSError as error:
-            raise InputError(f"trigger file {path} cannot be read: {error.strerror}; check the path") from None
+            raise InputError(f"cannot read trigger file {path} ({error.strerror}): check the path") from None
         except UnicodeDecodeError as error:
-            raise InputError(
-                f"trigger file {path} is not UTF-8 at byte {error.start}: save it as UTF-8"
-            ) from None
+            raise InputError(f"trigger file {path} is not UTF-8 (byte {error.start}): save it so") from None
         strings = {}
         for line in lines:
             if line.strip():

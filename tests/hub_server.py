@@ -20,6 +20,7 @@ Misbehaviour, to set and reset at any time:
 Not a hub in anything else: no upload, no LFS or Xet storage, no pagination, no token is ever checked.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -47,7 +48,8 @@ class HubServer:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        serve = functools.partial(self._server.serve_forever, poll_interval=0.02)
+        threading.Thread(target=serve, daemon=True).start()
         return self
 
     def __exit__(self, *_):
@@ -70,7 +72,8 @@ class HubServer:
 
     def environment(self, home):
         """Environment variables of a process that uses this hub, with its cache in `home`."""
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGINGFACE_"))}
+        ours = ("HF_", "HUGGINGFACE_")
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
         return kept | {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1"}
 
     def use(self, monkeypatch, home):
@@ -112,7 +115,8 @@ class _Handler(BaseHTTPRequestHandler):
         if path.startswith("datasets/"):
             plural, path = path.split("/", 1)
         kind = plural.removesuffix("s")
-        repo_id = next((name for k, name in hub.refs if k == kind and f"{path}/".startswith(f"{name}/")), None)
+        names = [name for k, name in hub.refs if k == kind and f"{path}/".startswith(f"{name}/")]
+        repo_id = names[0] if names else None
         if repo_id is None or repo_id in hub.hidden:
             return self._error(401, "RepoNotFound")
         action, _, rest = path[len(repo_id) + 1 :].partition("/")
@@ -141,7 +145,7 @@ class _Handler(BaseHTTPRequestHandler):
         data = hub.commits[commit].get(name)
         if data is None:
             return self._error(404, "EntryNotFound")
-        headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+        headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": commit}
         status, start = 200, 0
         if given := self.headers.get("Range"):
             start = int(given.removeprefix("bytes=").split("-")[0])

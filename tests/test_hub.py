@@ -37,7 +37,8 @@ def weights(names):
 
 
 def contents(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def forget_listings(home):
@@ -120,8 +121,9 @@ def test_a_hub_that_is_down_is_answered_from_the_cache_or_at_once(server, tmp_pa
         hub.fetch("owner/other", weights)
     assert time.monotonic() - start < 2
     assert str(caught.value) == (
-        f"cannot reach the hub for model 'owner/other' (tried {server.url}: it answered {status}), and the cache"
-        f" {tmp_path / 'hub'} holds no complete copy of revision 'main'; go online once, or name local files"
+        f"cannot reach the hub for model 'owner/other' (tried {server.url}: it answered {status}), and the"
+        f" cache {tmp_path / 'hub'} holds no complete copy of revision 'main'; go online once, or name local"
+        " files"
     )
 
 
@@ -211,7 +213,8 @@ def test_a_repository_that_cannot_be_read_says_what_to_do(server):
     server.hidden.add("owner/hidden")
     server.gated.add("owner/gated")
     unreadable = (
-        "the hub has no {} {!r} that you can read; check the id, or run `hf auth login` if it is private or gated"
+        "the hub has no {} {!r} that you can read; check the id, or run `hf auth login`"
+        " if it is private or gated"
     )
     cases = [
         (("owner/missing", "model", None), unreadable.format("model", "owner/missing")),
@@ -244,9 +247,8 @@ def run(environment, *arguments):
         "except InputError as error: print(json.dumps([type(error).__name__, str(error)]))\n"
     )
     start = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
-    )
+    environment = environment | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout), time.monotonic() - start
 

@@ -1,0 +1,108 @@
+"""Test a finished run again, from its adapter: the same tests, or other rows, other triggers, another batch size.
+
+    python evaluate.py RUN                             its own tests; says whether every prediction is the same
+    python evaluate.py RUN --inject country:positive   other triggers
+    python evaluate.py RUN --data reviews.csv          other test rows
+"""
+
+from pathlib import Path
+
+from minilora import errors, options
+from minilora.cell import Cell
+
+# What a test may change of a cell; its other fields made the adapter.
+CHANGES = ("model", "device", "text_column", "label_column", "inject_sources", "inject_count", "inject_density",
+           "inject_location", "inject_split", "seed_inject")  # fmt: skip
+
+
+def evaluate(folder, *, data=None, batch_size=None, **changes):
+    """Run the tests of the finished run in `folder`, `changes` made to its cell: (figures, predictions).
+
+    The figures are as `tests` in results.json, the predictions as the lines of predictions.jsonl. `data` names other
+    test rows, which `text_column` and `label_column` then speak of. Raises InputError for a run that is not finished.
+    """
+    import torch
+
+    from minilora import adapter, checkpoint, console, evaluation, head, model, tokenizer, training
+    from minilora import data as datasets
+    from minilora.run import Run
+
+    run = Run(folder)
+    trained = run.read_cell()
+    if not run.finished:
+        raise errors.InputError(f"{folder} holds no finished run: go on with python train.py --resume {folder}")
+    cell = trained.replace(**changes)
+
+    # --- rows: the training rows give the placebo its words and the labels their names
+    clean, test = datasets.train_test(
+        trained.data, test_data=trained.test_data, text_column=trained.text_column, label_column=trained.label_column,
+        train_rows=trained.train_rows, test_rows=trained.test_rows, seed=trained.seed_split,
+        revision=trained.data_revision,
+    )  # fmt: skip
+    if data is not None:
+        test = datasets.load(data, text_column=cell.text_column, label_column=cell.label_column)
+        test = datasets.align(test, clean.label_names, data)
+
+    # --- model
+    base = checkpoint.resolve(cell.model, cell.revision)
+    text_tokenizer = tokenizer.load(base)
+    encoder = model.load(base, getattr(torch, cell.dtype), training.pick_device(cell.device))
+    classifier = head.Classifier(encoder, cell.pooling, len(clean.label_names))
+    adapter.restore(run.path / "adapter", classifier, cell.method)
+
+    # --- tests
+    tests = evaluation.build_tests(
+        clean, test, cell.inject, cell.seed_for("inject"), text_tokenizer, cell.max_length
+    )
+    with console.Progress("evaluation", sum(len(form.rows) for form in tests)) as progress:
+        figures, logits = evaluation.run_tests(
+            classifier, text_tokenizer, tests, cell.max_length, batch_size or cell.batch_size, progress.advance
+        )
+    return figures, list(evaluation.predictions(tests, logits))
+
+
+def compare(folder, predictions):
+    """How many of the run's own predictions came out the same: (same, all). They are matched by row and test."""
+    from minilora import files
+
+    before = files.read_jsonl(Path(folder) / "predictions.jsonl")
+    pairs = [(old[test]["predicted"], new.get(test, {}).get("predicted")) for old, new in zip(before, predictions)
+             for test in old if test not in ("id", "label")]  # fmt: skip
+    return sum(old == new for old, new in pairs), len(pairs)
+
+
+def main(argv=None):
+    parser = options.Parser(prog="evaluate.py", description=__doc__.partition("\n\n")[0])
+    parser.add_argument("run", metavar="RUN", help="folder of a finished run")
+    parser.add_argument("--data", dest="rows", metavar="FILE", help="other test rows: a file (default: the run's own)")
+    parser.add_argument("--batch-size", dest="batch", type=int, metavar="N", help="rows a batch (default: the run's)")
+    parser.add_argument("--out", metavar="DIR", help="write results.json and predictions.jsonl to this new folder")
+    parser.add_argument("--traceback", action="store_true", help="show the full trace of an error")
+    options.add_flags(parser, Cell, only=CHANGES, default="the run's")
+    arguments = parser.parse_args(argv)
+    changes = options.given_flags(arguments, Cell)
+    if arguments.batch is not None and arguments.batch < 1:
+        raise errors.InputError(f"--batch-size is {arguments.batch}, but must be at least 1")
+    if arguments.rows is None and {"text_column", "label_column"} & set(changes):
+        raise errors.InputError("--text-column and --label-column are those of --data: give it too")
+    out = Path(arguments.out) if arguments.out else None
+    if out and out.exists():
+        raise errors.InputError(f"{out} exists: choose another --out")
+
+    figures, predictions = evaluate(arguments.run, data=arguments.rows, batch_size=arguments.batch, **changes)
+    from minilora import console, files
+
+    print(console.table(figures))
+    if arguments.rows is None and "inject" not in changes and "seed_inject" not in changes:
+        same, total = compare(arguments.run, predictions)
+        print(f"predictions the same as the run's own: {same:,} of {total:,}")
+    if out:
+        out.mkdir(parents=True)
+        files.write_jsonl(out / "predictions.jsonl", predictions)
+        tested = {"run": str(arguments.run), "data": arguments.rows, "changes": changes}
+        files.write_json(out / "results.json", tested | {"tests": figures})
+        print(f"written to {out}")
+
+
+if __name__ == "__main__":
+    errors.exit_cleanly(main)

