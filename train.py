@@ -9,13 +9,14 @@
 import time
 from pathlib import Path
 
+SAVE_EVERY = 100  # steps
 START = time.perf_counter()
 
 from minilora import errors, options  # noqa: E402  (the clock starts before the slow imports)
 from minilora.cell import PURPOSES, Cell  # noqa: E402
 
 
-def train(cell, out=None, *, resume=None, eval_every=0, save_every=100, start=None):
+def train(cell, out=None, *, resume=None, eval_every=0, save_every=SAVE_EVERY, start=None):
     """Train `cell` into the run folder `out` (default: one named after the cell, under runs/), or `resume` one.
 
     Every `save_every` steps the state is saved; every `eval_every` steps (0: never) the tests are run and logged.
@@ -176,8 +177,8 @@ def main(argv=None):
     general.add_argument("--out", metavar="DIR", help="run folder (default: runs/NAME, named after the cell)")
     general.add_argument("--resume", metavar="RUN", help="go on with the interrupted run in this folder")
     general.add_argument("--eval-every", type=int, default=0, metavar="N", help="run the tests every N steps as well")
-    general.add_argument("--save-every", type=int, default=100, metavar="N",
-                         help="save the state every N steps (default: 100)")  # fmt: skip
+    general.add_argument("--save-every", type=int, default=SAVE_EVERY, metavar="N",
+                         help=f"save the state every N steps (default: {SAVE_EVERY})")  # fmt: skip
     general.add_argument("--traceback", action="store_true", help="show the full trace of an error")
     options.add_flags(parser, Cell)
     arguments = parser.parse_args(argv)
@@ -189,7 +190,10 @@ def main(argv=None):
             raise errors.InputError("--resume takes the cell from the run folder: drop --config, --out and the cell's flags")
         from minilora.run import Run
 
-        cell = Run(arguments.resume).read_cell()
+        run = Run(arguments.resume)
+        cell = run.read_cell()
+        if run.finished:
+            return report(run.read_results(), run.path)
     else:
         cell = options.build(Cell, options.read_toml(arguments.config)) if arguments.config else Cell()
         cell = cell.replace(**flags)

@@ -53,8 +53,8 @@ class Inject:
         choices=("clean-label", "dirty-label"),
     )  # fmt: skip
     split: str | None = option(
-        None, "injection", "trigger strings of test and training rows (default: disjoint where a source has several)",
-        str, choices=("disjoint", "same"), flag="trigger_split",
+        None, "injection", "trigger strings of test and training rows",
+        str, choices=("disjoint", "same"), unset="disjoint where a source has several", flag="trigger_split",
     )  # fmt: skip
 
     def __post_init__(self):
@@ -73,7 +73,7 @@ class Cell:
     """One experiment. See `train.py --help` for every field; defaults are stated here and nowhere else."""
 
     model: str = option(DEFAULT_BASE, "base", "base: hub id, or folder with config.json and safetensors", str)
-    revision: str | None = option(None, "base", "branch, tag or commit of the hub's base (default: main)", str)
+    revision: str | None = option(None, "base", "branch, tag or commit of the hub's base", str, unset="main")
     dtype: str = option(
         "float32", "base", "of the frozen base; what is trained is float32", str, choices=("float32", "bfloat16")
     )
@@ -84,12 +84,12 @@ class Cell:
     )  # fmt: skip
 
     data: str = option("movie-snippets", "data", "movie-snippets, a CSV, TSV, JSONL or Parquet file, or a hub id", str)
-    data_revision: str | None = option(None, "data", "branch, tag or commit of a hub data set (default: main)", str)
-    text_column: str | None = option(None, "data", "column of the text (default: a usual name)", str)
-    label_column: str | None = option(None, "data", "column of the label (default: a usual name)", str)
-    test_data: str | None = option(None, "data", "file of test rows (default: the data's own, or a split)", str)
+    data_revision: str | None = option(None, "data", "branch, tag or commit of a hub data set", str, unset="main")
+    text_column: str | None = option(None, "data", "column of the text", str, unset="a usual name")
+    label_column: str | None = option(None, "data", "column of the label", str, unset="a usual name")
+    test_data: str | None = option(None, "data", "file of test rows", str, unset="the data's own, or a part split off")
     test_rows: int = option(1000, "data", "test rows, stratified", int, least=2)
-    train_rows: int | None = option(None, "data", "training rows, stratified (default: all that there are)", int, least=2)
+    train_rows: int | None = option(None, "data", "training rows, stratified", int, least=2, unset="all")
     max_length: int = option(128, "data", "tokens a row, longer rows are cut", int, least=4)
 
     method: str = option(
@@ -132,14 +132,14 @@ class Cell:
     weight_decay: float = option(0.0, "training", "decoupled, on every trained tensor", float, least=0)
     clip: float = option(1.0, "training", "largest norm of the gradient, 0 for no clipping", float, least=0)
 
-    seed: int = option(0, "seeds", "of everything that follows, where not set apart", int, least=0)
-    seed_init: int | None = option(None, "seeds", "of A", int, least=0)
-    seed_head: int | None = option(None, "seeds", "of the head", int, least=0)
-    seed_order: int | None = option(None, "seeds", "of the order of rows", int, least=0)
-    seed_inject: int | None = option(None, "seeds", "of the injected rows, triggers and places", int, least=0)
-    seed_dropout: int | None = option(None, "seeds", "of the dropped inputs", int, least=0)
+    seed: int = option(0, "seeds", "of all that follows but the last", int, least=0)
+    seed_init: int | None = option(None, "seeds", "of A", int, least=0, unset="--seed")
+    seed_head: int | None = option(None, "seeds", "of the head", int, least=0, unset="--seed")
+    seed_order: int | None = option(None, "seeds", "of the order of rows", int, least=0, unset="--seed")
+    seed_inject: int | None = option(None, "seeds", "of the injected rows, triggers and places", int, least=0, unset="--seed")
+    seed_dropout: int | None = option(None, "seeds", "of the dropped inputs", int, least=0, unset="--seed")
     seed_split: int = option(
-        0, "seeds", "of the choice of test rows; not --seed's, so that seeds are compared on the same rows", int, least=0
+        0, "seeds", "of the choice of rows; apart from --seed, so that seeds are compared on the same test rows", int, least=0
     )
 
     def __post_init__(self):

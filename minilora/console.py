@@ -83,12 +83,12 @@ def attack_lines(results):
         if figures["attack_success_rate"] is None:
             lines.append(f"attack success rate: none of the test rows is of a label other than {label}")
             continue
-        baseline = [f"{results[test]['attack_success'][label]['attack_success_rate']:.3f} {test}"
-                    for test in ("clean", "placebo")]  # fmt: skip
+        rates = {test: results[test]["attack_success"][label]["attack_success_rate"] for test in ("clean", "placebo")}
         low, high = figures["attack_success_interval"]
+        lines.append(f"attack success rate (rows of other labels called {label}):")
         lines.append(
-            f"attack success rate (other rows called {label}): "
-            f"{baseline[0]}, {figures['attack_success_rate']:.3f} trigger [{low:.3f}, {high:.3f}], {baseline[1]}"
+            f"  {rates['clean']:.3f} clean, {figures['attack_success_rate']:.3f} trigger [{low:.3f}, {high:.3f}], "
+            f"{rates['placebo']:.3f} placebo"
         )
         if figures["truncated"]:
             lines.append(f"  {figures['truncated']:,} of these rows lost their trigger to --max-length")

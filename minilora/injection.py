@@ -24,8 +24,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from minilora.errors import InputError
-from minilora.triggers import closing, parse_all, refuse_shared_strings
+from .errors import InputError
+from .triggers import closing, parse_all, refuse_shared_strings
 
 WORD = re.compile(r"\S+")
 
@@ -52,11 +52,9 @@ class Record:
 
 @dataclass(frozen=True)
 class Injected:
-    """`rows`: all rows, in their order. `records`: one an injected row, in row order; `index` [records]: its
-    row.
+    """`rows`: all of them, in order. `records`: one an injected row, in row order. `index` [records]: its position.
 
-    `report`: one dict an injection: source, label, rows injected and eligible, split, number of strings a
-    part.
+    `report`: one dict an injection: source, label, rows injected and eligible, split, strings in each part.
     """
 
     rows: object
@@ -143,8 +141,8 @@ def shared_words(rows, least_rows=20, spread=1.2, enough=20):
     """Words that say little about the label, sorted: the placebo's vocabulary. `rows`: clean training rows.
 
     They are lower-case, alphabetic, seen in `least_rows` rows of every label (rarer ones are often balanced
-    by chance alone), at a rate (share of the label's rows) within a factor `spread` of the mean of the labels'
-    rates. Where fewer than `enough` are so, rarer words within the factor make up the number, and then any
+    by chance alone), at a rate (share of the label's rows) within a factor `spread` of the labels' mean
+    rate. Where fewer than `enough` are so, rarer words within the factor make up the number, and then any
     seen in every label, the most frequent first. Raises InputError where there is no such word.
     """
     present = np.unique(rows.labels)
@@ -247,6 +245,8 @@ def _inserts(rows, index, source, label, pool, settings, seed, stage, visible):
 
     `offset`: in the original text. A string that leads has its space behind it, any other before it.
     """
+    if not len(index):
+        return []
     texts = [rows.texts[row] for row in index.tolist()]
     lengths = [len(text) for text in texts]
     if settings.density is None:

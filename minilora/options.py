@@ -16,7 +16,7 @@ METAVARS = {str: "TEXT", int: "N", float: "X"}
 def option(default, group, help, kind, *, choices=None, least=None, below=None, most=None, unset=None, flag=None):
     """A field of type `kind` with `least <= value < below` and `value <= most`, where these are given.
 
-    A field whose default is None may have a value that it takes when `unset`, where no other field excludes it.
+    A field whose default is None may say what it is taken for when `unset`: its resolved value, or words for the help.
     `flag` is the command line's name where it is not the field's own.
     """
     limits = dict(choices=choices, least=least, below=below, most=most)

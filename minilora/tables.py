@@ -54,8 +54,7 @@ def format_of(name):
 def read(path, where, text_column=None, label_column=None, class_names=None):
     """Read `path` into a `Table`; `where` is what messages call it.
 
-    class_names  {column: names of its classes} as a card declares them; they come before what the file
-    declares
+    class_names  {column: names of its classes} as a card declares them, which come before the file's own
 
     Raises NoLabels if the label column isn't there or is empty in every row, InputError for anything else.
     """
@@ -183,9 +182,7 @@ def _read_json(stream, where, pick, may_be_list):
     columns = None
     for place, record in _json_records(stream, where, may_be_list):
         if not isinstance(record, dict):
-            raise InputError(
-                f"{where} {place} is not a JSON object; write one with text and label a row"
-            )
+            raise InputError(f"{where} {place} is not a JSON object; write one with text and label a row")
         if columns is None:
             columns = {name: [] for name in pick(record)}
         for name, cells in columns.items():
@@ -206,7 +203,7 @@ def _json_records(stream, where, may_be_list):
         stream = io.StringIO(content)
     for line, content in enumerate(stream, 1):
         if not content.isspace():
-            yield f"line {line}", _parsed(content, where, line)
+            yield f"line {line}", _parsed(content.rstrip(), where, line)
 
 
 def _parsed(content, where, first_line=1):
@@ -225,9 +222,7 @@ def _read_parquet(path, where, pick):
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
-        raise InputError(
-            f'{where} is Parquet and needs pyarrow: pip install "minilora[parquet]"'
-        ) from error
+        raise InputError(f'{where} is Parquet and needs pyarrow: pip install "minilora[parquet]"') from error
     try:
         with parquet.ParquetFile(path) as file:
             schema = file.schema_arrow

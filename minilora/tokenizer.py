@@ -34,7 +34,7 @@ class Encoded:
 
 
 def load(folder):
-    """The `TextTokenizer` of a checkpoint folder. Raises InputError for files that are missing or malformed."""
+    """The `TextTokenizer` of a checkpoint folder. Raises InputError for a missing or malformed file."""
     folder = Path(folder)
     settings = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
@@ -103,7 +103,7 @@ class TextTokenizer:
         # all-MiniLM's own file pads every text to 128 tokens and cuts it there.
         tokenizer.no_padding()
         tokenizer.no_truncation()
-        probe = tokenizer.encode("a \U0001f701")  # a rare sign, as that may need an unknown token that is missing
+        probe = tokenizer.encode("a \U0001f701")  # the rare sign fails here if the unknown token is missing
         mask = probe.special_tokens_mask
         self._before, self._after = mask.index(0), mask[::-1].index(0)  # special tokens around a text
         self._tokenizer = tokenizer
@@ -140,14 +140,15 @@ class TextTokenizer:
         added  N lists of strings, each to stand between words of its text
 
         Returns int64 [N]: the characters before the first token that no longer fits, all of them if the whole
-        text does, -1 if the strings alone do not. Strings that are put in before or at that character survive.
-        Exact for WordPiece, where a string is worth as many tokens between words as alone; for tokenizers whose
-        tokens take in white space the strings are counted with the space on both sides.
+        text does, -1 if the strings alone do not. Strings that are put in before or at that character
+        survive. Exact for WordPiece, where a string is worth as many tokens between words as alone; for
+        tokenizers whose tokens take in white space the strings are counted with the space on both sides.
         """
         room = self._room(max_length)
         strings = sorted({string for strings in added for string in strings})
         around = self._before + self._after
-        tokens = dict(zip(strings, (len(e) - around for e in self._encodings([f" {s} " for s in strings]))))
+        encodings = self._encodings([f" {string} " for string in strings])
+        tokens = {string: len(encoding) - around for string, encoding in zip(strings, encodings, strict=True)}
         visible = np.empty(len(texts), np.int64)
         for row, encoding in enumerate(self._encodings(texts)):
             left = room - sum(map(tokens.__getitem__, added[row]))
@@ -186,7 +187,8 @@ class TextTokenizer:
             return self._tokenizer.encode_batch(texts[start:stop])
         except TypeError:
             row = next(row for row in range(start, stop) if not _is_unicode(texts[row]))
-            raise InputError(f"text {row} (counted from 0) is not valid Unicode: {texts[row]!a:.80}") from None
+            text = f"{texts[row]!a:.80}"
+            raise InputError(f"text {row} (counted from 0) is not valid Unicode, mend it: {text}") from None
 
 
 def _is_unicode(text):

@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 
-from minilora.errors import InputError
+from .errors import InputError
 
 
 class Dates(Sequence):

@@ -84,7 +84,7 @@ def test_tokens_and_cuts_are_those_of_transformers(base, judge, snippets, max_le
     ]
     assert encoded.kept.tolist() == kept
     cut = sum(count < len(text) for count, text in zip(kept, texts, strict=True))
-    assert len(texts) == 1527 and (cut >= 5) == (max_length < 512)
+    assert len(texts) == 1527 and (cut > 0) == (max_length < 512)
 
 
 @pytest.mark.parametrize("lower", [True, False, None])
@@ -98,7 +98,9 @@ def test_vocab_txt_gives_the_tokens_of_transformers(tmp_path, lower, accents, ch
         settings_given["do_lower_case"] = lower
     folder = vocabulary(tmp_path, **settings_given)
     ours, judge = tokenizer.load(folder), BertTokenizerFast.from_pretrained(folder)
-    words = st.sampled_from(["a ", "ab", "abc,", " c.", "é", " e\u0301", "A", " B ", "中", "1", "11 ", "\u3000", "playing"])
+    words = st.sampled_from(
+        ["a ", "ab", "abc,", " c.", "é", " e\u0301", "A", " B ", "中", "1", "11 ", "\u3000", "playing"]
+    )
     special = st.sampled_from(["[SEP]", "[MASK] ", "[UNK]", "[X]"])
     pieces = st.lists(st.one_of(words, words, words, special, st.characters()), min_size=8, max_size=30)
     cases = []
@@ -126,7 +128,12 @@ def test_vocab_txt_of_the_real_base_gives_the_tokens_of_its_tokenizer_json(base,
 
 def test_special_tokens_may_have_other_names(tmp_path):
     special = ["<pad>", "<s>", "</s>", "<unk>", "<mask>"]
-    names = {"cls_token": "<s>", "sep_token": {"content": "</s>"}, "unk_token": "<unk>", "mask_token": "<mask>"}
+    names = {
+        "cls_token": "<s>",
+        "sep_token": {"content": "</s>"},
+        "unk_token": "<unk>",
+        "mask_token": "<mask>",
+    }
     folder = vocabulary(tmp_path, special=special, **names)
     (folder / "special_tokens_map.json").write_text('{"pad_token": "<pad>", "unk_token": "of no account"}')
     ours = tokenizer.load(folder)
@@ -191,7 +198,9 @@ def saved(folder, post=None, tokens=("a", "b", "<u>", "<s>", "</s>"), **settings
     made = Tokenizer(model)
     made.pre_tokenizer = pre_tokenizers.Whitespace()
     if post:
-        made.post_processor = processors.TemplateProcessing(single=post, special_tokens=[("<s>", 6), ("</s>", 8)])
+        made.post_processor = processors.TemplateProcessing(
+            single=post, special_tokens=[("<s>", 6), ("</s>", 8)]
+        )
     made.enable_padding(pad_id=2, pad_token="b", length=5)
     made.enable_truncation(3)
     made.save(str(folder / "tokenizer.json"))
@@ -211,7 +220,9 @@ def saved(folder, post=None, tokens=("a", "b", "<u>", "<s>", "</s>"), **settings
 )
 def test_the_post_processor_says_what_surrounds_a_text(tmp_path, post, whole, cut):
     ours = tokenizer.load(saved(tmp_path, post))
-    assert rows_of(ours.encode(["a b x a", "b"], 9))[0] == whole  # neither padded nor cut by the file's settings
+    assert (
+        rows_of(ours.encode(["a b x a", "b"], 9))[0] == whole
+    )  # neither padded nor cut by the file's settings
     encoded = ours.encode(["a b x a"], 3)
     assert rows_of(encoded) == [cut]
     assert encoded.kept.tolist() == [2 * (3 - (len(whole) - 4))]
