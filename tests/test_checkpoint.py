@@ -31,11 +31,6 @@ FILES = {
 }
 
 
-@pytest.fixture(scope="session")
-def base_folder():
-    return checkpoint.resolve(checkpoint.DEFAULT_BASE)
-
-
 def write(folder, files):
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from minilora import checkpoint, tokenizer
+from minilora import tokenizer
 from minilora.errors import InputError
 
 AWKWARD = [
@@ -29,11 +29,6 @@ AWKWARD = [
 ]
 # What the vocabularies of the tests below hold besides the special tokens.
 PIECES = "a b c ab ##a ##b ##c ##ab é e ##e A B 中 , . ab, 1 ##1 play ##ing".split()
-
-
-@pytest.fixture(scope="session")
-def base_folder():
-    return checkpoint.resolve(checkpoint.DEFAULT_BASE)
 
 
 @pytest.fixture(scope="session")

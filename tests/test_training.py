@@ -6,7 +6,6 @@ import numpy as np
 import peft
 import pytest
 import torch
-import transformers
 from conftest import random_batch
 from test_adapter import Judge
 
@@ -47,8 +46,8 @@ def run_steps(folder, cell, batches, labels, steps=None):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
 def test_steps_match_peft(tiny_folder, tmp_path, optimizer):
-    cell = Cell(rank=3, alpha=6.0, targets=("q", "v", "down"), lr=0.02, weight_decay=0.1, optimizer=optimizer,
-                schedule="cosine", warmup=0.3, clip=0.5)  # fmt: skip
+    cell = Cell(model=str(tiny_folder), rank=3, alpha=6.0, targets=("q", "v", "down"), lr=0.02, weight_decay=0.1,
+                optimizer=optimizer, schedule="cosine", warmup=0.3, clip=0.5)  # fmt: skip
     batches, labels = made_up_batches(7)
     classifier, losses = run_steps(tiny_folder, cell, batches, labels)
 
@@ -59,12 +58,9 @@ def test_steps_match_peft(tiny_folder, tmp_path, optimizer):
     assert len(parameters) == 2 * 3 * 3 + 2
     kind = torch.optim.AdamW if optimizer == "adamw" else torch.optim.Adafactor
     reference = kind(parameters, lr=0.02, weight_decay=0.1)
-    rates = torch.optim.lr_scheduler.LambdaLR(reference, transformers.get_cosine_schedule_with_warmup(
-        reference, num_warmup_steps=3, num_training_steps=7).lr_lambdas[0])  # fmt: skip
     theirs.eval()  # the tiny base has dropout, which ours leaves out
     compared = 0
     for step, (batch, (loss, norm)) in enumerate(zip(batches, losses, strict=True)):
-        # transformers' warm-up starts at 0 and ours at 1/3 of the rate: give it ours
         for group in reference.param_groups:
             group["lr"] = training.learning_rate(cell, step, 7)
         mask = (torch.arange(batch.ids.shape[1]) < batch.lengths[:, None]).long()
@@ -75,16 +71,17 @@ def test_steps_match_peft(tiny_folder, tmp_path, optimizer):
         reference.zero_grad()
         assert loss == pytest.approx(wanted.item(), abs=2e-4) and norm == pytest.approx(wanted_norm.item(), rel=1e-2)
         compared += 1
-    assert compared == 7 and rates is not None
+    assert compared == 7
     theirs.save_pretrained(tmp_path / "end")
     fresh = head.Classifier(model.load(tiny_folder), "mean", 3)
     adapter.restore(tmp_path / "end", fresh, "lora")
     found, wanted = classifier.state_dict(), fresh.state_dict()
     moved = 0
     for name, value in start.state_dict().items():
-        torch.testing.assert_close(found[name], wanted[name], rtol=0, atol=2e-3)
-        moved += (wanted[name] - value).abs().max() > 0.02
-    assert moved >= 18
+        way = (wanted[name] - value).abs().max()
+        assert (found[name] - wanted[name]).abs().max() <= 0.02 * way
+        moved += bool(way > 0)
+    assert moved == 2 * 3 * 3 + 2
 
 
 def test_accumulated_batches_are_one_large_batch(tiny_folder):
