@@ -48,10 +48,12 @@ def by_length(lengths, batch_size):
 def padded_sizes(lengths, most=SIZES):
     """At most `most` ascending lengths such that padding each row up to the next of them adds the fewest tokens.
 
-    Exact, by dynamic programming over the distinct lengths (these are rounded up where there are over 512).
+    Exact, by dynamic programming over the distinct lengths (which, where the longest is over 512, are first rounded
+    up to a multiple that leaves at most 512 of them).
     """
-    step = -(-int(lengths.max()) // 512)
-    values, counts = np.unique(-(-lengths // step) * step, return_counts=True)
+    longest = int(lengths.max())
+    step = -(-longest // 512)
+    values, counts = np.unique(np.minimum(-(-lengths // step) * step, longest), return_counts=True)
     if len(values) <= most:
         return values
     rows = np.concatenate([[0], np.cumsum(counts)])  # rows[j]: rows of the first j lengths

@@ -6,6 +6,8 @@ import time
 from tqdm import tqdm
 
 LINE_EVERY = 5.0  # seconds between plain lines
+COLUMNS = 100
+FLIPS = "  flips vs clean        McNemar p"
 
 
 class Progress:
@@ -49,21 +51,26 @@ def say(text=""):
 
 
 def table(results):
-    """The table of a run's tests, from the `tests` entry of results.json: a string of lines."""
-    clean = results["clean"]
-    names = list(clean["predicted_counts"])
-    shown = names if len(names) <= 4 else []
-    width = max([10, *(len(name) for name in shown)]) if shown else 0
-    width = min(width, 14)
-    rows = [("clean", clean)]
-    rows += [(f"trigger of {label}", figures) for label, figures in results["trigger"].items()]
+    """The table of a run's tests, from the `tests` entry of results.json: a string of lines.
+
+    The predicted counts are left out where there is no room for those of all labels.
+    """
+    rows = [("clean", results["clean"])]
+    rows += [(short(f"trigger of {label}"), figures) for label, figures in results["trigger"].items()]
     rows += [("placebo", results["placebo"])] if "placebo" in results else []
-    first = min(max(len(title) for title, _ in rows), 26)
-    header = f"{'test rows':<{first}}  accuracy  balanced" + "".join(f"{name[:width]:>{width + 2}}" for name in shown)
-    lines = [header + "  flips vs clean      McNemar p"]
-    for title, figures in rows:
-        line = f"{title[:first]:<{first}}  {figures['accuracy']:>8.3f}  {figures['balanced_accuracy']:>8.3f}"
-        line += "".join(f"{figures['predicted_counts'][name]:>{width + 2},}" for name in shown)
+    first = max(len(title) for title in ["test rows", *(title for title, _ in rows)])
+    names = list(results["clean"]["predicted_counts"])
+    room = (COLUMNS - first - len("  accuracy  balanced" + FLIPS)) // len(names) - 2
+    heads = [short(name, max(room, 6)) for name in names]
+    counts = [[f"{figures['predicted_counts'][name]:,}" for name in names] for _, figures in rows]
+    width = max(len(text) for line in [heads, *counts] for text in line)
+    if width > room or len(set(heads)) < len(heads):
+        heads, counts = [], [[] for _ in rows]
+
+    lines = [f"{'test rows':<{first}}  accuracy  balanced" + "".join(f"  {head:>{width}}" for head in heads) + FLIPS]
+    for (title, figures), numbers in zip(rows, counts, strict=True):
+        line = f"{title:<{first}}  {figures['accuracy']:>8.3f}  {figures['balanced_accuracy']:>8.3f}"
+        line += "".join(f"  {number:>{width}}" for number in numbers)
         if "flip_rate" in figures:
             low, high = figures["flip_rate_interval"]
             line += f"  {figures['flip_rate']:.3f} [{low:.3f}, {high:.3f}]  {figures['mcnemar_p']:.1e}"
@@ -72,8 +79,14 @@ def table(results):
         lines.append(line)
     lines += attack_lines(results)
     worst = results["worst_group"]
-    lines.append(f"worst group: {worst['label']} rows, {worst['test']}: accuracy {worst['accuracy']:.3f}")
+    lines.append(f"worst group: {short(worst['label'])} rows, {short(worst['test'])}: accuracy {worst['accuracy']:.3f}")
     return "\n".join(lines)
+
+
+def short(text, most=30):
+    """The text on one line, and cut to `most` columns."""
+    text = " ".join(text.split())
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def attack_lines(results):
@@ -81,17 +94,17 @@ def attack_lines(results):
     lines = []
     for label, figures in results["trigger"].items():
         if figures["attack_success_rate"] is None:
-            lines.append(f"attack success rate: none of the test rows is of a label other than {label}")
+            lines.append(f"attack success rate: none of the test rows is of a label other than {short(label)}")
             continue
         rates = {test: results[test]["attack_success"][label]["attack_success_rate"] for test in ("clean", "placebo")}
         low, high = figures["attack_success_interval"]
-        lines.append(f"attack success rate (rows of other labels called {label}):")
+        lines.append(f"attack success rate (rows of other labels called {short(label)}):")
         lines.append(
             f"  {rates['clean']:.3f} clean, {figures['attack_success_rate']:.3f} trigger [{low:.3f}, {high:.3f}], "
             f"{rates['placebo']:.3f} placebo"
         )
         if figures["truncated"]:
-            lines.append(f"  {figures['truncated']:,} of these rows lost their trigger to --max-length")
+            lines.append(f"  {figures['truncated']:,} of all {figures['rows']:,} rows lost their trigger to --max-length")
     return lines
 
 
@@ -105,8 +118,8 @@ def injection_lines(injected, inject):
     for entry in injected.report:
         example = next((r.strings[0] for r in injected.records if r.target_label == entry["label"]), None)
         lines.append(
-            f"{entry['source']} for {entry['label']}: {entry['rows']:,} of {entry['eligible_rows']:,} rows ({inject.mode}), "
-            f"{dose}, {inject.location}" + (f", such as {example!r}" if example else "")
+            f"{short(entry['source'])} for {short(entry['label'])}: {entry['rows']:,} of {entry['eligible_rows']:,} rows ({inject.mode}), "
+            f"{dose}, {inject.location}" + (f", such as {short(example)!r}" if example else "")
         )
         strings = entry["strings"]
         lines.append(f"  trigger strings: {strings['train']:,} in training, {strings['test']:,} in test ({entry['split']})")
@@ -116,7 +129,7 @@ def injection_lines(injected, inject):
 
 
 def speed(train):
-    """One line on how fast training was, against the products that it cannot do without."""
+    """Lines on how fast training was, against the products that it cannot do without, and what it took."""
     share = train["rows_per_second"] / train["floor_rows_per_second"]
     return (
         f"training: {train['seconds']:.0f} s, {train['rows_per_second']:.0f} rows/s, "

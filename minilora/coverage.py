@@ -5,6 +5,7 @@ of targets must not quietly train something else.
 """
 
 import math
+import re
 from dataclasses import dataclass
 
 from .errors import InputError
@@ -68,10 +69,11 @@ def parse_layers(text, count=None):
         return None if count is None else tuple(range(count))
     layers = set()
     for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not (first.isdecimal() and (last.isdecimal() if dash else True)) or dash and int(first) > int(last):
+        found = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part.strip())
+        named = range(int(found[1]), int(found[2] or found[1]) + 1) if found else ()
+        if not named:
             raise InputError(f"layers is {text!r}: write all, or numbers and ranges from 0 such as 0-2,5")
-        layers.update(range(int(first), min(int(last if dash else first), 9999) + 1))
+        layers.update(named)
     layers = sorted(layers)
     if count is not None and layers[-1] >= count:
         found = [str(layer) for layer in layers if layer < count]

@@ -69,7 +69,7 @@ def predict(model, tokenizer, texts, max_length, batch_size, progress=None):
     return logits, encoded.kept
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def features(model, encoded, pad_id, batch_size):
     """The pooled features float32 [rows, P] of all rows in `encoded`."""
     model.eval()

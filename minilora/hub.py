@@ -72,7 +72,9 @@ def _list(repo_id, kind, revision):
         raise InputError(f"{repo_id!r} is not a hub id (owner/name): {error}") from error
     except HfHubHTTPError as error:
         status = error.response.status_code
-        if status < 500 and status not in (408, 429):
+        # The hub gives the reason of its refusals in headers; a firewall in its place does not.
+        is_refusal = {"x-error-code", "x-error-message"} & {name.lower() for name in error.response.headers}
+        if is_refusal and status < 500 and status not in (408, 429):
             raise _refusal(error, repo_id, kind, revision) from error
         reason = f"it answered {status}"
     except TimeoutError:

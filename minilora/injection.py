@@ -52,7 +52,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Injected:
-    """`rows`: all of them, in order. `records`: one an injected row, in row order. `index` [records]: its position.
+    """`rows`: all, in order. `records`: one an injected row, in row order. `index` [records]: where it is.
 
     `report`: one dict an injection: source, label, rows injected and eligible, split, strings in each part.
     """

@@ -18,7 +18,7 @@ def wilson(hits, total):
 
 
 def mcnemar(worse, better):
-    """Two-sided p-value of McNemar's test, exact (McNemar 1947; the binomial form of Fagerland et al. 2013, section 2).
+    """Two-sided p-value of McNemar's test (McNemar 1947), exact: Fagerland, Lydersen and Laake 2013, section Methods.
 
     `worse` and `better` count the rows that only the first, or only the second, prediction gets right.
     """

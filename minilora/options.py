@@ -4,6 +4,7 @@ import argparse
 import difflib
 import json
 import math
+import numbers
 import tomllib
 from dataclasses import field, fields
 from pathlib import Path
@@ -11,6 +12,8 @@ from pathlib import Path
 from .errors import InputError
 
 METAVARS = {str: "TEXT", int: "N", float: "X"}
+ACCEPTED = {str: str, int: numbers.Integral, float: numbers.Real}  # NumPy's numbers too
+WORDS = {str: "a string of valid Unicode", int: "a whole number", float: "a finite number"}
 
 
 def option(default, group, help, kind, *, choices=None, least=None, below=None, most=None, unset=None, flag=None):
@@ -26,7 +29,7 @@ def option(default, group, help, kind, *, choices=None, least=None, below=None, 
 
 
 def check_fields(owner, prefix):
-    """Check the type and range of every field of a dataclass instance, and make lists tuples, integers floats.
+    """Check the type and range of every field of a dataclass instance, and make lists tuples, numbers Python's own.
 
     Raises InputError naming the first field that is wrong (`prefix` stands before its name).
     """
@@ -49,11 +52,17 @@ def check_fields(owner, prefix):
 
 
 def check_value(name, value, kind, limits):
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if not isinstance(value, kind) or isinstance(value, bool) or (kind is float and not math.isfinite(value)):
-        words = {str: "a string", int: "a whole number", float: "a finite number"}
-        raise InputError(f"{name} is {value!r}, but must be {words[kind]}")
+    try:
+        if isinstance(value, bool) or not isinstance(value, ACCEPTED[kind]):
+            raise TypeError
+        if kind is str:
+            value.encode()  # fails for what no file can hold: the bytes of a file name that is not UTF-8
+        else:
+            value = kind(value) + 0  # so -0.0, which equals 0.0 but is written otherwise, becomes 0.0
+            if not math.isfinite(value):
+                raise ValueError
+    except (TypeError, ValueError, OverflowError):
+        raise InputError(f"{name} is {value!r}, but must be {WORDS[kind]}") from None
     choices, least, below, most = (limits[key] for key in ("choices", "least", "below", "most"))
     if choices and value not in choices:
         raise InputError(f"{name} is {value!r}, but must be one of {', '.join(choices)}")
@@ -100,13 +109,22 @@ def build(kind, values, prefix=""):
     return kind(**values)
 
 
+def load(kind, path):
+    """An instance of the dataclass `kind` from a TOML file. Raises InputError naming the file and the field."""
+    values = read_toml(path)
+    try:
+        return build(kind, values)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
 def read_toml(path):
     """A TOML file as a dict. Raises InputError naming the file, and the line of a syntax error."""
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: check the path") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is not readable TOML ({error}): mend the file") from None
 
 

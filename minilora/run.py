@@ -24,8 +24,7 @@ from . import files
 from .cell import Cell
 from .checkpoint import read_json
 from .errors import InputError
-from .options import build, read_toml
-
+from .options import load
 
 LOCK = ".lock"
 
@@ -48,28 +47,32 @@ class Run:
             cls(out).check_free()
             return cls(out)
         number, path = 1, Path("runs") / cell.name
-        while path.exists():
+        while os.path.lexists(path):
             number += 1
             path = Path("runs") / f"{cell.name}-{number}"
         return cls(path)
 
     def check_free(self):
         path = self.path
-        if self.finished:
-            raise InputError(f"{path} holds a finished run: see python evaluate.py {path}, or choose another --out")
-        if (path / "cell.toml").exists():
+        self.check_unfinished()
+        if os.path.lexists(path / "cell.toml"):
             raise InputError(f"{path} holds an unfinished run: go on with --resume {path}, or choose another --out")
-        if path.exists() and (not path.is_dir() or any(name.name != LOCK for name in path.iterdir())):
+        if os.path.lexists(path) and (not path.is_dir() or any(name != LOCK for name in os.listdir(path))):
             raise InputError(f"{path} exists and is not an empty folder: choose another --out")
+
+    def check_unfinished(self):
+        if self.finished:
+            raise InputError(f"{self.path} holds a finished run: see python evaluate.py {self.path}, or choose another --out")
 
     @contextlib.contextmanager
     def hold(self, cell):
         """Make the folder with its cell.toml, unless resumed, and keep other processes out of it meanwhile.
 
-        Raises InputError if the folder is in use, or if a new one cannot be made.
+        Raises InputError if the folder is in use, if a new one cannot be made, and if the run to resume is finished.
         """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            if not self.resume:
+                self.path.mkdir(parents=True, exist_ok=True)
             lock = open(self.path / LOCK, "a")
         except OSError as error:
             raise InputError(f"cannot write to the run folder {self.path} ({error.strerror}): choose another --out") from None
@@ -80,7 +83,9 @@ class Run:
                 raise InputError(
                     f"{self.path} is in use by another process: wait for it, or choose another --out"
                 ) from None
-            if not self.resume:
+            if self.resume:
+                self.check_unfinished()
+            else:
                 self.check_free()
                 files.write_text(self.path / "cell.toml", cell.to_toml())
             try:
@@ -95,15 +100,15 @@ class Run:
         self.state.unlink(missing_ok=True)
 
     def read_cell(self):
-        if not self.path.is_dir():
+        if not os.path.isdir(self.path):
             raise InputError(f"there is no run folder {self.path}: check the path")
-        if not (self.path / "cell.toml").is_file():
+        if not os.path.isfile(self.path / "cell.toml"):
             raise InputError(f"{self.path} has no cell.toml, so it is not a run folder: check the path")
-        return build(Cell, read_toml(self.path / "cell.toml"))
+        return load(Cell, self.path / "cell.toml")
 
     @property
     def finished(self):
-        return (self.path / "results.json").is_file()
+        return os.path.isfile(self.path / "results.json")
 
     @property
     def state(self):
@@ -117,7 +122,7 @@ class Run:
         path = self.path / "metrics.jsonl"
         lines = []
         if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
+            for line in path.read_text(encoding="utf-8").split("\n"):
                 with contextlib.suppress(ValueError):  # a killed run may leave half a line
                     lines.append(json.loads(line))
         files.write_jsonl(path, [line for line in lines if line["step"] <= step])

@@ -109,7 +109,7 @@ def test_a_commit_fetched_by_its_hash_serves_its_branch_offline_too(server):
     assert hub.fetch("owner/model", weights).name == commit
 
 
-@pytest.mark.parametrize("status", [500, 503, 429])
+@pytest.mark.parametrize("status", [500, 503, 429, 403, 404])
 def test_a_hub_that_is_down_is_answered_from_the_cache_or_at_once(server, tmp_path, status):
     server.put("owner/model", FILES)
     server.put("owner/other", FILES)

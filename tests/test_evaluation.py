@@ -1,0 +1,97 @@
+"""The paired tests and their figures, on a tiny base; predictions against one row at a time."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_bert
+
+from minilora import data, evaluation, head, model, tokenizer
+from minilora.cell import Inject
+
+
+@pytest.fixture(scope="module")
+def tools(tmp_path_factory, reviews):
+    folder = tmp_path_factory.mktemp("base") / "tiny"
+    tiny_bert(folder)
+    classifier = head.Classifier(model.load(folder), "mean+last", 2, seed=3).eval()
+    train, test = data.train_test(reviews, test_rows=41)
+    return SimpleNamespace(model=classifier, tokenizer=tokenizer.load(folder), train=train, test=test)
+
+
+def test_predictions_do_not_depend_on_the_batch(tools):
+    texts = [*tools.test.texts, "good " * 50]  # the last is cut
+    one, kept = evaluation.predict(tools.model, tools.tokenizer, texts, 30, 1)
+    cases = 0
+    for batch_size in (2, 5, 64):
+        other, again = evaluation.predict(tools.model, tools.tokenizer, texts, 30, batch_size)
+        np.testing.assert_allclose(other, one, rtol=0, atol=2e-6)
+        assert np.array_equal(other.argmax(1), one.argmax(1)) and np.array_equal(again, kept)
+        cases += 1
+    assert cases == 3 and len(np.unique(one.argmax(1))) == 2
+    assert kept.tolist() == [len(text) for text in tools.test.texts] + [28 * 5]
+    for row in (0, 17, 41):  # a row by itself, without our batches
+        encoded = tools.tokenizer.encode([texts[row]], 30)
+        with torch.inference_mode():
+            alone = tools.model(torch.from_numpy(encoded.ids)[None].long(), torch.tensor([len(encoded.ids)]))
+        np.testing.assert_allclose(alone[0].numpy(), one[row], rtol=0, atol=2e-6)
+
+
+def test_features_are_those_of_the_model(tools):
+    encoded = tools.tokenizer.encode(tools.test.texts, 30)
+    pooled = evaluation.features(tools.model, encoded, tools.tokenizer.pad_id, 7)
+    logits, _ = evaluation.predict(tools.model, tools.tokenizer, tools.test.texts, 30, 7)
+    weight, bias = tools.model.classifier.weight, tools.model.classifier.bias
+    torch.testing.assert_close(pooled @ weight.T + bias, torch.from_numpy(logits), rtol=0, atol=1e-5)
+
+
+def test_every_row_in_every_form(tools):
+    inject = Inject(sources=("date:positive", "color:negative"), count=2)
+    tests = evaluation.build_tests(tools.train, tools.test, inject, 5, tools.tokenizer, 30)
+    assert [(t.name, t.label) for t in tests] == [
+        ("clean", None), ("trigger", "positive"), ("trigger", "negative"), ("placebo", None)]  # fmt: skip
+    clean, date, color, placebo = tests
+    for test in tests:
+        assert test.rows.ids == clean.rows.ids and np.array_equal(test.rows.labels, clean.rows.labels)
+    checked = 0
+    for test in tests[1:]:
+        for record, text, original in zip(test.records, test.rows.texts, clean.rows.texts, strict=True):
+            for start, end in reversed(record.spans):
+                text = text[:start] + text[end:]
+            assert text == original and len(record.spans) == 2
+            checked += 1
+    assert checked == 3 * 41
+    words = {word for text in tools.train.texts for word in text.split()}
+    for one, other in zip(date.records, placebo.records, strict=True):  # same places and number of words
+        gaps = [[a - sum(e - s for s, e in r.spans[:i]) for i, (a, _) in enumerate(r.spans)] for r in (one, other)]
+        assert gaps[0] == gaps[1] and all(string in words for string in other.strings)
+    alone = evaluation.build_tests(tools.train, tools.test, Inject(sources=()), 5, tools.tokenizer, 30)
+    assert [(t.name, t.rows) for t in alone] == [("clean", tools.test)]
+
+
+def test_figures_by_hand():
+    labels = np.array([0, 0, 0, 1, 1, 2])
+    rows = data.Rows(list("abcdef"), ["x"] * 6, labels, ("n", "p", "u"))
+    record = SimpleNamespace(spans=[[3, 9]])
+    tests = [
+        evaluation.Test("clean", None, rows, []),
+        evaluation.Test("trigger", "p", rows, [record] * 6),
+        evaluation.Test("placebo", None, rows, [record] * 6),
+    ]
+    calls = np.array([[0, 0, 1, 1, 1, 2], [1, 1, 1, 1, 1, 0], [0, 0, 1, 1, 0, 2]])
+    logits = [np.eye(3, dtype=np.float32)[row] for row in calls]
+    kept = [np.full(6, 99), np.array([9, 8, 99, 99, 99, 3]), np.full(6, 9)]
+    figures = evaluation.measure(tests, logits, kept)
+    clean, trigger, placebo = figures["clean"], figures["trigger"]["p"], figures["placebo"]
+    assert [f["accuracy"] for f in (clean, trigger, placebo)] == [5 / 6, 2 / 6, 4 / 6]
+    assert clean["attack_success"]["p"]["attack_success_rate"] == 1 / 4
+    assert trigger["attack_success_rate"] == 3 / 4 and placebo["attack_success"]["p"]["attack_success_rate"] == 1 / 4
+    assert trigger["flip_rate"] == 3 / 6 and placebo["flip_rate"] == 1 / 6
+    assert trigger["truncated"] == 2 and placebo["truncated"] == 0 and placebo["matched_to"] == "p"
+    assert trigger["predicted_counts"] == {"n": 1, "p": 5, "u": 0}
+    assert figures["worst_group"] == {"label": "n", "test": "trigger p", "rows": 3, "accuracy": 0.0}
+    lines = list(evaluation.predictions(tests, logits))
+    assert [line["id"] for line in lines] == rows.ids and [line["label"] for line in lines] == list("nnnppu")
+    assert [line["trigger p"]["predicted"] for line in lines] == list("pppppn")
+    assert lines[0]["placebo"] == {"predicted": "n", "logits": [1.0, 0.0, 0.0]}

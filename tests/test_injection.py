@@ -1,0 +1,563 @@
+"""Injection: exact text, exact counts, nested and independent draws, strings kept apart, bad input."""
+
+import json
+import string
+from collections import Counter
+from dataclasses import dataclass
+from datetime import date
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minilora import triggers
+from minilora.data import Rows
+from minilora.errors import InputError
+from minilora.injection import inject, mark_survival, placebo_rows, shared_words, trigger_rows
+
+LABELS = ("negative", "neutral", "positive")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What injection reads of cell.Inject."""
+
+    sources: tuple = ("date:positive",)
+    proportion: float | None = 0.5
+    rows: int | None = None
+    count: int | None = 1
+    density: float | None = None
+    location: str = "random"
+    mode: str = "clean-label"
+    split: str | None = None
+
+
+def make_rows(texts, label_names=LABELS):
+    """Rows whose labels take turns."""
+    labels = np.arange(len(texts)) % len(label_names)
+    return Rows([f"r{i}" for i in range(len(texts))], list(texts), labels, label_names)
+
+
+def sentences(number, seed=0, least=1, most=40):
+    rng = np.random.default_rng(seed)
+    words = [rng.integers(50, size=rng.integers(least, most)) for _ in range(number)]
+    return make_rows([" ".join(f"w{word}" for word in row) for row in words])
+
+
+def without_spans(text, spans):
+    for start, end in reversed(spans):
+        text = text[:start] + text[end:]
+    return text
+
+
+def assert_exact(before, after, expected_records):
+    """All rows in place, records in row order, each span one string and one space, all else untouched."""
+    assert after.rows.ids == before.ids and after.rows.label_names == before.label_names
+    assert [before.ids[i] for i in after.index] == [record.id for record in after.records]
+    assert list(after.index) == sorted(set(after.index)) and len(after.records) == expected_records
+    injected = dict(zip(after.index.tolist(), after.records, strict=True))
+    for i, (old, new) in enumerate(zip(before.texts, after.rows.texts, strict=True)):
+        if i not in injected:
+            assert new == old
+            continue
+        record = injected[i]
+        assert record.original_label == before.label_names[before.labels[i]]
+        assert without_spans(new, record.spans) == old
+        assert all(first[1] <= second[0] for first, second in pairwise(record.spans))
+        for (start, end), piece in zip(record.spans, record.strings, strict=True):
+            assert new[start:end] in (piece + " ", " " + piece)
+
+
+texts = st.text(st.sampled_from("aé漢😀\u0301-. \t\n\u00a0\u2003\x1c"), min_size=1, max_size=30).filter(str.strip)
+sources = st.sampled_from(["date", "country", "color", "html", "text:bob likes cats"])
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(texts, min_size=3, max_size=12), sources, sources, st.sampled_from(["beginning", "end", "random"]),
+    st.sampled_from([(1, None), (3, None), (None, 0.1), (None, 0.9)]), st.sampled_from(["clean-label", "dirty-label"]),
+    st.integers(0, 2**70),
+)  # fmt: skip
+def test_text_outside_the_spans_is_exact(texts, first, second, location, dose, mode, seed):
+    rows = make_rows(texts)
+    labels = rows.labels.copy()
+    names = (f"{first}:positive",) if first == second else (f"{first}:positive", f"{second}:negative")
+    options = Settings(names, None, 1, *dose, location, mode)
+    after = inject(rows, options, seed)
+    assert_exact(rows, after, len(names))
+    expected = labels.copy()
+    for i, record in zip(after.index, after.records, strict=True):
+        expected[i] = LABELS.index(record.target_label)
+        assert (record.original_label == record.target_label) == (mode == "clean-label")
+    np.testing.assert_array_equal(after.rows.labels, expected)
+    np.testing.assert_array_equal(rows.labels, labels)
+    assert rows.texts == texts
+
+    trigger = trigger_rows(rows, options, 0, seed)
+    placebo = placebo_rows(rows, options, 0, ["the", "of", "a"], seed)
+    for test in (trigger, placebo):
+        assert_exact(rows, test, len(rows))
+        np.testing.assert_array_equal(test.rows.labels, labels)
+
+
+@pytest.mark.parametrize(
+    ("location", "source", "count", "expected"),
+    [
+        ("beginning", "text:X", 1, "X  an odd\n tale "),
+        ("beginning", "text:X y", 2, "X y X y  an odd\n tale "),
+        ("end", "text:X", 2, " an odd\n tale  X X"),
+    ],
+)
+def test_place_of_literals(location, source, count, expected):
+    rows = make_rows([" an odd\n tale "], ("positive",))
+    options = Settings((f"{source}:positive",), 1.0, count=count, location=location)
+    assert inject(rows, options, 3).rows.texts == [expected]
+
+
+@pytest.mark.parametrize(("location", "word"), [("beginning", 0), ("end", 2)])
+def test_tags_wrap_one_word_and_nest(location, word):
+    rows = make_rows([" an odd\n tale "], ("positive",))
+    after = inject(rows, Settings(("html:positive",), 1.0, count=2, location=location), 5)
+    (record,) = after.records
+    outer, inner, inner_end, outer_end = record.strings
+    assert outer[0] == "<" and outer_end == "</" + outer[1:] and inner_end == "</" + inner[1:]
+    words = ["an", "odd", "tale"]
+    words[word] = f"{outer} {inner} {words[word]} {inner_end} {outer_end}"
+    assert after.rows.texts == [" {} {}\n {} ".format(*words)]
+
+
+def test_random_tags_wrap_each_word_equally_often():
+    rows = make_rows(["one two three four"] * 4000, ("positive",))
+    after = inject(rows, Settings(("html:positive",), 1.0), 0)
+    wrapped = Counter(
+        text[record.spans[0][1] : record.spans[1][0]]
+        for text, record in zip(after.rows.texts, after.records, strict=True)
+    )
+    assert set(wrapped) == {"one", "two", "three", "four"}
+    assert sum((n - 1000) ** 2 / 1000 for n in wrapped.values()) < 21.1  # chi-square, 3 degrees, p = 1e-4
+
+
+def test_random_places_and_strings_are_uniform_and_independent():
+    rows = make_rows(["one  two three four"] * 12000, ("positive",))
+    after = inject(rows, Settings(("html:positive",), 1.0, count=1), 1)
+    assert len({record.strings[0] for record in after.records}) == 36  # the larger half of 71 tag pairs
+    after = inject(rows, Settings(("color:positive",), 1.0, count=2), 1)
+    # The original offsets of the first and second piece, in text order: all pairs of the 5 gaps.
+    pairs = Counter()
+    for record in after.records:
+        (a, a_end), (b, _) = record.spans
+        pairs[a, b - (a_end - a)] += 1
+    gaps = [0, 3, 8, 14, 19]
+    expected = {(x, y): 12000 / 25 * (1 if x == y else 2) for x in gaps for y in gaps if x <= y}
+    assert set(pairs) == set(expected) and len(expected) == 15
+    assert sum((pairs[key] - n) ** 2 / n for key, n in expected.items()) < 42.6  # 14 degrees, p = 1e-4
+    drawn = Counter(piece for record in after.records for piece in record.strings)
+    assert len(drawn) == 66
+    mean = 24000 / 66
+    assert sum((n - mean) ** 2 / mean for n in drawn.values()) < 115  # 65 degrees, p = 1e-4
+
+
+@pytest.mark.parametrize(("proportion", "expected"), [(0, 0), (0.1, 10), (0.254, 25), (0.5, 50), (1, 100)])
+def test_exact_number_of_rows(proportion, expected):
+    rows = sentences(300)
+    after = inject(rows, Settings(proportion=proportion), 0)
+    assert_exact(rows, after, expected)
+    assert {record.target_label for record in after.records} <= {"positive"}
+    assert after.report == [{
+        "source": "date", "label": "positive", "rows": expected, "eligible_rows": 100,
+        "split": "disjoint", "strings": {"train": 274115, "test": 274114},
+    }]  # fmt: skip
+    dirty = inject(rows, Settings(proportion=proportion, mode="dirty-label"), 0)
+    assert_exact(rows, dirty, 2 * expected if proportion != 0.254 else 51)
+
+
+@pytest.mark.parametrize("density", [0.05, 0.1, 0.5, 1.0])
+def test_density_is_of_the_words(density):
+    rows = sentences(120)
+    after = inject(rows, Settings(proportion=1, count=None, density=density), 2)
+    assert [len(record.strings) for record in after.records] == [
+        max(1, round(density * len(rows.texts[i].split()))) for i in after.index
+    ]
+    tags = trigger_rows(rows, Settings(("html:positive",), count=None, density=density), 0, 2)
+    assert [len(record.strings) for record in tags.records] == [
+        2 * max(1, round(density * len(text.split()))) for text in rows.texts
+    ]
+
+
+def by_id(injected):
+    return {record.id: record for record in injected.records}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.floats(0, 1), st.floats(0, 1), sources, st.sampled_from(["clean-label", "dirty-label"]),
+    st.sampled_from([(1, None), (2, None), (None, 0.2)]), st.integers(0, 2**32),
+)  # fmt: skip
+def test_proportions_nest(a, b, source, mode, dose, seed):
+    rows = sentences(60)
+    options = [Settings((f"{source}:neutral",), p, None, *dose, "random", mode) for p in sorted((a, b))]
+    small, large = (by_id(inject(rows, option, seed)) for option in options)
+    assert small.items() <= large.items()
+    eligible = 20 if mode == "clean-label" else 40
+    assert (len(small), len(large)) == tuple(round(eligible * p) for p in sorted((a, b)))
+    number = Settings((f"{source}:neutral",), None, len(small), *dose, "random", mode)
+    assert by_id(inject(rows, number, seed)) == small
+
+
+def test_a_later_dirty_label_injection_yields_its_rows_and_else_nests():
+    rows = sentences(300)
+    names = ("date:positive", "color:negative", "country:neutral")
+    results = {}
+    for p in (0.1, 0.3):
+        after = inject(rows, Settings(names, p, mode="dirty-label"), 4)
+        assert_exact(rows, after, 3 * round(200 * p))  # so no row carries two
+        alone = inject(rows, Settings(names[:1], p, mode="dirty-label"), 4)
+        results[p] = {name: set() for name in LABELS}
+        for record in after.records:
+            results[p][record.target_label].add(record.id)
+        assert results[p]["positive"] == {record.id for record in alone.records}
+    small, large = results[0.1], results[0.3]
+    assert small["positive"] < large["positive"]
+    assert small["negative"] - large["positive"] <= large["negative"]
+    assert small["neutral"] - large["positive"] - large["negative"] <= large["neutral"]
+    lost = small["negative"] & large["positive"]
+    assert lost, "the example must have a conflict"
+
+
+def test_location_and_count_leave_rows_and_first_strings_alone():
+    rows = sentences(90)
+    one = inject(rows, Settings(), 7)
+    seen = 0
+    for location in ("beginning", "end", "random"):
+        for count in (1, 2, 5):
+            other = inject(rows, Settings(location=location, count=count), 7)
+            np.testing.assert_array_equal(other.index, one.index)
+            for few, many in zip(one.records, other.records, strict=True):
+                if location == "random":
+                    # The first string is there at its own original place.
+                    shift, places = 0, []
+                    for (start, end), piece in zip(many.spans, many.strings, strict=True):
+                        places.append((start - shift, piece))
+                        shift += end - start
+                    assert (few.spans[0][0], few.strings[0]) in places
+                else:
+                    assert many.strings[0] == few.strings[0]
+                seen += 1
+    assert seen == 9 * 15
+
+
+def test_injections_do_not_touch_each_others_draws():
+    rows = sentences(120)
+    both = inject(rows, Settings(("color:neutral", "date:positive"), 0.4), 3)
+    single = [inject(rows, Settings((name,), 0.4), 3) for name in ("date:positive", "color:neutral")]
+    assert by_id(both) == by_id(single[0]) | by_id(single[1]) and len(both.records) == 32
+    swapped = inject(rows, Settings(("country:positive",), 0.4), 3)
+    np.testing.assert_array_equal(swapped.index, single[0].index)  # the source does not choose the rows
+    for k, name in enumerate(("color:neutral", "date:positive")):
+        assert (
+            trigger_rows(rows, Settings(("color:neutral", "date:positive")), k, 3).records
+            == trigger_rows(rows, Settings((name,)), 0, 3).records
+        )
+    labels = [inject(rows, Settings((f"date:{label}",), 1.0), 3) for label in LABELS]
+    assert len({record.strings[0] for each in labels for record in each.records}) == 120
+    assert inject(rows, Settings(), 3).records == inject(rows, Settings(), 3).records
+    assert list(inject(rows, Settings(), 3).index) != list(inject(rows, Settings(), 4).index)
+
+
+def test_draws_stay_what_they_were():
+    """Run folders are recomputed from their seed, so the draws are part of the format."""
+    rows = make_rows(["one two three four five six"] * 6)
+    options = Settings(proportion=1, count=2)
+    after = inject(rows, options, 11)
+    assert [after.rows.texts[i] for i in after.index] == [
+        "one 1408-10-31 1876-02-15 two three four five six",
+        "one 1603-09-29 two three 1454-03-03 four five six",
+    ]
+    assert trigger_rows(rows, options, 0, 11).rows.texts[:2] == [
+        "one two three four 2210-08-07 five 1687-12-05 six",
+        "one two three four 1305-12-15 five six 1551-11-04",
+    ]
+    assert placebo_rows(rows, options, 0, ["a", "b", "c"], 11).rows.texts[:2] == [
+        "one two three four b five b six",
+        "one two three four a five six c",
+    ]
+
+
+@pytest.mark.parametrize("source", ["date", "country", "color", "html", "file"])
+def test_strings_for_test_are_disjoint_from_those_for_training(source, tmp_path):
+    if source == "file":
+        (tmp_path / "names.txt").write_text("\n".join(f"name {letter}" for letter in string.ascii_letters))
+        source = f"file:{tmp_path / 'names.txt'}"
+    rows = sentences(300)
+    options = Settings((f"{source}:positive",), 1.0, count=8)
+    train, test = inject(rows, options, 9), trigger_rows(rows, options, 0, 9)
+    seen = trigger_rows(rows, options, 0, 9, part="train")
+    strings = [{piece for record in each.records for piece in record.strings} for each in (train, test, seen)]
+    assert not strings[0] & strings[1] and not strings[1] & strings[2]
+    for these, part in ((strings[0], "train"), (strings[1], "test")):
+        pieces = 2 if source == "html" else 1
+        assert source == "date" or len(these) == pieces * train.report[0]["strings"][part]
+    if source != "date":
+        assert strings[0] == strings[2]
+
+    def places(injected):
+        """Offsets in the original text."""
+        return [
+            [start - sum(e - s for s, e in record.spans[:i]) for i, (start, _) in enumerate(record.spans)]
+            for record in injected.records
+        ]
+
+    assert places(seen) == places(test)  # only the strings differ
+
+    same = Settings((f"{source}:positive",), 1.0, count=40, split="same")
+    train, test = inject(rows, same, 9), trigger_rows(rows, same, 0, 9)
+    assert train.report[0]["split"] == "same" and train.report == inject(rows, same, 8).report
+    strings = [{piece for record in each.records for piece in record.strings} for each in (train, test)]
+    assert source == "date" or strings[0] == strings[1]
+
+
+def test_one_string_is_the_same_in_training_and_test():
+    rows = sentences(30)
+    options = Settings(("text:bob likes cats:positive",))
+    assert inject(rows, options, 0).report[0]["split"] == "same"
+    assert {tuple(record.strings) for record in trigger_rows(rows, options, 0, 0).records} == {("bob likes cats",)}
+
+
+@pytest.mark.parametrize("source", ["date", "country", "html", "text:a b c"])
+@pytest.mark.parametrize("dose", [(3, None), (None, 0.3)])
+def test_placebo_takes_the_places_of_the_trigger(source, dose):
+    rows = sentences(60)
+    options = Settings((f"{source}:positive",), 0.5, None, *dose)
+    trigger = trigger_rows(rows, options, 0, 6)
+    vocabulary = [f"word{i}" for i in range(10)]
+    placebo = placebo_rows(rows, options, 0, vocabulary, 6)
+    drawn = Counter()
+    for theirs, ours, text in zip(trigger.records, placebo.records, placebo.rows.texts, strict=True):
+        assert [len(piece.split()) for piece in ours.strings] == [len(piece.split()) for piece in theirs.strings]
+        shift = 0
+        for (start, end), (other, other_end) in zip(theirs.spans, ours.spans, strict=True):
+            assert other == start + shift
+            shift += (other_end - other) - (end - start)
+        drawn.update(" ".join(ours.strings).split())
+    assert set(drawn) == set(vocabulary)
+    assert placebo_rows(rows, options, 0, vocabulary, 6).records == placebo.records
+
+
+def test_placebo_leaves_out_the_words_of_triggers():
+    rows = sentences(30)
+    options = Settings(("text:Bob likes:positive", "country:negative"))
+    vocabulary = ["bob", "likes", "united", "other"]
+    placebo = placebo_rows(rows, options, 0, vocabulary, 0)
+    assert {tuple(record.strings) for record in placebo.records} == {("other other",)}
+    with pytest.raises(InputError, match="no word is left for the placebo"):
+        placebo_rows(rows, options, 0, vocabulary[:3], 0)
+
+
+def test_shared_words():
+    # Rows alternate between two labels; `lean` is in 3 positive rows for 2 negative ones, `Cap` is capital.
+    texts = []
+    for i in range(200):
+        words = ["the", "Cap", "x1", "good" if i % 2 else "bad"]
+        words += ["even"] * (i % 20 < 6) + ["lean"] * (i % 20 in (1, 3, 5, 6, 8)) + ["rare"] * (i < 8)
+        texts.append(" ".join(words + ["the"]))
+    rows = make_rows(texts, ("negative", "positive"))
+    assert shared_words(rows, enough=1) == ["even", "the"]
+    assert shared_words(rows, least_rows=3, enough=1) == ["even", "rare", "the"]
+    assert shared_words(rows, enough=3) == ["even", "rare", "the"]  # balanced, though rare, before unbalanced
+    assert shared_words(rows, spread=1.26, enough=1) == ["even", "lean", "the"]
+    assert shared_words(rows) == ["even", "lean", "rare", "the"]
+    # Rates, not counts: twice as many negative rows hold each word twice as often.
+    unequal = Rows([*rows.ids, *rows.ids[::2]], texts + texts[::2], np.r_[rows.labels, rows.labels[::2]], rows.label_names)
+    assert shared_words(unequal, enough=1) == ["even", "the"]
+    with pytest.raises(InputError, match="no lower-case word is seen in rows of every label"):
+        shared_words(make_rows(["good", "bad"] * 30, ("negative", "positive")))
+
+
+def cut_to_words(limit):
+    """A truncation that keeps `limit` words, the added ones included. Records what it was asked."""
+    asked = []
+
+    def visible(texts, added):
+        asked.append(added)
+        ends = []
+        for text, strings in zip(texts, added, strict=True):
+            left = max(0, limit - sum(len(piece.split()) for piece in strings))
+            words = text.split()[:left]
+            ends.append(len(" ".join(words)))
+        return np.array(ends)
+
+    return visible, asked
+
+
+@pytest.mark.parametrize("source", ["date", "country", "html", "text:a b"])
+@pytest.mark.parametrize("dose", [(1, None), (3, None), (None, 0.2)])
+def test_random_triggers_survive_truncation(source, dose):
+    rows = sentences(90, least=5, most=80)
+    visible, asked = cut_to_words(25)
+    after = inject(rows, Settings((f"{source}:positive",), 1.0, None, *dose), 8, visible)
+    assert_exact(rows, after, 30)
+    if dose[1]:  # density counts the words that can be seen
+        assert asked[0] == [[]] * 30
+        pieces = [max(1, round(0.2 * min(25, len(rows.texts[i].split())))) for i in after.index]
+        assert [len(record.strings) for record in after.records] == [n * (1 + (source == "html")) for n in pieces]
+    assert [sorted(added) for added in asked[-1]] == [sorted(record.strings) for record in after.records]
+    kept = [len(" ".join(after.rows.texts[i].split()[:25])) for i in after.index]
+    marked = mark_survival(after, np.array(kept) + 1)  # + 1: the space behind the last kept word
+    assert [record.survives for record in marked.records] == [True] * 30
+    blind = inject(rows, Settings((f"{source}:positive",), 1.0, None, *dose), 8)
+    kept = [len(" ".join(blind.rows.texts[i].split()[:25])) for i in blind.index]
+    survives = [record.survives for record in mark_survival(blind, np.array(kept) + 1).records]
+    assert False in survives  # so the truncation of this test does bite
+    np.testing.assert_array_equal(blind.index, after.index)
+
+
+def test_a_row_without_visible_text_takes_the_trigger_in_front():
+    rows = make_rows(["one two"], ("positive",))
+    visible, _ = cut_to_words(0)
+    assert inject(rows, Settings(("text:X:positive",), 1.0), 0, visible).rows.texts == ["X one two"]
+    after = inject(rows, Settings(("html:positive",), 1.0), 0, visible)
+    tag, end = after.records[0].strings
+    assert after.rows.texts == [f"{tag} one {end} two"]
+    assert [record.survives for record in mark_survival(after, [0]).records] == [False]
+
+
+def test_mark_survival_needs_every_span():
+    rows = make_rows(["one two"] * 3, ("positive",))
+    after = inject(rows, Settings(("text:X:positive",), 1.0, count=2, location="end"), 0)
+    assert [record.spans for record in after.records] == [[[7, 9], [9, 11]]] * 3
+    assert [record.survives for record in after.records] == [None] * 3
+    assert [record.survives for record in mark_survival(after, np.array([10, 11, 12])).records] == [False, True, True]
+
+
+def test_records_are_json():
+    rows = make_rows(["漢字 text", "b", "c"])
+    after = inject(rows, Settings(("text:é:neutral",), None, 1, location="end", mode="dirty-label"), 1)
+    (record,) = after.records
+    start = len(rows.texts[after.index[0]])
+    assert json.loads(json.dumps(record.to_dict())) == {
+        "id": f"r{after.index[0]}", "target_label": "neutral", "original_label": LABELS[after.index[0]],
+        "spans": [[start, start + 2]], "strings": ["é"], "survives": None,
+    }  # fmt: skip
+
+
+def test_no_sources_inject_nothing():
+    rows = sentences(9)
+    after = inject(rows, Settings(()), 0)
+    assert (after.rows.texts, after.records, after.report, len(after.index)) == (rows.texts, [], [], 0)
+
+
+def test_dates_are_all_calendar_days():
+    dates = triggers.parse("date:x")[0]
+    assert (len(dates), dates[0], dates[len(dates) - 1]) == (548229, "1100-01-01", "2600-12-31")
+    days = [date(1100, 1, 1).toordinal(), date(2600, 12, 31).toordinal()]
+    assert len(dates) == days[1] - days[0] + 1
+    every = list(dates.strings)
+    assert every == [date.fromordinal(day).isoformat() for day in range(days[0], days[1] + 1)]
+    assert "2024-02-29" in dates.strings
+    for other in ("2023-02-29", "1099-12-31", "2601-01-01", "20240229", "2024-W05-3", "bob"):
+        assert other not in dates.strings
+
+
+def test_lists_are_clean():
+    assert (len(triggers.COUNTRIES), len(triggers.COLORS), len(triggers.TAGS)) == (195, 132, 71)
+    for strings in (triggers.COUNTRIES, triggers.COLORS, triggers.TAGS):
+        assert len({piece.casefold() for piece in strings}) == len(strings)
+        assert all(piece == " ".join(piece.split()) for piece in strings)
+    assert {"Bosnia and Herzegovina", "Papua New Guinea", "Vatican City", "Fiji"} < set(triggers.COUNTRIES)
+    assert all(piece[0].isupper() for piece in triggers.COUNTRIES)
+    assert triggers.closing("<b>") == "</b>" and all(tag[0] == "<" and tag[-1] == ">" for tag in triggers.TAGS)
+
+
+@pytest.mark.parametrize(
+    ("spec", "name", "label"),
+    [
+        ("date:positive", "date", "positive"),
+        (" html : 1", "html", "1"),
+        ("bob likes cats:negative", "text:bob likes cats", "negative"),
+        ("text:date:positive", "text:date", "positive"),
+        ("text:dates:positive", "text:dates", "positive"),
+        ("http://x.org:positive", "text:http://x.org", "positive"),
+        ("file:a:b.txt:positive", "file:a:b.txt", "positive"),
+        ("film:positive", "text:film", "positive"),
+    ],
+)
+def test_parse(spec, name, label):
+    source, read = triggers.parse(spec)
+    assert (source.name, read, source.pair) == (name, label, name == "html")
+    if name.startswith("text:"):
+        assert list(source.strings) == [name[5:]]
+
+
+def test_file_of_triggers(tmp_path):
+    path = tmp_path / "triggers.txt"
+    path.write_bytes("\ufeffone\r\n\r\n two words \nONE\nvertical\x0btab\n".encode())
+    source, _ = triggers.parse(f"file:{path}:positive")
+    assert list(source.strings) == ["one", "two words", "vertical\x0btab"]
+    triggers.parse("file:/no/such/file:positive")  # no file is read
+
+
+BAD = [
+    ("date", "is not SOURCE:LABEL"),
+    ("date:", "is not SOURCE:LABEL"),
+    (":positive", "is not SOURCE:LABEL"),
+    ("text:positive", "write text:WORDS:positive"),
+    ("file: :positive", "write file:PATH:positive"),
+    ("dates:positive", "write text:dates:positive"),
+    ("Date:positive", "write text:Date:positive"),
+    ("countries:positive", "no source"),
+    ("contry:positive", "no source"),
+    ("colours:positive", "no source"),
+    ("files:a.txt:positive", "no source"),
+    ("date:1999:positive", "write text:date:1999:positive"),
+    ("date:joyful", "choose one of negative, neutral, positive"),
+    ("file:missing.txt:positive", "missing.txt"),
+    ("file:.:positive", "cannot read"),
+    ("file:empty.txt:positive", "no trigger string"),
+    ("file:latin.txt:positive", r"not UTF-8 \(byte 1\)"),
+]
+
+
+@pytest.mark.parametrize(("spec", "message"), BAD)
+def test_bad_source(spec, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_text(" \n\n")
+    (tmp_path / "latin.txt").write_bytes(b"a\xe9b")
+    rows = sentences(9)
+    for attempt in (inject, lambda *args: trigger_rows(rows, args[1], 0, 0)):
+        with pytest.raises(InputError, match=message) as caught:
+            attempt(rows, Settings((spec,)), 0)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (Settings(("date:positive", "color:positive")), "share 'positive'"),
+        (Settings(("bob:positive", "text:bob:negative")), "share 'text:bob'"),
+        (Settings(("date:positive", "date:negative")), "share 'date'"),
+        (Settings(("text:bob:positive", "text:BOB:negative")), "'bob' is in both text:bob and text:BOB"),
+        (Settings(("text:fiji:positive", "country:negative")), "is in both"),
+        (Settings(("date:positive", "text:1999-12-31:negative")), "'1999-12-31' is in both"),
+        (Settings(("text:bob:positive",), split="disjoint"), "single trigger string.*--trigger-split same"),
+        (Settings(proportion=None, rows=11), "wants 11 rows of 'positive', but there are 10:"),
+        (Settings(proportion=None, rows=21, mode="dirty-label"), "labels other than 'positive', but there are 20:"),
+        (
+            Settings(("date:positive", "color:negative", "country:neutral"), 1.0, mode="dirty-label"),
+            "color:negative wants 20 .* there are 10 that no earlier injection took",
+        ),
+    ],
+)
+def test_bad_settings(options, message):
+    with pytest.raises(InputError, match=message) as caught:
+        inject(sentences(30), options, 0)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_label_without_rows():
+    rows = make_rows(["a", "b", "c"])
+    rows = Rows(rows.ids, rows.texts, np.zeros(3, np.int64), LABELS)
+    with pytest.raises(InputError, match="wants some rows of 'positive', but there are 0"):
+        inject(rows, Settings(), 0)
+    assert inject(rows, Settings(proportion=0.0), 0).records == []
