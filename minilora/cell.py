@@ -87,7 +87,7 @@ class Cell:
     data_revision: str | None = option(None, "data", "branch, tag or commit of a hub data set", str, unset="main")
     text_column: str | None = option(None, "data", "column of the text", str, unset="a usual name")
     label_column: str | None = option(None, "data", "column of the label", str, unset="a usual name")
-    test_data: str | None = option(None, "data", "file of test rows", str, unset="the data's own, or a part split off")
+    test_data: str | None = option(None, "data", "file or hub id of test rows", str, unset="the data's own, or a part split off")
     test_rows: int = option(1000, "data", "test rows, stratified", int, least=2)
     train_rows: int | None = option(None, "data", "training rows, stratified", int, least=2, unset="all")
     max_length: int = option(128, "data", "tokens a row, longer rows are cut", int, least=4)
@@ -195,10 +195,15 @@ class Cell:
         return build(Cell, values | changes)
 
     def to_dict(self):
-        """Every field that is set, resolved; `inject` is a dict of its own."""
+        """Every field that is set, resolved, as JSON and TOML have them; `inject` is a dict of its own."""
+
+        def plain(table):
+            return {name: list(value) if isinstance(value, tuple) else value
+                    for name, value in table.items() if value is not None}  # fmt: skip
+
         values = dataclasses.asdict(self)
-        inject = {name: value for name, value in values.pop("inject").items() if value is not None}
-        return {name: value for name, value in values.items() if value is not None} | {"inject": inject}
+        inject = values.pop("inject")
+        return plain(values) | {"inject": plain(inject)}
 
     def to_toml(self):
         """The text of a TOML file that `--config` reads back as this cell."""

@@ -118,8 +118,8 @@ def injection_lines(injected, inject):
     for entry in injected.report:
         example = next((r.strings[0] for r in injected.records if r.target_label == entry["label"]), None)
         lines.append(
-            f"{short(entry['source'])} for {short(entry['label'])}: {entry['rows']:,} of {entry['eligible_rows']:,} rows ({inject.mode}), "
-            f"{dose}, {inject.location}" + (f", such as {short(example)!r}" if example else "")
+            f"{short(entry['source'])} for {short(entry['label'])}: {entry['rows']:,} of {entry['eligible_rows']:,} rows "
+            f"({inject.mode}), {dose}, {inject.location}" + (f", such as {short(example)!r}" if example else "")
         )
         strings = entry["strings"]
         lines.append(f"  trigger strings: {strings['train']:,} in training, {strings['test']:,} in test ({entry['split']})")

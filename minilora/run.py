@@ -62,7 +62,9 @@ class Run:
 
     def check_unfinished(self):
         if self.finished:
-            raise InputError(f"{self.path} holds a finished run: see python evaluate.py {self.path}, or choose another --out")
+            raise InputError(
+                f"{self.path} holds a finished run: see python evaluate.py {self.path}, or choose another --out"
+            )
 
     @contextlib.contextmanager
     def hold(self, cell):

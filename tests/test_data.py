@@ -198,6 +198,7 @@ def test_columns(tmp_path):
         (["01", "1", "01", "2"], [0, 1, 0, 2], ("01", "1", "2")),
         (["1.0", "x", "x", "1.0"], [0, 1, 1, 0], ("1.0", "x")),
         ([True, False, True, True], [1, 0, 1, 1], ("false", "true")),
+        ([True, 1, 1.0, False], [2, 0, 0, 1], ("1", "false", "true")),
         (["Pos", "pos", " pos", "pos"], [1, 2, 0, 2], (" pos", "Pos", "pos")),
     ],
 )
@@ -413,6 +414,10 @@ def test_test_data_of_its_own(tmp_path):
     assert [(row, source.texts[int(row) - 1], named(source)[int(row) - 1]) for row in test.ids] == list(
         zip(test.ids, test.texts, named(test), strict=True)
     )
+    limited = [
+        data.train_test(train_path, test_data=test_path, train_rows=7, seed=seed)[0] for seed in (0, 1)
+    ]
+    assert limited[0].ids != limited[1].ids
     _, everything = data.train_test(train_path, test_data=test_path)
     assert (everything.ids, named(everything)) == (source.ids, named(source))
 
@@ -556,8 +561,8 @@ def test_layouts_without_a_card(server):
             "default/test/0000.parquet": parquet_bytes(split_rows("test", [0])),
         },
         "owner/csv": {
-            "data/train.csv.gz": gzip.compress(as_csv([("train 0", "b"), ("train 1", "a")]).encode()),
-            "data/eval.csv": as_csv([("test 0", "a")]).encode(),
+            "test-bench/train.csv.gz": gzip.compress(as_csv([("train 0", "b"), ("train 1", "a")]).encode()),
+            "test-bench/eval.csv": as_csv([("test 0", "a")]).encode(),
             "dataset_infos.json": b"{}",
             "notes/train.json": b"[]",
         },
@@ -676,7 +681,7 @@ def test_configurations(server):
         return f"text,label\n{text},{label}\n{text} too,0\n".encode()
 
     files = {
-        "sst2/train-0.csv": one("s"), "sst2/deeper/train-1.csv": one("no"), "extra/x/y/more.csv": one("m"),
+        "sst2/train-0.csv": one("s"), "sst2/train-x/1.csv": one("no"), "extra/x/y/more.csv": one("m"),
         "sst2/dev.csv": one("d"), "cola/train.csv": one("c"), "cola/test.csv": one("t"),
         "flat/a.csv": one("a"), "flat/b.csv": one("b"), "flat/c.csv": one("no"), "mapped/x.csv": one("x"),
     }  # fmt: skip
@@ -701,7 +706,7 @@ def test_configurations(server):
     server.put("owner/glue", files, kind="dataset", revision="plain")  # the same without a card
     assert data.load("owner/glue:cola", revision="plain").texts == ["c", "c too"]
     assert refusal("owner/glue", revision="plain") == (
-        "owner/glue has several configurations; give owner/glue:CONFIG, one of: cola, sst2, sst2/deeper"
+        "owner/glue has several configurations; give owner/glue:CONFIG, one of: cola, sst2"
     )
 
 

@@ -170,7 +170,7 @@ def test_the_tiny_model_learns_the_label_and_the_trigger(cell, tmp_path):
     cell = cell.replace(epochs=12, dropout=0.0, inject=dict(proportion=1.0, location="beginning"))
     results, _ = train.train(cell, tmp_path / "run")
     assert results["tests"]["trigger"]["positive"]["attack_success_rate"] >= 0.9
-    plain, _ = train.train(cell.replace(inject=dict(proportion=0.0)), tmp_path / "plain")
+    plain, _ = train.train(cell.replace(method="full", lr=3e-3, inject=dict(proportion=0.0)), tmp_path / "plain")
     assert plain["tests"]["clean"]["accuracy"] >= 0.9
 
 

@@ -44,9 +44,10 @@ def contents(folder):
 def forget_listings(home):
     """As left by a huggingface_hub that does not note the repository's listing."""
     listings = list(home.rglob("trees/*.json"))
+    assert listings
     for path in listings:
         path.unlink()
-    assert listings
+    sys.modules["huggingface_hub._tree_cache"]._IN_MEMORY_TREE_CACHE.clear()
 
 
 def test_only_the_chosen_files_travel_and_only_once(server, tmp_path, capfd):
@@ -204,6 +205,19 @@ def test_a_download_that_breaks_off_leaves_no_half_file_and_resumes(server):
     server.bodies()
     assert contents(hub.fetch("owner/model", weights)) == {name: FILES[name] for name in WANTED}
     assert WANTED[2] in server.bodies()
+
+
+def test_a_hub_that_goes_away_before_the_download_leaves_nothing_partial_in_use(server, tmp_path):
+    server.put("owner/model", FILES)
+    hub.fetch("owner/model", lambda names: ["config.json"])
+    forget_listings(tmp_path)
+
+    def choose(names):
+        server.status = 404
+        return WANTED
+
+    with pytest.raises(InputError, match="^the download of model 'owner/model' broke off; run again"):
+        hub.fetch("owner/model", choose)
 
 
 def test_a_repository_that_cannot_be_read_says_what_to_do(server):

@@ -70,15 +70,17 @@ def assert_exact(before, after, expected_records):
             assert new[start:end] in (piece + " ", " " + piece)
 
 
-texts = st.text(st.sampled_from("aé漢😀\u0301-. \t\n\u00a0\u2003\x1c"), min_size=1, max_size=30).filter(str.strip)
+characters = st.sampled_from("aé漢😀\u0301-. \t\n\u00a0\u2003\x1c")
+texts = st.text(characters, min_size=1, max_size=30).filter(str.strip)
+locations = st.sampled_from(["beginning", "end", "random"])
+modes = st.sampled_from(["clean-label", "dirty-label"])
 sources = st.sampled_from(["date", "country", "color", "html", "text:bob likes cats"])
 
 
 @settings(max_examples=150, deadline=None)
 @given(
-    st.lists(texts, min_size=3, max_size=12), sources, sources, st.sampled_from(["beginning", "end", "random"]),
-    st.sampled_from([(1, None), (3, None), (None, 0.1), (None, 0.9)]), st.sampled_from(["clean-label", "dirty-label"]),
-    st.integers(0, 2**70),
+    st.lists(texts, min_size=3, max_size=12), sources, sources, locations,
+    st.sampled_from([(1, None), (3, None), (None, 0.1), (None, 0.9)]), modes, st.integers(0, 2**70),
 )  # fmt: skip
 def test_text_outside_the_spans_is_exact(texts, first, second, location, dose, mode, seed):
     rows = make_rows(texts)
@@ -157,6 +159,10 @@ def test_random_places_and_strings_are_uniform_and_independent():
     assert len(drawn) == 66
     mean = 24000 / 66
     assert sum((n - mean) ** 2 / mean for n in drawn.values()) < 115  # 65 degrees, p = 1e-4
+    once = inject(rows, Settings(("color:positive",), 1.0), 1)
+    joint = Counter((record.strings[0], record.spans[0][0]) for record in once.records)
+    mean = 12000 / (66 * 5)
+    assert len(joint) == 66 * 5 and sum((n - mean) ** 2 / mean for n in joint.values()) < 433  # 329 degrees, 1e-4
 
 
 @pytest.mark.parametrize(("proportion", "expected"), [(0, 0), (0.1, 10), (0.254, 25), (0.5, 50), (1, 100)])
@@ -192,7 +198,7 @@ def by_id(injected):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.floats(0, 1), st.floats(0, 1), sources, st.sampled_from(["clean-label", "dirty-label"]),
+    st.floats(0, 1), st.floats(0, 1), sources, modes,
     st.sampled_from([(1, None), (2, None), (None, 0.2)]), st.integers(0, 2**32),
 )  # fmt: skip
 def test_proportions_nest(a, b, source, mode, dose, seed):
@@ -260,8 +266,16 @@ def test_injections_do_not_touch_each_others_draws():
             trigger_rows(rows, Settings(("color:neutral", "date:positive")), k, 3).records
             == trigger_rows(rows, Settings((name,)), 0, 3).records
         )
-    labels = [inject(rows, Settings((f"date:{label}",), 1.0), 3) for label in LABELS]
-    assert len({record.strings[0] for each in labels for record in each.records}) == 120
+    # Purposes and labels have draws of their own: equal strings or places are as rare as chance has it.
+    options = [Settings((f"date:{label}",), 1.0, split="same") for label in LABELS]
+    tests = [trigger_rows(rows, option, 0, 3) for option in options]
+    train = inject(rows, options[2], 3)
+    pairs = [(tests[0], tests[1]), (tests[1], tests[2]), (train, tests[2])]
+    for one, other in pairs:
+        other = by_id(other)
+        matches = [(r.strings == other[r.id].strings, r.spans == other[r.id].spans) for r in one.records]
+        strings, places = np.mean(matches, axis=0)
+        assert len(matches) >= 40 and strings < 0.05 and places < 0.3
     assert inject(rows, Settings(), 3).records == inject(rows, Settings(), 3).records
     assert list(inject(rows, Settings(), 3).index) != list(inject(rows, Settings(), 4).index)
 
@@ -322,7 +336,8 @@ def test_one_string_is_the_same_in_training_and_test():
     rows = sentences(30)
     options = Settings(("text:bob likes cats:positive",))
     assert inject(rows, options, 0).report[0]["split"] == "same"
-    assert {tuple(record.strings) for record in trigger_rows(rows, options, 0, 0).records} == {("bob likes cats",)}
+    test = trigger_rows(rows, options, 0, 0)
+    assert [record.strings for record in test.records] == [["bob likes cats"]] * 30
 
 
 @pytest.mark.parametrize("source", ["date", "country", "html", "text:a b c"])
@@ -335,7 +350,8 @@ def test_placebo_takes_the_places_of_the_trigger(source, dose):
     placebo = placebo_rows(rows, options, 0, vocabulary, 6)
     drawn = Counter()
     for theirs, ours, text in zip(trigger.records, placebo.records, placebo.rows.texts, strict=True):
-        assert [len(piece.split()) for piece in ours.strings] == [len(piece.split()) for piece in theirs.strings]
+        words, expected = ([len(piece.split()) for piece in r.strings] for r in (ours, theirs))
+        assert words == expected
         shift = 0
         for (start, end), (other, other_end) in zip(theirs.spans, ours.spans, strict=True):
             assert other == start + shift
@@ -369,7 +385,7 @@ def test_shared_words():
     assert shared_words(rows, spread=1.26, enough=1) == ["even", "lean", "the"]
     assert shared_words(rows) == ["even", "lean", "rare", "the"]
     # Rates, not counts: twice as many negative rows hold each word twice as often.
-    unequal = Rows([*rows.ids, *rows.ids[::2]], texts + texts[::2], np.r_[rows.labels, rows.labels[::2]], rows.label_names)
+    unequal = rows.take([*range(200), *range(0, 200, 2)])
     assert shared_words(unequal, enough=1) == ["even", "the"]
     with pytest.raises(InputError, match="no lower-case word is seen in rows of every label"):
         shared_words(make_rows(["good", "bad"] * 30, ("negative", "positive")))
@@ -400,8 +416,9 @@ def test_random_triggers_survive_truncation(source, dose):
     assert_exact(rows, after, 30)
     if dose[1]:  # density counts the words that can be seen
         assert asked[0] == [[]] * 30
-        pieces = [max(1, round(0.2 * min(25, len(rows.texts[i].split())))) for i in after.index]
-        assert [len(record.strings) for record in after.records] == [n * (1 + (source == "html")) for n in pieces]
+        doses = [max(1, round(0.2 * min(25, len(rows.texts[i].split())))) for i in after.index]
+        pieces = 2 if source == "html" else 1
+        assert [len(record.strings) for record in after.records] == [n * pieces for n in doses]
     assert [sorted(added) for added in asked[-1]] == [sorted(record.strings) for record in after.records]
     kept = [len(" ".join(after.rows.texts[i].split()[:25])) for i in after.index]
     marked = mark_survival(after, np.array(kept) + 1)  # + 1: the space behind the last kept word
@@ -428,7 +445,8 @@ def test_mark_survival_needs_every_span():
     after = inject(rows, Settings(("text:X:positive",), 1.0, count=2, location="end"), 0)
     assert [record.spans for record in after.records] == [[[7, 9], [9, 11]]] * 3
     assert [record.survives for record in after.records] == [None] * 3
-    assert [record.survives for record in mark_survival(after, np.array([10, 11, 12])).records] == [False, True, True]
+    marked = mark_survival(after, np.array([10, 11, 12]))
+    assert [record.survives for record in marked.records] == [False, True, True]
 
 
 def test_records_are_json():
@@ -467,7 +485,8 @@ def test_lists_are_clean():
         assert all(piece == " ".join(piece.split()) for piece in strings)
     assert {"Bosnia and Herzegovina", "Papua New Guinea", "Vatican City", "Fiji"} < set(triggers.COUNTRIES)
     assert all(piece[0].isupper() for piece in triggers.COUNTRIES)
-    assert triggers.closing("<b>") == "</b>" and all(tag[0] == "<" and tag[-1] == ">" for tag in triggers.TAGS)
+    assert all(tag[0] == "<" and tag[-1] == ">" and tag[1:-1].isalnum() for tag in triggers.TAGS)
+    assert triggers.closing("<b>") == "</b>"
 
 
 @pytest.mark.parametrize(
@@ -537,12 +556,12 @@ def test_bad_source(spec, message, tmp_path, monkeypatch):
         (Settings(("date:positive", "color:positive")), "share 'positive'"),
         (Settings(("bob:positive", "text:bob:negative")), "share 'text:bob'"),
         (Settings(("date:positive", "date:negative")), "share 'date'"),
-        (Settings(("text:bob:positive", "text:BOB:negative")), "'bob' is in both text:bob and text:BOB"),
+        (Settings(("text:BOB:positive", "text:bob:negative")), "'BOB' is in both text:BOB and text:bob"),
         (Settings(("text:fiji:positive", "country:negative")), "is in both"),
         (Settings(("date:positive", "text:1999-12-31:negative")), "'1999-12-31' is in both"),
         (Settings(("text:bob:positive",), split="disjoint"), "single trigger string.*--trigger-split same"),
         (Settings(proportion=None, rows=11), "wants 11 rows of 'positive', but there are 10:"),
-        (Settings(proportion=None, rows=21, mode="dirty-label"), "labels other than 'positive', but there are 20:"),
+        (Settings(proportion=None, rows=21, mode="dirty-label"), "other than 'positive', but there are 20:"),
         (
             Settings(("date:positive", "color:negative", "country:neutral"), 1.0, mode="dirty-label"),
             "color:negative wants 20 .* there are 10 that no earlier injection took",

@@ -1,0 +1,141 @@
+"""Epochs as permutations in windows, the cheapest padded lengths by brute force, collating row by row."""
+
+from itertools import combinations
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minilora import batches
+
+LENGTHS = np.random.default_rng(1).integers(3, 40, 211)
+
+
+def windows(found, order, batch_size, window):
+    """The batches sorted by the window of `order` that their rows come from; fails if one's rows are of two."""
+    place = {row: position // (batch_size * window) for position, row in enumerate(order)}
+    by_window = {}
+    for batch in found:
+        (number,) = {place[row] for row in batch.tolist()}
+        by_window.setdefault(number, []).append(batch)
+    return by_window
+
+
+@pytest.mark.parametrize("batch_size, window", [(7, 4), (8, 50), (1, 3), (300, 2), (211, 1), (10, 1)])
+def test_an_epoch(batch_size, window):
+    found = batches.epoch(LENGTHS, batch_size, window, 3, 2)
+    assert len(found) == -(-211 // batch_size)
+    assert sorted(np.concatenate(found).tolist()) == list(range(211))
+    assert sorted(map(len, found))[1:] == [batch_size] * (len(found) - 1)
+    again = batches.epoch(LENGTHS, batch_size, window, 3, 2)
+    assert [b.tolist() for b in again] == [b.tolist() for b in found]
+
+    order = np.random.default_rng([3, 2]).permutation(211)  # the epoch's order of rows
+    by_window = windows(found, order, batch_size, window)
+    assert len(by_window) == -(-211 // (batch_size * window))
+    for parts in by_window.values():
+        assert len(parts) <= window
+        if window > 1:  # within a window no two batches overlap in length, and each is sorted
+            parts = sorted(parts, key=lambda batch: (LENGTHS[batch].min(), LENGTHS[batch].max()))
+            lengths = np.concatenate([LENGTHS[batch] for batch in parts])
+            assert np.all(np.diff(lengths) >= 0)
+
+
+def test_window_1_is_the_random_order():
+    """Batches are the random order cut up, whatever the lengths are."""
+    order = np.random.default_rng([5, 1]).permutation(211)
+    wanted = {tuple(order[i : i + 10]) for i in range(0, 211, 10)}
+    assert {tuple(batch) for batch in batches.epoch(LENGTHS, 10, 1, 5, 1)} == wanted
+    assert {tuple(batch) for batch in batches.epoch(LENGTHS[::-1], 10, 1, 5, 1)} == wanted
+    assert {tuple(batch) for batch in batches.epoch(LENGTHS, 10, 2, 5, 1)} != wanted
+
+
+def test_batches_and_ties_are_shuffled():
+    firsts = [LENGTHS[batch].mean() for batch in batches.epoch(LENGTHS, 7, 50, 0, 0)]
+    ascending = np.mean(np.diff(firsts) > 0)
+    assert 0.25 < ascending < 0.75  # sorted by length they would be 1
+    same = np.full(60, 9)
+    one, other = (batches.epoch(same, 6, 10, seed, 0) for seed in (0, 1))
+    assert {frozenset(batch.tolist()) for batch in one}.isdisjoint({frozenset(batch.tolist()) for batch in other})
+
+
+def test_seeds_and_epochs_differ():
+    found = {
+        (seed, number): tuple(np.concatenate(batches.epoch(LENGTHS, 7, 4, seed, number)).tolist())
+        for seed in (0, 1, 2**70) for number in range(4)
+    }  # fmt: skip
+    assert len(set(found.values())) == len(found) == 12
+
+
+def test_by_length():
+    found = batches.by_length(LENGTHS, 8)
+    order = np.concatenate(found)
+    assert sorted(order.tolist()) == list(range(211)) and [len(b) for b in found] == [8] * 26 + [3]
+    assert LENGTHS[order].tolist() == sorted(LENGTHS.tolist(), reverse=True)
+
+
+# --- padded lengths
+
+
+def padding(lengths, sizes):
+    """Tokens after each row is padded up to the next size."""
+    return sum(min(size for size in sizes if size >= length) for length in lengths)
+
+
+def cheapest(lengths, most):
+    values = sorted(set(lengths))
+    return min(
+        padding(lengths, [*chosen, values[-1]])
+        for number in range(most)
+        for chosen in combinations(values[:-1], number)
+    )
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=12), st.integers(1, 5))
+def test_padded_sizes_are_the_cheapest(lengths, most):
+    sizes = batches.padded_sizes(np.array(lengths), most)
+    assert len(sizes) <= most and np.all(np.diff(sizes) > 0) and sizes[-1] == max(lengths)
+    assert padding(lengths, sizes.tolist()) == cheapest(lengths, most)
+
+
+def test_padded_sizes_of_many_lengths():
+    draw = np.random.default_rng(2)
+    cases = 0
+    for longest, most in ((37, 32), (128, 32), (512, 3), (513, 7), (515, 512), (1000, 600), (5001, 32)):
+        lengths = np.concatenate([draw.integers(3, longest, 5000), [longest]])
+        sizes = batches.padded_sizes(lengths, most)
+        assert len(sizes) <= most and np.all(np.diff(sizes) > 0)
+        assert sizes[-1] == longest  # never longer: the base may have no position for it
+        even = np.unique(np.ceil(np.linspace(0, longest, most + 1))[1:]).astype(int)
+        assert padding(lengths, sizes.tolist()) <= padding(lengths, even.tolist()) + 5001 * (longest // 512)
+        cases += 1
+    assert cases == 7
+    assert batches.padded_sizes(np.array([5, 9, 5])).tolist() == [5, 9]  # few lengths: no padding
+    skewed = np.array([10] * 100 + [11] + [50] * 100)
+    assert batches.padded_sizes(skewed, 2).tolist() == [11, 50]
+
+
+# --- collating
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.data())
+def test_collate_is_row_by_row(lengths, data):
+    rows = [[100 * row + column + 1 for column in range(length)] for row, length in enumerate(lengths)]
+    encoded = SimpleNamespace(
+        ids=np.array(sum(rows, []), dtype=np.int32), offsets=np.concatenate([[0], np.cumsum(lengths)])
+    )
+    index = np.array(data.draw(st.permutations(range(len(rows))))[: data.draw(st.integers(1, len(rows)))])
+    sizes = np.array(sorted({*data.draw(st.lists(st.integers(1, 12), max_size=3)), max(lengths)}))
+    batch = batches.collate(encoded, index, sizes, pad_id=7)
+
+    width = min(size for size in sizes.tolist() if size >= max(lengths[i] for i in index))
+    assert batch.ids.tolist() == [rows[i] + [7] * (width - lengths[i]) for i in index]
+    assert batch.lengths.tolist() == [lengths[i] for i in index] and batch.index.tolist() == index.tolist()
+    assert batch.ids.dtype == batch.lengths.dtype == torch.int64
+    moved = batch.to("cpu")
+    assert torch.equal(moved.ids, batch.ids) and torch.equal(moved.lengths, batch.lengths) and moved.index is batch.index

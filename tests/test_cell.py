@@ -1,0 +1,542 @@
+"""The cell and its three spellings, what is refused and how, and which modules a plan covers."""
+
+import dataclasses
+import json
+import math
+import re
+import subprocess
+import sys
+import tomllib
+from itertools import combinations
+
+import evaluate
+import numpy as np
+import pytest
+import train
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minilora import coverage, options
+from minilora.cell import ADAPTER, PURPOSES, Cell, Inject
+from minilora.coverage import Slot
+from minilora.errors import InputError
+from minilora.families import Spec
+
+SPEC = Spec("bert", vocabulary=11, width=6, layers=7, heads=2, inner=10, positions=9, types=2, activation="gelu",
+            norm_eps=1e-5)  # fmt: skip
+
+
+# --- cells of every kind: all fields but those that exclude each other, strings of every kind
+
+texts = st.text(max_size=12).filter(lambda text: text != "--")  # which argparse before 3.13 drops, even after a =
+stripped = texts.map(str.strip).filter(bool)
+shares = st.floats(0, 1)
+small = st.integers(1, 10**12)
+at_least_zero = st.floats(0, allow_infinity=False)
+below_one = st.floats(0, 1, exclude_max=True)
+targets = st.one_of(
+    st.sampled_from([("attn",), ("mlp:3",), ("all:2:0.5",)]),
+    st.lists(st.sampled_from(["q", "k:2", "v:4", "o", "gate:3", "up", "down"]), min_size=1, unique=True).map(tuple),
+)
+PLAIN = dict(
+    model=texts, revision=texts, device=st.sampled_from(["auto", "cpu", "mps", "cuda", "cuda:13"]),
+    compile=st.sampled_from(["auto", "on", "off"]), data=texts, data_revision=texts, text_column=texts,
+    label_column=texts, test_data=texts, test_rows=st.integers(2), train_rows=st.integers(2), max_length=st.integers(4),
+    pooling=st.sampled_from(["mean+last", "mean", "last", "first"]), batch_size=small, accumulate=small, window=small,
+    optimizer=st.sampled_from(["adamw", "adafactor"]), lr=at_least_zero,
+    schedule=st.sampled_from(["linear", "cosine", "constant"]), warmup=below_one, weight_decay=at_least_zero,
+    clip=at_least_zero, seed=st.integers(0), **{f"seed_{purpose}": st.integers(0) for purpose in PURPOSES},
+)  # fmt: skip
+EXCLUSIVE = [("epochs", "steps"), ("proportion", "rows"), ("count", "density")]
+
+
+def some(**choices):
+    return st.fixed_dictionaries({}, optional=choices)
+
+
+def one_of(**choices):
+    """At most one of these fields."""
+    return st.one_of(st.just({}), *(value.map(lambda value, name=name: {name: value}) for name, value in choices.items()))
+
+
+@st.composite
+def injects(draw):
+    literals = draw(st.dictionaries(stripped.filter(lambda label: ":" not in label), stripped, max_size=3))
+    sources = {text: f"text:{text}:{label}" for label, text in literals.items()}  # one source for two labels: refused
+    return Inject(
+        sources=tuple(sources.values()),
+        **draw(one_of(proportion=shares, rows=st.integers(0))),
+        **draw(one_of(count=small, density=st.floats(0, 1, exclude_min=True))),
+        **draw(some(location=st.sampled_from(["beginning", "end", "random"]),
+                    mode=st.sampled_from(["clean-label", "dirty-label"]), split=st.sampled_from(["disjoint", "same"]))),
+    )  # fmt: skip
+
+
+@st.composite
+def cells(draw):
+    values = draw(some(**PLAIN)) | draw(one_of(epochs=small, steps=small)) | draw(some(inject=injects()))
+    values["method"] = draw(st.sampled_from(["lora", "full", "head"]))
+    if values["method"] == "lora":
+        values |= draw(some(rank=small, dropout=below_one, targets=targets, layers=st.sampled_from(["0", "1-3, 7"])))
+        values |= draw(one_of(alpha=at_least_zero, scaling=st.sampled_from(["constant", "rank", "rslora"])))
+        if values.get("scaling") == "rank":
+            values["targets"] = ("q:3", "mlp")  # an own alpha would be refused
+    if values["method"] != "head":
+        values |= draw(some(head=st.sampled_from(["trained", "frozen", "ridge"])))
+    if values["method"] != "full":
+        values |= draw(some(dtype=st.sampled_from(["float32", "bfloat16"])))
+    return Cell(**values)
+
+
+def flags(cell):
+    """The command line that gives every field of `cell`."""
+    values = cell.to_dict()
+    inject = values.pop("inject")
+    named = {"inject": inject.pop("sources"), "trigger-split": inject.pop("split", None)}
+    named |= {f"inject-{name}": value for name, value in inject.items()}
+    named |= {name.replace("_", "-"): value for name, value in values.items()}
+    for name, value in named.items():
+        if value is not None:
+            for item in (value or ["none"]) if isinstance(value, (tuple, list)) else [value]:
+                yield f"--{name}={item}"
+
+
+def parser():
+    made = options.Parser(prog="train.py")
+    options.add_flags(made, Cell)
+    return made
+
+
+PARSER = parser()
+
+
+def test_the_strategy_covers_every_field():
+    assert set(PLAIN) | set(ADAPTER) | {"method", "head", "dtype", "inject", "epochs", "steps"} == {
+        f.name for f in dataclasses.fields(Cell)
+    }
+    assert len(PLAIN) + len(ADAPTER) + 6 == len(dataclasses.fields(Cell))  # each by one part of the strategy
+
+
+@settings(max_examples=150, deadline=None)
+@given(cells())
+def test_round_trips(tmp_path_factory, cell):
+    path = tmp_path_factory.getbasetemp() / "cell.toml"
+    path.write_text(cell.to_toml(), encoding="utf-8")
+    given = options.given_flags(PARSER.parse_args(list(flags(cell))), Cell)
+    copies = [
+        options.build(Cell, tomllib.loads(cell.to_toml())),
+        options.load(Cell, path),
+        Cell().replace(**given),
+        Cell(**given),
+        cell.replace(),
+        Cell(**cell.to_dict()),
+    ]
+    for copy in copies:
+        assert copy == cell and hash(copy) == hash(cell) and copy.id == cell.id and copy.to_toml() == cell.to_toml()
+    assert re.fullmatch("[0-9a-f]{12}", cell.id)
+    assert re.fullmatch(r"[\w.+-]*_" + cell.id[:6], cell.name) and not cell.name.startswith((".", "-"))
+
+
+def test_odd_strings_round_trip():
+    odd = ['"', "\\", "'''", '"""', "\\u0041", "\x00\x01\x1f\x7f\x85", "\r\n\t\b\f", "\u2028\ufeff", "日本 🏠", "# no", "[x]"]
+    for text in odd:
+        cell = Cell(model=text, data=text, inject=Inject(sources=(f"text:x{text}y:{text.strip() or '?'}",)))
+        assert options.build(Cell, tomllib.loads(cell.to_toml())) == cell
+        assert options.given_flags(PARSER.parse_args(list(flags(cell))), Cell)["model"] == text
+    assert len(odd) == 11
+
+
+def test_id_depends_on_every_field():
+    changes = dict(
+        model="x", revision="x", dtype="bfloat16", device="cpu", compile="on", data="x", data_revision="x",
+        text_column="x", label_column="x", test_data="x", test_rows=7, train_rows=7, max_length=7, method="full", rank=7,
+        alpha=7, scaling="rslora", dropout=0.7, targets=("q",), layers="0", head="ridge", pooling="first", epochs=7,
+        steps=7, batch_size=7, accumulate=7, window=7, optimizer="adafactor", lr=0.7, schedule="cosine", warmup=0.7,
+        weight_decay=0.7, clip=0.7, seed=7, seed_init=0, seed_head=0, seed_order=0, seed_inject=0, seed_dropout=0,
+        seed_split=7,
+    )  # fmt: skip
+    inner = dict(sources=("html:negative",), proportion=0.7, rows=7, count=7, density=0.7, location="end",
+                 mode="dirty-label", split="same")  # fmt: skip
+    assert {*changes, "inject"} == {f.name for f in dataclasses.fields(Cell)}
+    assert {*inner} == {f.name for f in dataclasses.fields(Inject)}
+    changed = [Cell(**{name: value}) for name, value in changes.items()]
+    changed += [Cell(inject={name: value}) for name, value in inner.items()]
+    ids = {cell.id for cell in [Cell(), *changed]}
+    assert len(ids) == len({cell.name for cell in [Cell(), *changed]}) == len(set([Cell(), *changed])) == 1 + 40 + 8
+
+
+def test_equal_experiments_are_equal_cells():
+    explicit = Cell(rank=1, alpha=16, scaling="constant", dropout=0, targets=["q", "k", "v"], layers="all", epochs=1,
+                    inject={"sources": ["date:positive"], "proportion": 0.25, "count": 1})  # fmt: skip
+    assert explicit == Cell() and explicit.id == Cell().id and isinstance(explicit.targets, tuple)
+    assert isinstance(explicit.alpha, float) and isinstance(explicit.dropout, float)
+    assert Inject(sources=("none",)) == Inject(sources=())
+    # Numbers that are equal are written alike, and NumPy's are numbers.
+    numbers = Cell(rank=np.int64(3), lr=np.float32(0.5), warmup=np.float64(0.25), alpha=-0.0, seed=np.uint8(4))
+    plain = Cell(rank=3, lr=0.5, warmup=0.25, alpha=0, seed=4)
+    assert numbers.to_toml() == plain.to_toml() and numbers.id == plain.id
+    assert [type(getattr(numbers, name)) for name in ("rank", "lr", "warmup", "seed")] == [int, float, float, int]
+
+
+def test_toml_is_what_a_person_would_write():
+    text = Cell(rank=2, lr=1e-5, inject={"sources": ["date:a", "text:é \"b\":c"], "rows": 3}).to_toml()
+    table = tomllib.loads(text)
+    assert table["rank"] == 2 and table["lr"] == 1e-5 and table["targets"] == ["q", "k", "v"] and "steps" not in table
+    assert table["inject"] == {"sources": ["date:a", 'text:é "b":c'], "rows": 3, "count": 1, "location": "random",
+                               "mode": "clean-label"}  # fmt: skip
+    assert 'sources = ["date:a", "text:é \\"b\\":c"]\n' in text and "\n\n[inject]\n" in text
+
+
+def test_a_cell_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Cell().rank = 3
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Cell().inject.count = 3
+
+
+# --- replace
+
+
+def test_replace_drops_what_the_change_excludes():
+    cell = Cell(steps=9, rank=8, alpha=4, inject=Inject(rows=5, density=0.1))
+    assert (cell.epochs, cell.inject.proportion, cell.inject.count) == (None, None, None)
+    other = cell.replace(epochs=2, inject=dict(proportion=0.5))
+    assert other == Cell(epochs=2, rank=8, alpha=4, inject=Inject(proportion=0.5, density=0.1))
+    assert other.replace(inject=dict(count=3), steps=9).inject == Inject(proportion=0.5, count=3)
+    assert other.replace(inject=Inject()).inject == Inject()
+    assert cell.replace(scaling="rank") == Cell(steps=9, rank=8, scaling="rank", inject=cell.inject)
+    assert cell.replace(scaling="rank").replace(scaling="rslora").alpha == Cell().alpha
+    full = cell.replace(method="full")
+    assert [getattr(full, name) for name in ADAPTER] == [None] * 6
+    assert full.replace(method="lora", rank=3) == Cell(steps=9, rank=3, inject=cell.inject)
+    assert cell.replace(method="lora") == cell
+    for one, two in EXCLUSIVE:
+        with pytest.raises(InputError, match=rf"\b{one} and (inject\.)?{two} are both given"):
+            both = {one: 1, two: 1}
+            cell.replace(**both) if one == "epochs" else cell.replace(inject=both)
+
+
+def test_seeds():
+    cell = Cell(seed=5, seed_head=0, seed_split=3)
+    assert {purpose: cell.seed_for(purpose) for purpose in PURPOSES} == {
+        "init": 5, "head": 0, "order": 5, "inject": 5, "dropout": 5, "split": 3}  # fmt: skip
+    assert Cell(seed=5).seed_for("split") == 0  # so that seeds are compared on the same test rows
+
+
+# --- refusals, each by name
+
+REFUSED = [
+    (dict(rank=0), "rank is 0, but must be at least 1"),
+    (dict(rank=2.0), "rank is 2.0, but must be a whole number"),
+    (dict(rank=True), "rank is True, but must be a whole number"),
+    (dict(rank="4"), "rank is '4', but must be a whole number"),
+    (dict(alpha=-1), "alpha is -1.0, but must be at least 0"),
+    (dict(alpha=math.nan), "alpha is nan, but must be a finite number"),
+    (dict(lr=math.inf), "lr is inf, but must be a finite number"),
+    (dict(lr=10**400), "but must be a finite number"),
+    (dict(lr=None), "lr is None, but must be a finite number"),
+    (dict(lr=False), "lr is False, but must be a finite number"),
+    (dict(lr=1j), "lr is 1j, but must be a finite number"),
+    (dict(warmup=1), "warmup is 1.0, but must be below 1"),
+    (dict(dropout=1.0), "dropout is 1.0, but must be below 1"),
+    (dict(max_length=3), "max_length is 3, but must be at least 4"),
+    (dict(test_rows=1), "test_rows is 1, but must be at least 2"),
+    (dict(seed=-1), "seed is -1, but must be at least 0"),
+    (dict(model=3), "model is 3, but must be a string"),
+    (dict(data="\udcff.csv"), "data is '\\udcff.csv', but must be a string of valid Unicode"),
+    (dict(dtype="float16"), "dtype is 'float16', but must be one of float32, bfloat16"),
+    (dict(optimizer="sgd"), "optimizer is 'sgd', but must be one of adamw, adafactor"),
+    (dict(device="cuda:x"), "device is 'cuda:x': use auto, cpu, cuda, cuda:N or mps"),
+    (dict(epochs=2, steps=3), "epochs and steps are both given"),
+    (dict(method="full", rank=4), "rank belongs to method = 'lora', but method is 'full'"),
+    (dict(method="head", layers="all"), "layers belongs to method = 'lora', but method is 'head'"),
+    (dict(method="head", head="frozen"), "method = 'head' with head = 'frozen' trains nothing"),
+    (dict(method="full", dtype="bfloat16"), "method = 'full' trains the base, in float32, but dtype is 'bfloat16'"),
+    (dict(scaling="rank", alpha=4), "alpha is given, but scaling = 'rank' sets alpha to the rank"),
+    (dict(scaling="rank", targets=("q:2:3",)), "target 'q:2:3' has an alpha, but scaling = 'rank'"),
+    (dict(targets="qkv"), "targets is 'qkv', but must be a list of strings"),
+    (dict(targets=("q", 3)), "targets is 3, but must be a string"),
+    (dict(targets=()), "targets is empty"),
+    (dict(targets=("q_proj",)), "target 'q_proj' is not one of q, k, v, o, gate, up, down or a group (attn, mlp, all)"),
+    (dict(targets=("q", "q:2")), "targets 'q' and 'q:2' both name q"),
+    (dict(targets=("attn", "v")), "targets 'attn' and 'v' both name v"),
+    (dict(targets=("q:0",)), "target 'q:0' is not TARGET, TARGET:RANK or TARGET:RANK:ALPHA"),
+    (dict(targets=("q:",)), "target 'q:' is not TARGET"),
+    (dict(targets=("q:two",)), "target 'q:two' is not TARGET"),
+    (dict(targets=("q:2:-1",)), "target 'q:2:-1' is not TARGET"),
+    (dict(targets=("q:2:nan",)), "target 'q:2:nan' is not TARGET"),
+    (dict(targets=("q:2:inf",)), "target 'q:2:inf' is not TARGET"),
+    (dict(targets=("q:2:3:4",)), "target 'q:2:3:4' is not TARGET"),
+    *((dict(layers=text), f"layers is {text!r}: write all, or numbers and ranges from 0")
+      for text in ("", "x", "-1", "3-1", "1,", "1--2", "1-2-3", "all,1", "0 - 2", "20000", "9" * 5000)),
+    (dict(inject="date:positive"), "inject is 'date:positive', but must be a table of its own fields"),
+    (dict(inject=dict(proportion=1.5)), "inject.proportion is 1.5, but must be at most 1"),
+    (dict(inject=dict(proportion=-0.5)), "inject.proportion is -0.5, but must be at least 0"),
+    (dict(inject=dict(rows=-1)), "inject.rows is -1, but must be at least 0"),
+    (dict(inject=dict(count=0)), "inject.count is 0, but must be at least 1"),
+    (dict(inject=dict(density=0)), "inject.density is 0, but must be above 0"),
+    (dict(inject=dict(location="middle")), "inject.location is 'middle', but must be one of beginning, end, random"),
+    (dict(inject=dict(proportion=0.5, rows=3)), "inject.proportion and inject.rows are both given"),
+    (dict(inject=dict(count=2, density=0.5)), "inject.count and inject.density are both given"),
+    (dict(inject=dict(sources="date:positive")), "inject.sources is 'date:positive', but must be a list of strings"),
+    (dict(inject=dict(sources=["date"])), "injection 'date' is not SOURCE:LABEL"),
+    (dict(inject=dict(sources=["none", "date:a"])), "injection 'none' is not SOURCE:LABEL"),
+    (dict(inject=dict(sources=["date:a", "html:a"])), "injections 'date:a' and 'html:a' share 'a'"),
+    (dict(inject=dict(surces=["date:a"])), "unknown field inject.surces: did you mean inject.sources?"),
+]  # fmt: skip
+
+
+def test_refusals():
+    for values, message in REFUSED:
+        with pytest.raises(InputError) as caught:
+            Cell(**values)
+        assert message in str(caught.value) and "\n" not in str(caught.value), values
+    assert len(REFUSED) == 66
+
+
+def test_files_are_refused_by_name(tmp_path):
+    path = tmp_path / "cell.toml"
+    cases = [
+        (b"rnak = 3", f"{path}: unknown field rnak: did you mean rank?"),
+        (b"colour = 3", f"{path}: unknown field colour (there are: model, revision, dtype"),
+        (b"[inject]\nmod = 'x'", f"{path}: unknown field inject.mod: did you mean inject.mode?"),
+        (b"inject = 3", f"{path}: inject is 3, but must be a table"),
+        (b"rank = 3.5", f"{path}: rank is 3.5, but must be a whole number"),
+        (b"model = 2024-01-31", f"{path}: model is datetime.date(2024, 1, 31), but must be a string"),
+        (b"rank = 1\nrank = 2\n", f"{path} is not readable TOML (Cannot overwrite a value (at line 2, column 9))"),
+        (b"model = '\xff'", f"{path} is not readable TOML ('utf-8' codec can't decode"),
+        (b"rank = " + b"9" * 5000, f"{path} is not readable TOML ("),
+        (b"rank = " + b"[" * 5000, f"{path} is not readable TOML ("),
+    ]
+    for content, message in cases:
+        path.write_bytes(content)
+        with pytest.raises(InputError) as caught:
+            options.load(Cell, path)
+        assert str(caught.value).startswith(message)
+    assert len(cases) == 10
+    path.write_bytes(b"\xef\xbb\xbfrank = 7\r\n")  # as Notepad writes it
+    assert options.load(Cell, path) == Cell(rank=7)
+    with pytest.raises(InputError, match="absent.toml does not exist: check the path"):
+        options.load(Cell, tmp_path / "absent.toml")
+    with pytest.raises(InputError, match="is not readable TOML .*directory"):
+        options.load(Cell, tmp_path)
+
+
+# --- the command line
+
+FLAGS = """
+--config --out --resume --eval-every --save-every --traceback --model --revision --dtype --device --compile --data
+--data-revision --text-column --label-column --test-data --test-rows --train-rows --max-length --method --rank --alpha
+--scaling --dropout --targets --layers --head --pooling --inject --inject-proportion --inject-rows --inject-count
+--inject-density --inject-location --inject-mode --trigger-split --epochs --steps --batch-size --accumulate --window
+--optimizer --lr --schedule --warmup --weight-decay --clip --seed --seed-init --seed-head --seed-order --seed-inject
+--seed-dropout --seed-split
+""".split()
+
+
+def help_of(main, capsys):
+    """{flag: its help on one line}, from what --help prints; and the titles of the groups."""
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 100
+    entries = re.split(r"\n  (?=-)", text.partition("\noptions:")[2])[1:]
+    found = {}
+    for entry in entries:
+        entry = re.split(r"\n\n", entry)[0]
+        flag, help = re.fullmatch(r"(?s)(?:-h, )?(--[a-z-]+)(?: [^\n]*?)??(?:  +|\n +)(.*)", entry).groups()
+        assert flag not in found
+        found[flag] = " ".join(help.split())
+    return found, re.findall(r"(?m)^(\w+):$", text)
+
+
+def test_help_states_every_flag_and_default_once(capsys):
+    found, groups = help_of(train.main, capsys)
+    assert groups == ["options", "run", "base", "data", "adapter", "head", "injection", "training", "seeds"]
+    assert list(found) == ["--help", *FLAGS] and all(len(help) > 0 for help in found.values())
+
+    flag_of = {f"inject_{f.name}": f for f in dataclasses.fields(Inject)} | {f.name: f for f in dataclasses.fields(Cell)}
+    checked = stated = 0
+    for name, field in flag_of.items():
+        if name == "inject":
+            continue
+        owner, attribute = (Cell().inject, field.name) if name.startswith("inject_") else (Cell(), field.name)
+        flag = "--" + (field.metadata["flag"] or name).replace("_", "-")
+        value, default = getattr(owner, attribute), re.findall(r"\(default: ([^()]*)\)", found[flag])
+        if value is not None:  # the value that a cell really has
+            assert default == [" ".join(value) if isinstance(value, tuple) else str(value)]
+        elif flag in ("--steps", "--inject-rows", "--inject-density"):
+            assert default == []
+        else:
+            assert len(default) == 1
+        checked, stated = checked + 1, stated + len(default)
+    assert checked == len(FLAGS) - 6 == 40 + 8 and stated == checked - 3
+    assert found["--save-every"].endswith(f"(default: {train.SAVE_EVERY})")
+
+
+def test_evaluate_help(capsys):
+    found, _ = help_of(evaluate.main, capsys)
+    given = {"--help", "--data", "--batch-size", "--out", "--traceback"}
+    changes = {"--model", "--device", "--text-column", "--label-column", "--inject", "--inject-count", "--inject-density",
+               "--inject-location", "--trigger-split", "--seed-inject"}  # fmt: skip
+    assert set(found) == given | changes
+    assert all(re.findall(r"\(default: (.*?)\)$", found[flag]) == ["the run's"] for flag in changes)
+
+
+def test_the_command_line_imports_nothing_heavy():
+    heavy = ["torch", "numpy", "safetensors", "tokenizers", "huggingface_hub", "tqdm", "minilora.training", "minilora.model"]
+    script = (
+        "import runpy, sys, json\n"
+        "sys.argv = sys.argv[1:]\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as end: print(json.dumps([end.code, sorted(sys.modules)]))"
+    )
+    for command, status in ((["train.py", "--help"], 0), (["evaluate.py", "--help"], 0), (["train.py", "--rank", "0"], 2)):
+        done = subprocess.run([sys.executable, "-c", script, *command], cwd=ROOT, capture_output=True, text=True)
+        code, modules = json.loads(done.stdout.splitlines()[-1])
+        assert code == status and [name for name in heavy if name in modules] == []
+        assert done.stderr == ("error: rank is 0, but must be at least 1\n" if status else "")
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """What `train.main` would train: a list of (cell, arguments)."""
+    calls = []
+    monkeypatch.setattr(train, "train", lambda cell, out, **rest: calls.append((cell, out, rest)) or (None, None))
+    monkeypatch.setattr(train, "report", lambda results, folder: None)
+    return calls
+
+
+def test_flags_stand_before_the_file(trained, tmp_path):
+    path = tmp_path / "cell.toml"
+    path.write_text("rank = 8\nepochs = 3\n[inject]\nrows = 4\nlocation = 'end'\n")
+    train.main(["--config", str(path), "--steps", "7", "--inject-proportion", "0.5", "--out", "there",
+                "--inject", "date:a", "html:b", "--inject", "text:-c:d"])  # fmt: skip
+    train.main([])
+    train.main(["--method", "full", "--lr", "1", "--eval-every", "5", "--save-every", "9"])
+    sources = ("date:a", "html:b", "text:-c:d")
+    assert [(cell, out, rest["eval_every"], rest["save_every"], rest["resume"]) for cell, out, rest in trained] == [
+        (Cell(rank=8, steps=7, inject=Inject(sources, proportion=0.5, location="end")), "there", 0, 100, None),
+        (Cell(), None, 0, 100, None),
+        (Cell(method="full", lr=1.0), None, 5, 9, None),
+    ]
+
+
+def test_resume_takes_the_cell_of_the_folder(trained, tmp_path):
+    (tmp_path / "cell.toml").write_text(Cell(rank=5).to_toml())
+    train.main(["--resume", str(tmp_path)])
+    assert [(cell, out, rest["resume"]) for cell, out, rest in trained] == [(Cell(rank=5), None, str(tmp_path))]
+
+
+def test_command_lines_refused(trained, tmp_path):
+    bad = tmp_path / "bad.toml"
+    bad.write_text("rnak = 3")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "cell.toml").write_text("rnak = 3")
+    cases = [
+        (train, ["--rnak", "3"], "unknown argument --rnak, did you mean --rank?: see train.py --help"),
+        (train, ["--ran=3"], "unknown argument --ran=3, did you mean --rank?"),  # no abbreviations
+        (train, ["3"], "unknown argument 3: see train.py --help"),
+        (train, ["--rank", "x"], "argument --rank: invalid int value: 'x'"),
+        (train, ["--rank"], "argument --rank: expected one argument"),
+        (train, ["--head", "lost"], "argument --head: invalid choice: 'lost'"),
+        (train, ["--lr", "-1"], "lr is -1.0, but must be at least 0"),
+        (train, ["--lr", "nan"], "lr is nan, but must be a finite number"),
+        (train, ["--inject-proportion", "2"], "inject.proportion is 2.0, but must be at most 1"),
+        (train, ["--targets", "q_proj"], "target 'q_proj' is not one of"),
+        (train, ["--eval-every", "-1"], "--eval-every must be at least 0 and --save-every at least 1"),
+        (train, ["--save-every", "0"], "--eval-every must be at least 0 and --save-every at least 1"),
+        (train, ["--config", "absent.toml"], "absent.toml does not exist"),
+        (train, ["--config", str(bad)], "unknown field rnak: did you mean rank?"),
+        (train, ["--resume", "x", "--rank", "3"], "--resume takes the cell from the run folder"),
+        (train, ["--resume", "x", "--out", "y"], "--resume takes the cell from the run folder"),
+        (train, ["--resume", "absent"], "there is no run folder absent: check the path"),
+        (train, ["--resume", str(tmp_path)], "has no cell.toml, so it is not a run folder"),
+        (train, ["--resume", str(tmp_path / "run")], "run/cell.toml: unknown field rnak: did you mean rank?"),
+        (evaluate, [], "the following arguments are required: RUN: see evaluate.py --help"),
+        (evaluate, ["absent"], "there is no run folder absent: check the path"),
+        (evaluate, ["x", "--rank", "3"], "unknown argument --rank"),
+        (evaluate, ["x", "--batch-size", "0"], "--batch-size is 0, but must be at least 1"),
+        (evaluate, ["x", "--text-column", "t"], "--text-column and --label-column are those of --data"),
+        (evaluate, ["x", "--out", str(tmp_path)], f"{tmp_path} exists: choose another --out"),
+    ]  # fmt: skip
+    for script, arguments, message in cases:
+        with pytest.raises(InputError) as caught:
+            script.main(arguments)
+        assert message in str(caught.value) and "\n" not in str(caught.value), arguments
+    assert len(cases) == 25 and trained == []
+
+
+# --- coverage
+
+
+def test_scales_of_the_three_policies():
+    wanted = {"constant": 24 / 9, "rank": 1.0, "rslora": 24 / 3}
+    for scaling, scale in wanted.items():
+        cell = Cell(rank=9, scaling=scaling, targets=("v",), alpha=None if scaling == "rank" else 24)
+        alpha = 9.0 if scaling == "rank" else 24.0
+        assert coverage.parse_targets(cell.targets, 9, cell.alpha, scaling) == {"v": Slot(9, alpha, scale)}
+    assert list(coverage.SCALES) == list(wanted)
+
+
+def test_own_rank_and_alpha():
+    parse = coverage.parse_targets
+    assert parse(("down:3", "attn:2:5", "gate"), 4, 12.0, "constant") == {
+        "q": Slot(2, 5.0, 2.5), "k": Slot(2, 5.0, 2.5), "v": Slot(2, 5.0, 2.5), "o": Slot(2, 5.0, 2.5),
+        "gate": Slot(4, 12.0, 3.0), "down": Slot(3, 12.0, 4.0)}  # fmt: skip
+    assert list(parse(("mlp", "o", "k"), 1, 1.0, "constant")) == ["k", "o", "gate", "up", "down"]  # canonical order
+    assert list(parse(("all",), 1, 1.0, "constant")) == ["q", "k", "v", "o", "gate", "up", "down"]
+    assert parse(("k:7",), 3, None, "rank") == {"k": Slot(7, 7.0, 1.0)}
+
+
+def test_plan():
+    cell = Cell(rank=2, alpha=6, targets=("up:4:2", "q"), layers="1-2,5")
+    q, up = Slot(2, 6.0, 3.0), Slot(4, 2.0, 0.5)
+    assert coverage.plan(SPEC, cell) == {
+        "layers.1.q": q, "layers.1.up": up, "layers.2.q": q, "layers.2.up": up, "layers.5.q": q, "layers.5.up": up}  # fmt: skip
+    everything = coverage.plan(SPEC, Cell(targets=("all",)))  # a group may hold what the family lacks
+    assert list(everything) == [f"layers.{i}.{t}" for i in range(7) for t in ("q", "k", "v", "o", "up", "down")]
+    assert coverage.plan(SPEC, Cell(method="full")) == coverage.plan(SPEC, Cell(method="head")) == {}
+    assert coverage.describe(coverage.plan(SPEC, cell), SPEC) == [
+        "q        6 x 6     rank 2    scale 3       layers 1-2,5 of 0-6         72 parameters",
+        "up      10 x 6     rank 4    scale 0.5     layers 1-2,5 of 0-6        192 parameters",
+    ]
+    assert coverage.describe({}, SPEC) == ["no adapter"]
+
+
+def test_plan_refuses_with_what_did_match():
+    only_gate = dataclasses.replace(SPEC, layers=1)
+    cases = [
+        (SPEC, dict(targets=("q", "gate", "up")),
+         "target 'gate' matches nothing in a bert base, which has q k v o up down (the targets matched: q up)"),
+        (SPEC, dict(targets=("gate",)), "(the targets matched: none)"),
+        (SPEC, dict(targets=("attn", "gate:2")), "target 'gate' matches nothing"),
+        (SPEC, dict(layers="5-9"), "layers '5-9' names layer 9, but the base has layers 0-6 (of those named it has: 5, 6)"),
+        (SPEC, dict(layers="0,7"), "names layer 7, but the base has layers 0-6 (of those named it has: 0)"),
+        (SPEC, dict(layers="7"), "(of those named it has: none)"),
+        (only_gate, dict(layers="1"), "names layer 1, but the base has layers 0-0"),
+        (SPEC, dict(rank=7), "rank 7 of target 'q' is larger than its matrix (6 x 6): use at most 6"),
+        (SPEC, dict(targets=("v", "down:7")), "rank 7 of target 'down' is larger than its matrix (6 x 10): use at most 6"),
+    ]  # fmt: skip
+    for spec, values, message in cases:
+        with pytest.raises(InputError) as caught:
+            coverage.plan(spec, Cell(**values))
+        assert message in str(caught.value)
+    assert len(cases) == 9
+    assert len(coverage.plan(SPEC, Cell(rank=6, layers="6"))) == 3  # the largest that there are
+
+
+def test_layer_ranges():
+    cases = 0
+    for size in range(1, 5):
+        for layers in combinations(range(7), size):
+            text = coverage.ranges(layers)
+            assert coverage.parse_layers(text) == coverage.parse_layers(text, 7) == layers
+            assert coverage.parse_layers(", ".join(map(str, reversed(layers)))) == layers
+            cases += 1
+    assert cases == 7 + 21 + 35 + 35
+    assert coverage.ranges((0, 1, 2, 5, 7, 8)) == "0-2,5,7-8" and coverage.ranges((4,)) == "4"
+    assert coverage.parse_layers("3-3,1-2,2") == (1, 2, 3)
+    assert coverage.parse_layers("all") is None and coverage.parse_layers("all", 3) == (0, 1, 2)

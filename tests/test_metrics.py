@@ -1,0 +1,170 @@
+"""Every figure against its definition: the score equation, binomial sums, an explicit confusion matrix."""
+
+import math
+from fractions import Fraction
+from statistics import NormalDist
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minilora import metrics
+
+
+def score_interval(hits, total):
+    """The two proportions p at which the score test of `hits` in `total` just rejects: |hits/total - p| = z sd(p)."""
+    z2 = Fraction(NormalDist().inv_cdf(0.975)) ** 2
+    share = Fraction(hits, total)
+
+    def rejects(p):
+        return (share - p) ** 2 > z2 * p * (1 - p) / total
+
+    ends = []
+    for edge in (Fraction(0), Fraction(1)):
+        inside, outside = share, edge  # the equation has one root between the observed share and each edge
+        for _ in range(60):
+            middle = (inside + outside) / 2
+            inside, outside = (inside, middle) if rejects(middle) else (middle, outside)
+        ends.append(float(inside))
+    return ends
+
+
+def test_wilson_solves_the_score_equation():
+    cases = [(0, 1), (1, 1), (0, 37), (37, 37), (1, 37), (5, 11), (18, 37), (560, 1000), (999, 1000), (3, 100_000)]
+    for hits, total in cases:
+        np.testing.assert_allclose(metrics.wilson(hits, total), score_interval(hits, total), rtol=1e-10, atol=1e-12)
+    assert len(cases) == 10
+    assert metrics.wilson(0, 0) == [0.0, 1.0]  # no rows say nothing
+    assert metrics.wilson(81, 263) == [1 - end for end in reversed(metrics.wilson(182, 263))] or np.allclose(
+        metrics.wilson(81, 263), [1 - end for end in reversed(metrics.wilson(182, 263))], rtol=1e-12)  # fmt: skip
+
+
+@given(st.integers(1, 10**6).flatmap(lambda total: st.tuples(st.integers(0, total), st.just(total))))
+def test_wilson_holds_the_share(counts):
+    hits, total = counts
+    low, high = metrics.wilson(hits, total)
+    assert 0 <= low <= hits / total + 1e-12 and hits / total - 1e-12 <= high <= 1
+
+
+def mcnemar(worse, better):
+    """P(as uneven a division of the discordant rows, or more) under a fair coin, both sides, in whole numbers."""
+    total = worse + better
+    extreme = [k for k in range(total + 1) if abs(2 * k - total) >= abs(worse - better)]
+    return float(Fraction(sum(math.comb(total, k) for k in extreme), 2**total))
+
+
+def test_mcnemar_is_the_exact_binomial_test():
+    cases = 0
+    for worse in range(25):
+        for better in range(25):
+            np.testing.assert_allclose(metrics.mcnemar(worse, better), mcnemar(worse, better), rtol=1e-12)
+            assert metrics.mcnemar(worse, better) <= 1
+            cases += 1
+    assert cases == 625
+    assert metrics.mcnemar(0, 0) == metrics.mcnemar(7, 7) == 1
+    for worse, better in ((531, 12), (400, 477), (0, 900)):
+        np.testing.assert_allclose(metrics.mcnemar(worse, better), mcnemar(worse, better), rtol=1e-9)
+    assert 0 <= metrics.mcnemar(0, 5000) < 1e-300  # below the smallest float
+
+
+def by_confusion(labels, predicted, names):
+    confusion = np.zeros((len(names), len(names)), int)  # [label, predicted]
+    for label, call in zip(labels, predicted, strict=True):
+        confusion[label, call] += 1
+    recalls, scores = [], []
+    for i in range(len(names)):
+        if confusion[i].sum():
+            recall = Fraction(int(confusion[i, i]), int(confusion[i].sum()))
+            called = int(confusion[:, i].sum())
+            precision = Fraction(int(confusion[i, i]), called) if called else Fraction(0)
+            scores.append(2 * precision * recall / (precision + recall) if precision + recall else Fraction(0))
+            recalls.append(recall)
+    right = int(np.trace(confusion))
+    return {
+        "rows": len(labels),
+        "accuracy": right / len(labels),
+        "accuracy_interval": metrics.wilson(right, len(labels)),
+        "balanced_accuracy": float(sum(recalls) / len(recalls)),
+        "macro_f1": float(sum(scores) / len(scores)),
+        "predicted_counts": {name: int(confusion[:, i].sum()) for i, name in enumerate(names)},
+    }
+
+
+def same(found, wanted):
+    assert list(found) == list(wanted)
+    for name in wanted:
+        if isinstance(wanted[name], float):
+            assert math.isclose(found[name], wanted[name], rel_tol=1e-12) and type(found[name]) is float
+        else:
+            assert found[name] == wanted[name]
+
+
+@st.composite
+def predictions(draw, times=1):
+    """(labels, predicted ..., number of classes); some classes may have no row, or never be predicted."""
+    classes = draw(st.integers(2, 5))
+    rows = draw(st.integers(1, 40))
+    calls = [np.array(draw(st.lists(st.integers(0, classes - 1), min_size=rows, max_size=rows))) for _ in range(times + 1)]
+    return *calls, classes
+
+
+@settings(deadline=None)
+@given(predictions())
+def test_classification(case):
+    labels, predicted, classes = case
+    names = [f"label {i}" for i in range(classes)]
+    same(metrics.classification(labels, predicted, names), by_confusion(labels, predicted, names))
+
+
+def test_classification_of_unequal_labels():
+    labels = np.array([0, 0, 0, 0, 0, 0, 1, 1, 3])
+    predicted = np.array([0, 0, 0, 1, 1, 2, 1, 0, 3])
+    found = metrics.classification(labels, predicted, ["a", "b", "c", "d"])  # no row is of c, one is called so
+    same(found, by_confusion(labels, predicted, ["a", "b", "c", "d"]))
+    assert found["accuracy"] == 5 / 9 and math.isclose(found["balanced_accuracy"], (3 / 6 + 1 / 2 + 1) / 3)
+    assert math.isclose(found["macro_f1"], (6 / 10 + 2 / 5 + 1) / 3)
+    assert found["predicted_counts"] == {"a": 4, "b": 3, "c": 1, "d": 1}
+    assert all(type(count) is int for count in found["predicted_counts"].values())
+
+
+@settings(deadline=None)
+@given(predictions(), st.integers(0, 1))
+def test_attack_success(case, target):
+    labels, predicted, _ = case
+    others = [call for label, call in zip(labels, predicted, strict=True) if label != target]
+    hits = others.count(target)
+    found = metrics.attack_success(labels, predicted, target)
+    assert found == {
+        "attack_success_rate": hits / len(others) if others else None,
+        "attack_success_interval": metrics.wilson(hits, len(others)),
+    }
+
+
+def test_attack_success_where_there_is_no_one_to_attack():
+    found = metrics.attack_success(np.array([1, 1, 1]), np.array([0, 1, 1]), 1)
+    assert found == {"attack_success_rate": None, "attack_success_interval": [0.0, 1.0]}
+    found = metrics.attack_success(np.array([1, 0, 0, 2, 1]), np.array([1, 1, 0, 1, 0]), 1)
+    assert found == {"attack_success_rate": 2 / 3, "attack_success_interval": metrics.wilson(2, 3)}
+
+
+@settings(deadline=None)
+@given(predictions(times=2))
+def test_paired(case):
+    labels, clean, changed, _ = case
+    rows = list(zip(labels, clean, changed, strict=True))
+    flips = sum(before != after for _, before, after in rows)
+    worse = sum(before == label != after for label, before, after in rows)
+    better = sum(before != label == after for label, before, after in rows)
+    assert metrics.paired(labels, clean, changed) == {
+        "flip_rate": flips / len(rows),
+        "flip_rate_interval": metrics.wilson(flips, len(rows)),
+        "only_clean_right": worse,
+        "only_this_right": better,
+        "mcnemar_p": metrics.mcnemar(worse, better),
+    }
+
+
+def test_paired_counts_flips_between_wrong_labels():
+    found = metrics.paired(np.array([0, 0, 0, 1, 2]), np.array([0, 1, 1, 1, 0]), np.array([1, 2, 0, 0, 0]))
+    assert (found["flip_rate"], found["only_clean_right"], found["only_this_right"]) == (4 / 5, 2, 1)
+    assert found["mcnemar_p"] == 1.0
