@@ -34,11 +34,7 @@ def evaluate(folder, *, data=None, batch_size=None, **changes):
     cell = trained.replace(**changes)
 
     # --- rows: the training rows give the placebo its words and the labels their names
-    clean, test = datasets.train_test(
-        trained.data, test_data=trained.test_data, text_column=trained.text_column, label_column=trained.label_column,
-        train_rows=trained.train_rows, test_rows=trained.test_rows, seed=trained.seed_split,
-        revision=trained.data_revision,
-    )  # fmt: skip
+    clean, test = datasets.rows_of(trained)
     if data is not None:
         test = datasets.load(data, text_column=cell.text_column, label_column=cell.label_column)
         test = datasets.align(test, clean.label_names, data)

@@ -42,10 +42,7 @@ def train(cell, out=None, *, resume=None, eval_every=0, save_every=SAVE_EVERY, s
     model.check_fits(spec, text_tokenizer, cell.max_length)
 
     # --- data: rows, and the triggers that go into some of them
-    clean, test = data.train_test(
-        cell.data, test_data=cell.test_data, text_column=cell.text_column, label_column=cell.label_column,
-        train_rows=cell.train_rows, test_rows=cell.test_rows, seed=cell.seed_split, revision=cell.data_revision,
-    )  # fmt: skip
+    clean, test = data.rows_of(cell)
     seed_inject = cell.seed_for("inject")
     injected = injection.inject(
         clean, cell.inject, seed_inject, lambda texts, added: text_tokenizer.visible(texts, added, cell.max_length)

@@ -134,6 +134,14 @@ def train_test(
     return train, test
 
 
+def rows_of(cell):
+    """The (training rows, test rows) of a `cell.Cell`: `train_test` with its fields."""
+    return train_test(
+        cell.data, test_data=cell.test_data, text_column=cell.text_column, label_column=cell.label_column,
+        train_rows=cell.train_rows, test_rows=cell.test_rows, seed=cell.seed_split, revision=cell.data_revision,
+    )  # fmt: skip
+
+
 def align(rows, label_names, source):
     """`rows` with labels that index `label_names`; InputError names the first row with any other label."""
     place = {name: index for index, name in enumerate(label_names)}

@@ -108,8 +108,9 @@ def inject(rows, settings, seed, visible=None):
 def trigger_rows(rows, settings, k, seed, visible=None, part="test"):
     """Test rows that all carry the trigger of injection `k`, labels unchanged: `Injected`.
 
-    `part` ("test" or "train") names the strings drawn from; the places are the same for both. `seed` must be
-    the one given to `inject`, since it fixes which strings are which.
+    `part` ("test" or "train") names the strings drawn from; the places are the same for both, unless strings
+    of other lengths leave less of a truncated row. `seed` must be the one given to `inject`, since it fixes
+    the split.
     """
     return _all_rows(rows, settings, k, seed, visible, part, lambda inserts, label: inserts)
 
@@ -165,8 +166,10 @@ def shared_words(rows, least_rows=20, spread=1.2, enough=20):
 
 
 def mark_survival(injected, kept_chars):
-    """`injected` with `survives` set. `kept_chars` [records]: leading characters of each injected text that
-    are kept."""
+    """`injected` with `survives` set: whether every span ends within the text that truncation keeps.
+
+    `kept_chars` [records]: the number of leading characters kept of each injected text.
+    """
     records = [
         replace(record, survives=record.spans[-1][1] <= kept)
         for record, kept in zip(injected.records, np.asarray(kept_chars).tolist(), strict=True)
@@ -196,8 +199,7 @@ def _resolve(settings, label_names):
 
 
 def _split(source, label, split, seed):
-    """Indices of the strings for training and for test: ("disjoint" or "same", {"train": [...], "test":
-    [...]})."""
+    """("disjoint" or "same", {"train": indices of the strings for training, "test": those for test})."""
     strings = np.arange(len(source))
     split = split or ("disjoint" if len(source) >= 2 else "same")
     if split == "same":
@@ -227,10 +229,9 @@ def _keys(seed, purpose, label, rows):
 
 
 def _draws(keys, counts):
-    """`counts[i]` random 32-bit integers for each key, flat. For such a `u`, `u * n >> 32` is uniform below
-    n.
+    """`counts[i]` random 32-bit integers for key i, flat: for each u, `u * n >> 32` is uniform below n.
 
-    A key starts a SplitMix64 stream (Steele, Lea & Flood 2014, figure 13), so that draw j of a row depends
+    A key starts a SplitMix64 stream (Steele, Lea & Flood, OOPSLA 2014), so that draw j of a row depends
     neither on how many draws follow nor on other rows, and a million rows are still one array operation.
     """
     nth = 1 + np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)

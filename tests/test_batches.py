@@ -115,8 +115,9 @@ def test_padded_sizes_of_many_lengths():
         cases += 1
     assert cases == 7
     assert batches.padded_sizes(np.array([5, 9, 5])).tolist() == [5, 9]  # few lengths: no padding
-    skewed = np.array([10] * 100 + [11] + [50] * 100)
-    assert batches.padded_sizes(skewed, 2).tolist() == [11, 50]
+    for number, wanted in ((38, [11, 50]), (40, [10, 50])):  # to pad `number` rows by 1, or one row by 39
+        skewed = np.array([10] * number + [11] + [50] * 100)
+        assert batches.padded_sizes(skewed, 2).tolist() == wanted
 
 
 # --- collating

@@ -5,7 +5,7 @@ import string
 from collections import Counter
 from dataclasses import dataclass
 from datetime import date
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from minilora import triggers
 from minilora.data import Rows
 from minilora.errors import InputError
-from minilora.injection import inject, mark_survival, placebo_rows, shared_words, trigger_rows
+from minilora.injection import _draws, inject, mark_survival, placebo_rows, shared_words, trigger_rows
 
 LABELS = ("negative", "neutral", "positive")
 
@@ -162,7 +162,8 @@ def test_random_places_and_strings_are_uniform_and_independent():
     once = inject(rows, Settings(("color:positive",), 1.0), 1)
     joint = Counter((record.strings[0], record.spans[0][0]) for record in once.records)
     mean = 12000 / (66 * 5)
-    assert len(joint) == 66 * 5 and sum((n - mean) ** 2 / mean for n in joint.values()) < 433  # 329 degrees, 1e-4
+    assert len(joint) == 66 * 5
+    assert sum((n - mean) ** 2 / mean for n in joint.values()) < 433  # 329 degrees, p = 1e-4
 
 
 @pytest.mark.parametrize(("proportion", "expected"), [(0, 0), (0.1, 10), (0.254, 25), (0.5, 50), (1, 100)])
@@ -278,6 +279,22 @@ def test_injections_do_not_touch_each_others_draws():
         assert len(matches) >= 40 and strings < 0.05 and places < 0.3
     assert inject(rows, Settings(), 3).records == inject(rows, Settings(), 3).records
     assert list(inject(rows, Settings(), 3).index) != list(inject(rows, Settings(), 4).index)
+
+
+def test_draws_are_splitmix64():
+    def reference(state):
+        mask = 2**64 - 1
+        while True:
+            state = (state + 0x9E3779B97F4A7C15) & mask
+            z = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
+            z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+            yield z ^ (z >> 31)
+
+    published = [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    assert list(islice(reference(1234567), 3)) == published
+    keys, counts = np.array([1234567, 2**64 - 1, 5], np.uint64), np.array([3, 0, 2])
+    expected = [u >> 32 for u in [*published, *islice(reference(5), 2)]]
+    assert _draws(keys, counts).tolist() == expected
 
 
 def test_draws_stay_what_they_were():

@@ -1,0 +1,327 @@
+"""The run folder with its lock, atomic files, and how an error leaves a script."""
+
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+from minilora import errors, files, run
+from minilora.cell import Cell
+from minilora.errors import InputError, TrainingError
+from minilora.run import Run
+
+CELL = Cell(rank=3, lr=0.5)
+
+
+def entries(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+# --- a new folder
+
+
+def test_a_new_run(tmp_path):
+    made = Run.plan(tmp_path / "deep" / "run", CELL)
+    assert entries(tmp_path) == []  # nothing is written before `hold`
+    with made.hold(CELL) as held:
+        assert held is made and not made.finished and entries(made.path) == [".lock", "cell.toml"]
+        assert made.read_cell() == Run(made.path).read_cell() == CELL
+        made.state.write_bytes(b"state")
+        assert made.state == made.path / "state.safetensors"
+        made.finish({"accuracy": 0.5, "labels": ["é"]})
+        assert made.finished and entries(made.path) == [".lock", "cell.toml", "results.json"]
+    assert Run(made.path).finished and Run(made.path).read_results() == {"accuracy": 0.5, "labels": ["é"]}
+
+
+def test_names_under_runs_are_numbered(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in (CELL.name, f"{CELL.name}-2", f"{CELL.name}-3"):
+        planned = Run.plan(None, CELL)
+        assert str(planned.path) == f"runs/{name}" and not planned.path.exists()
+        with planned.hold(CELL):
+            pass
+    (tmp_path / "runs" / f"{CELL.name}-4").symlink_to("nowhere")
+    assert Run.plan(None, CELL).path.name == f"{CELL.name}-5"
+
+
+def test_existing_folders(tmp_path):
+    def folder(name, *names):
+        (tmp_path / name).mkdir()
+        for inside in names:
+            (tmp_path / name / inside).write_text("mine")
+        return tmp_path / name
+
+    for path in (folder("empty"), folder("locked", ".lock")):
+        with Run.plan(path, CELL).hold(CELL):
+            assert Run(path).read_cell() == CELL
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to("nowhere")
+    refused = [
+        (folder("finished", "cell.toml", "results.json"), "holds a finished run: see python evaluate.py"),
+        (folder("unfinished", "cell.toml"), "holds an unfinished run: go on with --resume"),
+        (folder("other", "thesis.tex"), "exists and is not an empty folder: choose another --out"),
+        (tmp_path / "file", "exists and is not an empty folder"),
+        (tmp_path / "link", "exists and is not an empty folder"),
+    ]
+    for path, message in refused:
+        with pytest.raises(InputError, match=message):
+            Run.plan(path, CELL)
+        before = sorted(str(p) for p in tmp_path.rglob("*"))
+        with pytest.raises(InputError):  # nor can the plan be skipped
+            with Run(path).hold(CELL):
+                raise AssertionError
+        after = sorted(str(p) for p in tmp_path.rglob("*") if p.name != ".lock")
+        assert after == [name for name in before if not name.endswith(".lock")]
+    assert len(refused) == 5
+    assert all((tmp_path / name).read_text() == "mine"
+               for name in ("finished/cell.toml", "finished/results.json", "unfinished/cell.toml", "other/thesis.tex"))  # fmt: skip
+
+
+def test_folders_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file" / "run", tmp_path / ("x" * 300)):
+        with pytest.raises(InputError, match=r"cannot write to the run folder .* \(.+\): choose another --out"):
+            with Run.plan(path, CELL).hold(CELL):
+                raise AssertionError
+    assert entries(tmp_path) == ["file"]
+
+
+# --- resuming
+
+
+def test_resuming(tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(InputError, match=f"there is no run folder {folder}: check the path"):
+        Run(folder).read_cell()
+    with pytest.raises(InputError, match="cannot write to the run folder"):
+        with Run(folder, resume=True).hold(CELL):
+            raise AssertionError
+    assert entries(tmp_path) == []
+    folder.mkdir()
+    with pytest.raises(InputError, match=f"{folder} has no cell.toml, so it is not a run folder"):
+        Run(folder).read_cell()
+    with Run(folder).hold(CELL):
+        pass
+    (folder / "cell.toml").write_text(CELL.to_toml() + "# a remark\n")
+    with Run(folder, resume=True).hold(CELL) as resumed:
+        assert (folder / "cell.toml").read_text().endswith("# a remark\n")  # not written again
+        resumed.finish({})
+    with pytest.raises(InputError, match="holds a finished run"):
+        with Run(folder, resume=True).hold(CELL):
+            raise AssertionError
+    (folder / "cell.toml").write_text("rank = 'x'")
+    with pytest.raises(InputError, match=f"{folder}/cell.toml: rank is 'x', but must be a whole number"):
+        Run(folder).read_cell()
+
+
+def test_one_process_at_a_time(tmp_path):
+    script = (
+        "import sys\n"
+        "from minilora.cell import Cell\n"
+        "from minilora.run import Run\n"
+        "with Run(sys.argv[1]).hold(Cell(rank=3, lr=0.5)):\n"
+        "    print('held', flush=True)\n"
+        "    sys.stdin.read()\n"
+    )
+    folder = tmp_path / "run"
+    other = subprocess.Popen(
+        [sys.executable, "-c", script, str(folder)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert other.stdout.readline() == "held\n"
+        for resume in (False, True):
+            with pytest.raises(InputError, match=f"{folder} is in use by another process: wait for it, or choose"):
+                with Run(folder, resume).hold(Cell()):
+                    raise AssertionError
+        assert entries(folder) == [".lock", "cell.toml"] and Run(folder).read_cell() == CELL
+    finally:
+        other.send_signal(signal.SIGKILL)
+        other.communicate()
+    with Run(folder, resume=True).hold(CELL):  # a killed process holds nothing
+        with pytest.raises(InputError, match="in use"):
+            with Run(folder, resume=True).hold(CELL):
+                raise AssertionError
+    with pytest.raises(KeyError):
+        with Run(folder, resume=True).hold(CELL):
+            raise KeyError
+    with Run(folder, resume=True).hold(CELL):  # nor does one that failed
+        pass
+
+
+# --- metrics.jsonl
+
+
+def test_metrics_go_on_after_the_saved_step(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    odd = {"step": 2, "tests": {"a\u2028b\x85c": 1, "é\n": 2}}  # label names may hold what some take for line ends
+    with Run(tmp_path).hold(CELL) as first:
+        first.start_metrics(0)
+        for record in ({"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25}, odd, {"step": 3, "loss": 0.125}):
+            first.log(record)
+            assert json.loads(path.read_text().split("\n")[-2]) == record  # at once
+    with open(path, "a") as file:
+        file.write('{"step": 4, "lo')  # killed here
+    for _ in range(2):  # twice, since the first time writes the file anew
+        with Run(tmp_path, resume=True).hold(CELL) as second:
+            second.start_metrics(2)
+            assert files.read_jsonl(path) == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25}, odd]
+            second.log({"step": 3, "loss": 0.0625})
+        assert files.read_jsonl(path)[3:] == [{"step": 3, "loss": 0.0625}] and path.read_text().endswith("}\n")
+    with Run(tmp_path, resume=True).hold(CELL) as third:
+        third.start_metrics(0)
+    assert path.read_text() == "" and entries(tmp_path) == [".lock", "cell.toml", "metrics.jsonl"]
+    with pytest.raises(ValueError, match="closed file"):
+        third.log({"step": 1})
+
+
+# --- what results.json says of the run
+
+
+def test_certificate():
+    parameters = {"a.A": torch.zeros(3, 5), "a.B": torch.zeros(7, 3), "bias": torch.zeros(2)}
+    assert run.trainable(parameters) == {
+        "tensors": [
+            {"name": "a.A", "shape": [3, 5], "count": 15},
+            {"name": "a.B", "shape": [7, 3], "count": 21},
+            {"name": "bias", "shape": [2], "count": 2},
+        ],
+        "count": 38,
+    }
+    assert run.trainable({}) == {"tensors": [], "count": 0}
+
+
+def test_versions_and_hardware():
+    found = run.versions()
+    assert set(found) == {"minilora", "python", "torch", "safetensors", "tokenizers", "huggingface-hub", "numpy"}
+    assert found["python"].startswith("{}.{}.{}".format(*sys.version_info)) and torch.__version__.startswith(found["torch"])
+    machine = run.hardware(torch.device("cpu"))
+    assert machine["device"] == "cpu" and machine["cores"] == os.cpu_count() and machine["processor"]
+    assert machine["threads"] == torch.get_num_threads() and "gpu" not in machine
+    json.dumps([found, machine])
+
+
+def test_peak_memory_is_of_this_process_alone():
+    """A process starts with no more than its own, however large the one that started it."""
+    script = (
+        "import torch\n"
+        "from minilora.run import peak_memory\n"
+        "print(peak_memory(torch.device('cpu')))\n"
+        "torch.ones(2**25)\n"
+        "print(peak_memory(torch.device('cpu')))\n"
+    )
+    ballast = torch.ones(3 * 2**27)  # 1.5 GiB
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    before, after = map(int, done.stdout.split())
+    assert 2**26 < before < ballast.nbytes / 2 and before + 2**26 < after < before + 2**28
+
+
+# --- atomic files
+
+
+class Failure(BaseException):
+    """Not an Exception, as KeyboardInterrupt is not."""
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    files.write_text(path, "old\n")
+
+    def broken():
+        yield {"a": 1}
+        raise Failure
+
+    def in_replacing():
+        with files.replacing(path) as temporary:
+            temporary.write_text("half")
+            raise Failure
+
+    failing = [
+        (lambda: files.write_jsonl(path, broken()), Failure),
+        (in_replacing, Failure),
+        (lambda: files.write_json(path, {"a": {1, 2}}), TypeError),
+        (lambda: files.write_jsonl(path, [{"a": 1}, {"b": {1, 2}}]), TypeError),
+        (lambda: files.write_text(path, "\udc80"), UnicodeEncodeError),
+    ]
+    for action, error in failing:
+        with pytest.raises(error):
+            action()
+        assert path.read_text() == "old\n" and entries(tmp_path) == ["file"]
+    assert len(failing) == 5
+    with pytest.raises(FileNotFoundError):
+        files.write_text(tmp_path / "absent" / "file", "x")
+    with pytest.raises(FileNotFoundError):  # nothing was written to the temporary path
+        with files.replacing(path):
+            pass
+    assert path.read_text() == "old\n" and entries(tmp_path) == ["file"]
+
+
+def test_a_write_shows_all_or_nothing(tmp_path):
+    path = tmp_path / "file"
+    with files.replacing(path) as temporary:
+        assert temporary.parent == tmp_path and not path.exists()
+        temporary.write_text("new")
+        with files.replacing(path) as other:  # two writers do not meet
+            other.write_text("other")
+        assert path.read_text() == "other"
+    assert path.read_text() == "new" and entries(tmp_path) == ["file"]
+    old = os.umask(0o027)
+    try:
+        files.write_text(tmp_path / "shared", "x")
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE((tmp_path / "shared").stat().st_mode) == 0o640  # the user's own choice
+
+
+def test_json_round_trips(tmp_path):
+    value = {"é\u2028": [1, 2.5, None, True, "a\nb\r"], "z": {}}
+    files.write_json(tmp_path / "a.json", value)
+    text = (tmp_path / "a.json").read_text(encoding="utf-8")
+    assert json.loads(text) == value and text.endswith("}\n") and "é" in text
+    records = [value, {}, {"r": "\u2028\x85\x0b\r\n"}]
+    files.write_jsonl(tmp_path / "a.jsonl", iter(records))
+    assert files.read_jsonl(tmp_path / "a.jsonl") == records
+    files.write_jsonl(tmp_path / "a.jsonl", [])
+    assert files.read_jsonl(tmp_path / "a.jsonl") == []
+
+
+# --- errors at the script's edge
+
+
+def test_exit_cleanly(capsys):
+    def failing(error):
+        def main(argv):
+            assert argv in (["--x"], ["--traceback"])
+            raise error
+
+        return main
+
+    cases = [
+        (InputError("rank is 0:\n  use   1"), 2, "error: rank is 0: use 1\n"),
+        (TrainingError("the loss is nan"), 1, "error: the loss is nan\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+    ]
+    for error, status, line in cases:
+        with pytest.raises(SystemExit) as caught:
+            errors.exit_cleanly(failing(error), ["--x"])
+        assert caught.value.code == status and capsys.readouterr() == ("", line)
+    assert len(cases) == 3
+    with pytest.raises(SystemExit):
+        errors.exit_cleanly(failing(InputError("bad")), ["--traceback"])
+    shown = capsys.readouterr().err
+    assert shown.startswith("Traceback") and "in main" in shown and shown.endswith("\nerror: bad\n")
+    with pytest.raises(ZeroDivisionError):  # a defect of ours is not dressed up as the user's
+        errors.exit_cleanly(failing(ZeroDivisionError()), ["--x"])
+    assert errors.exit_cleanly(lambda argv: None, []) is None
+
+
+def test_exit_cleanly_reads_the_command_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--rank", "3"])
+    seen = []
+    errors.exit_cleanly(seen.append)
+    assert seen == [["--rank", "3"]]
