@@ -27,6 +27,10 @@ SPEC = Spec("bert", vocabulary=11, width=6, layers=7, heads=2, inner=10, positio
             norm_eps=1e-5)  # fmt: skip
 
 
+class AttentionAlone(Spec):
+    targets = ("q", "k", "v", "o")
+
+
 # --- cells of every kind: all fields but those that exclude each other, strings of every kind
 
 texts = st.text(max_size=12).filter(lambda text: text != "--")  # which argparse before 3.13 drops, even after a =
@@ -507,16 +511,18 @@ def test_plan():
 
 
 def test_plan_refuses_with_what_did_match():
-    only_gate = dataclasses.replace(SPEC, layers=1)
+    one_layer = dataclasses.replace(SPEC, layers=1)
+    attention = AttentionAlone(**dataclasses.asdict(SPEC))
     cases = [
         (SPEC, dict(targets=("q", "gate", "up")),
          "target 'gate' matches nothing in a bert base, which has q k v o up down (the targets matched: q up)"),
         (SPEC, dict(targets=("gate",)), "(the targets matched: none)"),
+        (attention, dict(targets=("mlp:3",)), "target 'gate' matches nothing in a bert base, which has q k v o (the"),
         (SPEC, dict(targets=("attn", "gate:2")), "target 'gate' matches nothing"),
         (SPEC, dict(layers="5-9"), "layers '5-9' names layer 9, but the base has layers 0-6 (of those named it has: 5, 6)"),
         (SPEC, dict(layers="0,7"), "names layer 7, but the base has layers 0-6 (of those named it has: 0)"),
         (SPEC, dict(layers="7"), "(of those named it has: none)"),
-        (only_gate, dict(layers="1"), "names layer 1, but the base has layers 0-0"),
+        (one_layer, dict(layers="1"), "names layer 1, but the base has layers 0-0"),
         (SPEC, dict(rank=7), "rank 7 of target 'q' is larger than its matrix (6 x 6): use at most 6"),
         (SPEC, dict(targets=("v", "down:7")), "rank 7 of target 'down' is larger than its matrix (6 x 10): use at most 6"),
     ]  # fmt: skip
@@ -524,7 +530,8 @@ def test_plan_refuses_with_what_did_match():
         with pytest.raises(InputError) as caught:
             coverage.plan(spec, Cell(**values))
         assert message in str(caught.value)
-    assert len(cases) == 9
+    assert len(cases) == 10
+    assert len(coverage.plan(attention, Cell(targets=("mlp", "o")))) == 7
     assert len(coverage.plan(SPEC, Cell(rank=6, layers="6"))) == 3  # the largest that there are
 
 

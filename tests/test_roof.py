@@ -1,0 +1,100 @@
+"""The count of operations against what autograd really does on a bare model; the measured rate."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from minilora import coverage, roof
+from minilora.cell import Cell
+from minilora.families import Spec
+
+SPEC = Spec("bert", vocabulary=11, width=6, layers=3, heads=2, inner=14, positions=9, types=2, activation="gelu",
+            norm_eps=1e-5)  # fmt: skip
+ROWS, LENGTH = 5, 7
+
+
+class Bare(nn.Module):
+    """The products of an encoder and nothing else. Where an adapter is, a trained vector is added: no product."""
+
+    def __init__(self, slots, method):
+        super().__init__()
+        self.x = nn.Parameter(torch.randn(ROWS, LENGTH, SPEC.width), requires_grad=method == "full")
+        self.weights = nn.ParameterDict()
+        self.adapters = nn.ParameterDict()
+        for layer in range(SPEC.layers):
+            for target in SPEC.targets:
+                weight = torch.randn(SPEC.shape(target)) / 10
+                self.weights[f"{layer}{target}"] = nn.Parameter(weight, requires_grad=method == "full")
+                if f"layers.{layer}.{target}" in slots:
+                    self.adapters[f"{layer}{target}"] = nn.Parameter(torch.randn(SPEC.shape(target)[0]))
+
+    def project(self, x, name):
+        y = F.linear(x, self.weights[name])
+        return y + self.adapters[name] if name in self.adapters else y
+
+    def forward(self):
+        x = self.x
+        for layer in range(SPEC.layers):
+            q, k, v = (self.project(x, f"{layer}{target}") for target in "qkv")
+            q, k, v = (y.view(ROWS, LENGTH, SPEC.heads, -1).transpose(1, 2) for y in (q, k, v))
+            attended = (q @ k.transpose(2, 3)).softmax(-1) @ v
+            x = x + self.project(attended.transpose(1, 2).reshape(ROWS, LENGTH, -1), f"{layer}o")
+            x = x + self.project(self.project(x, f"{layer}up").relu(), f"{layer}down")
+        return x
+
+
+CASES = [
+    dict(targets=("q", "k", "v")),
+    dict(targets=("all",)),
+    dict(targets=("down",)),
+    dict(targets=("o",), layers="1"),
+    dict(targets=("up",), layers="2"),
+    dict(targets=("mlp",), layers="0,2"),
+    dict(targets=("attn",), layers="1-2"),
+    dict(method="full"),
+    dict(method="head"),
+]
+
+
+@pytest.mark.parametrize("values", CASES)
+def test_operations_are_those_of_autograd(values):
+    cell = Cell(**values)
+    slots = coverage.plan(SPEC, cell)
+    model = Bare(slots, cell.method)
+    with FlopCounterMode(display=False) as counter:
+        y = model()
+        if y.requires_grad:
+            y.square().sum().backward()
+    assert y.requires_grad == (cell.method != "head")
+    assert roof.training_flops(SPEC, slots, cell.method, LENGTH) * ROWS * LENGTH == counter.get_total_flops()
+
+
+def test_full_training_is_three_times_the_forward():
+    forward = roof.training_flops(SPEC, {}, "head", LENGTH)
+    weights = SPEC.layers * sum(a * b for a, b in map(SPEC.shape, SPEC.targets))
+    assert forward == 2 * weights + SPEC.layers * 4 * LENGTH * SPEC.width
+    assert roof.training_flops(SPEC, {}, "full", LENGTH) == 3 * forward
+
+
+def test_the_rate_is_operations_over_the_best_time(monkeypatch):
+    """With a clock that goes on by these steps at each look."""
+    steps = iter([0.0, 0.01, 0.0, 0.08, 0.01, 0.0, 0.02, 0.01, 0.0, 0.04, 0.01])
+    clock = SimpleNamespace(now=50.0)
+
+    def look():
+        clock.now += next(steps)
+        return clock.now
+
+    monkeypatch.setattr(roof, "time", SimpleNamespace(perf_counter=look))
+    found = roof.matmul_rate(12, SPEC, torch.float32, "cpu", seconds=0.15)
+    assert found == pytest.approx(2 * 12 * 6 * 14 / (0.02 / 4), rel=1e-9)  # four products in the shortest step
+    assert next(steps, None) is None
+
+
+def test_the_rate_of_this_machine():
+    for dtype in (torch.float32, torch.bfloat16):
+        assert 1e3 < roof.matmul_rate(64, SPEC, dtype, torch.device("cpu"), seconds=0.02) < 1e15
