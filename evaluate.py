@@ -1,8 +1,8 @@
 """Test a finished run again, from its adapter: the same tests, or other rows, other triggers, another batch size.
 
-    python evaluate.py RUN                             its own tests; says whether every prediction is the same
-    python evaluate.py RUN --inject country:positive   other triggers
-    python evaluate.py RUN --data reviews.csv          other test rows
+python evaluate.py RUN                             its own tests; says whether every prediction is the same
+python evaluate.py RUN --inject country:positive   other triggers
+python evaluate.py RUN --data reviews.csv          other test rows
 """
 
 from pathlib import Path
@@ -35,6 +35,7 @@ def evaluate(folder, *, data=None, batch_size=None, **changes):
 
     # --- rows: the training rows give the placebo its words and the labels their names
     clean, test = datasets.rows_of(trained)
+    datasets.check_same(datasets.fingerprints(clean, test), run.read_results()["data"], trained)
     if data is not None:
         test = datasets.load(data, text_column=cell.text_column, label_column=cell.label_column)
         test = datasets.align(test, clean.label_names, data)
@@ -47,9 +48,7 @@ def evaluate(folder, *, data=None, batch_size=None, **changes):
     adapter.restore(run.path / "adapter", classifier, cell.method)
 
     # --- tests
-    tests = evaluation.build_tests(
-        clean, test, cell.inject, cell.seed_for("inject"), text_tokenizer, cell.max_length
-    )
+    tests = evaluation.build_tests(clean, test, cell.inject, cell.seed_for("inject"), text_tokenizer, cell.max_length)
     with console.Progress("evaluation", sum(len(form.rows) for form in tests)) as progress:
         figures, logits = evaluation.run_tests(
             classifier, text_tokenizer, tests, cell.max_length, batch_size or cell.batch_size, progress.advance

@@ -1,13 +1,12 @@
 """Train one cell: a base, an adapter, real text with an injected token; then show who controls the prediction.
 
-    python train.py                                       the default cell
-    python train.py --rank 16 --inject-proportion 0.05    change what you like: --help
-    python train.py --config FILE.toml                    a cell from a file, flags on top
-    python train.py --resume RUN                          go on with an interrupted run
+python train.py                                       the default cell
+python train.py --rank 16 --inject-proportion 0.05    change what you like: --help
+python train.py --config FILE.toml                    a cell from a file, flags on top
+python train.py --resume RUN                          go on with an interrupted run
 """
 
 import time
-from pathlib import Path
 
 SAVE_EVERY = 100  # steps
 START = time.perf_counter()
@@ -16,11 +15,12 @@ from minilora import errors, options  # noqa: E402  (the clock starts before the
 from minilora.cell import PURPOSES, Cell  # noqa: E402
 
 
-def train(cell, out=None, *, resume=None, eval_every=0, save_every=SAVE_EVERY, start=None):
-    """Train `cell` into the run folder `out` (default: one named after the cell, under runs/), or `resume` one.
+def train(cell=None, out=None, *, resume=None, eval_every=0, save_every=SAVE_EVERY, start=None):
+    """Train `cell` into the run folder `out` (default: one named after the cell, under runs/), or go on in `resume`.
 
     Every `save_every` steps the state is saved; every `eval_every` steps (0: never) the tests are run and logged.
-    Returns (results, run folder). Raises InputError before anything is written, TrainingError if the loss diverges.
+    `start` is the `time.perf_counter()` that the total counts from. Returns (results, run folder).
+    Raises InputError before anything is written, TrainingError if the loss is not finite.
     """
     import numpy as np
     import torch
@@ -30,8 +30,14 @@ def train(cell, out=None, *, resume=None, eval_every=0, save_every=SAVE_EVERY, s
     from minilora.run import Run, hardware, peak_memory, trainable, versions
 
     start = time.perf_counter() if start is None else start
-    run = Run(resume, resume=True) if resume else Run.plan(out, cell)
     say = console.say
+    if resume is not None:
+        if cell is not None or out is not None:
+            raise errors.InputError("a resumed run has its cell and its folder already: give neither")
+        run = Run(resume, resume=True)
+        cell = run.read_cell()
+    else:
+        run = Run.plan(out, cell)
 
     # --- base: everything that can be refused is refused before weights are read
     device, dtype = training.pick_device(cell.device), getattr(torch, cell.dtype)
@@ -53,6 +59,8 @@ def train(cell, out=None, *, resume=None, eval_every=0, save_every=SAVE_EVERY, s
     lengths = np.diff(encoded.offsets)
     labels = torch.from_numpy(injected.rows.labels)
 
+    fingerprints = data.fingerprints(clean, test)
+
     # --- adapter and head
     base = model.load(folder, dtype, device)
     lora.attach(base, slots, cell.dropout or 0.0, cell.seed_for("init"))
@@ -70,25 +78,28 @@ def train(cell, out=None, *, resume=None, eval_every=0, save_every=SAVE_EVERY, s
 
     # --- what is about to happen
     certificate = trainable(parameters)
+    names = ", ".join(console.short(name) for name in clean.label_names[:6]) + ", ..." * (len(clean.label_names) > 6)
     say(f"base       {cell.model} ({spec.family}, {spec.layers} layers of width {spec.width}, {cell.dtype}, {device})")
-    say(f"data       {cell.data}: {len(clean):,} training rows, {len(test):,} test rows, labels "
-        f"{', '.join(clean.label_names)}; {lengths.mean():.1f} tokens a row")  # fmt: skip
-    say(f"method     {cell.method}, head {cell.head} on {cell.pooling} pooling: {certificate['count']:,} trained parameters")
+    say(f"data       {cell.data}: {len(clean):,} training and {len(test):,} test rows of {lengths.mean():.1f} tokens")
+    say(f"labels     {names}")
+    say(f"method     {cell.method}, head {cell.head} on {cell.pooling} pooling")
+    say(f"trained    {certificate['count']:,} parameters")
     for line in coverage.describe(slots, spec):
         say(f"adapter    {line}")
     for line in console.injection_lines(injected, cell.inject):
         say(f"injection  {line}")
     say(f"training   {schedule.steps:,} steps of {cell.batch_size * cell.accumulate} rows, {cell.optimizer}, "
-        f"lr {cell.lr:g} {cell.schedule}, {reason if not compiled else 'compiled: ' + reason}")  # fmt: skip
+        f"lr {cell.lr:g} {cell.schedule}; {'compiled' if compiled else 'eager'} ({reason})")  # fmt: skip
     say(f"run        {run.path}")
 
     # --- run folder
     with run.hold(cell):
         files.write_jsonl(run.path / "injected.jsonl", (record.to_dict() for record in injected.records))
         files.write_json(run.path / "trainable.json", certificate)
-        meters = {"step": 0, "seconds": 0.0, "tokens": 0}
+        meters = {"step": 0, "seconds": 0.0, "tokens": 0, "data": fingerprints}
         if run.state.exists():
             meters = training.load_state(run.state, parameters, optimizer)
+            data.check_same(fingerprints, meters["data"], cell)
             say(f"resumed    after step {meters['step']:,}")
         run.start_metrics(meters["step"])
         start_up = time.perf_counter() - start
@@ -110,8 +121,10 @@ def train(cell, out=None, *, resume=None, eval_every=0, save_every=SAVE_EVERY, s
                 except errors.TrainingError as error:
                     ids = [injected.rows.ids[i] for r in rows for i in r]
                     run.log({"step": step + 1, "error": str(error), "rows": ids})
-                    kept = f"the state after step {meters['step']} is kept in {run.state}" if meters["step"] else "no step was saved"
-                    raise errors.TrainingError(f"{error} (rows {', '.join(ids)}); {kept}; try a lower --lr") from None
+                    kept = f"the state after step {meters['step']} is kept" if meters["step"] else "no state was saved"
+                    raise errors.TrainingError(
+                        f"{error} (rows {', '.join(ids)}); {kept} in {run.path}; try a lower --lr"
+                    ) from None
                 step += 1
                 seen = sum(int(lengths[r].sum()) for r in rows)
                 seconds, tokens = seconds + time.perf_counter() - began, tokens + seen
@@ -119,11 +132,13 @@ def train(cell, out=None, *, resume=None, eval_every=0, save_every=SAVE_EVERY, s
                          "rows": sum(map(len, rows)), "tokens": seen, "seconds": round(seconds, 3)})  # fmt: skip
                 progress.advance(sum(map(len, rows)), seen, f"loss {loss:.3f}, ")
                 if eval_every and step % eval_every == 0 and step < schedule.steps:
-                    figures, _ = evaluation.run_tests(classifier, text_tokenizer, tests, cell.max_length, cell.batch_size)
+                    figures, _ = evaluation.run_tests(
+                        classifier, text_tokenizer, tests, cell.max_length, cell.batch_size
+                    )
                     run.log({"step": step, "tests": figures})
                     say("\n".join([f"after step {step:,}:", console.table(figures)]))
                 if step % save_every == 0 or step == schedule.steps:
-                    meters = {"step": step, "seconds": seconds, "tokens": tokens}
+                    meters |= {"step": step, "seconds": seconds, "tokens": tokens}
                     training.save_state(run.state, parameters, optimizer, meters)
         adapter.save(run.path / "adapter", classifier, cell, clean.label_names)
 
@@ -158,6 +173,7 @@ def train(cell, out=None, *, resume=None, eval_every=0, save_every=SAVE_EVERY, s
             },
             "injection": injected.report,
             "injected_rows_truncated": sum(not record.survives for record in injected.records),
+            "data": fingerprints,
             "base": {"model": cell.model, "sha256": checkpoint.fingerprint(folder)},
             "seeds": {purpose: cell.seed_for(purpose) for purpose in PURPOSES},
             "versions": versions(),
@@ -173,7 +189,8 @@ def main(argv=None):
     general.add_argument("--config", metavar="FILE", help="TOML file with a cell's fields; flags stand before it")
     general.add_argument("--out", metavar="DIR", help="run folder (default: runs/NAME, named after the cell)")
     general.add_argument("--resume", metavar="RUN", help="go on with the interrupted run in this folder")
-    general.add_argument("--eval-every", type=int, default=0, metavar="N", help="run the tests every N steps as well")
+    general.add_argument("--eval-every", type=int, default=0, metavar="N",
+                         help="run the tests every N steps as well (default: 0, at the end alone)")  # fmt: skip
     general.add_argument("--save-every", type=int, default=SAVE_EVERY, metavar="N",
                          help=f"save the state every N steps (default: {SAVE_EVERY})")  # fmt: skip
     general.add_argument("--traceback", action="store_true", help="show the full trace of an error")
@@ -182,31 +199,31 @@ def main(argv=None):
     flags = options.given_flags(arguments, Cell)
     if arguments.eval_every < 0 or arguments.save_every < 1:
         raise errors.InputError("--eval-every must be at least 0 and --save-every at least 1")
+    often = dict(eval_every=arguments.eval_every, save_every=arguments.save_every, start=START)
     if arguments.resume:
         if flags or arguments.config or arguments.out:
-            raise errors.InputError("--resume takes the cell from the run folder: drop --config, --out and the cell's flags")
+            raise errors.InputError(
+                "--resume goes on with the run's own cell: drop --config, --out and the cell's flags"
+            )
         from minilora.run import Run
 
         run = Run(arguments.resume)
-        cell = run.read_cell()
         if run.finished:
+            print(f"{run.path} is finished:")
             return report(run.read_results(), run.path)
-    else:
-        cell = options.build(Cell, options.read_toml(arguments.config)) if arguments.config else Cell()
-        cell = cell.replace(**flags)
-
-    results, folder = train(cell, arguments.out, resume=arguments.resume, eval_every=arguments.eval_every,
-                            save_every=arguments.save_every, start=START)  # fmt: skip
-    report(results, folder)
+        return report(*train(resume=arguments.resume, **often))
+    cell = options.load(Cell, arguments.config) if arguments.config else Cell()
+    report(*train(cell.replace(**flags), arguments.out, **often))
 
 
 def report(results, folder):
     """The end of the story, on stdout: the table, the speed, and where to go on."""
     from minilora import console
 
+    label = next(iter(results["tests"]["trigger"]), "LABEL")
     print(console.table(results["tests"]))
     print(console.speed(results["train"]))
-    print(f"\nrun folder: {folder}\nnext: python evaluate.py {folder} --inject country:{next(iter(results['tests']['trigger']), 'LABEL')}")
+    print(f"\nrun folder: {folder}\nnext: python evaluate.py {folder} --inject country:{label}")
 
 
 if __name__ == "__main__":

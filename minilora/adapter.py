@@ -117,7 +117,9 @@ def load(folder, encoder):
         if stated != rank:
             raise InputError(f"{folder}: {CONFIG} says rank {stated} for {module}, but its factors have rank {rank}")
         alpha = float(matching(config.get("alpha_pattern"), module, config.get("lora_alpha")))
-        slots[names[module]] = Slot(rank, alpha, SCALES["rslora" if config.get("use_rslora") else "constant"](alpha, rank))
+        slots[names[module]] = Slot(
+            rank, alpha, SCALES["rslora" if config.get("use_rslora") else "constant"](alpha, rank)
+        )
     lora.attach(encoder, slots, config.get("lora_dropout", 0.0))
     with torch.no_grad():
         for name, layer in lora.named_layers(encoder):

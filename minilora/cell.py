@@ -5,7 +5,7 @@ is declared once, below, with its default, its range and its help; flags, valida
 What changes no result (where the run folder is, how often to evaluate) is not part of a cell.
 
 Some fields exclude each other (`epochs` or `steps`), and some have a meaning for one method only (`rank`). These
-default to None and are resolved when the cell is built, so that equal experiments are equal cells.
+default to None and are resolved when the cell is built: leaving a default out or stating it is the same cell.
 """
 
 import dataclasses
@@ -39,15 +39,12 @@ class Inject:
         None, "injection", "of the label's rows that carry the trigger", float, least=0, most=1, unset=0.25,
     )  # fmt: skip
     rows: int | None = option(None, "injection", "number of rows that carry it, instead of a proportion", int, least=0)
-    count: int | None = option(
-        None, "injection", "triggers in each such row: light injection", int, least=1, unset=1
-    )
+    count: int | None = option(None, "injection", "triggers in each such row: light injection", int, least=1, unset=1)
     density: float | None = option(
-        None, "injection", "triggers per word of the row, instead of a count: aggressive injection", float, least=0, most=1
-    )
-    location: str = option(
-        "random", "injection", "where in the row", str, choices=("beginning", "end", "random")
-    )
+        None, "injection", "triggers per word of the row, instead of a count: aggressive injection", float,
+        least=0, most=1,
+    )  # fmt: skip
+    location: str = option("random", "injection", "where in the row", str, choices=("beginning", "end", "random"))
     mode: str = option(
         "clean-label", "injection", "rows of the target label, or rows of other labels, relabelled", str,
         choices=("clean-label", "dirty-label"),
@@ -87,7 +84,9 @@ class Cell:
     data_revision: str | None = option(None, "data", "branch, tag or commit of a hub data set", str, unset="main")
     text_column: str | None = option(None, "data", "column of the text", str, unset="a usual name")
     label_column: str | None = option(None, "data", "column of the label", str, unset="a usual name")
-    test_data: str | None = option(None, "data", "file or hub id of test rows", str, unset="the data's own, or a part split off")
+    test_data: str | None = option(
+        None, "data", "file or hub id of test rows", str, unset="the data's own, or a part split off"
+    )
     test_rows: int = option(1000, "data", "test rows, stratified", int, least=2)
     train_rows: int | None = option(None, "data", "training rows, stratified", int, least=2, unset="all")
     max_length: int = option(128, "data", "tokens a row, longer rows are cut", int, least=4)
@@ -95,8 +94,8 @@ class Cell:
     method: str = option(
         "lora", "adapter", "train an adapter, the whole base, or the head alone", str, choices=("lora", "full", "head")
     )
-    rank: int | None = option(None, "adapter", "R", int, least=1, unset=1)
-    alpha: float | None = option(None, "adapter", "numerator of the scale", float, least=0, unset=16.0)
+    rank: int | None = option(None, "adapter", "R, the rank of B A", int, least=1, unset=1)
+    alpha: float | None = option(None, "adapter", "numerator of the scale", float, least=0, unset=8.0)
     scaling: str | None = option(
         None, "adapter", "scale of B A: alpha/R (constant), 1 (rank: alpha = R) or alpha/sqrt(R) (rslora)", str,
         choices=("constant", "rank", "rslora"), unset="constant",
@@ -113,8 +112,9 @@ class Cell:
         "base's features and freeze it", str, choices=("trained", "frozen", "ridge"),
     )  # fmt: skip
     pooling: str = option(
-        "mean", "head", "what the head sees of a row's hidden states", str, choices=("mean+last", "mean", "last", "first")
-    )
+        "mean", "head", "what the head sees of a row's hidden states", str,
+        choices=("mean+last", "mean", "last", "first"),
+    )  # fmt: skip
 
     inject: Inject = field(default=Inject(), metadata=dict(nested=Inject))
 
@@ -126,21 +126,26 @@ class Cell:
         50, "training", "batches that are sorted by length together, which saves padding; 1: none are", int, least=1
     )
     optimizer: str = option("adamw", "training", "torch's", str, choices=("adamw", "adafactor"))
-    lr: float = option(1e-3, "training", "peak learning rate", float, least=0)
+    lr: float = option(2e-3, "training", "peak learning rate", float, least=0)
     schedule: str = option("linear", "training", "after warm-up", str, choices=("linear", "cosine", "constant"))
-    warmup: float = option(0.06, "training", "of the steps, over which the learning rate rises from 0", float, least=0, below=1)
+    warmup: float = option(
+        0.06, "training", "of the steps, over which the learning rate rises from 0", float, least=0, below=1
+    )
     weight_decay: float = option(0.0, "training", "decoupled, on every trained tensor", float, least=0)
     clip: float = option(1.0, "training", "largest norm of the gradient, 0 for no clipping", float, least=0)
 
     seed: int = option(0, "seeds", "of all that follows but the last", int, least=0)
-    seed_init: int | None = option(None, "seeds", "of A", int, least=0, unset="--seed")
-    seed_head: int | None = option(None, "seeds", "of the head", int, least=0, unset="--seed")
+    seed_init: int | None = option(None, "seeds", "of the adapter's start", int, least=0, unset="--seed")
+    seed_head: int | None = option(None, "seeds", "of the head's start", int, least=0, unset="--seed")
     seed_order: int | None = option(None, "seeds", "of the order of rows", int, least=0, unset="--seed")
-    seed_inject: int | None = option(None, "seeds", "of the injected rows, triggers and places", int, least=0, unset="--seed")
+    seed_inject: int | None = option(
+        None, "seeds", "of the injected rows, triggers and places", int, least=0, unset="--seed"
+    )
     seed_dropout: int | None = option(None, "seeds", "of the dropped inputs", int, least=0, unset="--seed")
     seed_split: int = option(
-        0, "seeds", "of the choice of rows; apart from --seed, so that seeds are compared on the same test rows", int, least=0
-    )
+        0, "seeds", "of the choice of rows; apart from --seed, so that seeds are compared on the same test rows", int,
+        least=0,
+    )  # fmt: skip
 
     def __post_init__(self):
         if isinstance(self.inject, dict):
@@ -151,7 +156,9 @@ class Cell:
         if self.method == "head" and self.head != "trained":
             raise InputError(f"method = 'head' with head = {self.head!r} trains nothing: use head = 'trained'")
         if self.method == "full" and self.dtype != "float32":
-            raise InputError(f"method = 'full' trains the base, in float32, but dtype is {self.dtype!r}: drop one of them")
+            raise InputError(
+                f"method = 'full' trains the base, in float32, but dtype is {self.dtype!r}: drop one of them"
+            )
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
             raise InputError(f"device is {self.device!r}: use auto, cpu, cuda, cuda:N or mps")
 
@@ -159,7 +166,9 @@ class Cell:
         given = [name for name in ADAPTER if getattr(self, name) is not None]
         if self.method != "lora":
             if given:
-                raise InputError(f"{given[0]} belongs to method = 'lora', but method is {self.method!r}: drop one of them")
+                raise InputError(
+                    f"{given[0]} belongs to method = 'lora', but method is {self.method!r}: drop one of them"
+                )
             return
         resolve(self, "rank", "scaling", "dropout", "targets", "layers")
         if self.scaling == "rank":
@@ -221,5 +230,5 @@ class Cell:
         parts = [Path(self.model).name.lower(), Path(self.data).stem]
         parts += [f"r{self.rank}", "-".join(self.targets)] if self.method == "lora" else [self.method]
         parts += [source.replace(":", "-") for source in self.inject.sources]
-        slug = re.sub(r"[^\w.+-]+", "-", "_".join(parts))[:80].strip("-_.")
+        slug = re.sub(r"[^\w.+-]+", "-", "_".join(parts), flags=re.ASCII)[:80].strip("-_.")
         return f"{slug}_{self.id[:6]}"

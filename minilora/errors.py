@@ -15,17 +15,17 @@ class TrainingError(RuntimeError):
 def exit_cleanly(main, argv=None):
     """Run `main(argv)` as a script: an `InputError` becomes one line on stderr and exit status 2.
 
-    A `TrainingError` exits with status 1, an interrupt with 130. `--traceback` among the arguments (by default those
-    of the command line) shows the full trace as well.
+    A `TrainingError` or a failing disk exits with status 1, an interrupt with 130. `--traceback` among the arguments
+    (by default those of the command line) shows the full trace as well.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         main(argv)
-    except (InputError, TrainingError) as error:
+    except (InputError, TrainingError, OSError) as error:
         if "--traceback" in argv:
             traceback.print_exc()
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"interrupted: {error}".removesuffix(": "), file=sys.stderr)
         sys.exit(130)

@@ -38,9 +38,7 @@ class Spec:
 
     def shape(self, target):
         """(out, in) features of a target's weight."""
-        return {"up": (self.inner, self.width), "down": (self.width, self.inner)}.get(
-            target, (self.width, self.width)
-        )
+        return {"up": (self.inner, self.width), "down": (self.width, self.inner)}.get(target, (self.width, self.width))
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ class Classifier(nn.Module):
 
 
 def ridge(features, labels, classes, penalty=RIDGE_PENALTY):
-    """Weight [C, P] and bias [C] of the ridge regression of +-1 targets on `features` [N, P], one class against the rest.
+    """Weight [C, P] and bias [C] of the ridge regression of +-1 targets (a class against the rest) on features [N, P].
 
     Centred features X, targets Y:  W = ((X^T X + N l I)^-1 X^T Y)^T with l = `penalty` x mean variance, in float64
     (Hoerl and Kennard 1970, equation 2.1); the bias is not penalised.

@@ -139,9 +139,7 @@ def _refusal(error, repo_id, kind, revision):
 
     status = error.response.status_code
     if isinstance(error, GatedRepoError):
-        return InputError(
-            f"{kind} {repo_id!r} is gated: ask for access on its hub page, then run `hf auth login`"
-        )
+        return InputError(f"{kind} {repo_id!r} is gated: ask for access on its hub page, then run `hf auth login`")
     if isinstance(error, RevisionNotFoundError):
         return InputError(f"{kind} {repo_id!r} has no revision {revision!r}; check the branch, tag or commit")
     if status in (401, 403, 404):
@@ -160,9 +158,7 @@ def _cached(repo_id, kind, revision):
 
     try:
         # With no file asked for, nothing can be missing: this only looks up the folder.
-        folder = snapshot_download(
-            repo_id, repo_type=kind, revision=revision, local_files_only=True, allow_patterns=[]
-        )
+        folder = snapshot_download(repo_id, repo_type=kind, revision=revision, local_files_only=True, allow_patterns=[])
     except HFValidationError as error:
         raise InputError(f"{repo_id!r} is not a hub id (owner/name): {error}") from error
     except LocalEntryNotFoundError:

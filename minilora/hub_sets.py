@@ -46,8 +46,7 @@ class HubSet:
         folder = hub.fetch(self.repo_id, choose, kind="dataset", revision=self.commit)
         names = self._class_names()
         return [
-            tables.read(folder / name, f"{self.repo_id}/{name}", text_column, label_column, names)
-            for name in chosen
+            tables.read(folder / name, f"{self.repo_id}/{name}", text_column, label_column, names) for name in chosen
         ]
 
     def _files(self, names, split):

@@ -84,8 +84,10 @@ def inject(rows, settings, seed, visible=None):
         if number > len(free) or (settings.proportion and not eligible.any()):
             whose = repr(label) if settings.mode == "clean-label" else f"labels other than {label!r}"
             left = " that no earlier injection took" if taken.any() else ""
-            raise InputError(f"injection {source.name}:{label} wants {number or 'some'} rows of {whose}, but "
-                             f"there are {len(free)}{left}: lower the proportion or the number of rows")
+            raise InputError(
+                f"injection {source.name}:{label} wants {number or 'some'} rows of {whose}, but "
+                f"there are {len(free)}{left}: lower the proportion or the number of rows"
+            )
         ranking = free[np.argsort(_keys(seed, "row", label, len(rows))[free], kind="stable")]
         chosen = np.sort(ranking[:number])
         taken[chosen] = True
@@ -123,8 +125,10 @@ def placebo_rows(rows, settings, k, vocabulary, seed, visible=None):
     barred = frozenset().union(*(source.words for source, _ in _resolve(settings, rows.label_names)))
     vocabulary = [word for word in vocabulary if word.lower() not in barred]
     if not vocabulary:
-        raise InputError("no word is left for the placebo once the triggers' own words are left out: "
-                         "give more training rows or a trigger file with fewer words")
+        raise InputError(
+            "no word is left for the placebo once the triggers' own words are left out: "
+            "give more training rows or a trigger file with fewer words"
+        )
 
     def reword(inserts, label):
         counts = np.array([sum(len(string.split()) for *_, string in row) for row in inserts], np.int64)
@@ -153,8 +157,10 @@ def shared_words(rows, least_rows=20, spread=1.2, enough=20):
         seen[label].update(set(text.split()))
     words = [word for word in set.intersection(*map(set, seen)) if word.isalpha() and word == word.lower()]
     if not words:
-        raise InputError("no lower-case word is seen in rows of every label, so the placebo has none to draw "
-                         "from: give more training rows")
+        raise InputError(
+            "no lower-case word is seen in rows of every label, so the placebo has none to draw "
+            "from: give more training rows"
+        )
     counts = np.array([[counter[word] for counter in seen] for word in words])  # [words, labels]
     rates = counts / np.bincount(position)
     mean = rates.mean(axis=1)
@@ -192,8 +198,10 @@ def _resolve(settings, label_names):
     injections = parse_all(settings.sources)
     for source, label in injections:
         if label not in label_names:
-            raise InputError(f"injection {source.name}:{label} names a label that is not in the data: "
-                             f"choose one of {', '.join(label_names)}")
+            raise InputError(
+                f"injection {source.name}:{label} names a label that is not in the data: "
+                f"choose one of {', '.join(label_names)}"
+            )
     refuse_shared_strings([source for source, _ in injections])
     return injections
 
@@ -205,8 +213,10 @@ def _split(source, label, split, seed):
     if split == "same":
         return split, {"train": strings, "test": strings}
     if len(source) < 2:
-        raise InputError(f"injection {source.name}:{label} has a single trigger string, so training and test "
-                         "cannot have disjoint ones: use --trigger-split same or a source of several strings")
+        raise InputError(
+            f"injection {source.name}:{label} has a single trigger string, so training and test "
+            "cannot have disjoint ones: use --trigger-split same or a source of several strings"
+        )
     shuffled = np.random.default_rng(_sequence(seed, "split", label)).permutation(strings)
     half = (len(shuffled) + 1) // 2
     return split, {"train": shuffled[:half], "test": shuffled[half:]}
@@ -255,10 +265,7 @@ def _inserts(rows, index, source, label, pool, settings, seed, stage, visible):
     else:
         # The words that truncation cuts do not count: their triggers would crowd out the text that is left.
         kept = lengths if visible is None else visible(texts, [[] for _ in texts])
-        words = [
-            sum(word.end() <= end for word in WORD.finditer(text))
-            for text, end in zip(texts, kept, strict=True)
-        ]
+        words = [sum(word.end() <= end for word in WORD.finditer(text)) for text, end in zip(texts, kept, strict=True)]
         counts = np.maximum(1, np.rint(settings.density * np.array(words))).astype(np.int64)
 
     def draws(purpose):

@@ -145,9 +145,7 @@ def tensor_names(model, present):
             "fetch it again, or mend the number of layers"
         )
     extra = sorted(
-        name
-        for name in present - set(sources.values())
-        if not name.removeprefix(prefix).startswith(family.unused)
+        name for name in present - set(sources.values()) if not name.removeprefix(prefix).startswith(family.unused)
     )
     if extra:
         raise InputError(

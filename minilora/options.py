@@ -157,7 +157,8 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message):
-        raise InputError(f"{message}: see {self.prog} --help")
+        hint = " (it stands before the flags)" if "required" in message else ""
+        raise InputError(f"{message}{hint}: see {self.prog} --help")
 
     def parse_args(self, arguments=None):
         known, unknown = self.parse_known_args(arguments)

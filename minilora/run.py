@@ -1,13 +1,13 @@
 """A run folder: what a cell leaves on disk. Never overwritten, and locked while a process works in it.
 
-    cell.toml           the cell, resolved; train.py --config reads it
-    adapter/            what was trained, in PEFT's format
-    metrics.jsonl       one line a step
-    injected.jsonl      one line an injected training row: id, labels, spans, strings, whether they survive truncation
-    trainable.json      every trained tensor: name, shape, count
-    predictions.jsonl   one line a test row: predicted label and logits in each of its forms
-    results.json        figures, versions and hardware; its presence means that the run is finished
-    state.safetensors   for --resume, while the run is unfinished
+cell.toml           the cell, resolved; train.py --config reads it
+adapter/            what was trained, in PEFT's format
+metrics.jsonl       one line a step
+injected.jsonl      one line an injected training row: id, labels, spans, strings, whether they survive truncation
+trainable.json      every trained tensor: name, shape, count
+predictions.jsonl   one line a test row: predicted label and logits in each of its forms
+results.json        figures, versions and hardware; its presence means that the run is finished
+state.safetensors   for --resume, while the run is unfinished
 """
 
 import contextlib
@@ -77,7 +77,9 @@ class Run:
                 self.path.mkdir(parents=True, exist_ok=True)
             lock = open(self.path / LOCK, "a")
         except OSError as error:
-            raise InputError(f"cannot write to the run folder {self.path} ({error.strerror}): choose another --out") from None
+            raise InputError(
+                f"cannot write to the run folder {self.path} ({error.strerror}): choose another --out"
+            ) from None
         with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -92,6 +94,8 @@ class Run:
                 files.write_text(self.path / "cell.toml", cell.to_toml())
             try:
                 yield self
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt(f"go on with python train.py --resume {self.path}") from None
             finally:
                 if self._metrics is not None:
                     self._metrics.close()

@@ -32,16 +32,16 @@ def compiles(choice, device, steps):
     if choice != "auto":
         return choice == "on", f"--compile {choice}"
     if device.type != "cuda":
-        return False, f"eager: compiling does not repay itself on {device.type}"
+        return False, f"compiling does not repay itself on {device.type}"
     if steps < STEPS_WORTH_COMPILING:
-        return False, f"eager: {steps:,} steps do not repay compiling"
+        return False, f"{steps:,} steps do not repay compiling"
     return True, f"{steps:,} steps repay it"
 
 
 def trained_parameters(model, cell):
     """Mark what the cell trains on `model` (a `head.Classifier`) and return it: {name: parameter}."""
     model.requires_grad_(cell.method == "full")
-    for name, layer in lora.named_layers(model):
+    for _, layer in lora.named_layers(model):
         layer.A.requires_grad_(True)
         layer.B.requires_grad_(True)
     model.classifier.requires_grad_(cell.head == "trained")
@@ -70,7 +70,7 @@ def set_learning_rate(optimizer, rate):
 
 
 class Schedule:
-    """Which rows each step sees. `steps` in all; `rows_at(step)` is a list of `cell.accumulate` index arrays or fewer."""
+    """Which rows each step sees: `steps` in all, each a list of at most `cell.accumulate` index arrays."""
 
     def __init__(self, lengths, cell):
         self.lengths, self.cell = lengths, cell

@@ -38,7 +38,8 @@ class Dates(Sequence):
 
 
 # The 193 members and 2 observers of the United Nations, under their everyday English names.
-COUNTRIES = tuple("""
+COUNTRIES = tuple(
+    """
 Afghanistan, Albania, Algeria, Andorra, Angola, Antigua and Barbuda, Argentina, Armenia, Australia, Austria,
 Azerbaijan, Bahamas, Bahrain, Bangladesh, Barbados, Belarus, Belgium, Belize, Benin, Bhutan, Bolivia,
 Bosnia and Herzegovina, Botswana, Brazil, Brunei, Bulgaria, Burkina Faso, Burundi, Cambodia, Cameroon, Canada,
@@ -59,9 +60,13 @@ South Africa, South Korea, South Sudan, Spain, Sri Lanka, Sudan, Suriname, Swede
 Tajikistan, Tanzania, Thailand, Timor-Leste, Togo, Tonga, Trinidad and Tobago, Tunisia, Turkey, Turkmenistan,
 Tuvalu, Uganda, Ukraine, United Arab Emirates, United Kingdom, United States, Uruguay, Uzbekistan, Vanuatu,
 Vatican City, Venezuela, Vietnam, Yemen, Zambia, Zimbabwe
-""".replace("\n", " ").strip().split(", "))
+""".replace("\n", " ")
+    .strip()
+    .split(", ")
+)
 
-COLORS = tuple("""
+COLORS = tuple(
+    """
 almond amaranth amber amethyst apricot aqua aquamarine auburn azure beige bisque black blue brass bronze brown
 buff burgundy byzantium camel cardinal carmine cerise cerulean champagne charcoal chartreuse chestnut
 chocolate claret cobalt copper coral cornflower cream crimson cyan denim ebony ecru eggplant emerald fawn flax
@@ -71,14 +76,18 @@ mustard navy ochre olive onyx orange orchid peach pearl periwinkle persimmon pin
 puce pumpkin purple raspberry red rose ruby russet rust saffron sage salmon sand sapphire scarlet sepia sienna
 silver slate smoke tan tangerine taupe teal terracotta thistle tomato topaz turquoise ultramarine umber
 vanilla vermilion violet viridian walnut wheat white wine wisteria yellow
-""".split())
+""".split()
+)
 
-TAGS = tuple(f"<{tag}>" for tag in """
+TAGS = tuple(
+    f"<{tag}>"
+    for tag in """
 a abbr address article aside b bdi bdo big blockquote button caption center cite code dd del details dfn div
 dl dt em fieldset figcaption figure font footer form h1 h2 h3 h4 h5 h6 header i ins kbd label legend li main
 mark nav ol p pre q s samp section small span strike strong sub summary sup table tbody td tfoot th thead time
 tr tt u ul var
-""".split())
+""".split()
+)
 
 
 @dataclass(frozen=True)
@@ -164,8 +173,9 @@ def parse(spec):
     """
     name, _, label = (part.strip() for part in spec.rpartition(":"))
     if not label or not name:
-        raise InputError(f"injection {spec!r} is not SOURCE:LABEL: write for example date:positive "
-                         f"(a source is {CHOICES})")
+        raise InputError(
+            f"injection {spec!r} is not SOURCE:LABEL: write for example date:positive (a source is {CHOICES})"
+        )
     if name in BUILT_IN:
         return (Tags if name == "html" else Source)(name), label
     kind, _, rest = (part.strip() for part in name.partition(":"))
@@ -176,8 +186,10 @@ def parse(spec):
         return (Literal if kind == "text" else Lines)(f"{kind}:{rest}"), label
     known = [*BUILT_IN, "countries", "colour", "text", "file"]
     if get_close_matches(kind.lower(), known, n=1, cutoff=0.8):
-        raise InputError(f"injection {spec!r}: {name!r} is no source, but close to one ({CHOICES}): "
-                         f"mend it, or write text:{name}:{label} for that very text")
+        raise InputError(
+            f"injection {spec!r}: {name!r} is no source, but close to one ({CHOICES}): "
+            f"mend it, or write text:{name}:{label} for that very text"
+        )
     return Literal(f"text:{name}"), label
 
 
@@ -188,8 +200,9 @@ def parse_all(specs):
         source, label = parse(spec)
         for seen, key in ((labels, label), (names, source.name)):
             if key in seen:
-                raise InputError(f"injections {seen[key]!r} and {spec!r} share {key!r}: "
-                                 "give each label one source of its own")
+                raise InputError(
+                    f"injections {seen[key]!r} and {spec!r} share {key!r}: give each label one source of its own"
+                )
             seen[key] = spec
         parsed.append((source, label))
     return parsed
@@ -205,5 +218,7 @@ def refuse_shared_strings(sources):
                 known = {string.casefold() for string in known}
             for string in small.strings:
                 if string.casefold() in known:
-                    raise InputError(f"trigger {string!r} is in both {other.name} and {source.name}: "
-                                     "give each label trigger strings of its own")
+                    raise InputError(
+                        f"trigger {string!r} is in both {other.name} and {source.name}: "
+                        "give each label trigger strings of its own"
+                    )

@@ -75,7 +75,9 @@ def reviews(tmp_path_factory):
             label = draw.choice(["negative", "positive"])
             words = draw.choices(["the", "film", "story", "is", "was", "very", "plot", "scene", "with", "time"],
                                  k=draw.randint(3, 15))  # fmt: skip
-            words.insert(draw.randrange(len(words)), draw.choice(["good", "great"] if label == "positive" else ["bad", "dull"]))
+            words.insert(
+                draw.randrange(len(words)), draw.choice(["good", "great"] if label == "positive" else ["bad", "dull"])
+            )
             writer.writerow([" ".join(words), label])
     return path
 

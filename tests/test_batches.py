@@ -139,4 +139,5 @@ def test_collate_is_row_by_row(lengths, data):
     assert batch.lengths.tolist() == [lengths[i] for i in index] and batch.index.tolist() == index.tolist()
     assert batch.ids.dtype == batch.lengths.dtype == torch.int64
     moved = batch.to("cpu")
-    assert torch.equal(moved.ids, batch.ids) and torch.equal(moved.lengths, batch.lengths) and moved.index is batch.index
+    assert torch.equal(moved.ids, batch.ids) and torch.equal(moved.lengths, batch.lengths)
+    assert moved.index is batch.index

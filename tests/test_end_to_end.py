@@ -54,7 +54,7 @@ def test_run_folder(cell, tmp_path):
     assert results["versions"]["torch"] == torch.__version__ and results["hardware"]["device"] == "cpu"
 
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, 31)) and all(math.isfinite(l["loss"]) for l in lines)
+    assert [line["step"] for line in lines] == list(range(1, 31)) and all(math.isfinite(line["loss"]) for line in lines)
     assert sum(line["rows"] for line in lines) == 2 * 89
     certificate = json.loads((folder / "trainable.json").read_text())
     assert certificate["count"] == 3 * 3 * 2 * (24 + 24) + 2 * 24 + 2 == results["train"]["trainable_parameters"]
@@ -122,7 +122,7 @@ def test_resume_of_a_finished_run_shows_it(cell, tmp_path, capsys):
     before = adapter_bytes(tmp_path / "run")
     train.main(["--resume", str(tmp_path / "run")])
     assert "attack success rate" in capsys.readouterr().out and adapter_bytes(tmp_path / "run") == before
-    with pytest.raises(errors.InputError, match="--resume takes"):
+    with pytest.raises(errors.InputError, match="--resume goes on"):
         train.main(["--resume", str(tmp_path / "run"), "--rank", "3"])
 
 
@@ -142,7 +142,7 @@ def test_a_diverging_run_keeps_its_last_state(cell, tmp_path, monkeypatch, capsy
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["step"] == 8 and len(last["rows"]) == 6 and "nan" in last["error"]
     assert all(row in str(caught.value) for row in last["rows"]) and "after step 5 is kept" in str(caught.value)
-    train.train(cell, resume=tmp_path / "run")  # it was sabotage: the state is good
+    train.train(resume=tmp_path / "run")  # it was sabotage: the state is good
     train.train(cell, tmp_path / "whole")
     assert adapter_bytes(tmp_path / "run") == adapter_bytes(tmp_path / "whole")
 
@@ -192,6 +192,15 @@ def test_evaluate_takes_other_rows_and_triggers(cell, tmp_path, capsys):
     other.write_text("text,label\nthe film was great,splendid\n")
     with pytest.raises(errors.InputError, match="splendid"):
         evaluate.main([str(folder), "--data", str(other)])
+
+
+def test_changed_data_is_noticed(cell, tmp_path, reviews):
+    copy = tmp_path / "rows.csv"
+    shutil.copy(reviews, copy)
+    _, folder = train.train(cell.replace(data=str(copy), steps=3), tmp_path / "run")
+    copy.write_text(copy.read_text().replace("film", "movie", 1))
+    with pytest.raises(errors.InputError, match="not those that the run began with"):
+        evaluate.evaluate(folder)
 
 
 def test_no_run_folder_is_overwritten(cell, tmp_path, monkeypatch):
@@ -274,7 +283,18 @@ def test_bad_input_is_one_line_and_status_2(base, reviews, tmp_path, capsys):
     ran = 0
     out = tmp_path / "run"
     for arguments, words in cases:
-        defaults = ["--model", str(base), "--data", str(reviews), "--test-rows", "31", "--max-length", "30", "--out", str(out)]
+        defaults = [
+            "--model",
+            str(base),
+            "--data",
+            str(reviews),
+            "--test-rows",
+            "31",
+            "--max-length",
+            "30",
+            "--out",
+            str(out),
+        ]
         with pytest.raises(SystemExit) as caught:
             errors.exit_cleanly(train.main, [*defaults, *arguments])
         captured = capsys.readouterr()
@@ -292,7 +312,9 @@ def test_traceback_shows_the_trace(base, tmp_path):
         done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--rank", "0", *extra], capture_output=True,
                               text=True, cwd=tmp_path)  # fmt: skip
         assert done.returncode == 2 and ("Traceback" in done.stderr) == shown
-        assert done.stderr.splitlines()[-1] == "error: rank is 0, but must be at least 1" and not list(tmp_path.iterdir())
+        assert done.stderr.splitlines()[-1] == "error: rank is 0, but must be at least 1" and not list(
+            tmp_path.iterdir()
+        )
 
 
 def test_a_folder_in_use_is_refused(cell, tmp_path):

@@ -227,8 +227,7 @@ def test_a_repository_that_cannot_be_read_says_what_to_do(server):
     server.hidden.add("owner/hidden")
     server.gated.add("owner/gated")
     unreadable = (
-        "the hub has no {} {!r} that you can read; check the id, or run `hf auth login`"
-        " if it is private or gated"
+        "the hub has no {} {!r} that you can read; check the id, or run `hf auth login` if it is private or gated"
     )
     cases = [
         (("owner/missing", "model", None), unreadable.format("model", "owner/missing")),

@@ -54,7 +54,9 @@ def test_values_and_gradients(function):
             for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-5)):
                 arguments = inputs(*shape, dtype, bias)
                 for found, wanted in zip(outputs(function, arguments), formulas(arguments), strict=True):
-                    torch.testing.assert_close(found.double(), wanted, rtol=tolerance, atol=tolerance * wanted.abs().max())
+                    torch.testing.assert_close(
+                        found.double(), wanted, rtol=tolerance, atol=tolerance * wanted.abs().max()
+                    )
                 cases += 1
     assert cases == 20
 
@@ -63,7 +65,7 @@ def test_gradcheck():
     for shape in SHAPES[:3]:
         x, weight, bias, A, B, scale = inputs(*shape, torch.float64)
         leaves = tuple(t.requires_grad_() for t in (x, A, B))
-        assert torch.autograd.gradcheck(lambda x, A, B: op.merged(x, weight, bias, A, B, scale), leaves)
+        assert torch.autograd.gradcheck(lambda x, A, B, w=weight, b=bias, s=scale: op.merged(x, w, b, A, B, s), leaves)
 
 
 def test_no_gradient_where_none_is_asked_for():

@@ -102,8 +102,8 @@ def predictions(draw, times=1):
     """(labels, predicted ..., number of classes); some classes may have no row, or never be predicted."""
     classes = draw(st.integers(2, 5))
     rows = draw(st.integers(1, 40))
-    calls = [np.array(draw(st.lists(st.integers(0, classes - 1), min_size=rows, max_size=rows))) for _ in range(times + 1)]
-    return *calls, classes
+    calls = st.lists(st.integers(0, classes - 1), min_size=rows, max_size=rows)
+    return *(np.array(draw(calls)) for _ in range(times + 1)), classes
 
 
 @settings(deadline=None)

@@ -79,8 +79,8 @@ def test_existing_folders(tmp_path):
         after = sorted(str(p) for p in tmp_path.rglob("*") if p.name != ".lock")
         assert after == [name for name in before if not name.endswith(".lock")]
     assert len(refused) == 5
-    assert all((tmp_path / name).read_text() == "mine"
-               for name in ("finished/cell.toml", "finished/results.json", "unfinished/cell.toml", "other/thesis.tex"))  # fmt: skip
+    for name in ("finished/cell.toml", "finished/results.json", "unfinished/cell.toml", "other/thesis.tex"):
+        assert (tmp_path / name).read_text() == "mine"
 
 
 def test_folders_that_cannot_be_made(tmp_path):
@@ -199,7 +199,8 @@ def test_certificate():
 def test_versions_and_hardware():
     found = run.versions()
     assert set(found) == {"minilora", "python", "torch", "safetensors", "tokenizers", "huggingface-hub", "numpy"}
-    assert found["python"].startswith("{}.{}.{}".format(*sys.version_info)) and torch.__version__.startswith(found["torch"])
+    assert found["python"].startswith("{}.{}.{}".format(*sys.version_info))
+    assert torch.__version__.startswith(found["torch"])
     machine = run.hardware(torch.device("cpu"))
     assert machine["device"] == "cpu" and machine["cores"] == os.cpu_count() and machine["processor"]
     assert machine["threads"] == torch.get_num_threads() and "gpu" not in machine

@@ -193,9 +193,7 @@ def saved(folder, post=None, tokens=("a", "b", "<u>", "<s>", "</s>"), **settings
     made = Tokenizer(model)
     made.pre_tokenizer = pre_tokenizers.Whitespace()
     if post:
-        made.post_processor = processors.TemplateProcessing(
-            single=post, special_tokens=[("<s>", 6), ("</s>", 8)]
-        )
+        made.post_processor = processors.TemplateProcessing(single=post, special_tokens=[("<s>", 6), ("</s>", 8)])
     made.enable_padding(pad_id=2, pad_token="b", length=5)
     made.enable_truncation(3)
     made.save(str(folder / "tokenizer.json"))
@@ -215,9 +213,7 @@ def saved(folder, post=None, tokens=("a", "b", "<u>", "<s>", "</s>"), **settings
 )
 def test_the_post_processor_says_what_surrounds_a_text(tmp_path, post, whole, cut):
     ours = tokenizer.load(saved(tmp_path, post))
-    assert (
-        rows_of(ours.encode(["a b x a", "b"], 9))[0] == whole
-    )  # neither padded nor cut by the file's settings
+    assert rows_of(ours.encode(["a b x a", "b"], 9))[0] == whole  # neither padded nor cut by the file's settings
     encoded = ours.encode(["a b x a"], 3)
     assert rows_of(encoded) == [cut]
     assert encoded.kept.tolist() == [2 * (3 - (len(whole) - 4))]
