@@ -36,6 +36,7 @@ def train(cell=None, out=None, *, resume=None, eval_every=0, save_every=SAVE_EVE
             raise errors.InputError("a resumed run has its cell and its folder already: give neither")
         run = Run(resume, resume=True)
         cell = run.read_cell()
+        run.check_unfinished()
     else:
         run = Run.plan(out, cell)
 

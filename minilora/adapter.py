@@ -5,6 +5,7 @@ as PEFT stores a saved module called `classifier`; `head.json` adds what PEFT ha
 A run of another method stores what it trained in `trained.safetensors`. What cannot be represented is refused.
 """
 
+import math
 import re
 from pathlib import Path
 
@@ -24,6 +25,8 @@ SUPPORTED = {
     "use_qalora": False, "trainable_token_indices": None, "target_parameters": None, "layer_replication": None,
     "exclude_modules": None, "alora_invocation_tokens": None, "arrow_config": None,
 }  # fmt: skip
+
+PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")  # the other starts move the base's weights
 
 
 def save(folder, model, cell, label_names):
@@ -83,6 +86,11 @@ def load(folder, encoder):
     for key, value in SUPPORTED.items():
         if config.get(key, value) not in (value, {} if value is None else value):
             raise InputError(f"{folder / CONFIG}: {key} = {config[key]!r} is not implemented (only {value!r} is)")
+    if config.get("init_lora_weights") not in PLAIN_STARTS:
+        raise InputError(
+            f"{folder / CONFIG}: init_lora_weights = {config['init_lora_weights']!r} changes the base as well: "
+            "convert the adapter with PEFT's path_initial_model_for_weight_conversion"
+        )
     tensors = read_tensors(folder / TENSORS)
     family = families.find(encoder.spec.family)
     names = {family.module(name): name for name, module in encoder.named_modules()
@@ -113,13 +121,14 @@ def load(folder, encoder):
                 f"A [R, {in_features}] and B [{out_features}, R]: it is of another base"
             )
         rank = len(A)
-        stated = matching(config.get("rank_pattern"), module, config.get("r"))
+        stated, alpha = (
+            matching(config.get(pattern), module, config.get(default), folder)
+            for pattern, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
+        )
         if stated != rank:
             raise InputError(f"{folder}: {CONFIG} says rank {stated} for {module}, but its factors have rank {rank}")
-        alpha = float(matching(config.get("alpha_pattern"), module, config.get("lora_alpha")))
-        slots[names[module]] = Slot(
-            rank, alpha, SCALES["rslora" if config.get("use_rslora") else "constant"](alpha, rank)
-        )
+        scaling = "rslora" if config.get("use_rslora") else "constant"
+        slots[names[module]] = Slot(rank, float(alpha), SCALES[scaling](alpha, rank))
     lora.attach(encoder, slots, config.get("lora_dropout", 0.0))
     with torch.no_grad():
         for name, layer in lora.named_layers(encoder):
@@ -129,12 +138,16 @@ def load(folder, encoder):
     return head
 
 
-def matching(pattern, module, default):
+def matching(pattern, module, default, folder):
     """PEFT's rule: the value of the first key that matches the end of the module's name, as a regular expression."""
-    for key, value in (pattern or {}).items():
-        if re.fullmatch(rf"(.*\.)?({key})", module):
-            return value
-    return default
+    try:
+        found = [value for key, value in (pattern or {}).items() if re.fullmatch(rf"(.*\.)?({key})", module)]
+    except (re.error, AttributeError, TypeError):
+        raise InputError(f"{folder / CONFIG}: {pattern!r} does not map patterns of module names to numbers") from None
+    value = found[0] if found else default
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise InputError(f"{folder / CONFIG}: the rank or alpha of {module} is {value!r}, but must be a number")
+    return value
 
 
 def restore(folder, model, method):

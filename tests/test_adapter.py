@@ -134,6 +134,10 @@ def test_what_does_not_fit_is_refused(tiny_folder, tmp_path):
         (dict(bias="all"), "bias"),
         (dict(fan_in_fan_out=True), "fan_in_fan_out"),
         (dict(rank_pattern={}), "rank 2"),
+        (dict(rank_pattern={"(": 2}), "patterns"),
+        (dict(alpha_pattern=[3]), "patterns"),
+        (dict(alpha_pattern={}, lora_alpha=None), "None"),
+        (dict(init_lora_weights="pissa"), "pissa"),
     ]:
         (folder / "adapter_config.json").write_text(json.dumps(config | change))
         message = refusal(folder, tiny_folder)
@@ -154,4 +158,4 @@ def test_what_does_not_fit_is_refused(tiny_folder, tmp_path):
     assert "adapter_model.safetensors" in refusal(folder, tiny_folder)
     (folder / "adapter_model.safetensors").unlink()
     assert "adapter_model.safetensors" in refusal(folder, tiny_folder)
-    assert cases == 9
+    assert cases == 13

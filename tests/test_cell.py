@@ -410,7 +410,9 @@ def test_the_command_line_imports_nothing_heavy():
 def trained(monkeypatch):
     """What `train.main` would train: a list of (cell, arguments)."""
     calls = []
-    monkeypatch.setattr(train, "train", lambda cell=None, out=None, **rest: calls.append((cell, out, rest)) or (None, None))
+    monkeypatch.setattr(
+        train, "train", lambda cell=None, out=None, **rest: calls.append((cell, out, rest)) or (None, None)
+    )
     monkeypatch.setattr(train, "report", lambda results, folder: None)
     return calls
 
