@@ -85,8 +85,8 @@ def _list(repo_id, kind, revision):
         reason = " ".join(str(error).split()) or type(error).__name__
     raise HubUnreachable(
         f"cannot reach the hub for {kind} {repo_id!r} (tried {api.endpoint}: {reason}), and the cache"
-        f" {constants.HF_HUB_CACHE} holds no complete copy of revision {revision or 'main'!r}; go online"
-        " once, or name local files"
+        f" {constants.HF_HUB_CACHE} holds no complete copy of revision {revision or 'main'!r}; three ways on: go online"
+        " once; set HF_HOME to a cache from a machine that has it; or name a local folder or file instead"
     )
 
 

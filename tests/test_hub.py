@@ -123,8 +123,8 @@ def test_a_hub_that_is_down_is_answered_from_the_cache_or_at_once(server, tmp_pa
     assert time.monotonic() - start < 2
     assert str(caught.value) == (
         f"cannot reach the hub for model 'owner/other' (tried {server.url}: it answered {status}), and the"
-        f" cache {tmp_path / 'hub'} holds no complete copy of revision 'main'; go online once, or name local"
-        " files"
+        f" cache {tmp_path / 'hub'} holds no complete copy of revision 'main'; three ways on: go online"
+        " once; set HF_HOME to a cache from a machine that has it; or name a local folder or file instead"
     )
 
 
