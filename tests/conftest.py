@@ -12,7 +12,6 @@ ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))  # behind the rest, so that `import kernels` stays Hugging Face's: for train and evaluate
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # transformers' tokenizers and our subprocesses
-torch.set_num_threads(2)
 
 WORDS = (
     "the a of and film movie story good bad great dull warm cold plot actor scene very not but is was it this with "
@@ -21,6 +20,15 @@ WORDS = (
 ).split()
 PIECES = ["##" + c for c in "abcdefghijklmnopqrstuvwxyz0123456789"] + list("abcdefghijklmnopqrstuvwxyz")
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, *PIECES]
+
+
+DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    """The CPU, and a GPU where there is one."""
+    return request.param
 
 
 @pytest.fixture(scope="session")

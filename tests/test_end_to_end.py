@@ -70,7 +70,8 @@ def test_run_folder(cell, tmp_path):
     assert len((folder / "predictions.jsonl").read_text().splitlines()) == 31
 
 
-def test_the_same_cell_gives_the_same_adapter(cell, tmp_path):
+def test_the_same_cell_gives_the_same_adapter(cell, tmp_path, device):
+    cell = cell.replace(device=device)
     train.train(cell, tmp_path / "one")
     torch.manual_seed(77)
     train.train(cell, tmp_path / "two", eval_every=4, save_every=3)  # neither watching nor saving changes it
@@ -150,7 +151,8 @@ def test_a_diverging_run_keeps_its_last_state(cell, tmp_path, monkeypatch, capsy
 @pytest.mark.parametrize("changes", [
     dict(method="full"), dict(method="head"), dict(head="frozen"), dict(head="ridge"), dict(pooling="mean+last"),
     dict(pooling="first"), dict(optimizer="adafactor", lr=0.1), dict(schedule="constant"), dict(accumulate=3),
-    dict(dtype="bfloat16"), dict(inject=dict(sources=("none",))), dict(inject=dict(sources=("html:negative", "color:positive"))),
+    dict(dtype="bfloat16"), dict(inject=dict(sources=("none",))),
+    dict(inject=dict(sources=("html:negative", "color:positive"))),
     dict(inject=dict(density=0.2, mode="dirty-label", location="end")), dict(targets=("mlp", "o:1:3"), layers="1-2"),
     dict(train_rows=20, scaling="rslora"),
 ], ids=str)  # fmt: skip

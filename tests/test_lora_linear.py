@@ -29,7 +29,7 @@ def outputs(function, arguments, trained=("x", "A", "B")):
     x, weight, bias, A, B, scale = arguments
     leaves = [t.clone().requires_grad_(name in trained) for name, t in (("x", x), ("A", A), ("B", B))]
     y = function(leaves[0], weight, bias, leaves[1], leaves[2], scale)
-    cotangent = torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view_as(y)
+    cotangent = torch.linspace(-1, 2, y.numel(), dtype=y.dtype, device=y.device).view_as(y)
     y.backward(cotangent)
     return [y.detach(), *(leaf.grad for leaf in leaves)]
 
@@ -39,7 +39,7 @@ def formulas(arguments):
     x, weight, bias, A, B, scale = [t.double() if torch.is_tensor(t) else t for t in arguments]
     y = torch.einsum("...i,oi->...o", x, weight) + scale * torch.einsum("...i,ri,or->...o", x, A, B)
     y = y if bias is None else y + bias
-    dy = torch.linspace(-1, 2, y.numel(), dtype=torch.float64).view_as(y)
+    dy = torch.linspace(-1, 2, y.numel(), dtype=torch.float64, device=y.device).view_as(y)
     dx = torch.einsum("...o,oi->...i", dy, weight) + scale * torch.einsum("...o,or,ri->...i", dy, B, A)
     dA = scale * torch.einsum("...o,or,...i->ri", dy, B, x)
     dB = scale * torch.einsum("...o,...i,ri->or", dy, x, A)
@@ -47,12 +47,13 @@ def formulas(arguments):
 
 
 @pytest.mark.parametrize("function", [op.reference, op.side_path, op.merged, op.lora_linear])
-def test_values_and_gradients(function):
+def test_values_and_gradients(function, device):
     cases = 0
     for shape in SHAPES:
         for bias in (True, False):
             for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-5)):
                 arguments = inputs(*shape, dtype, bias)
+                arguments = tuple(t.to(device) if torch.is_tensor(t) else t for t in arguments)
                 for found, wanted in zip(outputs(function, arguments), formulas(arguments), strict=True):
                     torch.testing.assert_close(
                         found.double(), wanted, rtol=tolerance, atol=tolerance * wanted.abs().max()

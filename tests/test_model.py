@@ -36,7 +36,9 @@ def hidden_states(encoder, ids, lengths):
 
 
 def check_parity(reference, encoder, ids, lengths, tolerance=2e-5):
-    mask = torch.arange(ids.shape[1]) < lengths[:, None]
+    device = next(encoder.parameters()).device
+    reference, ids, lengths = reference.to(device), ids.to(device), lengths.to(device)
+    mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
     with torch.inference_mode():
         wanted = reference(ids, attention_mask=mask.long(), output_hidden_states=True).hidden_states
     found = hidden_states(encoder, ids, lengths)
@@ -47,12 +49,12 @@ def check_parity(reference, encoder, ids, lengths, tolerance=2e-5):
         assert difference <= tolerance, difference
 
 
-def test_tiny_models_match_transformers(tmp_path):
+def test_tiny_models_match_transformers(tmp_path, device):
     cases = 0
     for number, changes in enumerate(TINY):
         folder = tmp_path / str(number)
         reference = tiny_bert(folder, seed=number, **changes)
-        encoder = model.load(folder)
+        encoder = model.load(folder, device=device)
         longest = min(encoder.spec.positions, 61)
         for lengths in ([1], [longest], [5, 5, 5], [longest, 1, 7, 2]):
             check_parity(reference, encoder, *random_batch(encoder.spec.vocabulary, lengths, number))
