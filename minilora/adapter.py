@@ -78,10 +78,23 @@ def peft_config(slots, cell):
 def load(folder, encoder):
     """Attach the LoRA adapter in `folder` to `encoder`, and return its head: {"weight", "bias"}, or {} without one.
 
-    The folder may be PEFT's own. Raises InputError for a missing file, a setting that is not implemented, and
-    tensors that do not fit this base.
+    The folder may be PEFT's own. Raises InputError, with nothing attached, for a missing file, a setting that is not
+    implemented, and tensors that do not fit this base.
     """
-    folder = Path(folder)
+    slots, factors, head, dropout = read(Path(folder), encoder.spec)
+    lora.attach(encoder, slots, dropout)
+    with torch.no_grad():
+        for name, layer in lora.named_layers(encoder):
+            layer.A.copy_(factors[name]["A"])
+            layer.B.copy_(factors[name]["B"])
+    return head
+
+
+def read(folder, spec):
+    """The adapter in `folder`, for a base of this `spec`, as (slots, factors, head, dropout).
+
+    `slots` {module: Slot} and `factors` {module: {"A" [R, in], "B" [out, R]}} go by the modules of model.py.
+    """
     config = checkpoint.read_json(folder / CONFIG)
     for key, value in SUPPORTED.items():
         if config.get(key, value) not in (value, {} if value is None else value):
@@ -91,51 +104,46 @@ def load(folder, encoder):
             f"{folder / CONFIG}: init_lora_weights = {config['init_lora_weights']!r} changes the base as well: "
             "convert the adapter with PEFT's path_initial_model_for_weight_conversion"
         )
-    tensors = read_tensors(folder / TENSORS)
-    family = families.find(encoder.spec.family)
-    names = {family.module(name): name for name, module in encoder.named_modules()
-             if name.rpartition(".")[2] in encoder.spec.targets}  # fmt: skip
-    slots, factors, head, unknown = {}, {}, {}, []
-    for key, value in tensors.items():
-        short = key.removeprefix(PREFIX)
-        short = next((short.removeprefix(p) for p in family.prefixes if p and short.startswith(p)), short)
-        module, _, factor = short.removesuffix(".weight").rpartition(".lora_")
-        if module in names and factor in ("A", "B"):
-            factors.setdefault(module, {})[factor] = value.float()
-        elif short in ("classifier.weight", "classifier.bias"):
-            head[short.removeprefix("classifier.")] = value.float()
+    family = families.find(spec.family)
+    modules = [f"layers.{layer}.{target}" for layer in range(spec.layers) for target in spec.targets]
+    ours = {family.module(module): module for module in modules}
+    factors, head, unknown = {}, {}, []
+    for key, value in read_tensors(folder / TENSORS).items():
+        name = key.removeprefix(PREFIX)
+        name = next((name.removeprefix(p) for p in family.prefixes if p and name.startswith(p)), name)
+        module, _, factor = name.removesuffix(".weight").rpartition(".lora_")
+        if module in ours and factor in ("A", "B"):
+            factors.setdefault(ours[module], {})[factor] = value.float()
+        elif name in ("classifier.weight", "classifier.bias"):
+            head[name.removeprefix("classifier.")] = value.float()
         else:
             unknown.append(key)
     if unknown or not factors:
         raise InputError(
-            f"{folder / TENSORS}: {len(unknown)} tensors have no place in a {encoder.spec.family} base with "
-            f"{encoder.spec.layers} layers (first: {(unknown or ['none is a LoRA factor'])[0]}): it is of another base"
+            f"{folder / TENSORS}: {len(unknown)} tensors have no place in a {spec.family} base with "
+            f"{spec.layers} layers (first: {(unknown or ['none is a LoRA factor'])[0]}): it is of another base"
         )
-    for module, pair in factors.items():
-        out_features, in_features = encoder.spec.shape(names[module].rpartition(".")[2])
-        A, B = pair.get("A"), pair.get("B")
-        if A is None or B is None or A.ndim != 2 or A.shape[1] != in_features or B.shape != (out_features, len(A)):
-            found = {name: list(value.shape) for name, value in pair.items()}
-            raise InputError(
-                f"{folder / TENSORS}: factors of {module} have shapes {found}, but the base asks for "
-                f"A [R, {in_features}] and B [{out_features}, R]: it is of another base"
-            )
-        rank = len(A)
-        stated, alpha = (
-            matching(config.get(pattern), module, config.get(default), folder)
-            for pattern, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
+    slots = {module: read_slot(folder, config, module, pair, spec) for module, pair in factors.items()}
+    return slots, factors, head, config.get("lora_dropout", 0.0)
+
+
+def read_slot(folder, config, module, pair, spec):
+    """The Slot of one module's factors. Raises InputError where they fit neither the base nor the configuration."""
+    name = families.find(spec.family).module(module)
+    out_features, in_features = spec.shape(module.rpartition(".")[2])
+    A, B = pair.get("A"), pair.get("B")
+    if A is None or B is None or A.ndim != 2 or A.shape[1] != in_features or B.shape != (out_features, len(A)):
+        found = {factor: list(value.shape) for factor, value in pair.items()}
+        raise InputError(
+            f"{folder / TENSORS}: factors of {name} have shapes {found}, but the base asks for "
+            f"A [R, {in_features}] and B [{out_features}, R]: it is of another base"
         )
-        if stated != rank:
-            raise InputError(f"{folder}: {CONFIG} says rank {stated} for {module}, but its factors have rank {rank}")
-        scaling = "rslora" if config.get("use_rslora") else "constant"
-        slots[names[module]] = Slot(rank, float(alpha), SCALES[scaling](alpha, rank))
-    lora.attach(encoder, slots, config.get("lora_dropout", 0.0))
-    with torch.no_grad():
-        for name, layer in lora.named_layers(encoder):
-            pair = factors[family.module(name)]
-            layer.A.copy_(pair["A"])
-            layer.B.copy_(pair["B"])
-    return head
+    rank = matching(config.get("rank_pattern"), name, config.get("r"), folder)
+    alpha = matching(config.get("alpha_pattern"), name, config.get("lora_alpha"), folder)
+    if rank != len(A):
+        raise InputError(f"{folder / CONFIG}: {name} has rank {rank}, but its factors have rank {len(A)}")
+    scaling = "rslora" if config.get("use_rslora") else "constant"
+    return Slot(rank, float(alpha), SCALES[scaling](alpha, rank))
 
 
 def matching(pattern, module, default, folder):

@@ -15,8 +15,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # transformers' tokeni
 
 WORDS = (
     "the a of and film movie story good bad great dull warm cold plot actor scene very not but is was it this with "
-    "fine poor bright dark slow fast old new long short man woman time way end start best worst love hate 0 1 2 3 4 5 6 "
-    "7 8 9 - . ! ? < > / b i red blue green"
+    "fine poor bright dark slow fast old new long short man woman time way end start best worst love hate "
+    "0 1 2 3 4 5 6 7 8 9 - . ! ? < > / b i red blue green"
 ).split()
 PIECES = ["##" + c for c in "abcdefghijklmnopqrstuvwxyz0123456789"] + list("abcdefghijklmnopqrstuvwxyz")
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, *PIECES]
