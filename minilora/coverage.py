@@ -114,7 +114,7 @@ def plan(spec, cell):
 def describe(slots, spec):
     """Lines that say which modules in which layers carry an adapter, and what that adds."""
     if not slots:
-        return ["no adapter"]
+        return ["none"]
     rows = {}
     for name, slot in slots.items():
         _, layer, target = name.split(".")

@@ -477,7 +477,7 @@ def test_command_lines_refused(trained, tmp_path):
         (train, ["--config", str(bad)], "unknown field rnak: did you mean rank?"),
         (train, ["--resume", "x", "--rank", "3"], "--resume goes on with the run's own cell"),
         (train, ["--resume", "x", "--out", "y"], "--resume goes on with the run's own cell"),
-        (evaluate, [], "the following arguments are required: RUN (it stands before the flags): see evaluate.py --help"),
+        (evaluate, [], "the following arguments are required: RUN (it stands before the flags): see evaluate.py"),
         (evaluate, ["absent"], "there is no run folder absent: check the path"),
         (evaluate, ["x", "--rank", "3"], "unknown argument --rank"),
         (evaluate, ["x", "--batch-size", "0"], "--batch-size is 0, but must be at least 1"),
@@ -526,7 +526,7 @@ def test_plan():
         "q        6 x 6     rank 2    scale 3       layers 1-2,5 of 0-6         72 parameters",
         "up      10 x 6     rank 4    scale 0.5     layers 1-2,5 of 0-6        192 parameters",
     ]
-    assert coverage.describe({}, SPEC) == ["no adapter"]
+    assert coverage.describe({}, SPEC) == ["none"]
 
 
 def test_plan_refuses_with_what_did_match():
