@@ -28,7 +28,10 @@ def pick_device(name):
 
 
 def compiles(choice, device, steps):
-    """Whether to compile, and why: (bool, reason). `choice` is the cell's `compile`."""
+    """Whether to compile, and why: (bool, reason). `choice` is the cell's `compile`.
+
+    On a CPU compiled steps were no faster than eager ones (README, figures), so auto never compiles there.
+    """
     if choice != "auto":
         return choice == "on", f"--compile {choice}"
     if device.type != "cuda":
