@@ -186,11 +186,9 @@ def _is_complete(folder, choose, repo_id, kind):
 
 
 def _listing(commit, repo_id, kind):
-    """The repository's file names as huggingface_hub (2.x) noted them at download, or None."""
+    """The repository's file names as huggingface_hub noted them at download, or None (an older cache)."""
     import huggingface_hub
 
-    if not hasattr(huggingface_hub, "get_cached_repo_tree"):
-        return None
     try:
         tree = huggingface_hub.get_cached_repo_tree(repo_id, repo_type=kind, revision=commit)
     except huggingface_hub.errors.CachedRepoTreeNotFoundError:
