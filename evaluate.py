@@ -41,10 +41,10 @@ def evaluate(folder, *, data=None, batch_size=None, **changes):
         test = datasets.align(test, clean.label_names, data)
 
     # --- model
-    base = checkpoint.resolve(cell.model, cell.revision)
-    text_tokenizer = tokenizer.load(base)
-    encoder = model.load(base, getattr(torch, cell.dtype), training.pick_device(cell.device))
-    classifier = head.Classifier(encoder, cell.pooling, len(clean.label_names))
+    source = checkpoint.resolve(cell.model, cell.revision)
+    text_tokenizer = tokenizer.load(source)
+    base = model.load(source, getattr(torch, cell.dtype), training.pick_device(cell.device))
+    classifier = head.Classifier(base, cell.pooling, len(clean.label_names))
     adapter.restore(run.path / "adapter", classifier, cell.method)
 
     # --- tests

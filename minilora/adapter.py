@@ -35,8 +35,8 @@ def save(folder, model, cell, label_names):
     folder.mkdir(parents=True, exist_ok=True)
     head = {"classifier." + name: value for name, value in model.classifier.state_dict().items()}
     if cell.method == "lora":
-        layers = lora.named_layers(model.encoder)
-        module = families.find(model.encoder.spec.family).module
+        layers = lora.named_layers(model.base)
+        module = families.find(model.base.spec.family).module
         tensors = {PREFIX + name: value for name, value in head.items()}
         for name, layer in layers:
             tensors[f"{PREFIX}{module(name)}.lora_A.weight"] = layer.A
@@ -45,7 +45,7 @@ def save(folder, model, cell, label_names):
         slots = {module(name): layer.slot for name, layer in layers}
         files.write_json(folder / CONFIG, peft_config(slots, cell))
     else:
-        trained = {"encoder." + name: p for name, p in model.encoder.named_parameters() if p.requires_grad}
+        trained = {"base." + name: p for name, p in model.base.named_parameters() if p.requires_grad}
         write_tensors(folder / TRAINED, trained | head)
     files.write_json(folder / HEAD, {"pooling": model.pooling, "label_names": list(label_names)})
 
@@ -75,16 +75,16 @@ def peft_config(slots, cell):
     }
 
 
-def load(folder, encoder):
-    """Attach the LoRA adapter in `folder` to `encoder`, and return its head: {"weight", "bias"}, or {} without one.
+def load(folder, base):
+    """Attach the LoRA adapter in `folder` to `base`, and return its head: {"weight", "bias"}, or {} without one.
 
     The folder may be PEFT's own. Raises InputError, with nothing attached, for a missing file, a setting that is not
     implemented, and tensors that do not fit this base.
     """
-    slots, factors, head, dropout = read(Path(folder), encoder.spec)
-    lora.attach(encoder, slots, dropout)
+    slots, factors, head, dropout = read(Path(folder), base.spec)
+    lora.attach(base, slots, dropout)
     with torch.no_grad():
-        for name, layer in lora.named_layers(encoder):
+        for name, layer in lora.named_layers(base):
             layer.A.copy_(factors[name]["A"])
             layer.B.copy_(factors[name]["B"])
     return head
@@ -162,7 +162,7 @@ def restore(folder, model, method):
     """Put what `save` wrote for `method` onto `model`, a fresh `head.Classifier` of the same base."""
     folder = Path(folder)
     if method == "lora":
-        head = load(folder, model.encoder)
+        head = load(folder, model.base)
         state = {"classifier." + name: value for name, value in head.items()}
     else:
         state = read_tensors(folder / TRAINED)

@@ -39,12 +39,6 @@ def epoch(lengths, batch_size, window, seed, number):
     return [batches[i] for i in random.permutation(len(batches))]
 
 
-def by_length(lengths, batch_size):
-    """Batches of all rows in order of length, longest first: for prediction, where the order has no effect."""
-    order = np.argsort(-lengths, kind="stable")
-    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-
-
 def padded_sizes(lengths, most=SIZES):
     """At most `most` ascending lengths such that padding each row up to the next of them adds the fewest tokens.
 
@@ -91,3 +85,12 @@ def collate(encoded, index, sizes, pad_id):
     ids = np.full(real.shape, pad_id, dtype=np.int64)
     ids[real] = encoded.ids[(starts[:, None] + columns)[real]]
     return Batch(torch.from_numpy(ids), torch.from_numpy(lengths.astype(np.int64)), index)
+
+
+def by_length(encoded, batch_size, pad_id):
+    """Yield all rows of `encoded` as batches, the longest rows first: for prediction, where the order has no effect."""
+    lengths = np.diff(encoded.offsets)
+    sizes = padded_sizes(lengths)
+    order = np.argsort(-lengths, kind="stable")
+    for start in range(0, len(order), batch_size):
+        yield collate(encoded, order[start : start + batch_size], sizes, pad_id)

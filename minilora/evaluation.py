@@ -56,16 +56,13 @@ def predict(model, tokenizer, texts, max_length, batch_size, progress=None):
     called after each batch.
     """
     model.eval()
-    device = next(model.parameters()).device
     encoded = tokenizer.encode(texts, max_length)
-    lengths = np.diff(encoded.offsets)
-    sizes = batches.padded_sizes(lengths)
     logits = np.empty((len(texts), model.classifier.out_features), dtype=np.float32)
-    for index in batches.by_length(lengths, batch_size):
-        batch = batches.collate(encoded, index, sizes, tokenizer.pad_id).to(device)
-        logits[index] = model(batch.ids, batch.lengths).float().cpu().numpy()
+    for batch in batches.by_length(encoded, batch_size, tokenizer.pad_id):
+        batch = batch.to(model.device)
+        logits[batch.index] = model(batch.ids, batch.lengths).float().cpu().numpy()
         if progress:
-            progress(len(index), int(lengths[index].sum()))
+            progress(len(batch.index), int(batch.lengths.sum()))
     return logits, encoded.kept
 
 
@@ -73,13 +70,10 @@ def predict(model, tokenizer, texts, max_length, batch_size, progress=None):
 def features(model, encoded, pad_id, batch_size):
     """The pooled features float32 [rows, P] of all rows in `encoded`."""
     model.eval()
-    device = next(model.parameters()).device
-    lengths = np.diff(encoded.offsets)
-    sizes = batches.padded_sizes(lengths)
-    pooled = torch.empty(len(lengths), model.classifier.in_features)
-    for index in batches.by_length(lengths, batch_size):
-        batch = batches.collate(encoded, index, sizes, pad_id).to(device)
-        pooled[index] = model.features(batch.ids, batch.lengths).cpu()
+    pooled = torch.empty(len(encoded.kept), model.classifier.in_features)
+    for batch in batches.by_length(encoded, batch_size, pad_id):
+        batch = batch.to(model.device)
+        pooled[batch.index] = model.features(batch.ids, batch.lengths).cpu()
     return pooled
 
 

@@ -34,19 +34,19 @@ def pool(hidden, lengths, pooling):
 
 
 class Classifier(nn.Module):
-    """An encoder with pooling and a linear head: `ids` [B, T], `lengths` [B] -> logits float32 [B, C]."""
+    """A base with pooling and a linear head: `ids` [B, T], `lengths` [B] -> logits float32 [B, C]."""
 
-    def __init__(self, encoder, pooling, classes, seed=0):
+    def __init__(self, base, pooling, classes, seed=0):
         super().__init__()
-        self.encoder = encoder
+        self.base = base
         self.pooling = pooling
-        features = POOLED[pooling] * encoder.spec.width
+        features = POOLED[pooling] * base.spec.width
         self.classifier = nn.Linear(features, classes)
         with torch.no_grad():  # drawn on the CPU, so that every device starts from the same head
             bound = 1 / math.sqrt(features)
             self.classifier.weight.uniform_(-bound, bound, generator=generator(seed, "head"))
             self.classifier.bias.zero_()
-        self.classifier.to(encoder.embed.tokens.weight.device)
+        self.classifier.to(base.embed.tokens.weight.device)
 
     @torch.no_grad()
     def set_head(self, weight, bias):
@@ -54,9 +54,13 @@ class Classifier(nn.Module):
         self.classifier.weight.copy_(weight)
         self.classifier.bias.copy_(bias)
 
+    @property
+    def device(self):
+        return self.classifier.weight.device
+
     def features(self, ids, lengths):
         """The pooled features, float32 [B, P]."""
-        return pool(self.encoder(ids, lengths), lengths, self.pooling)
+        return pool(self.base(ids, lengths), lengths, self.pooling)
 
     def forward(self, ids, lengths):
         return self.classifier(self.features(ids, lengths))

@@ -1,4 +1,4 @@
-"""The base: a transformer encoder that reads Hugging Face checkpoints and knows nothing of LoRA.
+"""The base: a transformer base that reads Hugging Face checkpoints and knows nothing of LoRA.
 
 Every projection is a module of its own, named by its canonical target (`layers.3.q`), whatever the checkpoint
 fuses; `lora.attach` replaces some of them. Left out: the base's own dropout (a confound of the study: it is off
@@ -63,7 +63,7 @@ class Layer(nn.Module):
         return self.mlp_norm(x + self.down(self.activation(self.up(x))))
 
 
-class Encoder(nn.Module):
+class Base(nn.Module):
     """`ids` [B, T] and the rows' `lengths` [B] in tokens -> hidden states [B, T, D].
 
     A row's hidden states do not depend on the other rows or on the padding; those of padding are meaningless.
@@ -86,7 +86,7 @@ class Encoder(nn.Module):
 
 
 def load(folder, dtype=torch.float32, device="cpu"):
-    """The `Encoder` in a checkpoint folder, its parameters frozen.
+    """The `Base` in a checkpoint folder, its parameters frozen.
 
     The tensors go one by one from the memory-mapped file to `dtype` and `device`.
     Raises InputError for an unsupported configuration and for missing, unknown or misshapen tensors.
@@ -98,7 +98,7 @@ def load(folder, dtype=torch.float32, device="cpu"):
             f"(there are: {', '.join(ACTIVATIONS)}): choose another --model"
         )
     with torch.device("meta"):
-        model = Encoder(spec).requires_grad_(False)
+        model = Base(spec).requires_grad_(False)
     tensors = checkpoint.Tensors(folder)
     sources = tensor_names(model, tensors.keys())
     for name, parameter in list(model.named_parameters()):

@@ -116,7 +116,7 @@ def update(model, micro_batches, labels, parameters, optimizer, cell, step):
     norm = torch.nn.utils.clip_grad_norm_(parameters, cell.clip or math.inf).item()
     if not (math.isfinite(loss) and math.isfinite(norm)):
         optimizer.zero_grad()
-        raise TrainingError(f"the loss is {loss} and the norm of its gradient {norm} at step {step}")
+        raise TrainingError(f"the loss is {loss} and the norm of its gradient {norm} at step {step + 1}")
     optimizer.step()
     optimizer.zero_grad()
     return loss, norm

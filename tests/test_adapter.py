@@ -24,16 +24,16 @@ CELLS = [
 
 def trained(folder, cell, classes=3):
     """A classifier with a random adapter and head, as if trained."""
-    encoder = model.load(folder)
-    lora.attach(encoder, coverage.plan(encoder.spec, cell), cell.dropout, seed=2)
-    classifier = head.Classifier(fill(encoder), cell.pooling, classes, seed=4).eval()
+    base = model.load(folder)
+    lora.attach(base, coverage.plan(base.spec, cell), cell.dropout, seed=2)
+    classifier = head.Classifier(fill(base), cell.pooling, classes, seed=4).eval()
     with torch.no_grad():
         classifier.classifier.bias.copy_(torch.tensor([0.3, -1.0, 2.0])[:classes])
     return classifier
 
 
 class Judge(transformers.BertModel):
-    """transformers' encoder with mean pooling and a linear head under the name that PEFT's file has."""
+    """transformers' base with mean pooling and a linear head under the name that PEFT's file has."""
 
     def __init__(self, config):
         super().__init__(config, add_pooling_layer=False)
@@ -53,7 +53,7 @@ def test_ours_loads_in_peft(tiny_folder, tmp_path, number):
     ids, lengths = random_batch(90, [19, 8, 1, 30])
     mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
     with torch.inference_mode():
-        states, logits = classifier.encoder(ids, lengths), classifier(ids, lengths)
+        states, logits = classifier.base(ids, lengths), classifier(ids, lengths)
         base = transformers.AutoModel.from_pretrained(tiny_folder)
         plain = base(ids, attention_mask=mask).last_hidden_state
         bare = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
@@ -74,12 +74,12 @@ def test_peft_loads_here(tiny_folder, tmp_path):
     torch.manual_seed(3)
     theirs = peft.get_peft_model(Judge.from_pretrained(tiny_folder), config).eval()
     theirs.save_pretrained(tmp_path / "adapter")
-    encoder = model.load(tiny_folder)
-    weights = adapter.load(tmp_path / "adapter", encoder)
-    ours = head.Classifier(encoder, "mean", 3).eval()
+    base = model.load(tiny_folder)
+    weights = adapter.load(tmp_path / "adapter", base)
+    ours = head.Classifier(base, "mean", 3).eval()
     ours.set_head(**weights)
-    assert [layer.slot.rank for name, layer in lora.named_layers(encoder) if name.endswith("q")] == [3, 2, 3]
-    assert {layer.slot.alpha for name, layer in lora.named_layers(encoder) if name.endswith("q")} == {9.0}
+    assert [layer.slot.rank for name, layer in lora.named_layers(base) if name.endswith("q")] == [3, 2, 3]
+    assert {layer.slot.alpha for name, layer in lora.named_layers(base) if name.endswith("q")} == {9.0}
     ids, lengths = random_batch(90, [19, 8, 1, 30])
     with torch.inference_mode():
         wanted = theirs(ids, (torch.arange(ids.shape[1]) < lengths[:, None]).long())
@@ -111,10 +111,10 @@ def test_restore_is_the_inverse_of_save(tiny_folder, tmp_path, cell):
 
 
 def refusal(folder, base):
-    encoder = model.load(base)
+    base = model.load(base)
     with pytest.raises(InputError) as caught:
-        adapter.load(folder, encoder)
-    assert "\n" not in str(caught.value) and not lora.named_layers(encoder)
+        adapter.load(folder, base)
+    assert "\n" not in str(caught.value) and not lora.named_layers(base)
     return str(caught.value)
 
 

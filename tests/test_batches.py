@@ -71,10 +71,17 @@ def test_seeds_and_epochs_differ():
 
 
 def test_by_length():
-    found = batches.by_length(LENGTHS, 8)
-    order = np.concatenate(found)
-    assert sorted(order.tolist()) == list(range(211)) and [len(b) for b in found] == [8] * 26 + [3]
+    ids = np.arange(int(LENGTHS.sum()), dtype=np.int32)
+    encoded = SimpleNamespace(ids=ids, offsets=np.concatenate([[0], np.cumsum(LENGTHS)]))
+    found = list(batches.by_length(encoded, 8, 7))
+    order = np.concatenate([batch.index for batch in found])
+    assert sorted(order.tolist()) == list(range(211)) and [len(b.index) for b in found] == [8] * 26 + [3]
     assert LENGTHS[order].tolist() == sorted(LENGTHS.tolist(), reverse=True)
+    for batch in found:
+        assert batch.lengths.tolist() == LENGTHS[batch.index].tolist()
+        for row, ids_of_row in zip(batch.index, batch.ids.tolist(), strict=True):
+            own = ids[encoded.offsets[row] : encoded.offsets[row + 1]].tolist()
+            assert ids_of_row == own + [7] * (len(ids_of_row) - len(own))
 
 
 # --- padded lengths

@@ -61,7 +61,7 @@ def test_gradients_of_pooling_leave_padding_alone():
 
 
 class Base(nn.Module):
-    """The least of encoders: a token's hidden state is its embedding."""
+    """The least of bases: a token's hidden state is its embedding."""
 
     def __init__(self, width=6, dtype=torch.float32):
         super().__init__()

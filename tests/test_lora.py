@@ -14,63 +14,63 @@ from minilora.errors import InputError
 SLOTS = {"layers.0.q": Slot(3, 6.0, 2.0), "layers.0.v": Slot(1, 5.0, 5.0), "layers.2.down": Slot(4, 2.0, 0.5)}
 
 
-def fill(encoder, seed=5):
+def fill(base, seed=5):
     """Non-zero B, so that the adapter does something."""
     draw = torch.Generator().manual_seed(seed)
-    for _, layer in lora.named_layers(encoder):
+    for _, layer in lora.named_layers(base):
         with torch.no_grad():
             layer.B.copy_(0.3 * torch.randn(layer.B.shape, generator=draw))
-    return encoder
+    return base
 
 
-def states(encoder, batch):
+def states(base, batch):
     with torch.inference_mode():
-        return encoder(*batch)
+        return base(*batch)
 
 
-def snapshot(encoder):
-    return {name: p.detach().clone() for name, p in encoder.named_parameters()}
+def snapshot(base):
+    return {name: p.detach().clone() for name, p in base.named_parameters()}
 
 
 def test_attach_starts_at_the_base_and_detach_restores_it(tiny_folder):
-    encoder, batch = model.load(tiny_folder), random_batch(90, [9, 4])
-    before, start = snapshot(encoder), states(encoder, batch)
-    lora.attach(encoder, SLOTS, seed=1)
-    assert [name for name, _ in lora.named_layers(encoder)] == list(SLOTS)
-    assert {n for n, p in encoder.named_parameters() if p.requires_grad} == {f"{s}.{f}" for s in SLOTS for f in "AB"}
-    assert torch.equal(states(encoder, batch), start)  # B is 0
-    for name, layer in lora.named_layers(encoder):
+    base, batch = model.load(tiny_folder), random_batch(90, [9, 4])
+    before, start = snapshot(base), states(base, batch)
+    lora.attach(base, SLOTS, seed=1)
+    assert [name for name, _ in lora.named_layers(base)] == list(SLOTS)
+    assert {n for n, p in base.named_parameters() if p.requires_grad} == {f"{s}.{f}" for s in SLOTS for f in "AB"}
+    assert torch.equal(states(base, batch), start)  # B is 0
+    for name, layer in lora.named_layers(base):
         rank, bound = SLOTS[name].rank, layer.linear.in_features**-0.5
         assert layer.A.shape == (rank, layer.linear.in_features) and layer.B.shape == (layer.linear.out_features, rank)
         assert layer.A.dtype == layer.B.dtype == torch.float32
         assert 0.6 * bound < layer.A.abs().max() <= bound
-    assert not torch.allclose(states(fill(encoder), batch), start, atol=1e-3)
-    lora.detach(encoder)
-    after = snapshot(encoder)
+    assert not torch.allclose(states(fill(base), batch), start, atol=1e-3)
+    lora.detach(base)
+    after = snapshot(base)
     assert list(after) == list(before) and all(torch.equal(after[n], before[n]) for n in before)
-    assert torch.equal(states(encoder, batch), start)
+    assert torch.equal(states(base, batch), start)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_merge_never_drifts(tiny_folder, dtype):
-    encoder, batch = model.load(tiny_folder, dtype), random_batch(90, [9, 4])
-    before = snapshot(encoder)
-    fill(lora.attach(encoder, SLOTS, seed=1))
-    free = states(encoder, batch)
+    base, batch = model.load(tiny_folder, dtype), random_batch(90, [9, 4])
+    before = snapshot(base)
+    fill(lora.attach(base, SLOTS, seed=1))
+    free = states(base, batch)
     for _ in range(3):
-        lora.merge(lora.merge(encoder))
-        merged = states(encoder, batch)
+        lora.merge(lora.merge(base))
+        merged = states(base, batch)
         torch.testing.assert_close(merged, free, rtol=0, atol=2e-5 if dtype == torch.float32 else 0.15)
-        assert not torch.equal(merged, states(lora.unmerge(encoder), batch)) or dtype == torch.float32
-        assert torch.equal(states(encoder, batch), free)
-    lora.detach(lora.merge(encoder))  # while merged, too
-    after = snapshot(encoder)
+        assert not torch.equal(merged, states(lora.unmerge(base), batch)) or dtype == torch.float32
+        assert torch.equal(states(base, batch), free)
+    lora.detach(lora.merge(base))  # while merged, too
+    after = snapshot(base)
     assert all(torch.equal(after[n], before[n]) for n in before) and len(after) == len(before)
 
 
 def test_merged_weight_is_the_sum(tiny_folder):
-    encoder = fill(lora.attach(model.load(tiny_folder), SLOTS))
-    for name, layer in lora.named_layers(encoder):
+    base = fill(lora.attach(model.load(tiny_folder), SLOTS))
+    for name, layer in lora.named_layers(base):
         weight, slot = layer.linear.weight.clone(), SLOTS[name]
         layer.merge()
         wanted = weight.double() + slot.scale * layer.B.double() @ layer.A.double()
@@ -78,35 +78,35 @@ def test_merged_weight_is_the_sum(tiny_folder):
 
 
 def test_scale(tiny_folder):
-    encoder, batch = model.load(tiny_folder), random_batch(90, [9, 4])
-    start = states(encoder, batch)
-    fill(lora.attach(encoder, SLOTS))
-    full = states(encoder, batch)
-    torch.testing.assert_close(states(lora.scale(encoder, 0), batch), start, rtol=0, atol=1e-5)
-    assert torch.equal(states(lora.scale(encoder, 1), batch), full)
+    base, batch = model.load(tiny_folder), random_batch(90, [9, 4])
+    start = states(base, batch)
+    fill(lora.attach(base, SLOTS))
+    full = states(base, batch)
+    torch.testing.assert_close(states(lora.scale(base, 0), batch), start, rtol=0, atol=1e-5)
+    assert torch.equal(states(lora.scale(base, 1), batch), full)
     with torch.no_grad():
-        for _, layer in lora.named_layers(encoder):
+        for _, layer in lora.named_layers(base):
             layer.B.mul_(2)
-    twice = states(encoder, batch)
+    twice = states(base, batch)
     with torch.no_grad():
-        for _, layer in lora.named_layers(encoder):
+        for _, layer in lora.named_layers(base):
             layer.B.div_(2)
-    torch.testing.assert_close(states(lora.scale(encoder, 2), batch), twice, rtol=0, atol=1e-5)
-    lora.merge(encoder)
+    torch.testing.assert_close(states(lora.scale(base, 2), batch), twice, rtol=0, atol=1e-5)
+    lora.merge(base)
     with pytest.raises(InputError, match="unmerge"):
-        lora.scale(encoder, 1)
+        lora.scale(base, 1)
 
 
 def test_attaching_twice_is_refused(tiny_folder):
-    encoder = lora.attach(model.load(tiny_folder), SLOTS)
+    base = lora.attach(model.load(tiny_folder), SLOTS)
     with pytest.raises(InputError, match="detach"):
-        lora.attach(encoder, SLOTS)
+        lora.attach(base, SLOTS)
 
 
 def test_each_start_is_a_stream_of_its_own(tiny_folder):
     def starts(slots, seed):
-        encoder = lora.attach(model.load(tiny_folder), slots, seed=seed)
-        return {name: layer.A.detach() for name, layer in lora.named_layers(encoder)}
+        base = lora.attach(model.load(tiny_folder), slots, seed=seed)
+        return {name: layer.A.detach() for name, layer in lora.named_layers(base)}
 
     all_three, again, other = starts(SLOTS, 1), starts(SLOTS, 1), starts(SLOTS, 2)
     only_v = starts({"layers.0.v": Slot(1, 5.0, 5.0)}, 1)
@@ -121,9 +121,9 @@ def test_each_start_is_a_stream_of_its_own(tiny_folder):
 def test_gradients_match_peft(tiny_folder, base_folder, real):
     folder = base_folder if real else tiny_folder
     cell = Cell(rank=5, alpha=7.0, targets=("q:2", "k", "v", "o:3:11", "mlp"), layers="0,2")
-    encoder = model.load(folder)
-    slots = plan(encoder.spec, cell)
-    fill(lora.attach(encoder, slots, seed=3))
+    base = model.load(folder)
+    slots = plan(base.spec, cell)
+    fill(lora.attach(base, slots, seed=3))
     reference = transformers.AutoModel.from_pretrained(folder, attn_implementation="eager")
     names = {"q": "attention.self.query", "k": "attention.self.key", "v": "attention.self.value",
              "o": "attention.output.dense", "up": "intermediate.dense", "down": "output.dense"}  # fmt: skip
@@ -134,7 +134,7 @@ def test_gradients_match_peft(tiny_folder, base_folder, real):
         alpha_pattern={theirs[n]: s.alpha for n, s in slots.items()},
     )  # fmt: skip
     reference = peft.get_peft_model(reference, config).eval()
-    ours = dict(lora.named_layers(encoder))
+    ours = dict(lora.named_layers(base))
     modules = {n: reference.base_model.model.get_submodule(theirs[n]) for n in slots}
     with torch.no_grad():
         for name, layer in ours.items():
@@ -143,9 +143,9 @@ def test_gradients_match_peft(tiny_folder, base_folder, real):
 
     ids, lengths = random_batch(90, [19, 8, 1, 30])
     mask = torch.arange(ids.shape[1]) < lengths[:, None]
-    cotangent = torch.randn(*ids.shape, encoder.spec.width, generator=torch.Generator().manual_seed(2))
+    cotangent = torch.randn(*ids.shape, base.spec.width, generator=torch.Generator().manual_seed(2))
     cotangent = cotangent * mask[..., None] / mask.sum()
-    (encoder(ids, lengths) * cotangent).sum().backward()
+    (base(ids, lengths) * cotangent).sum().backward()
     (reference(input_ids=ids, attention_mask=mask.long()).last_hidden_state * cotangent).sum().backward()
     compared = 0
     for name, layer in ours.items():
@@ -158,10 +158,10 @@ def test_gradients_match_peft(tiny_folder, base_folder, real):
 
 
 def test_dropout_only_in_training(tiny_folder):
-    encoder, batch = fill(lora.attach(model.load(tiny_folder), SLOTS, dropout=0.5)), random_batch(90, [9, 4])
-    encoder.eval()
-    still = states(encoder, batch)
-    assert torch.equal(states(encoder, batch), still)
-    encoder.train()
+    base, batch = fill(lora.attach(model.load(tiny_folder), SLOTS, dropout=0.5)), random_batch(90, [9, 4])
+    base.eval()
+    still = states(base, batch)
+    assert torch.equal(states(base, batch), still)
+    base.train()
     torch.manual_seed(1)
-    assert not torch.allclose(states(encoder, batch), still, atol=1e-3)
+    assert not torch.allclose(states(base, batch), still, atol=1e-3)

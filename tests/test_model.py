@@ -22,27 +22,27 @@ TINY = [  # odd sizes, one head and many, every activation, long positions
 ]
 
 
-def hidden_states(encoder, ids, lengths):
+def hidden_states(base, ids, lengths):
     """Ours, at the embeddings and after every layer, as transformers lists them."""
     states = []
-    hooks = [encoder.embed.register_forward_hook(lambda *a: states.append(a[2]))]
-    hooks += [layer.register_forward_hook(lambda *a: states.append(a[2])) for layer in encoder.layers]
+    hooks = [base.embed.register_forward_hook(lambda *a: states.append(a[2]))]
+    hooks += [layer.register_forward_hook(lambda *a: states.append(a[2])) for layer in base.layers]
     with torch.inference_mode():
-        final = encoder(ids, lengths)
+        final = base(ids, lengths)
     for hook in hooks:
         hook.remove()
     assert final is states[-1]
     return states
 
 
-def check_parity(reference, encoder, ids, lengths, tolerance=2e-5):
-    device = next(encoder.parameters()).device
+def check_parity(reference, base, ids, lengths, tolerance=2e-5):
+    device = next(base.parameters()).device
     reference, ids, lengths = reference.to(device), ids.to(device), lengths.to(device)
     mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
     with torch.inference_mode():
         wanted = reference(ids, attention_mask=mask.long(), output_hidden_states=True).hidden_states
-    found = hidden_states(encoder, ids, lengths)
-    assert len(found) == len(wanted) == encoder.spec.layers + 1
+    found = hidden_states(base, ids, lengths)
+    assert len(found) == len(wanted) == base.spec.layers + 1
     for ours, theirs in zip(found, wanted, strict=True):
         assert ours.shape == theirs.shape
         difference = (ours.float() - theirs.float())[mask].abs().max().item()
@@ -54,10 +54,10 @@ def test_tiny_models_match_transformers(tmp_path, device):
     for number, changes in enumerate(TINY):
         folder = tmp_path / str(number)
         reference = tiny_bert(folder, seed=number, **changes)
-        encoder = model.load(folder, device=device)
-        longest = min(encoder.spec.positions, 61)
+        base = model.load(folder, device=device)
+        longest = min(base.spec.positions, 61)
         for lengths in ([1], [longest], [5, 5, 5], [longest, 1, 7, 2]):
-            check_parity(reference, encoder, *random_batch(encoder.spec.vocabulary, lengths, number))
+            check_parity(reference, base, *random_batch(base.spec.vocabulary, lengths, number))
             cases += 1
     assert cases == 24
 
@@ -66,15 +66,15 @@ def test_real_checkpoint_matches_transformers(base_folder):
     from minilora import data, tokenizer
 
     reference = transformers.AutoModel.from_pretrained(base_folder, attn_implementation="eager").eval()
-    encoder = model.load(base_folder)
+    base = model.load(base_folder)
     texts = data.load("movie-snippets").texts[5:400:13]
     encoded = tokenizer.load(base_folder).encode(texts, 128)
     rows = [torch.from_numpy(encoded.ids[a:b]).long() for a, b in zip(encoded.offsets, encoded.offsets[1:])]
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     lengths = torch.tensor([len(row) for row in rows])
     assert len(rows) == 31 and lengths.min() < lengths.max()
-    check_parity(reference, encoder, ids, lengths)
-    check_parity(reference, encoder, *random_batch(30522, [512, 3]))
+    check_parity(reference, base, ids, lengths)
+    check_parity(reference, base, *random_batch(30522, [512, 3]))
 
 
 def test_a_checkpoint_inside_a_task_model_is_the_same_base(tmp_path):
@@ -87,44 +87,44 @@ def test_a_checkpoint_inside_a_task_model_is_the_same_base(tmp_path):
 
 def test_bfloat16(tmp_path):
     reference = tiny_bert(tmp_path).to(torch.bfloat16)
-    encoder = model.load(tmp_path, torch.bfloat16)
-    assert {p.dtype for p in encoder.parameters()} == {torch.bfloat16}
+    base = model.load(tmp_path, torch.bfloat16)
+    assert {p.dtype for p in base.parameters()} == {torch.bfloat16}
     # Rounding differs with the order of sums: the states are of size 1 and the steps there 2^-8.
-    check_parity(reference, encoder, *random_batch(90, [9, 4]), tolerance=0.1)
+    check_parity(reference, base, *random_batch(90, [9, 4]), tolerance=0.1)
 
 
 def test_rows_depend_neither_on_mates_nor_on_padding(tmp_path):
     tiny_bert(tmp_path)
-    encoder = model.load(tmp_path).double()
+    base = model.load(tmp_path).double()
     ids, lengths = random_batch(90, [30, 1, 12, 7])
     with torch.inference_mode():
-        together = encoder(ids, lengths)
+        together = base(ids, lengths)
         cases = 0
         for row, length in enumerate(lengths.tolist()):
-            alone = encoder(ids[row : row + 1, :length], lengths[row : row + 1])
+            alone = base(ids[row : row + 1, :length], lengths[row : row + 1])
             torch.testing.assert_close(together[row, :length], alone[0], rtol=0, atol=1e-13)
             other = ids[row : row + 1].clone()
             other[0, length:] = 17  # what stands in the padding does not matter
-            torch.testing.assert_close(encoder(other, lengths[row : row + 1])[0, :length], alone[0], rtol=0, atol=1e-13)
+            torch.testing.assert_close(base(other, lengths[row : row + 1])[0, :length], alone[0], rtol=0, atol=1e-13)
             cases += 1
     assert cases == 4
 
 
 def test_the_base_is_frozen_and_whole(tiny_folder):
-    encoder = model.load(tiny_folder)
-    assert not any(p.requires_grad for p in encoder.parameters())
+    base = model.load(tiny_folder)
+    assert not any(p.requires_grad for p in base.parameters())
     stored = load_file(tiny_folder / "model.safetensors")
-    sources = model.tensor_names(encoder, stored)
+    sources = model.tensor_names(base, stored)
     assert len(sources) == 5 + 3 * 16 == len(set(sources.values()))
-    for name, parameter in encoder.named_parameters():
+    for name, parameter in base.named_parameters():
         assert torch.equal(parameter, stored[sources[name]])
 
 
 def test_shapes_of_the_spec_are_those_of_the_modules(tiny_folder):
-    encoder = model.load(tiny_folder)
-    for layer in encoder.layers:
-        for target in encoder.spec.targets:
-            assert tuple(getattr(layer, target).weight.shape) == encoder.spec.shape(target)
+    base = model.load(tiny_folder)
+    for layer in base.layers:
+        for target in base.spec.targets:
+            assert tuple(getattr(layer, target).weight.shape) == base.spec.shape(target)
 
 
 def refused(folder):
@@ -182,8 +182,8 @@ def test_tokenizer_and_length_must_fit(tiny_folder):
 
 def test_attention_scale_is_that_of_the_head_width(tiny_folder):
     # One layer, by hand, from the stored tensors: the equation of Vaswani et al. 2017, section 3.2.
-    encoder = model.load(tiny_folder).double()
-    layer, x = encoder.layers[0], torch.randn(1, 6, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    base = model.load(tiny_folder).double()
+    layer, x = base.layers[0], torch.randn(1, 6, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     heads = [part(x[0]).split(8, dim=1) for part in (layer.q, layer.k, layer.v)]
     attended = torch.cat([torch.softmax(q @ k.T / math.sqrt(8), 1) @ v for q, k, v in zip(*heads, strict=True)], 1)
     middle = layer.attention_norm(x[0] + layer.o(attended))

@@ -18,7 +18,7 @@ ROWS, LENGTH = 5, 7
 
 
 class Bare(nn.Module):
-    """The products of an encoder and nothing else. Where an adapter is, a trained vector is added: no product."""
+    """The products of an base and nothing else. Where an adapter is, a trained vector is added: no product."""
 
     def __init__(self, slots, method):
         super().__init__()

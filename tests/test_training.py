@@ -16,9 +16,9 @@ from minilora.errors import InputError, TrainingError
 
 
 def setup(folder, cell, classes=3):
-    encoder = model.load(folder)
-    lora.attach(encoder, coverage.plan(encoder.spec, cell), cell.dropout or 0.0, cell.seed_for("init"))
-    classifier = head.Classifier(encoder, cell.pooling, classes, cell.seed_for("head"))
+    base = model.load(folder)
+    lora.attach(base, coverage.plan(base.spec, cell), cell.dropout or 0.0, cell.seed_for("init"))
+    classifier = head.Classifier(base, cell.pooling, classes, cell.seed_for("head"))
     parameters = training.trained_parameters(classifier, cell)
     return classifier, parameters, training.make_optimizer(list(parameters.values()), cell)
 
@@ -169,7 +169,7 @@ def test_a_loss_that_is_not_finite_changes_nothing(tiny_folder):
     with torch.no_grad():
         classifier.classifier.weight[0, 0] = math.inf
     before = {name: value.clone() for name, value in classifier.state_dict().items()}
-    with pytest.raises(TrainingError, match="step 4"):
+    with pytest.raises(TrainingError, match="step 5"):
         training.update(classifier, batches, labels, list(parameters.values()), optimizer, cell, 4)
     assert all(torch.equal(value, before[name]) for name, value in classifier.state_dict().items())
 
