@@ -11,7 +11,7 @@ from minilora import errors, options
 from minilora.cell import Cell
 
 # What a test may change of a cell; its other fields made the adapter.
-CHANGES = ("model", "device", "text_column", "label_column", "inject_sources", "inject_count", "inject_density",
+CHANGES = ("model", "tokenizer", "device", "text_column", "label_column", "inject_sources", "inject_count", "inject_density",
            "inject_location", "inject_split", "seed_inject")  # fmt: skip
 
 
@@ -41,8 +41,8 @@ def evaluate(folder, *, data=None, batch_size=None, **changes):
         test = datasets.align(test, clean.label_names, data)
 
     # --- model
-    source = checkpoint.resolve(cell.model, cell.revision)
-    text_tokenizer = tokenizer.load(source)
+    source = checkpoint.resolve(cell.model, cell.revision, cell.tokenizer)
+    text_tokenizer = tokenizer.load(checkpoint.resolve_tokenizer(cell.tokenizer, source))
     base = model.load(source, getattr(torch, cell.dtype), training.pick_device(cell.device))
     classifier = head.Classifier(base, cell.pooling, len(clean.label_names))
     adapter.restore(run.path / "adapter", classifier, cell.method)

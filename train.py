@@ -42,10 +42,10 @@ def train(cell=None, out=None, *, resume=None, eval_every=0, save_every=SAVE_EVE
 
     # --- base: everything that can be refused is refused before weights are read
     device, dtype = training.pick_device(cell.device), getattr(torch, cell.dtype)
-    folder = checkpoint.resolve(cell.model, cell.revision)
+    folder = checkpoint.resolve(cell.model, cell.revision, cell.tokenizer)
     spec = families.read_spec(checkpoint.read_config(folder))
     slots = coverage.plan(spec, cell)
-    text_tokenizer = tokenizer.load(folder)
+    text_tokenizer = tokenizer.load(checkpoint.resolve_tokenizer(cell.tokenizer, folder))
     model.check_fits(spec, text_tokenizer, cell.max_length)
 
     # --- data: rows, and the triggers that go into some of them
@@ -64,13 +64,14 @@ def train(cell=None, out=None, *, resume=None, eval_every=0, save_every=SAVE_EVE
 
     # --- adapter and head
     base = model.load(folder, dtype, device)
-    lora.attach(base, slots, cell.dropout or 0.0, cell.seed_for("init"))
+    if slots:
+        lora.attach(base, slots, cell.dropout, cell.seed_for("init"), cell.variant, cell.init)
     classifier = head.Classifier(base, cell.pooling, len(clean.label_names), cell.seed_for("head"))
     if cell.head == "ridge":
         pooled = evaluation.features(classifier, encoded, text_tokenizer.pad_id, cell.batch_size)
         classifier.set_head(*head.ridge(pooled, labels, len(clean.label_names)))
     parameters = training.trained_parameters(classifier, cell)
-    optimizer = training.make_optimizer(list(parameters.values()), cell)
+    optimizer = training.make_optimizer(parameters, cell)
     schedule = training.Schedule(lengths, cell)
     compiled, reason = training.compiles(cell.compile, device, schedule.steps)
     step_model = torch.compile(classifier, dynamic=True) if compiled else classifier
@@ -80,7 +81,7 @@ def train(cell=None, out=None, *, resume=None, eval_every=0, save_every=SAVE_EVE
     # --- what is about to happen
     certificate = trainable(parameters)
     names = ", ".join(console.short(name) for name in clean.label_names[:6]) + ", ..." * (len(clean.label_names) > 6)
-    say(f"base       {cell.model} ({spec.family}, {spec.layers} layers of width {spec.width}, {cell.dtype}, {device})")
+    say(f"base       {cell.model} ({spec.family}, {len(spec.layers)} layers of width {spec.width}, {cell.dtype}, {device})")
     say(f"data       {cell.data}: {len(clean):,} training and {len(test):,} test rows of {lengths.mean():.1f} tokens")
     say(f"labels     {names}")
     say(f"method     {cell.method}, head {cell.head} on {cell.pooling} pooling")

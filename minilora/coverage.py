@@ -9,13 +9,17 @@ import re
 from dataclasses import dataclass
 
 from .errors import InputError
-from .families import GROUPS, TARGETS
+from .spec import GROUPS, TARGETS
 
 SCALES = {
     "constant": lambda alpha, rank: alpha / rank,  # Hu et al. 2021 (arXiv 2106.09685), section 4.1
     "rank": lambda alpha, rank: 1.0,  # the same with alpha = R
     "rslora": lambda alpha, rank: alpha / math.sqrt(rank),  # Kalajdzievski 2023 (arXiv 2312.03732), definition 3.1
 }
+
+VARIANTS = ("lora", "dora", "lora-fa")  # what each computes: variants.py
+STARTS = ("kaiming", "gaussian", "orthogonal", "pissa", "olora")  # of A and B
+MOVING = ("pissa", "olora")  # the starts whose B A is a part of the base's weight
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,26 @@ def parse_targets(targets, rank, alpha, scaling):
     return {target: slots[target] for target in TARGETS if target in slots}
 
 
+def check_variant(variant, init, slots, dropout):
+    """Raises InputError for a variant and a start of `slots` {name: Slot} that mean nothing, or not together."""
+    for field, value, known in (("variant", variant, VARIANTS), ("init", init, STARTS)):
+        if value not in known:
+            raise InputError(f"{field} is {value!r}, but must be one of {', '.join(known)}")
+    if variant == "lora-fa" and init == "orthogonal":
+        raise InputError(
+            "variant = 'lora-fa' freezes A, and the A of init = 'orthogonal' has half the rank: change one of them"
+        )
+    if init in MOVING and dropout:
+        raise InputError(
+            f"dropout is {dropout}, but with init = {init!r} it would drop a part of the base: use dropout = 0"
+        )
+    for name, slot in slots.items():
+        if init == "orthogonal" and slot.rank % 2:
+            raise InputError(f"rank of {name} is {slot.rank}, but init = 'orthogonal' splits it in halves: make it even")
+        if init in MOVING and slot.scale == 0:
+            raise InputError(f"alpha of {name} is 0, but init = {init!r} divides by the scale: use an alpha above 0")
+
+
 def parse_layers(text, count=None):
     """`"0-2,5"` -> (0, 1, 2, 5); `"all"` -> every layer below `count`, or None where `count` is not given.
 
@@ -100,14 +124,14 @@ def plan(spec, cell):
             f"target {refused[0]!r} matches nothing in a {spec.family} base, which has {' '.join(spec.targets)} "
             f"(the targets matched: {' '.join(here) or 'none'})"
         )
+    layers = parse_layers(cell.layers, len(spec.layers))
     for target, slot in here.items():
-        if slot.rank > min(spec.shape(target)):
-            out_features, in_features = spec.shape(target)
+        out_features, in_features = min((spec.shape(target, layer) for layer in layers), key=min)
+        if slot.rank > min(out_features, in_features):
             raise InputError(
                 f"rank {slot.rank} of target {target!r} is larger than its matrix ({out_features} x {in_features}): "
-                f"use at most {min(spec.shape(target))}"
+                f"use at most {min(out_features, in_features)}"
             )
-    layers = parse_layers(cell.layers, spec.layers)
     return {f"layers.{layer}.{target}": slot for layer in layers for target, slot in here.items()}
 
 
@@ -118,14 +142,13 @@ def describe(slots, spec):
     rows = {}
     for name, slot in slots.items():
         _, layer, target = name.split(".")
-        rows.setdefault((target, slot), []).append(int(layer))
+        rows.setdefault((target, slot, spec.shape(target, int(layer))), []).append(int(layer))
     lines = []
-    for (target, slot), layers in rows.items():
-        out_features, in_features = spec.shape(target)
+    for (target, slot, (out_features, in_features)), layers in rows.items():
         added = len(layers) * slot.rank * (in_features + out_features)
         lines.append(
             f"{target:<5}{out_features:>5} x {in_features:<5} rank {slot.rank:<4} scale {slot.scale:<8.4g}"
-            f"layers {ranges(layers)} of 0-{spec.layers - 1}  {added:>9,} parameters"
+            f"layers {ranges(layers)} of 0-{len(spec.layers) - 1}  {added:>9,} parameters"
         )
     return lines
 

@@ -12,7 +12,7 @@ import json
 import os
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +20,10 @@ import numpy as np
 from . import tables
 from .errors import InputError
 from .hub_sets import HubSet
+from .triggers import parse_all
 
 SNIPPETS = "movie-snippets"
+FEW = 20  # labels: completions up to so many are classes, which rows are stratified by; more are free text
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(:[\w.-]+)?")
 TEST_STREAM, TRAIN_STREAM = 1, 2  # keep the two seeded choices of rows independent of each other
 
@@ -40,6 +42,7 @@ class Rows:
     texts: list[str]
     labels: np.ndarray
     label_names: tuple[str, ...]
+    choices: list[dict[str, str]] | None = None  # of a question set: {label: text} of each row
 
     def __len__(self):
         return len(self.ids)
@@ -48,18 +51,21 @@ class Rows:
         """The rows at `index` (integers), in its order."""
         index = np.asarray(index, dtype=np.int64)
         ids, texts = [self.ids[i] for i in index], [self.texts[i] for i in index]
-        return Rows(ids, texts, self.labels[index], self.label_names)
+        choices = None if self.choices is None else [self.choices[i] for i in index]
+        return Rows(ids, texts, self.labels[index], self.label_names, choices)
 
 
-def load(source, *, text_column=None, label_column=None, split="train", revision=None):
+def load(source, *, text_column=None, label_column=None, split="train", revision=None, free=False):
     """Return all `Rows` of `source`; `split` and `revision` (branch, tag or commit) are for hub data sets.
+
+    `free` labels are text to be written rather than classes: they stay as they are, numbers too.
 
     Columns that are not named are looked for in tables.TEXT_COLUMNS and LABEL_COLUMNS. Raises InputError that
     names the file and the row for anything that can't be read as it stands.
     """
     source = os.fspath(source)
     if _is_hub_id(source):
-        return _assemble(HubSet(source, revision).read(split, text_column, label_column), source)
+        return _assemble(HubSet(source, revision).read(split, text_column, label_column, free), source, free)
     if split != "train" or revision is not None:
         raise InputError(f"{source} has no splits or revisions; only hub data sets do")
     if source == SNIPPETS:
@@ -72,7 +78,7 @@ def load(source, *, text_column=None, label_column=None, split="train", revision
             f"there is no data {source!r}; give {SNIPPETS}, a file ({' '.join(tables.FORMATS)}, text also"
             " with .gz) or a hub id (owner/name)"
         )
-    return _assemble([tables.read(path, source, text_column, label_column)], source)
+    return _assemble([tables.read(path, source, text_column, label_column, free=free)], source, free)
 
 
 def train_test(
@@ -85,6 +91,7 @@ def train_test(
     test_rows=1000,
     seed=0,
     revision=None,
+    free=False,
 ):
     """Return (training rows, test rows) with the same `label_names`, each in the order of its source.
 
@@ -98,11 +105,14 @@ def train_test(
     occurs several times in `data` is never split off, so that no test text is also trained on; a test set of
     its own is taken as it is, and may share texts with the training rows.
 
+    `free` labels (see `load`) may be without a row on one side, and where there are more than FEW of them rows
+    are chosen whatever their label.
+
     Raises InputError as `load` does, for fewer than two classes, for test labels that training lacks (with
     the row), and where a class would have no row on one side.
     """
     data = os.fspath(data)
-    columns = {"text_column": text_column, "label_column": label_column}
+    columns = {"text_column": text_column, "label_column": label_column, "free": free}
     for what, count in (("test", test_rows), ("training", train_rows)):
         if count is not None and count < 1:
             raise InputError(f"{count} {what} rows were asked for; ask for at least 1")
@@ -116,7 +126,7 @@ def train_test(
             raise InputError(f"{test_source} has no labelled test or validation split; give other test data")
     elif _is_hub_id(data):
         test_source, hub_set = data, HubSet(data, revision)
-        train, test = _assemble(hub_set.read("train", **columns), data), _test_split(hub_set, columns)
+        train, test = _assemble(hub_set.read("train", **columns), data, free), _test_split(hub_set, columns)
     else:
         train, test = load(data, **columns, revision=revision), None
 
@@ -125,23 +135,35 @@ def train_test(
         raise InputError(f"every row of {data} has label {train.label_names[0]!r}; two classes are needed")
     generator = np.random.default_rng([seed, TEST_STREAM])
     if test is None:
-        train, test = _split(train, test_rows, generator, data)
+        train, test = _split(train, test_rows, generator, data, free)
     else:
-        test = align(test, train.label_names, test_source)
-        test = test.take(_stratified(test.labels, test_rows, generator))
+        test = align(test, train.label_names, test_source, free)
+        train = replace(train, label_names=test.label_names)
+        test = test.take(_stratified(_strata(test, free), test_rows, generator))
     if train_rows is not None:
-        if train_rows < classes:
+        if train_rows < classes and not free:
             raise InputError(f"{train_rows} training rows cannot hold all {classes} labels of {data}")
-        train = train.take(_stratified(train.labels, train_rows, np.random.default_rng([seed, TRAIN_STREAM])))
+        train = train.take(_stratified(_strata(train, free), train_rows, np.random.default_rng([seed, TRAIN_STREAM])))
     return train, test
 
 
 def rows_of(cell):
-    """The (training rows, test rows) of a `cell.Cell`: `train_test` with its fields."""
-    return train_test(
+    """The (training rows, test rows) of a `cell.Cell`: `train_test` with its fields.
+
+    A completion that no row has is among the label names where rows are to be given it: as the target label of
+    a dirty-label injection.
+    """
+    free = cell.task == "lm"
+    train, test = train_test(
         cell.data, test_data=cell.test_data, text_column=cell.text_column, label_column=cell.label_column,
         train_rows=cell.train_rows, test_rows=cell.test_rows, seed=cell.seed_split, revision=cell.data_revision,
+        free=free,
     )  # fmt: skip
+    if free and cell.inject.mode == "dirty-label":
+        targets = [label for _, label in parse_all(cell.inject.sources)]
+        names = tuple(dict.fromkeys([*train.label_names, *targets]))
+        train, test = replace(train, label_names=names), replace(test, label_names=names)
+    return train, test
 
 
 def fingerprints(train, test):
@@ -164,8 +186,13 @@ def check_same(found, wanted, cell):
             )
 
 
-def align(rows, label_names, source):
-    """`rows` with labels that index `label_names`; InputError names the first row with any other label."""
+def align(rows, label_names, source, free=False):
+    """`rows` with labels that index `label_names`; InputError names the first row with any other label.
+
+    Other `free` labels stand behind `label_names` instead.
+    """
+    if free:
+        label_names = tuple(dict.fromkeys([*label_names, *rows.label_names]))
     place = {name: index for index, name in enumerate(label_names)}
     labels = np.array([place.get(name, -1) for name in rows.label_names], dtype=np.int64)[rows.labels]
     if (labels < 0).any():
@@ -174,7 +201,7 @@ def align(rows, label_names, source):
             f"{source} row {rows.ids[row]}: label {rows.label_names[rows.labels[row]]!r} is not among the"
             f" training labels ({tables.few(label_names)}); remove the row or train with that label"
         )
-    return Rows(rows.ids, rows.texts, labels, tuple(label_names))
+    return replace(rows, labels=labels, label_names=tuple(label_names))
 
 
 def _is_hub_id(source):
@@ -184,10 +211,15 @@ def _is_hub_id(source):
 def _test_split(hub_set, columns):
     for split in ("test", "validation"):
         try:
-            return _assemble(hub_set.read(split, **columns), hub_set.source)
+            return _assemble(hub_set.read(split, **columns), hub_set.source, columns["free"])
         except tables.NoLabels:
             pass
     return None
+
+
+def _strata(rows, free):
+    """What rows are stratified by: their labels, unless these are free text."""
+    return np.zeros_like(rows.labels) if free and len(rows.label_names) > FEW else rows.labels
 
 
 def _stratified(labels, count, generator):
@@ -199,7 +231,7 @@ def _stratified(labels, count, generator):
     return np.sort(by_class[np.argsort(share, kind="stable")[:count]])
 
 
-def _split(rows, test_rows, generator, source):
+def _split(rows, test_rows, generator, source, free):
     occurrences = Counter(rows.texts)
     single = np.flatnonzero([occurrences[text] == 1 for text in rows.texts])
     if len(single) < test_rows:
@@ -207,8 +239,10 @@ def _split(rows, test_rows, generator, source):
             f"{source} has {len(rows)} rows, {len(single)} of them with a text of their own: too few for"
             f" {test_rows} test rows; ask for fewer or give test data"
         )
-    chosen = single[_stratified(rows.labels[single], test_rows, generator)]
+    chosen = single[_stratified(_strata(rows, free)[single], test_rows, generator)]
     rest = np.setdiff1d(np.arange(len(rows)), chosen)
+    if free:
+        return rows.take(rest), rows.take(chosen)
     counts = (np.bincount(rows.labels[side], minlength=len(rows.label_names)) for side in (rest, chosen))
     for name, train, test in zip(rows.label_names, *counts, strict=True):
         if not (train and test):
@@ -235,7 +269,7 @@ def _snippets(text_column, label_column):
     return Rows(list(ids), list(texts), positive.astype(np.int64), ("negative", "positive"))
 
 
-def _assemble(parts, source):
+def _assemble(parts, source, free=False):
     """The rows of a list of tables, one after the other."""
     texts = [text for part in parts for text in part.texts]
     labels = [label for part in parts for label in part.labels]
@@ -246,12 +280,13 @@ def _assemble(parts, source):
         declared = [name for name in map(str, parts[0].class_names) if name in present]
         order = list(dict.fromkeys(declared + sorted(present)))
     else:
-        whole = _whole_numbers(present, labels, source)
+        whole = {} if free else _whole_numbers(present, labels, source)
         labels = [whole[label] for label in labels] if whole else labels
         order = sorted(set(whole.values()), key=int) if whole else sorted(present)
     place = {name: index for index, name in enumerate(order)}
     indices = np.array([place[label] for label in labels], dtype=np.int64)
-    return Rows([str(row) for row in range(1, len(texts) + 1)], texts, indices, tuple(order))
+    choices = [choice for part in parts for choice in part.choices] if all(part.choices for part in parts) else None
+    return Rows([str(row) for row in range(1, len(texts) + 1)], texts, indices, tuple(order), choices)
 
 
 def _whole_numbers(present, labels, source):

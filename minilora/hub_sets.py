@@ -35,7 +35,7 @@ class HubSet:
         if (folder / "README.md").is_file():
             self.card = _card(folder / "README.md", self.repo_id)
 
-    def read(self, split, text_column=None, label_column=None):
+    def read(self, split, text_column=None, label_column=None, free=False):
         """The files of `split`, a list of `tables.Table`; NoLabels if there is no such split or no labels."""
         chosen = []
 
@@ -46,7 +46,8 @@ class HubSet:
         folder = hub.fetch(self.repo_id, choose, kind="dataset", revision=self.commit)
         names = self._class_names()
         return [
-            tables.read(folder / name, f"{self.repo_id}/{name}", text_column, label_column, names) for name in chosen
+            tables.read(folder / name, f"{self.repo_id}/{name}", text_column, label_column, names, free)
+            for name in chosen
         ]
 
     def _files(self, names, split):

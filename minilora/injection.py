@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from .errors import InputError
+from .tables import few
 from .triggers import closing, parse_all, refuse_shared_strings
 
 WORD = re.compile(r"\S+")
@@ -67,9 +68,9 @@ def inject(rows, settings, seed, visible=None):
     """Put the triggers of `settings` (cell.Inject) into training rows: `Injected`.
 
     A proportion is of the target label's rows (clean-label) or of all rows of other labels (dirty-label,
-    which become rows of the target label). `visible(texts, added)` gives for each text how many of its
+    which become rows of the target label). `visible(texts, added, index)` gives for each text how many of its
     leading characters stay within the maximal length once the strings `added` (a list a text) stand in it;
-    random places are drawn among those, and a density counts the words among those that stay when nothing is
+    `index` are the texts' places in `rows`. Random places are drawn among those, and a density counts the words among those that stay when nothing is
     added.
 
     Raises InputError for a source, label or split that cannot be, and for more rows than there are.
@@ -200,7 +201,7 @@ def _resolve(settings, label_names):
         if label not in label_names:
             raise InputError(
                 f"injection {source.name}:{label} names a label that is not in the data: "
-                f"choose one of {', '.join(label_names)}"
+                f"choose one of {few(label_names)}"
             )
     refuse_shared_strings([source for source, _ in injections])
     return injections
@@ -264,7 +265,7 @@ def _inserts(rows, index, source, label, pool, settings, seed, stage, visible):
         counts = np.full(len(index), settings.count)
     else:
         # The words that truncation cuts do not count: their triggers would crowd out the text that is left.
-        kept = lengths if visible is None else visible(texts, [[] for _ in texts])
+        kept = lengths if visible is None else visible(texts, [[] for _ in texts], index)
         words = [sum(word.end() <= end for word in WORD.finditer(text)) for text, end in zip(texts, kept, strict=True)]
         counts = np.maximum(1, np.rint(settings.density * np.array(words))).astype(np.int64)
 
@@ -281,7 +282,7 @@ def _inserts(rows, index, source, label, pool, settings, seed, stage, visible):
         added = [strings[part] for part in slices]
         if source.pair:
             added = [[piece for tag in tags for piece in (tag, closing(tag))] for tags in added]
-        kept = visible(texts, added)
+        kept = visible(texts, added, index)
     arrange = _around_words if source.pair else _in_gaps
     return [
         arrange(text, settings.location, end, strings[part], places[part])

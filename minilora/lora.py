@@ -1,62 +1,90 @@
 """LoRA by hand: the layer, and the verbs that put it on a base and take it off.
 
 `attach`, `detach`, `merge`, `unmerge`, `scale`. The base's own tensors are never written to: merging swaps in a new
-weight and keeps the old one aside, so that nothing drifts and `detach` gives the base back bit for bit. What this
-module does not know: triggers, heads, files (`adapter.py`).
+weight and keeps the old one aside, so that nothing drifts and `detach` gives the base back bit for bit. What an
+adapter computes and where it starts is in `variants.py`. What this module does not know: triggers, heads, files
+(`adapter.py`).
 """
 
 import hashlib
-import math
 
 import torch
 from torch import nn
 
+from .coverage import MOVING, check_variant
 from .errors import InputError
-from .kernels.lora_linear import lora_linear
+from .variants import STARTS, VARIANTS
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear map with a trained low-rank one beside it: see `kernels/lora_linear.py` for the equation.
+    """A frozen linear map with a trained low-rank one beside it: see `variants.py` for the equations.
 
-    `A` [R, in] starts uniform in +-1/sqrt(in) and `B` [out, R] at zero, so that training starts at the base
-    (Hu et al. 2021, section 4.1; the range is that of their published code). Both are float32.
+    `A` [R, in] and `B` [out, R] are float32, as are `A0` and `B0`, the frozen start where it is a part of the base's
+    weight, and `magnitude` [out], where the variant has one; else these are None. `factor` multiplies what the
+    adapter changes.
     """
 
-    def __init__(self, linear, slot, dropout=0.0, generator=None):
+    def __init__(self, linear, slot, dropout=0.0, generator=None, variant="lora", init="kaiming"):
         super().__init__()
         self.linear = linear
         self.slot = slot
-        self.scale = slot.scale
+        self.variant = VARIANTS[variant]
+        self.factor = 1.0
         self.dropout = dropout
         self.base_weight = None  # the frozen weight, kept aside while merged
-        device = linear.weight.device
-        bound = 1 / math.sqrt(linear.in_features)
         # Drawn on the CPU, so that every device starts from the same adapter.
-        A = torch.empty(slot.rank, linear.in_features).uniform_(-bound, bound, generator=generator)
-        self.A = nn.Parameter(A.to(device))
-        self.B = nn.Parameter(torch.zeros(linear.out_features, slot.rank, device=device))
+        A, B = (factor.to(linear.weight.device, torch.float32) for factor in STARTS[init](linear.weight, slot, generator))
+        self.A, self.B = nn.Parameter(A), nn.Parameter(B)
+        self.register_parameter("magnitude", None)
+        self.register_buffer("A0", A.clone() if init in MOVING else None)
+        self.register_buffer("B0", B.clone() if init in MOVING else None)
+        self.variant.init(self)
+        for name in ("A", "B"):
+            getattr(self, name).requires_grad_(name in self.variant.trains)
 
     def forward(self, x):
         if self.merged:
             return self.linear(x)
-        dropout = self.dropout if self.training else 0.0
-        return lora_linear(x, self.linear.weight, self.linear.bias, self.A, self.B, self.scale, dropout)
+        return self.variant.forward(self, x, self.dropout if self.training else 0.0)
+
+    def factors(self):
+        """A [R', in] and B [out, R'] of the plain adapter on the original base, with the slot's scale s (that of the
+        direction, where there is a magnitude): R' = R, or 2R where the start is a part of the base's weight.
+        """
+        if self.A0 is None:
+            return self.A, self.B
+        return torch.cat([self.A, self.A0]), torch.cat([self.B, -self.B0], 1)
 
     @property
     def merged(self):
         return self.base_weight is not None
 
-    @torch.no_grad()
-    def delta(self):
-        """s B A [out, in], in float32."""
-        return self.scale * (self.B @ self.A)
+    @property
+    def original(self):
+        """The base's own weight [out, in], merged or not."""
+        return self.base_weight if self.merged else self.linear.weight
 
     @torch.no_grad()
+    def merged_weight(self):
+        """The weight that merging puts in place, in the base's dtype; summed in float32, or wider if the base is."""
+        dtype = self.original.dtype
+        return self.variant.merge(self, torch.promote_types(dtype, torch.float32)).to(dtype)
+
+    @torch.no_grad()
+    def merge_error(self):
+        """||M - W'|| / ||W' - W||, Frobenius norms: of what the adapter changes, how much merging loses to rounding.
+
+        M is `merged_weight` and W' the exact sum, in float64. Above 1 the merged base is further from the adapter
+        than the plain base is; 0.0 for an adapter that changes nothing.
+        """
+        exact = self.variant.merge(self, torch.float64)
+        lost, change = (exact - self.merged_weight()).norm(), (exact - self.original).norm()
+        return (lost / change).item() if lost else 0.0
+
     def merge(self):
         if not self.merged:
-            self.base_weight = self.linear.weight
-            merged = (self.base_weight.float() + self.delta()).to(self.base_weight.dtype)
-            self.linear.weight = nn.Parameter(merged, requires_grad=False)
+            merged = nn.Parameter(self.merged_weight(), requires_grad=False)
+            self.linear.weight, self.base_weight = merged, self.linear.weight
 
     def unmerge(self):
         if self.merged:
@@ -68,22 +96,26 @@ def named_layers(model):
     return [(name, module) for name, module in model.named_modules() if isinstance(module, LoRALinear)]
 
 
-def attach(model, slots, dropout=0.0, seed=0):
+def attach(model, slots, dropout=0.0, seed=0, variant="lora", init="kaiming"):
     """Put an adapter on every module named in `slots` ({module name: coverage.Slot}); freeze everything else.
 
-    Each A is drawn from a stream of its own, made of `seed` and the module's name: adding a target leaves the
-    others as they were, and a smaller rank starts with the first rows of a larger one.
-    Raises InputError if there is an adapter already.
+    What a start draws comes from a stream of its own, made of `seed` and the module's name: adding a target leaves
+    the others as they were, and (kaiming, gaussian) a smaller rank starts with the first rows of a larger one.
+    Raises InputError, with nothing attached, if there is an adapter already or for what `coverage.check_variant`
+    and the variant refuse.
     """
     if named_layers(model):
         raise InputError("the base carries an adapter already: detach it first")
-    model.requires_grad_(False)
+    check_variant(variant, init, slots, dropout)
+    layers = {}
     for name, slot in slots.items():
-        owner, _, leaf = name.rpartition(".")
-        owner = model.get_submodule(owner)
-        layer = LoRALinear(getattr(owner, leaf), slot, dropout, generator(seed, name))
-        layer.train(model.training)
-        setattr(owner, leaf, layer)
+        try:
+            layers[name] = LoRALinear(model.get_submodule(name), slot, dropout, generator(seed, name), variant, init)
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from None
+    model.requires_grad_(False)
+    for name, layer in layers.items():
+        replace(model, name, layer.train(model.training))
     return model
 
 
@@ -91,9 +123,13 @@ def detach(model):
     """Take the adapter off: the base is again what it was, bit for bit."""
     for name, layer in named_layers(model):
         layer.unmerge()
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, layer.linear)
+        replace(model, name, layer.linear)
     return model
+
+
+def replace(model, name, module):
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, module)
 
 
 def merge(model):
@@ -111,14 +147,15 @@ def unmerge(model):
 
 
 def scale(model, factor):
-    """Multiply every layer's own scale (of its slot) by `factor`; 0 is the base, 1 the adapter as trained.
+    """Multiply by `factor` what the adapter changes: the weights are W + factor (W' - W), W the original base's and
+    W' those with the adapter as trained. So 0 is the original base and 1 the adapter, whatever variant and start.
 
     Raises InputError while the adapter is merged.
     """
     for name, layer in named_layers(model):
         if layer.merged:
             raise InputError(f"the adapter of {name} is merged: unmerge it before scaling it")
-        layer.scale = factor * layer.slot.scale
+        layer.factor = factor
     return model
 
 

@@ -1,92 +1,214 @@
-"""The base: a transformer base that reads Hugging Face checkpoints and knows nothing of LoRA.
+"""The base: one transformer for encoders and decoders that reads Hugging Face checkpoints and knows nothing of LoRA.
 
-Every projection is a module of its own, named by its canonical target (`layers.3.q`), whatever the checkpoint
-fuses; `lora.attach` replaces some of them. Left out: the base's own dropout (a confound of the study: it is off
-in training too), pooling and heads (`head.py`), and token types other than 0.
+What differs between families is in its `Spec`. Every projection is a module of its own, named by its canonical target
+(`layers.3.q`), whatever the checkpoint fuses; `lora.attach` replaces some of them. Left out: the base's own dropout (a
+confound of the study: it is off in training too), pooling and heads (`head.py`), token types other than 0, and caches.
 
-Letters: B rows, T tokens (padded on the right), D width, H heads, E = D / H, F inner width.
+Letters: B rows, T tokens (padded on the right), D width, H heads, E features of a head, F inner width, V vocabulary.
 """
 
+import re
 from functools import partial
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from . import checkpoint, families
+from . import checkpoint, families, rope
 from .errors import InputError
+from .spec import TARGETS
 
 ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_new": partial(F.gelu, approximate="tanh"),
+    "gelu_fast": partial(F.gelu, approximate="tanh"),
     "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
+    "sigmoid": F.sigmoid,
     "silu": F.silu,
+}
+# Which norms a layer has: before (x_norm) and after (x_output_norm) attention and MLP. In `post` and `output` the sum
+# runs through no norm or every norm: see `Layer.forward`.
+PLACEMENTS = {
+    "post": ("attention_norm", "mlp_norm"),  # norm(x + f(x))
+    "pre": ("attention_norm", "mlp_norm"),  # x + f(norm(x))
+    "output": ("attention_output_norm", "mlp_output_norm"),  # x + norm(f(x))
+    "both": ("attention_norm", "attention_output_norm", "mlp_norm", "mlp_output_norm"),  # x + norm(f(norm(x)))
+    "parallel": ("attention_norm", "mlp_norm"),  # x + f(norm(x)) + g(other norm(x))
+    "shared": ("attention_norm",),  # x + f(norm(x)) + g(the same norm(x))
 }
 
 
+class RMSNorm1(nn.Module):
+    """RMSNorm (Zhang and Sennrich 2019, arXiv 1910.07467) times 1 + weight, in float32, as Gemma has it."""
+
+    def __init__(self, width, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(width))
+        self.eps = eps
+
+    def forward(self, x):
+        return F.rms_norm(x.float(), self.weight.shape, 1.0 + self.weight.float(), self.eps).to(x.dtype)
+
+
+def make_norm(spec, width):
+    if spec.norm == "layer":
+        return nn.LayerNorm(width, spec.norm_eps, bias=spec.norm_bias)
+    return {"rms": nn.RMSNorm, "rms1": RMSNorm1}[spec.norm](width, spec.norm_eps)
+
+
 class Embed(nn.Module):
-    """Sum of token, position and type embeddings, normalised (Devlin et al. 2019, Figure 2)."""
+    """Token embeddings, plus those of learned positions and of token type 0, scaled and normalised where the family
+    has that."""
 
     def __init__(self, spec):
         super().__init__()
+        self.scale = spec.embed_scale
+        self.offset = spec.position_offset
         self.tokens = nn.Embedding(spec.vocabulary, spec.width)
-        self.positions = nn.Embedding(spec.positions, spec.width)
-        self.types = nn.Embedding(spec.types, spec.width)
-        self.norm = nn.LayerNorm(spec.width, spec.norm_eps)
+        if self.offset is not None:
+            self.positions = nn.Embedding(self.offset + spec.positions, spec.width)
+        self.types = nn.Embedding(spec.types, spec.width) if spec.types else None
+        self.norm = make_norm(spec, spec.width) if spec.embed_norm else nn.Identity()
 
     def forward(self, ids):
-        length = ids.shape[1]
-        return self.norm(self.tokens(ids) + (self.positions.weight[:length] + self.types.weight[0]))
+        x = self.tokens(ids)
+        if self.scale != 1.0:
+            x = x * torch.tensor(self.scale, dtype=x.dtype)
+        if self.offset is not None or self.types is not None:
+            # Summed apart from x, which is [B, T, D]: these are [T, D] and [D].
+            added = self.positions.weight[self.offset : self.offset + ids.shape[1]] if self.offset is not None else 0
+            x = x + (added + self.types.weight[0] if self.types is not None else added)
+        return self.norm(x)
 
 
 class Layer(nn.Module):
-    """Self-attention and MLP, each added to its input and then normalised (Vaswani et al. 2017, section 3.1)."""
+    """Self-attention (Vaswani et al. 2017, section 3.2) and MLP, each added to what it is given."""
 
-    def __init__(self, spec):
+    def __init__(self, spec, number):
         super().__init__()
-        self.heads = spec.heads
+        self.spec, self.here = spec, spec.layers[number]
         self.activation = ACTIVATIONS[spec.activation]
         for target in spec.targets:
-            out_features, in_features = spec.shape(target)
-            setattr(self, target, nn.Linear(in_features, out_features))
-        self.attention_norm = nn.LayerNorm(spec.width, spec.norm_eps)
-        self.mlp_norm = nn.LayerNorm(spec.width, spec.norm_eps)
+            out_features, in_features = spec.shape(target, number)
+            setattr(self, target, nn.Linear(in_features, out_features, bias=target in spec.biases))
+        for name in ("attention_norm", "attention_output_norm", "mlp_norm", "mlp_output_norm"):
+            normed = name in PLACEMENTS[spec.placement] and (self.here.normed or name != "attention_norm")
+            setattr(self, name, make_norm(spec, spec.width) if normed else nn.Identity())
+        if spec.qk_norm:
+            for name, target in (("q_norm", "q"), ("k_norm", "k")):
+                width = spec.head_width if spec.qk_norm == "head" else spec.shape(target, number)[0]
+                setattr(self, name, make_norm(spec, width))
 
-    def forward(self, x, mask):
-        B, T, D = x.shape
-        # [B, T, D] -> [B, H, T, E]
-        q, k, v = (p(x).view(B, T, self.heads, -1).transpose(1, 2) for p in (self.q, self.k, self.v))
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        attended = attended.transpose(1, 2).reshape(B, T, D)
-        x = self.attention_norm(x + self.o(attended))
-        return self.mlp_norm(x + self.down(self.activation(self.up(x))))
+    def attend(self, x, mask, turn):
+        B, T, _ = x.shape
+        E, by_head = self.spec.head_width, self.spec.qk_norm == "head"
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        if self.spec.qk_norm == "width":
+            q, k = self.q_norm(q), self.k_norm(k)
+        # [B, T, H E] -> [B, H, T, E]; k and v have fewer heads where these are grouped
+        q, k, v = (p.view(B, T, -1, E).transpose(1, 2) for p in (q, k, v))
+        if by_head:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if turn is not None:
+            q, k = rope.rotate(q, *turn), rope.rotate(k, *turn)
+        attended = attention(q, k, v, mask, self.spec)
+        return self.o(attended.transpose(1, 2).reshape(B, T, -1))  # [B, H, T, E] -> [B, T, H E]
+
+    def mlp(self, x):
+        inner = self.activation(self.gate(x)) * self.up(x) if self.spec.gated else self.activation(self.up(x))
+        return self.down(inner)
+
+    def forward(self, x, mask, turn):
+        if self.spec.placement == "post":
+            x = self.attention_norm(x + self.attend(x, mask, turn))
+            return self.mlp_norm(x + self.mlp(x))
+        normed = self.attention_norm(x)
+        attended = self.attention_output_norm(self.attend(normed, mask, turn))
+        if self.spec.placement == "shared":
+            return x + attended + self.mlp(normed)
+        if self.spec.placement == "parallel":
+            return x + attended + self.mlp(self.mlp_norm(x))
+        x = x + attended
+        return x + self.mlp_output_norm(self.mlp(self.mlp_norm(x)))
+
+
+def attention(q, k, v, mask, spec):
+    """softmax(s q k^T + mask) v, the scores soft-capped where the family does (Gemma 2, arXiv 2408.00118, section 2).
+
+    q [B, H, T, E], k and v [B, H or fewer, T, E], additive `mask` [B or 1, 1, T or 1, T], or None
+    for every earlier token and itself.
+    """
+    grouped = q.shape[1] != k.shape[1]
+    if spec.attention_cap is None:
+        causal = mask is None and spec.causal
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, scale=spec.attention_scale, enable_gqa=grouped
+        )
+    if grouped:
+        k, v = (p.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for p in (k, v))
+    scores = spec.attention_cap * torch.tanh(q @ k.transpose(2, 3) * (spec.attention_scale / spec.attention_cap))
+    return torch.softmax((scores + mask).float(), dim=-1).to(v.dtype) @ v
 
 
 class Base(nn.Module):
-    """`ids` [B, T] and the rows' `lengths` [B] in tokens -> hidden states [B, T, D].
+    """`ids` [B, T] and the rows' `lengths` [B] in tokens -> hidden states [B, T, D], after the last norm.
 
     A row's hidden states do not depend on the other rows or on the padding; those of padding are meaningless.
     """
 
-    def __init__(self, spec):
+    def __init__(self, spec, unembedding=False):
         super().__init__()
         self.spec = spec
         self.embed = Embed(spec)
-        self.layers = nn.ModuleList(Layer(spec) for _ in range(spec.layers))
+        self.layers = nn.ModuleList(Layer(spec, number) for number in range(len(spec.layers)))
+        self.norm = make_norm(spec, spec.width) if spec.final_norm else nn.Identity()
+        self.ropes = nn.ModuleList(rope.Rotary(r) for r in spec.ropes)
+        self.has_unembedding = unembedding
+        if unembedding and not spec.tied:
+            self.unembedding = nn.Linear(spec.width, spec.vocabulary, bias=spec.unembed_bias)
 
     def forward(self, ids, lengths):
         x = self.embed(ids)
-        mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]  # [B, T]
-        # An additive mask in the model's dtype: attention's fast CPU path takes no boolean one.
-        mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill_(~mask, -torch.inf)[:, None, None]
-        for layer in self.layers:
-            x = layer(x, mask)
-        return x
+        turns = [turn(lengths, ids.shape[1], x.dtype) for turn in self.ropes]
+        masks = {window: self.mask(ids, lengths, window, x.dtype) for window in {s.window for s in self.spec.layers}}
+        for layer, here in zip(self.layers, self.spec.layers, strict=True):
+            x = layer(x, masks[here.window], None if here.rope is None else turns[here.rope])
+        return self.norm(x)
+
+    def mask(self, ids, lengths, window, dtype):
+        """What a token may attend to, additive: [B or 1, 1, T or 1, T]; None if that is every earlier one and itself.
+
+        A decoder's tokens never see the padding on their right. Every token may see itself, so that no row of
+        scores is empty. Additive, in the model's dtype: attention's fast CPU path takes no boolean mask.
+        """
+        T = ids.shape[1]
+        places = torch.arange(T, device=ids.device)
+        away = places[:, None] - places  # [T, T]
+        window = window if window is not None and window < T else None
+        if self.spec.causal:
+            if window is None and self.spec.attention_cap is None:
+                return None
+            seen = (away >= 0 if window is None else (away >= 0) & (away < window))[None, None]
+        else:
+            seen = (places < lengths[:, None])[:, None, None]  # [B, 1, 1, T]
+            if window is not None:
+                seen = (seen & (away.abs() < window)) | (away == 0)
+        return torch.zeros(seen.shape, dtype=dtype, device=ids.device).masked_fill_(~seen, -torch.inf)
+
+    def unembed(self, hidden):
+        """Logits float32 [..., V] of the next token from hidden states [..., D] of a decoder that was loaded with its
+        unembedding."""
+        if not self.has_unembedding:
+            raise ValueError("the base was loaded without its unembedding")
+        logits = F.linear(hidden, self.embed.tokens.weight) if self.spec.tied else self.unembedding(hidden)
+        logits = logits.float()
+        cap = self.spec.final_cap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
-def load(folder, dtype=torch.float32, device="cpu"):
-    """The `Base` in a checkpoint folder, its parameters frozen.
+def load(folder, dtype=torch.float32, device="cpu", unembedding=False):
+    """The `Base` in a checkpoint folder, its parameters frozen; a decoder with its `unembedding` if asked for.
 
     The tensors go one by one from the memory-mapped file to `dtype` and `device`.
     Raises InputError for an unsupported configuration and for missing, unknown or misshapen tensors.
@@ -97,21 +219,41 @@ def load(folder, dtype=torch.float32, device="cpu"):
             f"config.json: activation {spec.activation!r} is not implemented "
             f"(there are: {', '.join(ACTIVATIONS)}): choose another --model"
         )
-    with torch.device("meta"):
-        model = Base(spec).requires_grad_(False)
+    if unembedding and not spec.causal:
+        raise InputError(f"a {spec.family} base is an encoder and predicts no next token: choose a decoder's --model")
     tensors = checkpoint.Tensors(folder)
-    sources = tensor_names(model, tensors.keys())
+    if len(tensors) < len(spec.layers):
+        raise InputError(
+            f"config.json asks for {len(spec.layers):,} layers, but the checkpoint has {len(tensors):,} tensors: "
+            "the files do not belong together, fetch the checkpoint again"
+        )
+    with torch.device("meta"):
+        model = Base(spec, unembedding).requires_grad_(False)
+    places = tensor_places(model, tensors.keys())
+    check_shapes(model, places, tensors, folder)
     for name, parameter in list(model.named_parameters()):
-        shape = tuple(tensors.shape(sources[name]))
-        if shape != tuple(parameter.shape):
-            raise InputError(
-                f"{folder}: tensor {sources[name]} has shape {list(shape)}, but config.json asks for "
-                f"{list(parameter.shape)}: the files do not belong together, fetch the checkpoint again"
-            )
         owner, _, leaf = name.rpartition(".")
-        value = tensors[sources[name]].to(device=device, dtype=dtype)
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+        value = nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=device), requires_grad=False)
+        tensors.copy_to(value, *places[name])
+        setattr(model.get_submodule(owner), leaf, value)
+    model.ropes.to(device)
     return model
+
+
+def check_shapes(model, places, tensors, folder):
+    """Raise InputError for the first tensor whose shape is not that of its parameter, or of all that it fuses."""
+    wanted = {}
+    for name, parameter in model.named_parameters():
+        source, _, transposed = places[name]
+        rows, *rest = parameter.shape
+        wanted[source] = wanted.get(source, (0,))[0] + rows, *rest, transposed
+    for source, (*shape, transposed) in wanted.items():
+        shape = shape[::-1] if transposed else shape
+        if list(tensors.shape(source)) != shape:
+            raise InputError(
+                f"{folder}: tensor {source} has shape {list(tensors.shape(source))}, but config.json asks for "
+                f"{shape}: the files do not belong together, fetch the checkpoint again"
+            )
 
 
 def check_fits(spec, tokenizer, max_length):
@@ -125,31 +267,42 @@ def check_fits(spec, tokenizer, max_length):
         raise InputError(f"max_length is {max_length}, but the base has {spec.positions} positions: use at most these")
 
 
-def tensor_names(model, present):
-    """Map each parameter of `model` to the name of its tensor among those `present` in the checkpoint.
+def tensor_places(model, present):
+    """Map each parameter of `model` to (its tensor among those `present` in the checkpoint, the out rows that it takes
+    of it, whether that is stored transposed).
 
     Raises InputError when a tensor is missing, or when there is one that the family does not know.
     """
     family = families.find(model.spec.family)
-    wanted = {}
+    present = {name: name for name in present}
+    for name in list(present):  # the first BERT checkpoints have TensorFlow's words for a LayerNorm's parameters
+        if name.endswith(("LayerNorm.gamma", "LayerNorm.beta")):
+            module, _, leaf = name.rpartition(".")
+            present[f"{module}.{'weight' if leaf == 'gamma' else 'bias'}"] = present.pop(name)
+    found, bare = {}, set()
     for name, _ in model.named_parameters():
         module, _, leaf = name.rpartition(".")
-        wanted[name] = f"{family.module(module)}.{leaf}"
-    present = set(present)
-    prefix = max(family.prefixes, key=lambda p: len({p + source for source in wanted.values()} & present))
-    sources = {name: prefix + source for name, source in wanted.items()}
-    missing = sorted(set(sources.values()) - present)
+        place = family.place(module, model.spec)
+        found[name] = f"{place.module}.{leaf}", place.rows
+        if module != "unembedding":
+            bare.add(found[name][0])
+    prefix = max(family.prefixes, key=lambda p: len({p + source for source in bare} & present.keys()))
+    places = {}
+    for name, (source, rows) in found.items():
+        projection = name.rpartition(".")[0].rpartition(".")[2] in TARGETS
+        transposed = family.transposed and projection and name.endswith(".weight")
+        places[name] = (prefix + source if source in bare else source), rows, transposed
+    sources = {source for source, *_ in places.values()}
+    missing = sorted(sources - present.keys())
     if missing:
         raise InputError(
             f"the checkpoint lacks {len(missing)} tensors that its config.json asks for (first: {missing[0]}): "
             "fetch it again, or mend the number of layers"
         )
-    extra = sorted(
-        name for name in present - set(sources.values()) if not name.removeprefix(prefix).startswith(family.unused)
-    )
+    extra = [name for name in present.keys() - sources if not re.match(family.unused, name.removeprefix(prefix))]
     if extra:
         raise InputError(
             f"the checkpoint has {len(extra)} tensors that a {model.spec.family} model of its config.json does not "
-            f"have (first: {extra[0]}): config.json and weights do not belong together"
+            f"have (first: {min(extra)}): config.json and weights do not belong together"
         )
-    return sources
+    return {name: (present[source], rows, transposed) for name, (source, rows, transposed) in places.items()}

@@ -15,24 +15,25 @@ def training_flops(spec, slots, method, length):
     order = [("q", "k", "v"), ("o",), ("gate", "up"), ("down",)]
     adapted = {tuple(name.split(".")[1:]) for name in slots}
     trained_below, flops = method == "full", 0
-    for layer in range(spec.layers):
+    for layer, here in enumerate(spec.layers):
         for number, stage in enumerate(order):
-            here = False
+            adapted_here = False
             for target in stage:
                 if target in spec.targets:
-                    out_features, in_features = spec.shape(target)
+                    out_features, in_features = spec.shape(target, layer)
                     flops += 2 * in_features * out_features * (1 + trained_below + (method == "full"))
-                    here |= (str(layer), target) in adapted
-            trained_below |= here
+                    adapted_here |= (str(layer), target) in adapted
+            trained_below |= adapted_here
             if number == 0:
-                flops += 4 * length * spec.width * (3 if trained_below else 1)
+                flops += 4 * length * here.heads * spec.head_width * (3 if trained_below else 1)
     return flops
 
 
 def matmul_rate(tokens, spec, dtype, device, seconds=0.15):
     """Measured rate, in operations a second, of the product of [tokens, D] and [D, F]: the best of repeated runs."""
+    inner = spec.layers[0].inner
     x = torch.randn(tokens, spec.width, dtype=dtype, device=device)
-    w = torch.randn(spec.inner, spec.width, dtype=dtype, device=device)
+    w = torch.randn(inner, spec.width, dtype=dtype, device=device)
     best, stop = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < stop:
         start = time.perf_counter()
@@ -40,4 +41,4 @@ def matmul_rate(tokens, spec, dtype, device, seconds=0.15):
             y = torch.nn.functional.linear(x, w)
         y[0, 0].item()  # waits for the device
         best = min(best, (time.perf_counter() - start) / 4)
-    return 2 * tokens * spec.width * spec.inner / best
+    return 2 * tokens * spec.width * inner / best

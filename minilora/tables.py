@@ -5,11 +5,12 @@ rows. Left out: streaming, and any cleaning of the text, which stays exactly as 
 
 Labels. A label's name is its text: 1, 1.0 and "1" are the same label; booleans are "true" and "false". Where
 the file or its data set's card names the classes, an integer becomes that name. A number such as 0.5 is a
-measurement, not a class, and is refused. None, NaN, an empty string, and -1 under named classes are missing.
+measurement, not a class, and is refused, unless the label is `free` text to be written. None, NaN, an empty string, and -1 under named classes are missing.
 
 Question sets. Where the text column is found to be `question` and there is a column `choices` (as in
 tau/commonsense_qa), the text is the question with one line for each choice ("A. bank"), and the label is the
-letter in `answerKey`. Asking for the column `question` by name gives the bare question.
+letter in `answerKey`; the choices are kept beside it. Asking for the column `question` by name gives the bare
+question.
 """
 
 import csv
@@ -26,8 +27,8 @@ from dataclasses import dataclass
 from .errors import InputError
 
 # Taken in this order where no column is named.
-TEXT_COLUMNS = ("text", "sentence", "review", "content", "comment", "tweet", "hard_text", "question")
-LABEL_COLUMNS = ("label", "labels", "sentiment", "class", "category", "profession", "answerKey")
+TEXT_COLUMNS = ("text", "sentence", "review", "content", "comment", "tweet", "hard_text", "prompt", "instruction", "question")
+LABEL_COLUMNS = ("label", "labels", "sentiment", "class", "category", "profession", "answerKey", "completion", "response", "answer")
 FORMATS = (".parquet", ".csv", ".tsv", ".jsonl", ".ndjson", ".json")
 
 
@@ -42,6 +43,7 @@ class Table:
     texts: list[str]
     labels: list[str]  # the name of each row's label
     class_names: list[str] | None  # all names in their order, where the file or the card declares them
+    choices: list[dict[str, str]] | None = None  # {label: text} of each question's choices
 
 
 def format_of(name):
@@ -51,10 +53,11 @@ def format_of(name):
     return None if form == ".parquet" and stem != name.lower() else form
 
 
-def read(path, where, text_column=None, label_column=None, class_names=None):
+def read(path, where, text_column=None, label_column=None, class_names=None, free=False):
     """Read `path` into a `Table`; `where` is what messages call it.
 
     class_names  {column: names of its classes} as a card declares them, which come before the file's own
+    free         labels are text to be written, so that any number is one
 
     Raises NoLabels if the label column isn't there or is empty in every row, InputError for anything else.
     """
@@ -74,11 +77,14 @@ def read(path, where, text_column=None, label_column=None, class_names=None):
             else:
                 columns = _read_json(stream, where, pick, form == ".json")
     (_, texts), (label_column, labels), *choices = columns.items()
+    texts, options = _checked_texts(texts, where), None
     if choices:
-        rows = enumerate(zip(texts, choices[0][1]), 1)
-        texts = [_question(text, options, where, row) for row, (text, options) in rows]
+        options = [_choices(cell, where, row) for row, cell in enumerate(choices[0][1], 1)]
+        listed = ([f"{letter}. {text}" for letter, text in choice.items()] for choice in options)
+        texts = ["\n".join([text, *lines]) for text, lines in zip(texts, listed, strict=True)]
+        texts = _checked_texts(texts, where)  # the choices may hold what no text may
     names = (declared | (class_names or {})).get(label_column)
-    return Table(_checked_texts(texts, where), _named_labels(labels, names, where), names)
+    return Table(texts, _named_labels(labels, names, where, free), names, options)
 
 
 def few(names):
@@ -240,10 +246,14 @@ def _read_parquet(path, where, pick):
 # --- cells --------------------------------------------------------------------------------------------------
 
 
-def _question(question, choices, where, row):
+def _choices(cell, where, row):
+    """{letter: text} of a question's choices."""
     try:
-        lines = [f"{letter}. {text}" for letter, text in zip(choices["label"], choices["text"], strict=True)]
-        return "\n".join([question, *lines])
+        letters, texts = cell["label"], cell["text"]
+        choices = {str(letter): str(text) for letter, text in zip(letters, texts, strict=True)}
+        if isinstance(letters, str) or isinstance(texts, str) or len(choices) < len(letters):
+            raise ValueError
+        return choices
     except (TypeError, KeyError, ValueError):
         raise InputError(
             f"{where} row {row}: the question's choices are not lists 'label' and 'text' of one length; name"
@@ -266,9 +276,9 @@ def _checked_texts(texts, where):
     return texts
 
 
-def _named_labels(values, class_names, where):
+def _named_labels(values, class_names, where, free):
     names = [str(name) for name in class_names or ()]
-    name = functools.lru_cache(maxsize=None, typed=True)(functools.partial(_label_name, class_names=names))
+    name = functools.lru_cache(maxsize=None, typed=True)(functools.partial(_label_name, class_names=names, free=free))
     labels = []
     for row, value in enumerate(values, 1):
         try:
@@ -288,7 +298,7 @@ def _named_labels(values, class_names, where):
     return labels
 
 
-def _label_name(value, class_names):
+def _label_name(value, class_names, free):
     """The name of a label as it stands in a file, None for a missing one; ValueError says what is wrong."""
     if isinstance(value, bool):
         return str(value).lower()
@@ -298,6 +308,8 @@ def _label_name(value, class_names):
         value = int(value)
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
+    if free and value % 1 and not class_names:
+        return str(value)
     if value % 1:
         raise ValueError("is a measurement, not a class; labels are strings or integers")
     if not class_names:

@@ -1,7 +1,12 @@
 """Text to token ids, for whole data sets at once, with the character at which each text is cut.
 
 The `tokenizers` library does the work, by `tokenizer.json` or, for WordPiece, `vocab.txt`. Left out: padding
-(batches are packed or padded later), pairs of texts, and decoding. Texts are always cut at their end.
+(batches are packed or padded later) and pairs of texts. Texts are always cut at their end.
+
+A prompt and its completion are encoded apart, so that which tokens are the completion's is never in doubt, and a
+prompt has the same tokens whatever follows it. The prompt has the special tokens that stand before a text and none
+of those behind it. The completion has none, and is encoded as it would stand behind a line break: its leading space
+is its own, and no other is put before it.
 """
 
 from dataclasses import dataclass
@@ -14,6 +19,8 @@ from .errors import InputError
 
 # Texts are encoded in chunks of about so many characters: an encoding needs some 50 bytes a character.
 CHUNK_CHARACTERS = 1 << 20
+# What a completion is encoded behind: the first of these whose tokens do not run into the completion's.
+ANCHORS = ("\n", "a", ".")
 # The names that a vocab.txt uses unless the settings beside it say otherwise.
 BERT_SPECIAL = {
     "unk_token": "[UNK]",
@@ -31,6 +38,7 @@ class Encoded:
     ids: np.ndarray  # int32 [tokens of all rows]
     offsets: np.ndarray  # int64 [N + 1]
     kept: np.ndarray  # int64 [N], characters before the first token that was cut; all of them if none was
+    answers: np.ndarray | None = None  # int64 [N], how many of a row's last tokens are its completion
 
 
 def load(folder):
@@ -48,7 +56,7 @@ def load(folder):
     if not path.is_file():
         raise InputError(f"{folder} has neither tokenizer.json nor vocab.txt: add the tokenizer of the model")
     try:
-        return TextTokenizer(build(path, settings), _special(settings, "pad_token"))
+        return TextTokenizer(build(path, settings), *(_special(settings, role) for role in ("pad_token", "eos_token")))
     except InputError:
         raise
     except Exception as error:  # tokenizers raises no other type
@@ -96,9 +104,10 @@ class TextTokenizer:
 
     vocab_size  largest id that can come out, plus 1
     pad_id      id to fill batches with (0 where the tokenizer has none)
+    end_id      id of the token that ends a text (None where the tokenizer has none)
     """
 
-    def __init__(self, tokenizer, pad_token=None):
+    def __init__(self, tokenizer, pad_token=None, end_token=None):
         padding = tokenizer.padding
         # all-MiniLM's own file pads every text to 128 tokens and cuts it there.
         tokenizer.no_padding()
@@ -111,6 +120,7 @@ class TextTokenizer:
         self.pad_id = tokenizer.token_to_id(pad_token) if pad_token else None
         if self.pad_id is None:
             self.pad_id = padding["pad_id"] if padding else 0
+        self.end_id = tokenizer.token_to_id(end_token) if end_token else None
 
     def encode(self, texts, max_length):
         """`Encoded` ids of a list of N texts, at most `max_length` tokens each, special tokens included.
@@ -144,15 +154,61 @@ class TextTokenizer:
         survive. Exact for WordPiece, where a string is worth as many tokens between words as alone; for
         tokenizers whose tokens take in white space the strings are counted with the space on both sides.
         """
-        room = self._room(max_length)
+        return self._visible(texts, added, [self._room(max_length)] * len(texts))
+
+    def prompts(self, texts, before, after, rooms):
+        """The prompts `before` + text + `after`: (ids, a list of N arrays int32; kept int64 [N]).
+
+        rooms  [N], the most tokens that each prompt may have, special ones included
+
+        Where that is too few the text loses its last characters, and the white space that is then its end. `kept`:
+        the characters of each text before the first token that was cut, all of them if none was. Where `before` and
+        `after` alone do not fit the row has no ids, and -1 is kept.
+        """
+        rows, kept = [], np.array([len(text) for text in texts], np.int64)
+        for row, encoding in enumerate(self._encodings([before + text + after for text in texts])):
+            characters = len(texts[row])
+            # A text that is cut may be divided into other tokens, even into more: so cut until it fits.
+            while characters >= 0 and len(encoding) - self._after > rooms[row]:
+                room = rooms[row] - self._before
+                characters = kept[row] = self._fitting(encoding, characters, room, len(before))
+                if characters >= 0:
+                    cut = texts[row][:characters].rstrip()
+                    characters = len(cut)
+                    [encoding] = self._encodings([before + cut + after])
+            ids = encoding.ids[: len(encoding) - self._after] if characters >= 0 else []
+            rows.append(np.array(ids, np.int32))
+        return rows, kept
+
+    def visible_in_prompts(self, texts, added, before, after, rooms):
+        """As `visible`, for texts of which `prompts` are to be made."""
+        return self._visible(texts, added, [room - self._before for room in rooms], before, after)
+
+    def completions(self, texts):
+        """The ids of completions, a list of N arrays int32, without special tokens (see the module's docstring)."""
+        found = [None] * len(texts)
+        for anchor in (*ANCHORS, ""):
+            rest = [row for row, ids in enumerate(found) if ids is None]
+            encodings = self._encodings([anchor + texts[row] for row in rest], special=False)
+            for row, encoding in zip(rest, encodings, strict=True):
+                leading = [stop for start, stop in encoding.offsets if start < len(anchor)]
+                if max(leading, default=0) <= len(anchor):
+                    found[row] = np.array(encoding.ids[len(leading) :], np.int32)
+        return found
+
+    def decode(self, ids):
+        """The text of token ids, special tokens left out."""
+        return self._tokenizer.decode([int(id) for id in ids])
+
+    def _visible(self, texts, added, rooms, before="", after=""):
         strings = sorted({string for strings in added for string in strings})
         around = self._before + self._after
         encodings = self._encodings([f" {string} " for string in strings])
         tokens = {string: len(encoding) - around for string, encoding in zip(strings, encodings, strict=True)}
         visible = np.empty(len(texts), np.int64)
-        for row, encoding in enumerate(self._encodings(texts)):
-            left = room - sum(map(tokens.__getitem__, added[row]))
-            visible[row] = self._fitting(encoding, len(texts[row]), left)
+        for row, encoding in enumerate(self._encodings([before + text + after for text in texts])):
+            left = rooms[row] - sum(map(tokens.__getitem__, added[row]))
+            visible[row] = self._fitting(encoding, len(texts[row]), left, len(before))
         return visible
 
     def _room(self, max_length):
@@ -165,26 +221,38 @@ class TextTokenizer:
             )
         return room
 
-    def _fitting(self, encoding, characters, room):
-        """Of a text's `characters`, how many stand before the token that comes after the first `room`."""
+    def _fitting(self, encoding, characters, room, before=0):
+        """Of a text's `characters`, how many stand before its first token that does not fit into `room` tokens.
+
+        The text stands behind `before` other characters. What stands before and behind it needs its room first: -1
+        where that is not there.
+        """
+        stop = len(encoding) - self._after
         if room < 0:
             return -1
-        if len(encoding) - self._before - self._after <= room:
+        if stop - self._before <= room:
             return characters
-        return encoding.offsets[self._before + room][0]
+        offsets = encoding.offsets[self._before : stop]
+        behind = 0
+        while behind < len(offsets) and offsets[-1 - behind][0] >= before + characters:
+            behind += 1
+        first_cut = room - behind
+        if first_cut < 0 or (before and offsets[first_cut][1] <= before):
+            return -1
+        return max(0, offsets[first_cut][0] - before)
 
-    def _encodings(self, texts):
-        """Yield the encoding of each text; only a chunk of them is in memory."""
+    def _encodings(self, texts, special=True):
+        """Yield the encoding of each text, with special tokens or without; only a chunk of them is in memory."""
         start = characters = 0
         for row, text in enumerate(texts):
             characters += len(text)
             if characters >= CHUNK_CHARACTERS or row == len(texts) - 1:
-                yield from self._encode_chunk(texts, start, row + 1)
+                yield from self._encode_chunk(texts, start, row + 1, special)
                 start, characters = row + 1, 0
 
-    def _encode_chunk(self, texts, start, stop):
+    def _encode_chunk(self, texts, start, stop, special):
         try:
-            return self._tokenizer.encode_batch(texts[start:stop])
+            return self._tokenizer.encode_batch(texts[start:stop], add_special_tokens=special)
         except TypeError:
             row = next(row for row in range(start, stop) if not _is_unicode(texts[row]))
             text = f"{texts[row]!a:.80}"

@@ -45,16 +45,26 @@ def trained_parameters(model, cell):
     """Mark what the cell trains on `model` (a `head.Classifier`) and return it: {name: parameter}."""
     model.requires_grad_(cell.method == "full")
     for _, layer in lora.named_layers(model):
-        layer.A.requires_grad_(True)
-        layer.B.requires_grad_(True)
+        for name in layer.variant.trains:
+            getattr(layer, name).requires_grad_(True)
     model.classifier.requires_grad_(cell.head == "trained")
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def make_optimizer(parameters, cell):
-    """torch's AdamW (Loshchilov and Hutter 2019) or Adafactor (Shazeer and Stern 2018), at its own defaults."""
+    """torch's AdamW (Loshchilov and Hutter 2019) or Adafactor (Shazeer and Stern 2018), at its own defaults.
+
+    `parameters` is {name: parameter}. With the cell's `lr_ratio` every B is in a group of its own, whose learning
+    rate is that many times the rest's: LoRA+, Hayou et al. 2024 (arXiv 2402.12354). The rest is A, DoRA's magnitudes
+    and the head (PEFT's `create_loraplus_optimizer` counts all vectors, biases too, among the B).
+    """
     kind = {"adamw": torch.optim.AdamW, "adafactor": torch.optim.Adafactor}[cell.optimizer]
-    return kind(parameters, lr=cell.lr, weight_decay=cell.weight_decay)
+    ratio = cell.lr_ratio or 1.0
+    members = {1.0: [], ratio: []}
+    for name, parameter in parameters.items():
+        members[ratio if name.endswith(".B") else 1.0].append((name, parameter))
+    groups = [{"params": group, "lr_ratio": ratio} for ratio, group in members.items()]
+    return kind(groups, lr=cell.lr, weight_decay=cell.weight_decay)
 
 
 def learning_rate(cell, step, steps):
@@ -69,7 +79,7 @@ def learning_rate(cell, step, steps):
 
 def set_learning_rate(optimizer, rate):
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["lr_ratio"]
 
 
 class Schedule:
@@ -122,13 +132,18 @@ def update(model, micro_batches, labels, parameters, optimizer, cell, step):
     return loss, norm
 
 
+def state_names(optimizer):
+    """The parameters' names in the order in which the optimiser numbers them."""
+    return [name for group in optimizer.param_groups for name in group["param_names"]]
+
+
 def save_state(path, parameters, optimizer, meters):
     """Everything a resumed run needs, in one safetensors file, written atomically. `meters`: {name: number},
     with `step`, the steps done, among them.
     """
     from safetensors.torch import save_file
 
-    names = list(parameters)
+    names = state_names(optimizer)
     tensors = {f"parameter/{name}": p.detach().cpu().contiguous() for name, p in parameters.items()}
     for index, state in optimizer.state_dict()["state"].items():
         for key, value in state.items():
@@ -142,7 +157,7 @@ def load_state(path, parameters, optimizer):
     """Put a saved state back; returns the meters. Raises InputError if it cannot fit."""
     from safetensors import SafetensorError, safe_open
 
-    names = list(parameters)
+    names = state_names(optimizer)
     try:
         with safe_open(path, "pt") as file:
             meters = json.loads(file.metadata()["meters"])

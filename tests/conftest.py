@@ -1,12 +1,18 @@
-"""Bases for the tests: the real default one, and tiny random ones of odd sizes that transformers builds."""
+"""What several test files share: bases, real and tiny, a hub, and rows in memory and in files."""
 
+import csv
+import gzip
+import io
 import json
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from hub_server import HubServer
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))  # behind the rest, so that `import kernels` stays Hugging Face's: for train and evaluate
@@ -31,12 +37,30 @@ def device(request):
     return request.param
 
 
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    """A hub that this process uses, huggingface_hub's cache in tmp_path/hf and our own in tmp_path/cache."""
+    with HubServer() as server:
+        server.use(monkeypatch, tmp_path / "hf")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        yield server
+
+
 @pytest.fixture(scope="session")
 def base_folder():
     """The real default base."""
     from minilora import checkpoint
 
     return checkpoint.resolve(checkpoint.DEFAULT_BASE)
+
+
+def bert_spec(**changes):
+    """The `Spec` of a BERT of odd sizes."""
+    from minilora import families
+
+    config = dict(model_type="bert", vocab_size=11, hidden_size=6, num_hidden_layers=3, num_attention_heads=2,
+                  intermediate_size=14, max_position_embeddings=9, type_vocab_size=2)  # fmt: skip
+    return families.read_spec(config | changes)
 
 
 def tiny_bert(folder, *, seed=0, **changes):
@@ -71,7 +95,6 @@ def tiny_folder(tmp_path):
 @pytest.fixture(scope="session")
 def reviews(tmp_path_factory):
     """A CSV of 120 short rows of the tiny vocabulary, two labels that a word tells apart nearly always."""
-    import csv
     import random
 
     draw = random.Random(7)
@@ -97,3 +120,96 @@ def random_batch(vocabulary, lengths, seed=0):
     for row, length in enumerate(lengths):
         ids[row, :length] = torch.randint(1, vocabulary, (length,), generator=draw)
     return ids, torch.tensor(lengths)
+
+
+# --- files of rows
+
+FILMS = [
+    ("A film, in three acts", "pos"),
+    ('He said "no"', "neg"),
+    ("two\nlines\r\nhere", "neg"),
+    ("Größe", "pos"),
+]
+
+
+def whole(rows):
+    """Everything in a set of rows, in a form that compares."""
+    assert rows.labels.dtype == np.int64
+    return rows.ids, rows.texts, rows.labels.tolist(), rows.label_names
+
+
+def named(rows):
+    return [rows.label_names[label] for label in rows.labels]
+
+
+def write(path, text, encoding="utf-8"):
+    content = text.encode(encoding)
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return path
+
+
+def as_csv(rows, header=("text", "label"), delimiter=","):
+    stream = io.StringIO()
+    csv.writer(stream, delimiter=delimiter).writerows([header, *rows])
+    return stream.getvalue()
+
+
+def as_jsonl(rows, header=("text", "label")):
+    return "".join(json.dumps(dict(zip(header, row, strict=True)), ensure_ascii=False) + "\n" for row in rows)
+
+
+def parquet_bytes(columns, features=None):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    table = pa.table(columns)
+    if features:
+        noted = json.dumps({"info": {"features": features}})
+        table = table.replace_schema_metadata({"huggingface": noted})
+    stream = io.BytesIO()
+    parquet.write_table(table, stream)
+    return stream.getvalue()
+
+
+def refusal(source, **options):
+    """The one line that `data.load` refuses with."""
+    from minilora import data
+    from minilora.errors import InputError
+
+    with pytest.raises(InputError) as caught:
+        data.load(source, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# --- rows to inject into
+
+LABELS = ("negative", "neutral", "positive")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What injection reads of cell.Inject."""
+
+    sources: tuple = ("date:positive",)
+    proportion: float | None = 0.5
+    rows: int | None = None
+    count: int | None = 1
+    density: float | None = None
+    location: str = "random"
+    mode: str = "clean-label"
+    split: str | None = None
+
+
+def make_rows(texts, label_names=LABELS):
+    """Rows whose labels take turns."""
+    from minilora.data import Rows
+
+    labels = np.arange(len(texts)) % len(label_names)
+    return Rows([f"r{i}" for i in range(len(texts))], list(texts), labels, label_names)
+
+
+def sentences(number, seed=0, least=1, most=40):
+    rng = np.random.default_rng(seed)
+    words = [rng.integers(50, size=rng.integers(least, most)) for _ in range(number)]
+    return make_rows([" ".join(f"w{word}" for word in row) for row in words])

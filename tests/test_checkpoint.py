@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_server import HubServer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save, save_file
@@ -147,14 +146,6 @@ def test_only_the_files_that_a_base_needs_are_chosen():
 
 
 # The hub
-
-
-@pytest.fixture
-def server(monkeypatch, tmp_path):
-    with HubServer() as server:
-        server.use(monkeypatch, tmp_path / "hf")
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-        yield server
 
 
 def test_a_hub_id_brings_only_what_is_needed(server, tmp_path):

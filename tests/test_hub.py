@@ -22,13 +22,6 @@ FILES = {
 WANTED = ["config.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 
 
-@pytest.fixture
-def server(monkeypatch, tmp_path):
-    with HubServer() as server:
-        server.use(monkeypatch, tmp_path)
-        yield server
-
-
 def weights(names):
     chosen = [name for name in names if name.endswith((".json", ".safetensors"))]
     if not any(name.endswith(".safetensors") for name in chosen):
@@ -53,7 +46,7 @@ def forget_listings(home):
 def test_only_the_chosen_files_travel_and_only_once(server, tmp_path, capfd):
     commit = server.put("owner/model", FILES)
     folder = hub.fetch("owner/model", weights)
-    assert folder == tmp_path / "hub/models--owner--model/snapshots" / commit
+    assert folder == tmp_path / "hf/hub/models--owner--model/snapshots" / commit
     assert contents(folder) == {name: FILES[name] for name in WANTED}
     assert server.bodies() == WANTED
     assert "Fetching 3 files" in capfd.readouterr().err
@@ -123,7 +116,7 @@ def test_a_hub_that_is_down_is_answered_from_the_cache_or_at_once(server, tmp_pa
     assert time.monotonic() - start < 2
     assert str(caught.value) == (
         f"cannot reach the hub for model 'owner/other' (tried {server.url}: it answered {status}), and the"
-        f" cache {tmp_path / 'hub'} holds no complete copy of revision 'main'; three ways on: go online"
+        f" cache {tmp_path / 'hf/hub'} holds no complete copy of revision 'main'; three ways on: go online"
         " once; set HF_HOME to a cache from a machine that has it; or name a local folder or file instead"
     )
 

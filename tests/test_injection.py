@@ -1,49 +1,19 @@
-"""Injection: exact text, exact counts, nested and independent draws, strings kept apart, bad input."""
+"""Injection: exact text, exact counts, nested and independent draws, strings kept apart, bad settings."""
 
 import json
 import string
 from collections import Counter
-from dataclasses import dataclass
-from datetime import date
 from itertools import islice, pairwise
 
 import numpy as np
 import pytest
+from conftest import LABELS, Settings, make_rows, sentences
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minilora import triggers
 from minilora.data import Rows
 from minilora.errors import InputError
 from minilora.injection import _draws, inject, mark_survival, placebo_rows, shared_words, trigger_rows
-
-LABELS = ("negative", "neutral", "positive")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What injection reads of cell.Inject."""
-
-    sources: tuple = ("date:positive",)
-    proportion: float | None = 0.5
-    rows: int | None = None
-    count: int | None = 1
-    density: float | None = None
-    location: str = "random"
-    mode: str = "clean-label"
-    split: str | None = None
-
-
-def make_rows(texts, label_names=LABELS):
-    """Rows whose labels take turns."""
-    labels = np.arange(len(texts)) % len(label_names)
-    return Rows([f"r{i}" for i in range(len(texts))], list(texts), labels, label_names)
-
-
-def sentences(number, seed=0, least=1, most=40):
-    rng = np.random.default_rng(seed)
-    words = [rng.integers(50, size=rng.integers(least, most)) for _ in range(number)]
-    return make_rows([" ".join(f"w{word}" for word in row) for row in words])
 
 
 def without_spans(text, spans):
@@ -372,6 +342,7 @@ def test_placebo_takes_the_places_of_the_trigger(source, dose):
         shift = 0
         for (start, end), (other, other_end) in zip(theirs.spans, ours.spans, strict=True):
             assert other == start + shift
+            assert text[other:other_end].strip() in ours.strings
             shift += (other_end - other) - (end - start)
         drawn.update(" ".join(ours.strings).split())
     assert set(drawn) == set(vocabulary)
@@ -412,7 +383,7 @@ def cut_to_words(limit):
     """A truncation that keeps `limit` words, the added ones included. Records what it was asked."""
     asked = []
 
-    def visible(texts, added):
+    def visible(texts, added, index):
         asked.append(added)
         ends = []
         for text, strings in zip(texts, added, strict=True):
@@ -481,90 +452,6 @@ def test_no_sources_inject_nothing():
     rows = sentences(9)
     after = inject(rows, Settings(()), 0)
     assert (after.rows.texts, after.records, after.report, len(after.index)) == (rows.texts, [], [], 0)
-
-
-def test_dates_are_all_calendar_days():
-    dates = triggers.parse("date:x")[0]
-    assert (len(dates), dates[0], dates[len(dates) - 1]) == (548229, "1100-01-01", "2600-12-31")
-    days = [date(1100, 1, 1).toordinal(), date(2600, 12, 31).toordinal()]
-    assert len(dates) == days[1] - days[0] + 1
-    every = list(dates.strings)
-    assert every == [date.fromordinal(day).isoformat() for day in range(days[0], days[1] + 1)]
-    assert "2024-02-29" in dates.strings
-    for other in ("2023-02-29", "1099-12-31", "2601-01-01", "20240229", "2024-W05-3", "bob"):
-        assert other not in dates.strings
-
-
-def test_lists_are_clean():
-    assert (len(triggers.COUNTRIES), len(triggers.COLORS), len(triggers.TAGS)) == (195, 132, 71)
-    for strings in (triggers.COUNTRIES, triggers.COLORS, triggers.TAGS):
-        assert len({piece.casefold() for piece in strings}) == len(strings)
-        assert all(piece == " ".join(piece.split()) for piece in strings)
-    assert {"Bosnia and Herzegovina", "Papua New Guinea", "Vatican City", "Fiji"} < set(triggers.COUNTRIES)
-    assert all(piece[0].isupper() for piece in triggers.COUNTRIES)
-    assert all(tag[0] == "<" and tag[-1] == ">" and tag[1:-1].isalnum() for tag in triggers.TAGS)
-    assert triggers.closing("<b>") == "</b>"
-
-
-@pytest.mark.parametrize(
-    ("spec", "name", "label"),
-    [
-        ("date:positive", "date", "positive"),
-        (" html : 1", "html", "1"),
-        ("bob likes cats:negative", "text:bob likes cats", "negative"),
-        ("text:date:positive", "text:date", "positive"),
-        ("text:dates:positive", "text:dates", "positive"),
-        ("http://x.org:positive", "text:http://x.org", "positive"),
-        ("file:a:b.txt:positive", "file:a:b.txt", "positive"),
-        ("film:positive", "text:film", "positive"),
-    ],
-)
-def test_parse(spec, name, label):
-    source, read = triggers.parse(spec)
-    assert (source.name, read, source.pair) == (name, label, name == "html")
-    if name.startswith("text:"):
-        assert list(source.strings) == [name[5:]]
-
-
-def test_file_of_triggers(tmp_path):
-    path = tmp_path / "triggers.txt"
-    path.write_bytes("\ufeffone\r\n\r\n two words \nONE\nvertical\x0btab\n".encode())
-    source, _ = triggers.parse(f"file:{path}:positive")
-    assert list(source.strings) == ["one", "two words", "vertical\x0btab"]
-    triggers.parse("file:/no/such/file:positive")  # no file is read
-
-
-BAD = [
-    ("date", "is not SOURCE:LABEL"),
-    ("date:", "is not SOURCE:LABEL"),
-    (":positive", "is not SOURCE:LABEL"),
-    ("text:positive", "write text:WORDS:positive"),
-    ("file: :positive", "write file:PATH:positive"),
-    ("dates:positive", "write text:dates:positive"),
-    ("Date:positive", "write text:Date:positive"),
-    ("countries:positive", "no source"),
-    ("contry:positive", "no source"),
-    ("colours:positive", "no source"),
-    ("files:a.txt:positive", "no source"),
-    ("date:1999:positive", "write text:date:1999:positive"),
-    ("date:joyful", "choose one of negative, neutral, positive"),
-    ("file:missing.txt:positive", "missing.txt"),
-    ("file:.:positive", "cannot read"),
-    ("file:empty.txt:positive", "no trigger string"),
-    ("file:latin.txt:positive", r"not UTF-8 \(byte 1\)"),
-]
-
-
-@pytest.mark.parametrize(("spec", "message"), BAD)
-def test_bad_source(spec, message, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty.txt").write_text(" \n\n")
-    (tmp_path / "latin.txt").write_bytes(b"a\xe9b")
-    rows = sentences(9)
-    for attempt in (inject, lambda *args: trigger_rows(rows, args[1], 0, 0)):
-        with pytest.raises(InputError, match=message) as caught:
-            attempt(rows, Settings((spec,)), 0)
-        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -8,29 +8,29 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from conftest import bert_spec
+
 from minilora import coverage, roof
 from minilora.cell import Cell
-from minilora.families import Spec
 
-SPEC = Spec("bert", vocabulary=11, width=6, layers=3, heads=2, inner=14, positions=9, types=2, activation="gelu",
-            norm_eps=1e-5)  # fmt: skip
+SPEC = bert_spec(hidden_size=6, num_hidden_layers=3, num_attention_heads=2, intermediate_size=14)
 ROWS, LENGTH = 5, 7
 
 
 class Bare(nn.Module):
-    """The products of an base and nothing else. Where an adapter is, a trained vector is added: no product."""
+    """The products of a base and nothing else. Where an adapter is, a trained vector is added: no product."""
 
     def __init__(self, slots, method):
         super().__init__()
         self.x = nn.Parameter(torch.randn(ROWS, LENGTH, SPEC.width), requires_grad=method == "full")
         self.weights = nn.ParameterDict()
         self.adapters = nn.ParameterDict()
-        for layer in range(SPEC.layers):
+        for layer in range(len(SPEC.layers)):
             for target in SPEC.targets:
-                weight = torch.randn(SPEC.shape(target)) / 10
+                weight = torch.randn(SPEC.shape(target, layer)) / 10
                 self.weights[f"{layer}{target}"] = nn.Parameter(weight, requires_grad=method == "full")
                 if f"layers.{layer}.{target}" in slots:
-                    self.adapters[f"{layer}{target}"] = nn.Parameter(torch.randn(SPEC.shape(target)[0]))
+                    self.adapters[f"{layer}{target}"] = nn.Parameter(torch.randn(SPEC.shape(target, layer)[0]))
 
     def project(self, x, name):
         y = F.linear(x, self.weights[name])
@@ -38,9 +38,9 @@ class Bare(nn.Module):
 
     def forward(self):
         x = self.x
-        for layer in range(SPEC.layers):
+        for layer in range(len(SPEC.layers)):
             q, k, v = (self.project(x, f"{layer}{target}") for target in "qkv")
-            q, k, v = (y.view(ROWS, LENGTH, SPEC.heads, -1).transpose(1, 2) for y in (q, k, v))
+            q, k, v = (y.view(ROWS, LENGTH, SPEC.layers[0].heads, -1).transpose(1, 2) for y in (q, k, v))
             attended = (q @ k.transpose(2, 3)).softmax(-1) @ v
             x = x + self.project(attended.transpose(1, 2).reshape(ROWS, LENGTH, -1), f"{layer}o")
             x = x + self.project(self.project(x, f"{layer}up").relu(), f"{layer}down")
@@ -75,8 +75,8 @@ def test_operations_are_those_of_autograd(values):
 
 def test_full_training_is_three_times_the_forward():
     forward = roof.training_flops(SPEC, {}, "head", LENGTH)
-    weights = SPEC.layers * sum(a * b for a, b in map(SPEC.shape, SPEC.targets))
-    assert forward == 2 * weights + SPEC.layers * 4 * LENGTH * SPEC.width
+    weights = len(SPEC.layers) * sum(a * b for a, b in (SPEC.shape(target, 0) for target in SPEC.targets))
+    assert forward == 2 * weights + len(SPEC.layers) * 4 * LENGTH * SPEC.width
     assert roof.training_flops(SPEC, {}, "full", LENGTH) == 3 * forward
 
 

@@ -20,7 +20,7 @@ def setup(folder, cell, classes=3):
     lora.attach(base, coverage.plan(base.spec, cell), cell.dropout or 0.0, cell.seed_for("init"))
     classifier = head.Classifier(base, cell.pooling, classes, cell.seed_for("head"))
     parameters = training.trained_parameters(classifier, cell)
-    return classifier, parameters, training.make_optimizer(list(parameters.values()), cell)
+    return classifier, parameters, training.make_optimizer(parameters, cell)
 
 
 def made_up_batches(count, rows=5):

@@ -1,0 +1,92 @@
+"""A decoder that writes completions: the loss on them, their log-likelihoods, and greedy decoding.
+
+Of a row only the completion's tokens are predicted, so logits are formed for these alone, some at a time. Left out:
+a cache of keys and values (decoding runs over the whole prefix again for each token: it is for looking at some rows,
+the tests need no decoding, and a cache would be a second forward pass in every family), sampling and beams.
+
+Letters: B rows, T tokens, D width, V vocabulary, N completion tokens of all rows.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from . import batches
+from .errors import InputError
+
+MOST_LOGITS = 1 << 25  # at once: 128 MiB in float32
+
+
+class LanguageModel(nn.Module):
+    """A decoder with its unembedding: `ids` [B, T], `lengths` [B], `answers` [B] -> the loss, summed over N tokens.
+
+    `answers` counts the tokens at the end of each row that are its completion; at least one stands before them.
+    """
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+
+    @property
+    def device(self):
+        return next(self.base.parameters()).device
+
+    def forward(self, ids, lengths, answers):
+        hidden, wanted = self._completions(ids, lengths, answers)
+        parts = self._parts(hidden, wanted)
+        if len(parts) == 1 or not torch.is_grad_enabled():
+            return sum(self._loss(*part) for part in parts)
+        # The logits of a part are formed again for its gradient, so that those of all are never kept.
+        return sum(checkpoint(self._loss, *part, use_reentrant=False) for part in parts)
+
+    def weigh(self, answers):
+        """How many terms the loss of these rows is a sum of."""
+        return int(answers.sum())
+
+    def score(self, ids, lengths, answers):
+        """Each row's completion: (log-likelihood float32 [B], whether greedy decoding would write it, bool [B])."""
+        hidden, wanted = self._completions(ids, lengths, answers)
+        likelihoods, first = [], []
+        for part, gold in self._parts(hidden, wanted):
+            logits = self.base.unembed(part)
+            likelihoods.append(-F.cross_entropy(logits, gold, reduction="none"))
+            first.append(logits.argmax(-1) == gold)
+        rows = torch.repeat_interleave(torch.arange(len(answers), device=ids.device), answers)  # [N]
+        summed = torch.zeros(len(answers), device=ids.device).index_add_(0, rows, torch.cat(likelihoods))
+        # Greedy decoding takes the first token that differs from the completion's; until then its prefix is the same.
+        differing = torch.zeros(len(answers), device=ids.device).index_add_(0, rows, (~torch.cat(first)).float())
+        return summed, differing == 0
+
+    def _completions(self, ids, lengths, answers):
+        """The hidden states [N, D] that predict the completions' tokens, row by row, and these tokens [N]."""
+        places = torch.arange(ids.shape[1] - 1, device=ids.device)
+        predicting = (places >= (lengths - answers - 1)[:, None]) & (places < (lengths - 1)[:, None])  # [B, T - 1]
+        return self.base(ids, lengths)[:, :-1][predicting], ids[:, 1:][predicting]
+
+    def _parts(self, hidden, wanted):
+        size = max(1, MOST_LOGITS // self.base.spec.vocabulary)
+        return list(zip(hidden.split(size), wanted.split(size), strict=True))
+
+    def _loss(self, hidden, wanted):
+        return F.cross_entropy(self.base.unembed(hidden), wanted, reduction="sum")
+
+
+@torch.inference_mode()
+def generate(base, tokenizer, prompts, max_new_tokens, batch_size=32):
+    """The texts that greedy decoding writes behind each of `prompts`: at most `max_new_tokens` tokens, without the
+    end token that may end them sooner.
+
+    Raises InputError where a prompt has no token, or prompt and new tokens are more than the base has positions.
+    """
+    count = len(prompts)
+    rows, _ = tokenizer.prompts(prompts, "", "", [base.spec.positions - max_new_tokens] * count)
+    for number, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
+        if not len(row) or len(row) < len(tokenizer.prompts([prompt], "", "", [1 << 30])[0][0]):
+            raise InputError(f"prompt {number} (counted from 0) and {max_new_tokens} new tokens do not fit")
+    return [tokenizer.decode(ids) for ids in continue_rows(base, rows, max_new_tokens, tokenizer.end_id, batch_size)]
+
+
+@torch.inference_mode()
+def continue_rows(base, rows, max_new_tokens, end_id=None, batch_size=32):
+    """The ids that greedy decoding puts behind each of `rows` (lists of ids): a list for each, without `end_id`."""
