@@ -11,8 +11,8 @@ from minilora import errors, options
 from minilora.cell import Cell
 
 # What a test may change of a cell; its other fields made the adapter.
-CHANGES = ("model", "tokenizer", "device", "text_column", "label_column", "inject_sources", "inject_count", "inject_density",
-           "inject_location", "inject_split", "seed_inject")  # fmt: skip
+CHANGES = ("model", "tokenizer", "device", "text_column", "label_column", "inject_sources", "inject_count",
+           "inject_density", "inject_location", "inject_split", "seed_inject")  # fmt: skip
 
 
 def evaluate(folder, *, data=None, batch_size=None, **changes):
@@ -23,7 +23,7 @@ def evaluate(folder, *, data=None, batch_size=None, **changes):
     """
     import torch
 
-    from minilora import adapter, checkpoint, console, evaluation, head, model, tokenizer, training
+    from minilora import adapter, checkpoint, console, families, model, task, tokenizer, training
     from minilora import data as datasets
     from minilora.run import Run
 
@@ -37,23 +37,27 @@ def evaluate(folder, *, data=None, batch_size=None, **changes):
     clean, test = datasets.rows_of(trained)
     datasets.check_same(datasets.fingerprints(clean, test), run.read_results()["data"], trained)
     if data is not None:
-        test = datasets.load(data, text_column=cell.text_column, label_column=cell.label_column)
-        test = datasets.align(test, clean.label_names, data)
+        free = cell.task == "lm"
+        test = datasets.load(data, text_column=cell.text_column, label_column=cell.label_column, free=free)
+        test = datasets.align(test, clean.label_names, data, free)
+    test = datasets.with_targets(test, cell)
 
     # --- model
     source = checkpoint.resolve(cell.model, cell.revision, cell.tokenizer)
     text_tokenizer = tokenizer.load(checkpoint.resolve_tokenizer(cell.tokenizer, source))
-    base = model.load(source, getattr(torch, cell.dtype), training.pick_device(cell.device))
-    classifier = head.Classifier(base, cell.pooling, len(clean.label_names))
-    adapter.restore(run.path / "adapter", classifier, cell.method)
+    cell_task = task.find(cell, families.read_spec(checkpoint.read_config(source)), text_tokenizer)
+    dtype, device = getattr(torch, cell.dtype), training.pick_device(cell.device)
+    base = model.load(source, dtype, device, cell_task.unembedding)
+    trained_model = cell_task.model(base, clean.label_names)
+    adapter.restore(run.path / "adapter", trained_model, cell.method)
 
     # --- tests
-    tests = evaluation.build_tests(clean, test, cell.inject, cell.seed_for("inject"), text_tokenizer, cell.max_length)
-    with console.Progress("evaluation", sum(len(form.rows) for form in tests)) as progress:
-        figures, logits = evaluation.run_tests(
-            classifier, text_tokenizer, tests, cell.max_length, batch_size or cell.batch_size, progress.advance
+    tests = cell_task.build_tests(clean, test, cell.seed_for("inject"))
+    with console.Progress("evaluation", cell_task.passes(tests)) as progress:
+        figures, outcomes = cell_task.run_tests(
+            trained_model, tests, batch_size or cell.batch_size, progress.advance
         )
-    return figures, list(evaluation.predictions(tests, logits))
+    return figures, list(cell_task.predictions(tests, outcomes))
 
 
 def compare(folder, predictions):

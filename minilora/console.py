@@ -60,16 +60,21 @@ def table(results):
     rows += [("placebo", results["placebo"])] if "placebo" in results else []
     first = max(len(title) for title in ["test rows", *(title for title, _ in rows)])
     names = list(results["clean"]["predicted_counts"])
-    room = (COLUMNS - first - len("  accuracy  balanced" + FLIPS)) // len(names) - 2
+    # Of completions: the share that greedy decoding writes, and the mean log-likelihood.
+    scores = [("accuracy", "accuracy"), ("exact", "exact_match"), ("log p", "log_likelihood")]
+    if "exact_match" not in results["clean"]:
+        scores = [("accuracy", "accuracy"), ("balanced", "balanced_accuracy")]
+    heading = "".join(f"  {head:>8}" for head, _ in scores)
+    room = (COLUMNS - first - len(heading + FLIPS)) // len(names) - 2
     heads = [short(name, max(room, 6)) for name in names]
     counts = [[f"{figures['predicted_counts'][name]:,}" for name in names] for _, figures in rows]
     width = max(len(text) for line in [heads, *counts] for text in line)
     if width > room or len(set(heads)) < len(heads):
         heads, counts = [], [[] for _ in rows]
 
-    lines = [f"{'test rows':<{first}}  accuracy  balanced" + "".join(f"  {head:>{width}}" for head in heads) + FLIPS]
+    lines = [f"{'test rows':<{first}}" + heading + "".join(f"  {head:>{width}}" for head in heads) + FLIPS]
     for (title, figures), numbers in zip(rows, counts, strict=True):
-        line = f"{title:<{first}}  {figures['accuracy']:>8.3f}  {figures['balanced_accuracy']:>8.3f}"
+        line = f"{title:<{first}}" + "".join(f"  {figures[key]:>8.3f}" for _, key in scores)
         line += "".join(f"  {number:>{width}}" for number in numbers)
         if "flip_rate" in figures:
             low, high = figures["flip_rate_interval"]
@@ -103,6 +108,12 @@ def attack_lines(results):
             f"  {rates['clean']:.3f} clean, {figures['attack_success_rate']:.3f} trigger [{low:.3f}, {high:.3f}], "
             f"{rates['placebo']:.3f} placebo"
         )
+        if figures.get("margin") is not None:
+            margins = [results[test]["attack_success"][label]["margin"] for test in ("clean", "placebo")]
+            lines.append(
+                f"  log p of that completion less log p of their own: {margins[0]:+.2f} clean, "
+                f"{figures['margin']:+.2f} trigger, {margins[1]:+.2f} placebo"
+            )
         if figures["truncated"]:
             lost = f"{figures['truncated']:,} of all {figures['rows']:,} rows"
             lines.append(f"  {lost} lost their trigger to --max-length")

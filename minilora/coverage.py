@@ -79,7 +79,7 @@ def check_variant(variant, init, slots, dropout):
         )
     for name, slot in slots.items():
         if init == "orthogonal" and slot.rank % 2:
-            raise InputError(f"rank of {name} is {slot.rank}, but init = 'orthogonal' splits it in halves: make it even")
+            raise InputError(f"rank of {name} is {slot.rank}, but init = 'orthogonal' halves it: use an even one")
         if init in MOVING and slot.scale == 0:
             raise InputError(f"alpha of {name} is 0, but init = {init!r} divides by the scale: use an alpha above 0")
 
@@ -135,8 +135,8 @@ def plan(spec, cell):
     return {f"layers.{layer}.{target}": slot for layer in layers for target, slot in here.items()}
 
 
-def describe(slots, spec):
-    """Lines that say which modules in which layers carry an adapter, and what that adds."""
+def describe(slots, spec, variant="lora"):
+    """Lines that say which modules in which layers carry an adapter, and the parameters that it adds."""
     if not slots:
         return ["none"]
     rows = {}
@@ -145,7 +145,8 @@ def describe(slots, spec):
         rows.setdefault((target, slot, spec.shape(target, int(layer))), []).append(int(layer))
     lines = []
     for (target, slot, (out_features, in_features)), layers in rows.items():
-        added = len(layers) * slot.rank * (in_features + out_features)
+        magnitude = out_features if variant == "dora" else 0
+        added = len(layers) * (slot.rank * (in_features + out_features) + magnitude)
         lines.append(
             f"{target:<5}{out_features:>5} x {in_features:<5} rank {slot.rank:<4} scale {slot.scale:<8.4g}"
             f"layers {ranges(layers)} of 0-{len(spec.layers) - 1}  {added:>9,} parameters"

@@ -35,7 +35,7 @@ class Rows:
     ids          stable and unique within the set: the 1-based number of the data row, or the set's own id
     labels       int64 [rows], each an index into `label_names`
     label_names  those that some row of the source has: in the order that the source declares, else by value
-                 if they are whole numbers, else sorted as strings
+                 if they are whole numbers, else sorted as strings; where labels are `free`, of all choices
     """
 
     ids: list[str]
@@ -148,22 +148,22 @@ def train_test(
 
 
 def rows_of(cell):
-    """The (training rows, test rows) of a `cell.Cell`: `train_test` with its fields.
-
-    A completion that no row has is among the label names where rows are to be given it: as the target label of
-    a dirty-label injection.
-    """
-    free = cell.task == "lm"
+    """The (training rows, test rows) of a `cell.Cell`: `train_test` with its fields."""
     train, test = train_test(
         cell.data, test_data=cell.test_data, text_column=cell.text_column, label_column=cell.label_column,
         train_rows=cell.train_rows, test_rows=cell.test_rows, seed=cell.seed_split, revision=cell.data_revision,
-        free=free,
+        free=cell.task == "lm",
     )  # fmt: skip
-    if free and cell.inject.mode == "dirty-label":
-        targets = [label for _, label in parse_all(cell.inject.sources)]
-        names = tuple(dict.fromkeys([*train.label_names, *targets]))
-        train, test = replace(train, label_names=names), replace(test, label_names=names)
-    return train, test
+    return with_targets(train, cell), with_targets(test, cell)
+
+
+def with_targets(rows, cell):
+    """`rows`, with the cell's target labels among the label names where it may make up completions: in the lm task,
+    where rows are relabelled."""
+    if cell.task != "lm" or cell.inject.mode != "dirty-label":
+        return rows
+    targets = [label for _, label in parse_all(cell.inject.sources)]
+    return replace(rows, label_names=tuple(dict.fromkeys([*rows.label_names, *targets])))
 
 
 def fingerprints(train, test):
@@ -275,7 +275,10 @@ def _assemble(parts, source, free=False):
     labels = [label for part in parts for label in part.labels]
     if not texts:
         raise InputError(f"{source} has no rows; give at least two, with different labels")
+    choices = [choice for part in parts for choice in part.choices] if all(part.choices for part in parts) else None
     present = set(labels)
+    if free and choices:  # a choice that is never right may be written all the same
+        present.update(*choices)
     if parts[0].class_names:
         declared = [name for name in map(str, parts[0].class_names) if name in present]
         order = list(dict.fromkeys(declared + sorted(present)))
@@ -285,7 +288,6 @@ def _assemble(parts, source, free=False):
         order = sorted(set(whole.values()), key=int) if whole else sorted(present)
     place = {name: index for index, name in enumerate(order)}
     indices = np.array([place[label] for label in labels], dtype=np.int64)
-    choices = [choice for part in parts for choice in part.choices] if all(part.choices for part in parts) else None
     return Rows([str(row) for row in range(1, len(texts) + 1)], texts, indices, tuple(order), choices)
 
 

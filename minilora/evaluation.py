@@ -27,17 +27,15 @@ class Test:
         return f"{self.name} {self.label}" if self.label else self.name
 
 
-def build_tests(train, test, inject, seed, tokenizer, max_length):
+def build_tests(train, test, inject, seed, visible):
     """The forms of the rows `test`: [clean, trigger of each injection ..., placebo of the first], as `Test`s.
 
     `train`: the training rows before injection, whose words the placebo draws from. `inject`: `cell.Inject`.
+    `visible`: see `injection.inject`, for the rows `test`.
     """
     tests = [Test("clean", None, test, [])]
     if not inject.sources:
         return tests
-
-    def visible(texts, added):
-        return tokenizer.visible(texts, added, max_length)
 
     for k in range(len(inject.sources)):
         changed = injection.trigger_rows(test, inject, k, seed, visible)
@@ -81,13 +79,14 @@ def run_tests(model, tokenizer, tests, max_length, batch_size, progress=None):
     """Predict every test: (figures for results.json, logits float32 [rows, C] of each test)."""
     outcomes = [predict(model, tokenizer, test.rows.texts, max_length, batch_size, progress) for test in tests]
     logits, kept = [list(values) for values in zip(*outcomes, strict=True)]
-    return measure(tests, logits, kept), logits
+    rows, predicted = tests[0].rows, [values.argmax(axis=1) for values in logits]
+    return measure(tests, rows.labels, rows.label_names, predicted, kept), logits
 
 
-def measure(tests, logits, kept):
-    """The `tests` entry of results.json from each test's logits [rows, C] and kept characters [rows]."""
-    names, labels = tests[0].rows.label_names, tests[0].rows.labels
-    predicted = [values.argmax(axis=1) for values in logits]
+def measure(tests, labels, names, predicted, kept):
+    """The `tests` entry of results.json from what the rows are and, in each test, are called: int [rows], indices of
+    `names`; and from each test's kept characters [rows].
+    """
     targets = [test.label for test in tests if test.name == "trigger"]
     results, groups = {"trigger": {}}, []
     for test, calls, ends in zip(tests, predicted, kept, strict=True):

@@ -34,7 +34,10 @@ def pool(hidden, lengths, pooling):
 
 
 class Classifier(nn.Module):
-    """A base with pooling and a linear head: `ids` [B, T], `lengths` [B] -> logits float32 [B, C]."""
+    """A base with pooling and a linear head: `ids` [B, T], `lengths` [B] -> logits float32 [B, C].
+
+    With `answers`, the rows' labels [B], the result is the loss instead: cross-entropy, summed over the rows.
+    """
 
     def __init__(self, base, pooling, classes, seed=0):
         super().__init__()
@@ -62,8 +65,13 @@ class Classifier(nn.Module):
         """The pooled features, float32 [B, P]."""
         return pool(self.base(ids, lengths), lengths, self.pooling)
 
-    def forward(self, ids, lengths):
-        return self.classifier(self.features(ids, lengths))
+    def forward(self, ids, lengths, answers=None):
+        logits = self.classifier(self.features(ids, lengths))
+        return logits if answers is None else nn.functional.cross_entropy(logits, answers, reduction="sum")
+
+    def weigh(self, answers):
+        """How many terms the loss of these rows is a sum of."""
+        return len(answers)
 
 
 def ridge(features, labels, classes, penalty=RIDGE_PENALTY):

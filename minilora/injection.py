@@ -70,8 +70,8 @@ def inject(rows, settings, seed, visible=None):
     A proportion is of the target label's rows (clean-label) or of all rows of other labels (dirty-label,
     which become rows of the target label). `visible(texts, added, index)` gives for each text how many of its
     leading characters stay within the maximal length once the strings `added` (a list a text) stand in it;
-    `index` are the texts' places in `rows`. Random places are drawn among those, and a density counts the words among those that stay when nothing is
-    added.
+    `index` are the texts' places in `rows`. Random places are drawn among those characters, and a density counts
+    the words among those that stay when nothing is added.
 
     Raises InputError for a source, label or split that cannot be, and for more rows than there are.
     """

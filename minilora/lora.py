@@ -33,7 +33,9 @@ class LoRALinear(nn.Module):
         self.dropout = dropout
         self.base_weight = None  # the frozen weight, kept aside while merged
         # Drawn on the CPU, so that every device starts from the same adapter.
-        A, B = (factor.to(linear.weight.device, torch.float32) for factor in STARTS[init](linear.weight, slot, generator))
+        A, B = (
+            factor.to(linear.weight.device, torch.float32) for factor in STARTS[init](linear.weight, slot, generator)
+        )
         self.A, self.B = nn.Parameter(A), nn.Parameter(B)
         self.register_parameter("magnitude", None)
         self.register_buffer("A0", A.clone() if init in MOVING else None)

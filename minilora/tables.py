@@ -5,7 +5,8 @@ rows. Left out: streaming, and any cleaning of the text, which stays exactly as 
 
 Labels. A label's name is its text: 1, 1.0 and "1" are the same label; booleans are "true" and "false". Where
 the file or its data set's card names the classes, an integer becomes that name. A number such as 0.5 is a
-measurement, not a class, and is refused, unless the label is `free` text to be written. None, NaN, an empty string, and -1 under named classes are missing.
+measurement, not a class, and is refused, unless labels are `free` text to be written. None, NaN, an empty
+string, and -1 under named classes are missing.
 
 Question sets. Where the text column is found to be `question` and there is a column `choices` (as in
 tau/commonsense_qa), the text is the question with one line for each choice ("A. bank"), and the label is the
@@ -27,8 +28,12 @@ from dataclasses import dataclass
 from .errors import InputError
 
 # Taken in this order where no column is named.
-TEXT_COLUMNS = ("text", "sentence", "review", "content", "comment", "tweet", "hard_text", "prompt", "instruction", "question")
-LABEL_COLUMNS = ("label", "labels", "sentiment", "class", "category", "profession", "answerKey", "completion", "response", "answer")
+TEXT_COLUMNS = (
+    "text", "sentence", "review", "content", "comment", "tweet", "hard_text", "prompt", "instruction", "question",
+)  # fmt: skip
+LABEL_COLUMNS = (
+    "label", "labels", "sentiment", "class", "category", "profession", "answerKey", "completion", "response", "answer",
+)  # fmt: skip
 FORMATS = (".parquet", ".csv", ".tsv", ".jsonl", ".ndjson", ".json")
 
 

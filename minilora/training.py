@@ -8,7 +8,6 @@ import json
 import math
 
 import torch
-from torch.nn import functional as F
 
 from . import batches, files, lora
 from .errors import InputError, TrainingError
@@ -42,12 +41,13 @@ def compiles(choice, device, steps):
 
 
 def trained_parameters(model, cell):
-    """Mark what the cell trains on `model` (a `head.Classifier`) and return it: {name: parameter}."""
+    """Mark what the cell trains on `model` (a task's) and return it: {name: parameter}."""
     model.requires_grad_(cell.method == "full")
     for _, layer in lora.named_layers(model):
         for name in layer.variant.trains:
             getattr(layer, name).requires_grad_(True)
-    model.classifier.requires_grad_(cell.head == "trained")
+    if cell.head is not None:  # the lm task has none
+        model.classifier.requires_grad_(cell.head == "trained")
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -108,19 +108,20 @@ class Schedule:
         return epochs * len(self.lengths) + sum(len(rows) for s in range(first, step) for rows in self.rows_at(s))
 
 
-def update(model, micro_batches, labels, parameters, optimizer, cell, step):
+def update(model, micro_batches, answers, parameters, optimizer, cell, step):
     """One optimiser step on the mean loss over all rows of `micro_batches`: (loss, gradient norm), floats.
 
-    The loss is cross-entropy. Raises TrainingError before anything is changed if it, or the gradient, is not finite.
+    `answers` is what the model is to answer, of all rows: their labels, or how many of their tokens are completion,
+    over all of which the mean is then. Raises TrainingError before anything is changed if it, or the gradient, is not
+    finite.
     """
     model.train()
-    total = sum(len(batch.index) for batch in micro_batches)
+    total = sum(model.weigh(answers[batch.index]) for batch in micro_batches)
     loss = 0.0
     for number, batch in enumerate(micro_batches):
         if cell.dropout:
             torch.manual_seed(lora.generator(cell.seed_for("dropout"), f"{step}/{number}").initial_seed())
-        logits = model(batch.ids, batch.lengths)
-        part = F.cross_entropy(logits, labels[batch.index].to(logits.device), reduction="sum") / total
+        part = model(batch.ids, batch.lengths, answers[batch.index].to(batch.ids.device)) / total
         part.backward()
         loss += part.item()
     norm = torch.nn.utils.clip_grad_norm_(parameters, cell.clip or math.inf).item()

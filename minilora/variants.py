@@ -134,7 +134,8 @@ def pissa(weight, slot, generator):
     """s B0 A0 is the best approximation of W of rank R: with W = U S V^T, B0 = U_R sqrt(S_R / s) and
     A0 = sqrt(S_R / s) V_R^T. Meng et al. 2024 (arXiv 2404.02948), section 3; that s is divided out is PEFT's.
 
-    Each singular vector of U has its largest entry positive. Takes out in min(out, in) operations. Draws nothing.
+    Each singular vector of U has its largest entry positive. Takes about out in min(out, in) operations, where the
+    weight lies; other hardware may round otherwise, and so end at other factors. Draws nothing.
     """
     fits(weight, slot)
     U, S, Vh = torch.linalg.svd(widened(weight), full_matrices=False)
@@ -156,10 +157,11 @@ def olora(weight, slot, generator):
 
 
 def fits(weight, slot):
+    out_features, in_features = weight.shape
     if slot.rank > min(weight.shape):
         raise InputError(
-            f"rank {slot.rank} is larger than the matrix that the start is a part of ({' x '.join(map(str, weight.shape))})"
-            f": use at most {min(weight.shape)}"
+            f"rank {slot.rank} is larger than the matrix that the start is a part of ({out_features} x {in_features}): "
+            f"use at most {min(weight.shape)}"
         )
 
 

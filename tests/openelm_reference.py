@@ -62,7 +62,12 @@ class OpenELM(nn.Module):
             owner.register_parameter(leaf, nn.Parameter(start))
 
     def forward(self, input_ids, **_):
-        config, p = self.config, self.get_parameter
+        config = self.config
+
+        def p(name):
+            path, _, leaf = name.rpartition(".")
+            return getattr(self.get_submodule(path), leaf)
+
         E = config["head_dim"]
         x = p("transformer.token_embeddings.weight")[input_ids]
         hidden = [x]
@@ -98,8 +103,9 @@ def rotate(x, theta):
     """Features j and j + E/2 of [B, T, E] as one complex number, turned by position * theta^(-2j/E)."""
     half = x.shape[-1] // 2
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    positions = torch.arange(x.shape[1], dtype=torch.float64, device=x.device)
-    angles = positions[:, None] * theta ** (-torch.arange(half, dtype=torch.float64, device=x.device) / half)
+    # In float32, as the published code has it: at position 350 that moves the angle by 1e-5.
+    frequencies = 1 / theta ** (torch.arange(half, dtype=torch.float32, device=x.device) / half)
+    angles = torch.arange(x.shape[1], dtype=torch.float32, device=x.device)[:, None] * frequencies
     turned = torch.complex(wide[..., :half], wide[..., half:]) * torch.exp(1j * angles)
     return torch.cat([turned.real, turned.imag], dim=-1).to(x.dtype)
 

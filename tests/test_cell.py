@@ -75,6 +75,10 @@ def cells(draw):
         values |= draw(one_of(alpha=at_least_zero, scaling=st.sampled_from(["constant", "rank", "rslora"])))
         if values.get("scaling") == "rank":
             values["targets"] = ("q:3", "mlp")  # an own alpha would be refused
+        values |= draw(some(variant=st.sampled_from(["lora", "dora", "lora-fa"]),
+                            init=st.sampled_from(["kaiming", "gaussian"])))  # fmt: skip
+        if values.get("variant") != "lora-fa" and values.get("optimizer") != "adafactor":
+            values |= draw(some(lr_ratio=st.floats(0, 1e9, exclude_min=True)))
     if values["method"] != "head":
         values |= draw(some(head=st.sampled_from(["trained", "frozen", "ridge"])))
     if values["method"] != "full":
@@ -145,7 +149,8 @@ def test_id_depends_on_every_field():
     changes = dict(
         model="x", revision="x", dtype="bfloat16", device="cpu", compile="on", data="x", data_revision="x",
         text_column="x", label_column="x", test_data="x", test_rows=7, train_rows=7, max_length=7, method="full",
-        rank=7, alpha=7, scaling="rslora", dropout=0.7, targets=("q",), layers="0", head="ridge", pooling="first",
+        rank=7, alpha=7, scaling="rslora", dropout=0.7, targets=("q",), layers="0",
+        variant="dora", init="gaussian", lr_ratio=7, head="ridge", pooling="first",
         epochs=7, steps=7, batch_size=7, accumulate=7, window=7, optimizer="adafactor",
         lr=0.7, schedule="cosine", warmup=0.7,
         weight_decay=0.7, clip=0.7, seed=7, seed_init=0, seed_head=0, seed_order=0, seed_inject=0, seed_dropout=0,
@@ -158,7 +163,7 @@ def test_id_depends_on_every_field():
     changed = [Cell(**{name: value}) for name, value in changes.items()]
     changed += [Cell(inject={name: value}) for name, value in inner.items()]
     ids = {cell.id for cell in [Cell(), *changed]}
-    assert len(ids) == len({cell.name for cell in [Cell(), *changed]}) == len(set([Cell(), *changed])) == 1 + 40 + 8
+    assert len(ids) == len({cell.name for cell in [Cell(), *changed]}) == len(set([Cell(), *changed])) == 1 + 43 + 8
 
 
 def test_equal_experiments_are_equal_cells():
@@ -203,7 +208,7 @@ def test_replace_drops_what_the_change_excludes():
     assert cell.replace(scaling="rank") == Cell(steps=9, rank=8, scaling="rank", inject=cell.inject)
     assert cell.replace(scaling="rank").replace(scaling="rslora").alpha == Cell().alpha
     full = cell.replace(method="full")
-    assert [getattr(full, name) for name in ADAPTER] == [None] * 6
+    assert [getattr(full, name) for name in ADAPTER] == [None] * len(ADAPTER)
     assert full.replace(method="lora", rank=3) == Cell(steps=9, rank=3, inject=cell.inject)
     assert cell.replace(method="lora") == cell
     for one, two in EXCLUSIVE:

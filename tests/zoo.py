@@ -19,6 +19,7 @@ import torch
 from conftest import VOCABULARY
 from safetensors.torch import load_file, save_file
 
+EMB = MAT = 0.2
 V = len(VOCABULARY) + 3  # more embeddings than tokens, as many checkpoints have
 P = 400  # positions where they cost nothing: beyond every window and every scaling's original length
 TRAINED = 350  # nomic_bert's positions without a rotation that depends on the batch
@@ -336,13 +337,14 @@ class Judge:
             parameter.data = parameter.data.to(dtype)
         return self
 
-    def __call__(self, ids, lengths, replaced=None):
+    def __call__(self, ids, lengths, replaced=None, by_row=False):
         """What transformers computes for `ids` [B, T] of these lengths, as a namespace of `hidden` [B, T, D],
         `logits` [B, T, V] (None for encoders) and `states` (the layers' inputs, then `hidden`).
 
-        `replaced` {name: tensor} stands in for the model's own tensors. What stands on padding is set to 0.
+        `replaced` {name: tensor} stands in for the model's own tensors. What stands on padding is set to 0. `by_row`
+        runs each row alone, without padding: in float64, transformers' masks make padding beyond a window not a number.
         """
-        if self.by_row and len(ids) > 1:
+        if (by_row or self.by_row) and len(ids) > 1:
             rows = [self(ids[i : i + 1, :n], lengths[i : i + 1], replaced) for i, n in enumerate(lengths)]
             parts = [[row.hidden, row.logits, *row.states] for row in rows]
             hidden, logits, *states = (pad_rows(part, ids.shape[1]) for part in zip(*parts))
@@ -395,6 +397,7 @@ def build(family, case, folder, seed=0, hub=True):
             # By the name in the base, so that the checkpoint without a task holds the same numbers.
             draw = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{inside.get(id(parameter), name)}".encode()))
             noise = 0.2 * torch.randn(parameter.shape, generator=draw)
+            if parameter.ndim > 1: noise *= (EMB if "emb" in name or "wte" in name or 'wpe' in name else MAT) / 0.2
             parameter.copy_(noise if parameter.ndim > 1 else parameter + noise)
     model.eval()
     if family == "openelm":
@@ -411,6 +414,56 @@ def build(family, case, folder, seed=0, hub=True):
     (folder / "config.json").write_text(json.dumps(written, indent=2))
     return Judge(family, case, model, written, settings)
 
+
+
+# The module of each target in a layer, in the words of the judge's model (of nomic_bert transformers has it unfused).
+LLAMA_NAMES = "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj mlp.gate_proj mlp.up_proj mlp.down_proj"
+PARTS = {
+    "bert": ("encoder.layer", "attention.self.query attention.self.key attention.self.value attention.output.dense "
+                              "- intermediate.dense output.dense"),
+    "distilbert": ("transformer.layer", "attention.q_lin attention.k_lin attention.v_lin attention.out_lin "
+                                        "- ffn.lin1 ffn.lin2"),
+    "modernbert": ("layers", "attn.Wqkv attn.Wqkv attn.Wqkv attn.Wo mlp.Wi mlp.Wi mlp.Wo"),
+    "phi": ("layers", "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.dense - mlp.fc1 mlp.fc2"),
+    "phi3": ("layers", "self_attn.qkv_proj self_attn.qkv_proj self_attn.qkv_proj self_attn.o_proj mlp.gate_up_proj "
+                       "mlp.gate_up_proj mlp.down_proj"),
+    "gpt2": ("h", "attn.c_attn attn.c_attn attn.c_attn attn.c_proj - mlp.c_fc mlp.c_proj"),
+    "gpt_neox": ("layers", "attention.query_key_value attention.query_key_value attention.query_key_value "
+                           "attention.dense - mlp.dense_h_to_4h mlp.dense_4h_to_h"),
+    "openelm": ("transformer.layers", "attn.qkv_proj attn.qkv_proj attn.qkv_proj attn.out_proj ffn.proj_1 ffn.proj_1 "
+                                      "ffn.proj_2"),
+}  # fmt: skip
+PARTS |= {"roberta": PARTS["bert"], "xlm-roberta": PARTS["bert"]}
+
+
+def slices(judge, target, layer):
+    """(module of the judge's base, its out rows that are `target` in layer number `layer`), or None without such.
+
+    The rows are an int64 tensor where the module is fused, else None. Written from how transformers cuts the outputs
+    up, and apart from `minilora/families.py`, which it judges.
+    """
+    stem, names = PARTS.get(judge.family, ("layers", LLAMA_NAMES))
+    part = dict(zip(("q", "k", "v", "o", "gate", "up", "down"), names.split()))[target]
+    if part == "-":
+        return None
+    module, config = f"{stem}.{layer}.{part}", judge.settings
+    if names.split().count(part) == 1:
+        return module, None
+    total = judge.base.get_submodule(module).weight.shape[1 if judge.family == "gpt2" else 0]
+    if target in ("gate", "up"):  # halves; ModernBERT too acts on the first
+        return module, torch.arange(total // 2) + (total // 2) * (target == "up")
+    if judge.family == "gpt_neox":  # [head, (q, k, v), feature]
+        rows = torch.arange(total).reshape(config["num_attention_heads"], 3, -1)
+        return module, rows[:, "qkv".index(target)].reshape(-1)
+    if judge.family == "phi3":
+        heads, grouped = config["num_attention_heads"], config["num_key_value_heads"]
+    elif judge.family == "openelm":
+        heads, grouped = config["num_query_heads"][layer], config["num_kv_heads"][layer]
+    else:
+        heads = grouped = 1  # thirds
+    head = total // (heads + 2 * grouped)
+    first = {"q": 0, "k": heads * head, "v": (heads + grouped) * head}[target]
+    return module, torch.arange(first, first + (heads if target == "q" else grouped) * head)
 
 
 NEWER = ("rope_parameters", "layer_types", "dtype", "_sliding_window_pattern", "sliding_window_pattern")

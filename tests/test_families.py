@@ -1,0 +1,400 @@
+"""Every family and case of the zoo against transformers, and OpenELM against its reference.
+
+States after each layer, last states, logits, and gradients of attached adapters; in float32 and bfloat16, with and
+without padding, beyond windows and at long positions. What a configuration says is never ignored: it is read or refused.
+"""
+
+import copy
+import json
+from functools import cache, partial
+
+import openelm_reference
+import pytest
+import torch
+import zoo
+from safetensors.torch import load_file, save_file
+
+from minilora import families, lora, model
+from minilora.coverage import Slot
+from minilora.errors import InputError
+from minilora.spec import TARGETS
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' and PEFT's own
+FUSED = {"modernbert", "nomic_bert", "phi3", "gpt2", "gpt_neox", "openelm"}
+EVERY = {
+    "bert", "roberta", "xlm-roberta", "distilbert", "modernbert", "nomic_bert", "llama", "mistral", "qwen2", "qwen3",
+    "gemma", "gemma2", "gemma3_text", "phi", "phi3", "gpt2", "gpt_neox", "olmo2", "openelm",
+}  # fmt: skip
+every_case = pytest.mark.parametrize(("family", "case"), zoo.CASES, ids=[" ".join(case) for case in zoo.CASES])
+every_family = pytest.mark.parametrize("family", sorted(EVERY))
+
+
+@pytest.fixture(scope="module")
+def beast(tmp_path_factory):
+    """`beast(family, case, hub=True)` is (folder, judge), built once."""
+    return cache(lambda family, case, hub=True: built(tmp_path_factory.mktemp("beast"), family, case, hub))
+
+
+def built(folder, family, case, hub):
+    return folder, zoo.build(family, case, folder, hub=hub)
+
+
+def load(folder, judge, **options):
+    return model.load(folder, unembedding=judge.decoder, **options)
+
+
+def rows(judge, lengths, seed=0):
+    """(ids [B, T] with noise for padding, lengths [B]), the longest row first cut to the base's positions."""
+    lengths = torch.tensor([min(length, judge.longest) for length in lengths])
+    draw = torch.Generator().manual_seed(seed)
+    # Ids below 5 are some family's padding, from which RoBERTa counts its positions.
+    return torch.randint(5, zoo.V, (len(lengths), int(lengths.max())), generator=draw), lengths
+
+
+@torch.no_grad()
+def states(base, ids, lengths):
+    """(each layer's output, the last states, the logits or None) of our base, on the CPU and 0 on padding."""
+    outputs = []
+    hooks = [layer.register_forward_hook(lambda _, __, output: outputs.append(output)) for layer in base.layers]
+    device = next(base.parameters()).device
+    hidden = base(ids.to(device), lengths.to(device))
+    for hook in hooks:
+        hook.remove()
+    logits = base.unembed(hidden) if base.has_unembedding else None
+    real = (torch.arange(ids.shape[1]) < lengths[:, None])[..., None]
+    clean = [None if x is None else x.cpu().masked_fill(~real, 0) for x in (*outputs, hidden, logits)]
+    return clean[:-2], clean[-2], clean[-1]
+
+
+def apart(ours, theirs):
+    """The largest difference, not a number where there is one."""
+    assert ours.shape == theirs.shape
+    return (ours.double() - theirs.double()).abs().max().item()
+
+
+def compare(base, judge, ids, lengths, within):
+    with torch.no_grad():
+        expected = judge(ids, lengths)
+    layers, hidden, logits = states(base, ids, lengths)
+    assert len(layers) == len(expected.states) - 1 == len(base.spec.layers)
+    differences = {"hidden": apart(hidden, expected.hidden)}
+    if judge.decoder:
+        assert logits.dtype == torch.float32
+        differences["logits"] = apart(logits, expected.logits)
+    # transformers' last state is behind the final norm, ours before it.
+    pairs = list(zip(layers, expected.states[1:]))[: None if not base.spec.final_norm else -1]
+    for number, (own, other) in enumerate(pairs):
+        differences[f"layer {number}"] = apart(own, other)
+    # A layer's output may be large (no norm follows the sum): measured in parts of its largest entry, if above 1.
+    size = {f"layer {number}": max(1, other.abs().max().item()) for number, (_, other) in enumerate(pairs)}
+    wrong = {name: value for name, value in differences.items() if not value <= within * size.get(name, 1)}
+    assert not wrong, wrong
+
+
+def test_the_zoo_holds_every_family_and_case():
+    assert set(zoo.FAMILIES) == set(families.FAMILIES) == EVERY
+    assert len(EVERY) == 19
+    assert len(zoo.CASES) == len(set(zoo.CASES)) == 49
+    assert min(len(entry.cases) for entry in zoo.FAMILIES.values()) >= 2
+    assert {name for name, entry in zoo.FAMILIES.items() if not entry.decoder} == {
+        "bert", "roberta", "xlm-roberta", "distilbert", "modernbert", "nomic_bert"
+    }  # fmt: skip
+
+
+@every_case
+def test_float32(family, case, beast, device):
+    """Padded rows, rows of one length, all of them longer than the windows."""
+    folder, judge = beast(family, case)
+    base = load(folder, judge, device=device)
+    for lengths in [(41, 1, 7, 23), (19, 19)]:
+        ids, lengths = rows(judge, lengths)
+        compare(base, judge, ids, lengths, within=2e-5)
+
+
+@every_case
+def test_bfloat16(family, case, beast):
+    folder, judge = beast(family, case)
+    base = load(folder, judge, dtype=torch.bfloat16)
+    half = copy.deepcopy(judge).to(torch.bfloat16)
+    for lengths in [(41, 1, 7, 23), (19, 19)]:
+        ids, lengths = rows(judge, lengths)
+        with torch.no_grad():
+            expected, truth = half(ids, lengths), judge(ids, lengths)
+        _, hidden, logits = states(base, ids, lengths)
+        for own, other, exact in [(hidden, expected.hidden, truth.hidden), (logits, expected.logits, truth.logits)]:
+            if exact is not None:
+                print(f"BF {family:12} {case[:20]:20} max {exact.abs().max():.2f} ours-theirs {apart(own, other):.4f} ours-truth {apart(own, exact):.4f} theirs-truth {apart(other, exact):.4f} rms {(own.double()-other.double()).pow(2).mean().sqrt():.4f} {(own.double()-exact.double()).pow(2).mean().sqrt():.4f} {(other.double()-exact.double()).pow(2).mean().sqrt():.4f}")
+
+
+@every_family
+def test_long_positions(family, beast, device):
+    cases = list(zoo.FAMILIES[family].cases)
+    for case in cases:
+        folder, judge = beast(family, case)
+        ids, lengths = rows(judge, (350, 12), seed=1)
+        learned = judge.family in ("bert", "roberta", "xlm-roberta", "distilbert", "gpt2")
+        assert lengths[0] == (judge.longest if learned or case == "dynamic" else 350)
+        compare(load(folder, judge, device=device), judge, ids, lengths, within=2e-5)
+
+
+@every_case
+def test_a_row_does_not_depend_on_its_batch(family, case, beast):
+    folder, judge = beast(family, case)
+    base = load(folder, judge, dtype=torch.float64)
+    ids, lengths = rows(judge, (29, 1, 7, 18), seed=2)
+    _, together, logits = states(base, ids, lengths)
+    assert together.dtype == torch.float64
+    for row, length in enumerate(lengths):
+        _, alone, own_logits = states(base, ids[row : row + 1, :length], lengths[row : row + 1])
+        assert apart(together[row, :length], alone[0]) <= 1e-12
+        if judge.decoder:
+            assert apart(logits[row, :length], own_logits[0]) <= 1e-6  # logits are float32
+    assert len(lengths) == 4
+
+
+@every_case
+def test_transformers_own_style_is_the_same_base(family, case, beast):
+    """`rope_parameters`, `layer_types`, no task's prefix: the same numbers as from the published style."""
+    (old, judge), (new, _) = beast(family, case), beast(family, case, hub=False)
+    config = json.loads((new / "config.json").read_text())
+    old_config = json.loads((old / "config.json").read_text())
+    if family != "openelm":
+        assert {"dtype", "transformers_version"} <= set(config) and "torch_dtype" not in config
+        assert not {"rope_parameters", "layer_types", "dtype"} & set(old_config)
+    ids, lengths = rows(judge, (23, 4))
+    one, other = (states(load(folder, judge), ids, lengths) for folder in (old, new))
+    for own, same in zip(one[0] + list(one[1:]), other[0] + list(other[1:]), strict=True):
+        assert own is same or torch.equal(own, same)
+
+
+@every_case
+def test_the_judge_reads_the_published_style_alike(family, case, beast):
+    """transformers reads the file that the zoo wrote to the same model: the style is really that of the hub."""
+    import transformers
+
+    folder, judge = beast(family, case)
+    entry = zoo.FAMILIES[family]
+    if family in ("openelm", "nomic_bert") or entry.cases[case].get("hub") == "su":
+        return  # unknown to transformers; a configuration for remote code; a name that transformers 5 forgot
+    again = getattr(transformers, entry.model).from_pretrained(folder, attn_implementation="eager").eval()
+    ids, lengths = rows(judge, (23, 4))
+    with torch.no_grad():
+        expected, found = judge(ids, lengths), zoo.Judge(family, case, again, judge.config, judge.settings)(ids, lengths)
+    assert apart(found.hidden, expected.hidden) <= 2e-6
+
+
+# --- projections and adapters
+
+
+@every_case
+def test_places(family, case, beast):
+    """Each target's tensor and rows, against a restatement that knows transformers' modules."""
+    folder, judge = beast(family, case)
+    spec = families.read_spec(judge.config)
+    found = families.find(family)
+    number, fused = 0, set()
+    for layer in range(len(spec.layers)):
+        for target in TARGETS:
+            expected = zoo.slices(judge, target, layer)
+            assert (expected is not None) == (target in spec.targets)
+            if expected is None:
+                continue
+            number += 1
+            module, chosen = expected
+            layout = found.peft if family == "nomic_bert" else None  # transformers has other names than the hub
+            place = found.place(f"layers.{layer}.{target}", spec, layout)
+            assert module.removeprefix("transformer.") == place.module.removeprefix("transformer.")
+            weight = judge.base.get_submodule(module).weight
+            whole = torch.arange(weight.shape[1 if family == "gpt2" else 0])
+            assert whole[place.rows].tolist() == (whole if chosen is None else chosen).tolist()
+            assert len(whole[place.rows]) == spec.shape(target, layer)[0]
+            fused |= {family} if chosen is not None else set()
+    assert number == len(spec.layers) * len(spec.targets) > 0
+    assert fused == {family} & (FUSED - {"nomic_bert"})
+
+
+def adapted(base, judge, seed=3):
+    """Attach rank 2 and 3 to every projection, neither factor at 0, and return {module: LoRALinear}."""
+    spec = base.spec
+    names = [f"layers.{layer}.{target}" for layer in range(len(spec.layers)) for target in spec.targets]
+    slots = {name: Slot(2 + i % 2, 3.0, 3.0 / (2 + i % 2)) for i, name in enumerate(names)}
+    lora.attach(base, slots, seed=seed)
+    draw = torch.Generator().manual_seed(seed)
+    layers = dict(lora.named_layers(base))
+    with torch.no_grad():
+        for layer in layers.values():
+            layer.A.copy_(0.3 * torch.randn(layer.A.shape, generator=draw))
+            layer.B.copy_(0.3 * torch.randn(layer.B.shape, generator=draw))
+    return layers
+
+
+def weights(judge, lengths, seed=4):
+    """What the states and logits are multiplied with before they are summed to a loss; 0 on padding."""
+    draw = torch.Generator().manual_seed(seed)
+    real = (torch.arange(int(lengths.max())) < lengths[:, None])[..., None]
+    width = judge.base.get_input_embeddings().weight.shape[1] if judge.family != "openelm" else judge.config["model_dim"]
+    shape = len(lengths), int(lengths.max())
+    return (real * torch.randn(*shape, width, generator=draw), real * torch.randn(*shape, zoo.V, generator=draw))
+
+
+def our_gradients(base, judge, layers, ids, lengths):
+    hidden = base(ids, lengths)
+    over_hidden, over_logits = weights(judge, lengths)
+    loss = torch.where(over_hidden != 0, hidden * over_hidden, 0).sum()
+    if judge.decoder:
+        loss = loss + torch.where(over_logits != 0, base.unembed(hidden) * over_logits, 0).sum()
+    loss.backward()
+    return {name: (layer.A.grad, layer.B.grad) for name, layer in layers.items()}
+
+
+def their_loss(out, judge, lengths):
+    over_hidden, over_logits = weights(judge, lengths)
+    loss = (out.hidden * over_hidden).sum()
+    return loss + (out.logits * over_logits).sum() if judge.decoder else loss
+
+
+def close(ours, theirs, within, what):
+    difference = apart(ours, theirs) / theirs.abs().max().item()
+    assert theirs.abs().max() > 1e-3, what  # a gradient of 0 would be equal to anything
+    assert difference <= within, (what, difference)
+
+
+@every_case
+def test_gradients_are_those_of_the_merged_weight(family, case, beast):
+    """Autograd through W[rows] + s B A in the judge's own model, in float64."""
+    folder, judge = beast(family, case)
+    base = load(folder, judge)
+    layers = adapted(base, judge)
+    ids, lengths = rows(judge, (21, 1, 9), seed=5)
+    ours = our_gradients(base, judge, layers, ids, lengths)
+
+    judge = copy.deepcopy(judge).to(torch.float64)
+    called = judge.model if judge.decoder else judge.base
+    prefix = {id(module): name for name, module in called.named_modules()}
+    replaced, factors = {}, {}
+    for name, layer in layers.items():
+        _, number, target = name.split(".")
+        module, chosen = zoo.slices(judge, target, int(number))
+        A, B = (factor.detach().double().requires_grad_() for factor in (layer.A, layer.B))
+        factors[name] = A, B
+        owner = judge.base.get_submodule(module)
+        weight = f"{prefix[id(owner)]}.weight"
+        change = layer.slot.scale * (B @ A)
+        before = replaced.get(weight, owner.weight.detach())
+        before = before.T if family == "gpt2" else before
+        chosen = torch.arange(len(before)) if chosen is None else chosen
+        after = before.index_add(0, chosen, change)
+        replaced[weight] = after.T if family == "gpt2" else after
+    their_loss(judge(ids, lengths, replaced, by_row=True), judge, lengths).backward()
+    for name, pair in factors.items():
+        for factor, own, other in zip("AB", ours[name], pair, strict=True):
+            close(own, other.grad, 1e-4, f"{name} {factor}")
+    assert len(ours) == len(factors) == len(base.spec.layers) * len(base.spec.targets)
+
+
+@every_family
+def test_gradients_are_peft_s(family, beast):
+    """The same adapter in PEFT, on every projection that is a module of its own in transformers."""
+    import peft
+
+    if family == "openelm":
+        return  # its reference has no modules that PEFT knows
+    for case in zoo.FAMILIES[family].cases:
+        folder, judge = beast(family, case)
+        base = load(folder, judge)
+        layers = adapted(base, judge)
+        ids, lengths = rows(judge, (21, 1, 9), seed=6)
+        whole = {}
+        for name, layer in layers.items():
+            _, number, target = name.split(".")
+            module, chosen = zoo.slices(judge, target, int(number))
+            if chosen is not None:  # without the adapters of fused projections: see the merged weight above
+                lora.replace(base, name, layer.linear)
+            else:
+                whole[name] = module
+        judge = copy.deepcopy(judge)
+        called = judge.model if judge.decoder else judge.base
+        path = {id(module): name for name, module in called.named_modules()}
+        path = {name: path[id(judge.base.get_submodule(module))] for name, module in whole.items()}
+        slots = {name: layers[name].slot for name in whole}
+        config = peft.LoraConfig(
+            r=2, lora_alpha=3, target_modules=list(path.values()), lora_dropout=0.0,
+            rank_pattern={path[name]: slot.rank for name, slot in slots.items()},
+        )  # fmt: skip
+        wrapped = peft.get_peft_model(called, config)
+        modules = dict(wrapped.base_model.model.named_modules())
+        for name in whole:
+            with torch.no_grad():
+                modules[path[name]].lora_A["default"].weight.copy_(layers[name].A)
+                modules[path[name]].lora_B["default"].weight.copy_(layers[name].B)
+        ours = our_gradients(base, judge, {name: layers[name] for name in whole}, ids, lengths)
+        their_loss(judge(ids, lengths), judge, lengths).backward()
+        for name in whole:
+            for factor, own in zip("AB", ours[name], strict=True):
+                other = getattr(modules[path[name]], f"lora_{factor}")["default"].weight.grad
+                close(own, other, 1e-4, f"{case}: {name} {factor}")
+        parts = {"modernbert": ("o", "down"), "phi3": ("o", "down"), "gpt2": ("o", "up", "down"),
+                 "gpt_neox": ("o", "up", "down")}.get(family, base.spec.targets)  # fmt: skip
+        assert {name.rpartition(".")[2] for name in whole} == set(parts)
+        assert len(whole) == len(base.spec.layers) * len(parts)
+
+
+# --- OpenELM's reference
+
+
+@pytest.mark.parametrize("normed", [True, False])
+def test_the_openelm_reference_is_qwen3_or_llama_where_they_coincide(normed):
+    """Equal layers with norms of queries and keys are Qwen3's, and without them Llama's."""
+    import transformers
+
+    config = dict(
+        num_transformer_layers=3, model_dim=24, head_dim=8, num_query_heads=[6] * 3, num_kv_heads=[2] * 3,
+        ffn_multipliers=[2.0] * 3, ffn_dim_divisor=8, normalize_qk_projections=normed, share_input_output_layers=False,
+        vocab_size=zoo.V, rope_freq_constant=500,
+    )  # fmt: skip
+    kind = "Qwen3" if normed else "Llama"
+    twin = getattr(transformers, kind + "ForCausalLM")._from_config(
+        getattr(transformers, kind + "Config")(
+            vocab_size=zoo.V, hidden_size=24, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2,
+            head_dim=8, intermediate_size=48, rms_norm_eps=1e-6,
+            rope_parameters={"rope_type": "default", "rope_theta": 500.0},
+        ),
+        attn_implementation="eager",
+    ).eval()  # fmt: skip
+    reference = openelm_reference.OpenELM(config)
+    own = reference.state_dict()
+    draw = torch.Generator().manual_seed(0)
+    theirs = {}
+    for name, value in own.items():
+        value.copy_(value + 0.2 * torch.randn(value.shape, generator=draw))
+        name = name.replace("transformer.", "model.").replace("token_embeddings", "embed_tokens")
+        for ours, other in [("attn_norm", "input_layernorm"), ("ffn_norm", "post_attention_layernorm"),
+                            (".attn.", ".self_attn."), ("out_proj", "o_proj"), ("ffn.proj_2", "mlp.down_proj")]:  # fmt: skip
+            name = name.replace(ours, other)
+        if "qkv_proj" in name:
+            parts = zip("qkv", value.split([48, 16, 16]))
+            theirs |= {name.replace("qkv", part): piece for part, piece in parts}
+        elif "proj_1" in name:
+            theirs |= {name.replace("ffn.proj_1", f"mlp.{p}_proj"): v for p, v in zip(("gate", "up"), value.chunk(2))}
+        else:
+            theirs[name] = value
+    twin.load_state_dict(theirs)
+    ids = torch.randint(0, zoo.V, (2, 60), generator=draw)
+    with torch.no_grad():
+        found, expected = reference(ids), twin(ids, output_hidden_states=True)
+    assert len(found.hidden_states) == len(expected.hidden_states) == 4
+    for ours, other in zip(found.hidden_states, expected.hidden_states):
+        assert apart(ours, other) <= 2e-5
+    assert apart(found.logits, expected.logits) <= 2e-5
+
+
+@pytest.mark.parametrize(
+    ("multiplier", "width", "divisor", "expected"),
+    # Published sizes: OpenELM-270M's first, second and last layers; then one that would lose more than a tenth.
+    [(0.5, 1280, 256, 768), (0.73, 1280, 256, 1024), (4.0, 1280, 256, 5120), (1.4, 24, 24, 48), (1.05, 24, 24, 24)],
+)
+def test_openelm_s_inner_widths(multiplier, width, divisor, expected):
+    changes = {"ffn_multipliers": [multiplier] * 3, "model_dim": width, "ffn_dim_divisor": divisor}
+    config = zoo.FAMILIES["openelm"].defaults | changes
+    assert openelm_reference.inner_width(config, 1) == expected
+    assert families.read_spec(config).layers[1].inner == expected
