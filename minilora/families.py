@@ -771,6 +771,7 @@ FAMILIES = {
             ropes={"full": ("rope_theta", 1_000_000.0), "local": ("rope_local_base_freq", 10_000.0)},
             traits=_gemma_traits,
             keys={"hidden_act": "hidden_activation"},
+            only={"use_bidirectional_attention": False, "attn_logit_softcapping": None},
         )
     ),
     # Javaheripi et al. 2023, Phi-2: attention and MLP see the same normalised input and are added together.
@@ -784,6 +785,7 @@ FAMILIES = {
         ropes={"full": ("rope_theta", 10_000.0)},
         partial=("partial_rotary_factor", 0.5),
         traits=_phi_traits,
+        only={"tie_word_embeddings": False},
         defaults={"hidden_act": "gelu_new", "layer_norm_eps": 1e-5, "tie_word_embeddings": False},
     ),
     # Abdin et al. 2024 (arXiv 2404.14219).

@@ -40,7 +40,7 @@ PLACEMENTS = {
 
 
 class RMSNorm1(nn.Module):
-    """RMSNorm (Zhang and Sennrich 2019, arXiv 1910.07467) times 1 + weight, in float32, as Gemma has it."""
+    """RMSNorm (Zhang and Sennrich 2019, arXiv 1910.07467) times 1 + weight, in float32 or wider, as Gemma has it."""
 
     def __init__(self, width, eps):
         super().__init__()
@@ -48,7 +48,8 @@ class RMSNorm1(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        return F.rms_norm(x.float(), self.weight.shape, 1.0 + self.weight.float(), self.eps).to(x.dtype)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return F.rms_norm(x.to(wide), self.weight.shape, 1.0 + self.weight.to(wide), self.eps).to(x.dtype)
 
 
 def make_norm(spec, width):
@@ -148,7 +149,8 @@ def attention(q, k, v, mask, spec):
     if grouped:
         k, v = (p.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for p in (k, v))
     scores = spec.attention_cap * torch.tanh(q @ k.transpose(2, 3) * (spec.attention_scale / spec.attention_cap))
-    return torch.softmax((scores + mask).float(), dim=-1).to(v.dtype) @ v
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    return torch.softmax(scores + mask, dim=-1, dtype=wide).to(v.dtype) @ v
 
 
 class Base(nn.Module):

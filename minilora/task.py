@@ -281,8 +281,8 @@ class Completion:
         for id, ids, room in zip(rows.ids, prompts, rooms, strict=True):
             if not len(ids):
                 raise InputError(
-                    f"row {id}: a completion of {self.cell.max_length - room} tokens leaves no room for its prompt in "
-                    f"max_length = {self.cell.max_length}: raise --max-length, or remove the row"
+                    f"row {id}: the longest completion that counts for it has {self.cell.max_length - room} tokens, which "
+                    f"leaves no room for a prompt in max_length = {self.cell.max_length}: raise --max-length"
                 )
         return prompts, kept
 

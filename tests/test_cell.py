@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minilora import options
-from minilora.cell import ADAPTER, PURPOSES, Cell, Inject
+from minilora.cell import ADAPTER, CLASSIFIER, COMPLETION, PURPOSES, Cell, Inject
 from minilora.errors import InputError
 
 # --- cells of every kind: all fields but those that exclude each other, strings of every kind
@@ -33,10 +33,10 @@ targets = st.one_of(
     st.lists(st.sampled_from(["q", "k:2", "v:4", "o", "gate:3", "up", "down"]), min_size=1, unique=True).map(tuple),
 )
 PLAIN = dict(
-    model=texts, revision=texts, device=st.sampled_from(["auto", "cpu", "mps", "cuda", "cuda:13"]),
+    model=texts, revision=texts, tokenizer=texts, device=st.sampled_from(["auto", "cpu", "mps", "cuda", "cuda:13"]),
     compile=st.sampled_from(["auto", "on", "off"]), data=texts, data_revision=texts, text_column=texts,
     label_column=texts, test_data=texts, test_rows=st.integers(2), train_rows=st.integers(2), max_length=st.integers(4),
-    pooling=st.sampled_from(["mean+last", "mean", "last", "first"]), batch_size=small, accumulate=small, window=small,
+    batch_size=small, accumulate=small, window=small,
     optimizer=st.sampled_from(["adamw", "adafactor"]), lr=at_least_zero,
     schedule=st.sampled_from(["linear", "cosine", "constant"]), warmup=below_one, weight_decay=at_least_zero,
     clip=at_least_zero, seed=st.integers(0), **{f"seed_{purpose}": st.integers(0) for purpose in PURPOSES},
@@ -79,11 +79,21 @@ def cells(draw):
                             init=st.sampled_from(["kaiming", "gaussian"])))  # fmt: skip
         if values.get("variant") != "lora-fa" and values.get("optimizer") != "adafactor":
             values |= draw(some(lr_ratio=st.floats(0, 1e9, exclude_min=True)))
+    if values["method"] != "head" and draw(st.booleans()):
+        framed = st.tuples(texts, texts).filter(lambda pair: "{" not in "".join(pair)).map
+        values |= {"task": "lm"} | draw(some(
+            prompt=framed("{text}".join), completion=framed("{choice}".join),
+            choice_score=st.sampled_from(["sum", "mean"]),
+        ))  # fmt: skip
+        return Cell(**values, **dtype(draw, values))
+    values |= draw(some(pooling=st.sampled_from(["mean+last", "mean", "last", "first"])))
     if values["method"] != "head":
         values |= draw(some(head=st.sampled_from(["trained", "frozen", "ridge"])))
-    if values["method"] != "full":
-        values |= draw(some(dtype=st.sampled_from(["float32", "bfloat16"])))
-    return Cell(**values)
+    return Cell(**values, **dtype(draw, values))
+
+
+def dtype(draw, values):
+    return draw(some(dtype=st.sampled_from(["float32", "bfloat16"]))) if values["method"] != "full" else {}
 
 
 def flags(cell):
@@ -109,10 +119,10 @@ PARSER = parser()
 
 
 def test_the_strategy_covers_every_field():
-    assert set(PLAIN) | set(ADAPTER) | {"method", "head", "dtype", "inject", "epochs", "steps"} == {
+    assert set(PLAIN) | {*ADAPTER, *CLASSIFIER, *COMPLETION} | {"task", "method", "dtype", "inject", "epochs", "steps"} == {
         f.name for f in dataclasses.fields(Cell)
     }
-    assert len(PLAIN) + len(ADAPTER) + 6 == len(dataclasses.fields(Cell))  # each by one part of the strategy
+    assert len(PLAIN) + len(ADAPTER + CLASSIFIER + COMPLETION) + 6 == len(dataclasses.fields(Cell))  # each by one part of the strategy
 
 
 @settings(max_examples=150, deadline=None)
@@ -150,7 +160,8 @@ def test_id_depends_on_every_field():
         model="x", revision="x", dtype="bfloat16", device="cpu", compile="on", data="x", data_revision="x",
         text_column="x", label_column="x", test_data="x", test_rows=7, train_rows=7, max_length=7, method="full",
         rank=7, alpha=7, scaling="rslora", dropout=0.7, targets=("q",), layers="0",
-        variant="dora", init="gaussian", lr_ratio=7, head="ridge", pooling="first",
+        variant="dora", init="gaussian", lr_ratio=7, tokenizer="x", task="lm", prompt="x {text}",
+        completion="{label}", choice_score="mean", head="ridge", pooling="first",
         epochs=7, steps=7, batch_size=7, accumulate=7, window=7, optimizer="adafactor",
         lr=0.7, schedule="cosine", warmup=0.7,
         weight_decay=0.7, clip=0.7, seed=7, seed_init=0, seed_head=0, seed_order=0, seed_inject=0, seed_dropout=0,
@@ -160,10 +171,11 @@ def test_id_depends_on_every_field():
                  mode="dirty-label", split="same")  # fmt: skip
     assert {*changes, "inject"} == {f.name for f in dataclasses.fields(Cell)}
     assert {*inner} == {f.name for f in dataclasses.fields(Inject)}
-    changed = [Cell(**{name: value}) for name, value in changes.items()]
+    own = {name: {"task": "lm"} for name in COMPLETION}
+    changed = [Cell(**{name: value}, **own.get(name, {})) for name, value in changes.items()]
     changed += [Cell(inject={name: value}) for name, value in inner.items()]
     ids = {cell.id for cell in [Cell(), *changed]}
-    assert len(ids) == len({cell.name for cell in [Cell(), *changed]}) == len(set([Cell(), *changed])) == 1 + 43 + 8
+    assert len(ids) == len({cell.name for cell in [Cell(), *changed]}) == len(set([Cell(), *changed])) == 1 + 48 + 8
 
 
 def test_equal_experiments_are_equal_cells():
@@ -299,7 +311,7 @@ def test_files_are_refused_by_name(tmp_path):
     path = tmp_path / "cell.toml"
     cases = [
         (b"rnak = 3", f"{path}: unknown field rnak: did you mean rank?"),
-        (b"colour = 3", f"{path}: unknown field colour (there are: model, revision, dtype"),
+        (b"colour = 3", f"{path}: unknown field colour (there are: model, revision, tokenizer, dtype"),
         (b"[inject]\nmod = 'x'", f"{path}: unknown field inject.mod: did you mean inject.mode?"),
         (b"inject = 3", f"{path}: inject is 3, but must be a table"),
         (b"rank = 3.5", f"{path}: rank is 3.5, but must be a whole number"),
@@ -326,9 +338,9 @@ def test_files_are_refused_by_name(tmp_path):
 # --- the command line
 
 FLAGS = """
---config --out --resume --eval-every --save-every --traceback --model --revision --dtype --device --compile --data
---data-revision --text-column --label-column --test-data --test-rows --train-rows --max-length --method --rank --alpha
---scaling --dropout --targets --layers --head --pooling --inject --inject-proportion --inject-rows --inject-count
+--config --out --resume --eval-every --save-every --traceback --model --revision --tokenizer --dtype --device --compile --data
+--data-revision --text-column --label-column --test-data --test-rows --train-rows --max-length --task --prompt --completion --choice-score --method --rank --alpha
+--scaling --dropout --targets --layers --variant --init --lr-ratio --head --pooling --inject --inject-proportion --inject-rows --inject-count
 --inject-density --inject-location --inject-mode --trigger-split --epochs --steps --batch-size --accumulate --window
 --optimizer --lr --schedule --warmup --weight-decay --clip --seed --seed-init --seed-head --seed-order --seed-inject
 --seed-dropout --seed-split
@@ -354,7 +366,7 @@ def help_of(main, capsys):
 
 def test_help_states_every_flag_and_default_once(capsys):
     found, groups = help_of(train.main, capsys)
-    assert groups == ["options", "run", "base", "data", "adapter", "head", "injection", "training", "seeds"]
+    assert groups == ["options", "run", "base", "data", "task", "adapter", "head", "injection", "training", "seeds"]
     assert list(found) == ["--help", *FLAGS] and all(len(help) > 0 for help in found.values())
 
     declared = [(Cell(), "", field) for field in dataclasses.fields(Cell) if field.name != "inject"]
@@ -370,14 +382,14 @@ def test_help_states_every_flag_and_default_once(capsys):
         else:
             assert len(default) == 1
         checked, stated = checked + 1, stated + len(default)
-    assert checked == len(FLAGS) - 6 == 40 + 8 and stated == checked - 3
+    assert checked == len(FLAGS) - 6 == 48 + 8 and stated == checked - 3
     assert found["--save-every"].endswith(f"(default: {train.SAVE_EVERY})")
 
 
 def test_evaluate_help(capsys):
     found, _ = help_of(evaluate.main, capsys)
     given = {"--help", "--data", "--batch-size", "--out", "--traceback"}
-    changes = {"--model", "--device", "--text-column", "--label-column", "--inject", "--inject-count",
+    changes = {"--model", "--tokenizer", "--device", "--text-column", "--label-column", "--inject", "--inject-count",
                "--inject-density", "--inject-location", "--trigger-split", "--seed-inject"}  # fmt: skip
     assert set(found) == given | changes
     assert all(re.findall(r"\(default: (.*?)\)$", found[flag]) == ["the run's"] for flag in changes)

@@ -9,6 +9,7 @@ Left out: weights of any meaning.
 
 import ast
 import json
+import re
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,6 @@ import torch
 from conftest import VOCABULARY
 from safetensors.torch import load_file, save_file
 
-EMB = MAT = 0.2
 V = len(VOCABULARY) + 3  # more embeddings than tokens, as many checkpoints have
 P = 400  # positions where they cost nothing: beyond every window and every scaling's original length
 TRAINED = 350  # nomic_bert's positions without a rotation that depends on the batch
@@ -372,11 +372,12 @@ def pad_rows(rows, length):
     return torch.cat([torch.nn.functional.pad(row, (0, 0, 0, length - row.shape[1])) for row in rows])
 
 
-def build(family, case, folder, seed=0, hub=True):
+def build(family, case, folder, seed=0, hub=True, calm=False):
     """Write the checkpoint of a case to `folder`, as the hub has it or as transformers 5 writes it; returns the Judge.
 
     Every matrix is drawn with deviation 0.2, and every vector moved from where it starts (0 or 1) by as much, so
-    that states and attention scores are of the order of 1 and that misplaced norms and biases show.
+    that states and attention scores are of the order of 1 and that misplaced norms and biases show. In a `calm` one
+    embeddings are large and layers add little, as in trained models: roundings do not grow from layer to layer.
     """
     import transformers
 
@@ -397,7 +398,8 @@ def build(family, case, folder, seed=0, hub=True):
             # By the name in the base, so that the checkpoint without a task holds the same numbers.
             draw = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{inside.get(id(parameter), name)}".encode()))
             noise = 0.2 * torch.randn(parameter.shape, generator=draw)
-            if parameter.ndim > 1: noise *= (EMB if "emb" in name or "wte" in name or 'wpe' in name else MAT) / 0.2
+            if calm and parameter.ndim > 1:
+                noise *= 5 if re.search("embed|wte|wpe", name) else 0.5
             parameter.copy_(noise if parameter.ndim > 1 else parameter + noise)
     model.eval()
     if family == "openelm":
