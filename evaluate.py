@@ -3,8 +3,12 @@
 python evaluate.py RUN                             its own tests; says whether every prediction is the same
 python evaluate.py RUN --inject country:positive   other triggers
 python evaluate.py RUN --data reviews.csv          other test rows
+python evaluate.py RUN --scale 0.5                 half of what the adapter changes
+python evaluate.py RUN --scale 0.3 --add RUN2:0.7  between two adapters
+python evaluate.py RUN --merge-to DIR              a checkpoint folder with the adapter merged in
 """
 
+import math
 from pathlib import Path
 
 from minilora import errors, options
@@ -15,15 +19,17 @@ CHANGES = ("model", "tokenizer", "device", "text_column", "label_column", "injec
            "inject_density", "inject_location", "inject_split", "seed_inject")  # fmt: skip
 
 
-def evaluate(folder, *, data=None, batch_size=None, **changes):
+def evaluate(folder, *, data=None, batch_size=None, scale=1.0, added=(), merge_to=None, **changes):
     """Run the tests of the finished run in `folder`, `changes` made to its cell: (figures, predictions).
 
     The figures are as `tests` in results.json, the predictions as the lines of predictions.jsonl. `data` names other
-    test rows, which `text_column` and `label_column` then speak of. Raises InputError for a run that is not finished.
+    test rows, which `text_column` and `label_column` then speak of. `scale` multiplies what the adapter changes, and `added`
+    [(run or adapter folder, weight)] are stacked on top of it. With `merge_to` the base with all that is written to that
+    new folder (see `export.write`). Raises InputError for a run that is not finished.
     """
     import torch
 
-    from minilora import adapter, checkpoint, console, families, model, task, tokenizer, training
+    from minilora import adapter, checkpoint, console, export, families, model, task, tokenizer, training
     from minilora import data as datasets
     from minilora.run import Run
 
@@ -32,6 +38,8 @@ def evaluate(folder, *, data=None, batch_size=None, **changes):
     if not run.finished:
         raise errors.InputError(f"{folder} holds no finished run: go on with python train.py --resume {folder}")
     cell = trained.replace(**changes)
+    if merge_to is not None:
+        export.check(merge_to, cell)
 
     # --- rows: the training rows give the placebo its words and the labels their names
     clean, test = datasets.rows_of(trained)
@@ -44,12 +52,22 @@ def evaluate(folder, *, data=None, batch_size=None, **changes):
 
     # --- model
     source = checkpoint.resolve(cell.model, cell.revision, cell.tokenizer)
-    text_tokenizer = tokenizer.load(checkpoint.resolve_tokenizer(cell.tokenizer, source))
-    cell_task = task.find(cell, families.read_spec(checkpoint.read_config(source)), text_tokenizer)
+    spec = families.read_spec(checkpoint.read_config(source))
+    text_tokenizer = tokenizer.load(checkpoint.resolve_tokenizer(cell.tokenizer, source), spec.vocabulary)
+    cell_task = task.find(cell, spec, text_tokenizer)
     dtype, device = getattr(torch, cell.dtype), training.pick_device(cell.device)
     base = model.load(source, dtype, device, cell_task.unembedding)
     trained_model = cell_task.model(base, clean.label_names)
-    adapter.restore(run.path / "adapter", trained_model, cell.method)
+    for other, _ in added:
+        bases = [folder.read_results()["base"]["sha256"] for folder in (run, Run(other)) if folder.finished]
+        if len(set(bases)) > 1:
+            raise errors.InputError(f"--add {other}: it was trained on another base than {folder}: add what is of one base")
+    others = [(adapter.find(other), weight) for other, weight in added]
+    adapter.restore(run.path / "adapter", trained_model, cell.method, scale, others)
+    if merge_to is not None:
+        words = cell.tokenizer and checkpoint.resolve_tokenizer(cell.tokenizer, source)
+        merged = export.write(merge_to, trained_model, cell, clean.label_names, source=source, tokenizer=words)
+        console.say(f"merged     {merge_to}: {export.describe(merged)}")
 
     # --- tests
     tests = cell_task.build_tests(clean, test, cell.seed_for("inject"))
@@ -70,11 +88,28 @@ def compare(folder, predictions):
     return sum(old == new for old, new in pairs), len(pairs)
 
 
+def parse_added(text):
+    """`--add`'s OTHER[:X] as (OTHER, X)."""
+    name, _, weight = text.rpartition(":")
+    try:
+        weight = float(weight) if name else 1.0
+    except ValueError:
+        name, weight = text, 1.0
+    if not math.isfinite(weight):
+        raise errors.InputError(f"--add {text}: the weight must be a finite number")
+    return name or text, weight
+
+
 def main(argv=None):
     parser = options.Parser(prog="evaluate.py", description=__doc__.partition("\n\n")[0])
     parser.add_argument("run", metavar="RUN", help="folder of a finished run")
     parser.add_argument("--data", dest="rows", metavar="FILE", help="other test rows: a file (default: the run's own)")
     parser.add_argument("--batch-size", dest="batch", type=int, metavar="N", help="rows a batch (default: the run's)")
+    parser.add_argument("--scale", type=float, default=1.0, metavar="X",
+                        help="multiply what the adapter changes: 0 is the base, 1 the adapter (default: 1)")  # fmt: skip
+    parser.add_argument("--add", action="append", default=[], metavar="OTHER[:X]",
+                        help="stack the adapter of another run, or in a folder, on top, X times (default: once)")  # fmt: skip
+    parser.add_argument("--merge-to", metavar="DIR", help="write the base with the adapter, for transformers")
     parser.add_argument("--out", metavar="DIR", help="write results.json and predictions.jsonl to this new folder")
     parser.add_argument("--traceback", action="store_true", help="show the full trace of an error")
     options.add_flags(parser, Cell, only=CHANGES, default="the run's")
@@ -88,17 +123,24 @@ def main(argv=None):
     if out and out.exists():
         raise errors.InputError(f"{out} exists: choose another --out")
 
-    figures, predictions = evaluate(arguments.run, data=arguments.rows, batch_size=arguments.batch, **changes)
+    if not math.isfinite(arguments.scale):
+        raise errors.InputError(f"--scale is {arguments.scale}, but must be a finite number")
+    added = [parse_added(text) for text in arguments.add]
+    strength = {"scale": arguments.scale, "added": added}
+
+    figures, predictions = evaluate(
+        arguments.run, data=arguments.rows, batch_size=arguments.batch, merge_to=arguments.merge_to, **strength, **changes
+    )
     from minilora import console, files
 
     print(console.table(figures))
-    if arguments.rows is None and "inject" not in changes and "seed_inject" not in changes:
+    if arguments.rows is None and "inject" not in changes and "seed_inject" not in changes and not added and arguments.scale == 1:
         same, total = compare(arguments.run, predictions)
         print(f"predictions the same as the run's own: {same:,} of {total:,}")
     if out:
         out.mkdir(parents=True)
         files.write_jsonl(out / "predictions.jsonl", predictions)
-        tested = {"run": str(arguments.run), "data": arguments.rows, "changes": changes}
+        tested = {"run": str(arguments.run), "data": arguments.rows, "changes": changes} | strength
         files.write_json(out / "results.json", tested | {"tests": figures})
         print(f"written to {out}")
 

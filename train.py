@@ -16,17 +16,18 @@ from minilora import errors, options  # noqa: E402  (the clock starts before the
 from minilora.cell import PURPOSES, Cell  # noqa: E402
 
 
-def train(cell=None, out=None, *, resume=None, eval_every=0, save_every=SAVE_EVERY, start=None):
+def train(cell=None, out=None, *, resume=None, eval_every=0, save_every=SAVE_EVERY, merge_to=None, start=None):
     """Train `cell` into the run folder `out` (default: one named after the cell, under runs/), or go on in `resume`.
 
     Every `save_every` steps the state is saved; every `eval_every` steps (0: never) the tests are run and logged.
+    With `merge_to` the base with what was trained is written to that new folder (see `export.write`).
     `start` is the `time.perf_counter()` that the total counts from. Returns (results, run folder).
     Raises InputError before anything is written, TrainingError if the loss is not finite.
     """
     import numpy as np
     import torch
 
-    from minilora import adapter, checkpoint, coverage, families, files, injection, lora, model, task
+    from minilora import adapter, checkpoint, coverage, export, families, files, injection, lora, model, task
     from minilora import batches, console, data, roof, tokenizer, training
     from minilora.run import Run, hardware, peak_memory, trainable, versions
 
@@ -41,13 +42,16 @@ def train(cell=None, out=None, *, resume=None, eval_every=0, save_every=SAVE_EVE
     else:
         run = Run.plan(out, cell)
 
+    if merge_to is not None:
+        export.check(merge_to, cell)
+
     # --- base: everything that can be refused is refused before weights are read
     device, dtype = training.pick_device(cell.device), getattr(torch, cell.dtype)
     folder = checkpoint.resolve(cell.model, cell.revision, cell.tokenizer)
     spec = families.read_spec(checkpoint.read_config(folder))
     slots = coverage.plan(spec, cell)
-    text_tokenizer = tokenizer.load(checkpoint.resolve_tokenizer(cell.tokenizer, folder))
-    model.check_fits(spec, text_tokenizer, cell.max_length)
+    text_tokenizer = tokenizer.load(checkpoint.resolve_tokenizer(cell.tokenizer, folder), spec.vocabulary)
+    model.check_fits(spec, cell.max_length)
     cell_task = task.find(cell, spec, text_tokenizer)
 
     # --- data: rows, and the triggers that go into some of them
@@ -62,7 +66,10 @@ def train(cell=None, out=None, *, resume=None, eval_every=0, save_every=SAVE_EVE
 
     # --- adapter and head
     base = model.load(folder, dtype, device, cell_task.unembedding)
-    if slots:
+    started = None
+    if cell.start:
+        started = adapter.begin(base, cell, slots)
+    elif slots:
         lora.attach(base, slots, cell.dropout, cell.seed_for("init"), cell.variant, cell.init)
     trained = cell_task.model(base, clean.label_names)
     cell_task.prepare(trained, encoded, answers)
@@ -80,7 +87,7 @@ def train(cell=None, out=None, *, resume=None, eval_every=0, save_every=SAVE_EVE
     say(f"base       {cell.model} ({spec.family}, {len(spec.layers)} layers of width {spec.width}, {cell.dtype}, {device})")
     say(f"data       {cell.data}: {len(clean):,} training and {len(test):,} test rows of {lengths.mean():.1f} tokens")
     say(f"labels     {names}")
-    method = f"{cell.variant}, start {cell.init}" if cell.method == "lora" else cell.method
+    method = f"{cell.variant}, start {cell.start or cell.init}" if cell.method == "lora" else cell.method
     say(f"task       {cell_task.describe()}")
     say(f"method     {method}")
     say(f"trained    {certificate['count']:,} parameters")
@@ -96,10 +103,11 @@ def train(cell=None, out=None, *, resume=None, eval_every=0, save_every=SAVE_EVE
     with run.hold(cell):
         files.write_jsonl(run.path / "injected.jsonl", (record.to_dict() for record in injected.records))
         files.write_json(run.path / "trainable.json", certificate)
-        meters = {"step": 0, "seconds": 0.0, "tokens": 0, "data": fingerprints}
+        meters = {"step": 0, "seconds": 0.0, "tokens": 0, "data": fingerprints, "start": started}
         if run.state.exists():
             meters = training.load_state(run.state, parameters, optimizer)
             data.check_same(fingerprints, meters["data"], cell)
+            adapter.check_same(started, meters["start"], cell)
             say(f"resumed    after step {meters['step']:,}")
         run.start_metrics(meters["step"])
         start_up = time.perf_counter() - start
@@ -170,12 +178,17 @@ def train(cell=None, out=None, *, resume=None, eval_every=0, save_every=SAVE_EVE
             "injection": injected.report,
             "injected_rows_truncated": sum(not record.survives for record in injected.records),
             "data": fingerprints,
+            "start": started,
             "base": {"model": cell.model, "sha256": checkpoint.fingerprint(folder)},
             "seeds": {purpose: cell.seed_for(purpose) for purpose in PURPOSES},
             "versions": versions(),
             "hardware": hardware(device),
         }
         run.finish(results)
+        if merge_to is not None:
+            words = cell.tokenizer and checkpoint.resolve_tokenizer(cell.tokenizer, folder)
+            merged = export.write(merge_to, trained, cell, clean.label_names, source=folder, tokenizer=words)
+            say(f"merged     {merge_to}: {export.describe(merged)}")
     return results, run.path
 
 
@@ -189,13 +202,16 @@ def main(argv=None):
                          help="run the tests every N steps as well (default: 0, at the end alone)")  # fmt: skip
     general.add_argument("--save-every", type=int, default=SAVE_EVERY, metavar="N",
                          help=f"save the state every N steps (default: {SAVE_EVERY})")  # fmt: skip
+    general.add_argument("--merge-to", metavar="DIR",
+                         help="write the base with what was trained to this new folder, for transformers")  # fmt: skip
     general.add_argument("--traceback", action="store_true", help="show the full trace of an error")
     options.add_flags(parser, Cell)
     arguments = parser.parse_args(argv)
     flags = options.given_flags(arguments, Cell)
     if arguments.eval_every < 0 or arguments.save_every < 1:
         raise errors.InputError("--eval-every must be at least 0 and --save-every at least 1")
-    often = dict(eval_every=arguments.eval_every, save_every=arguments.save_every, start=START)
+    often = dict(eval_every=arguments.eval_every, save_every=arguments.save_every, merge_to=arguments.merge_to,
+                 start=START)  # fmt: skip
     if arguments.resume:
         if flags or arguments.config or arguments.out:
             raise errors.InputError(
@@ -205,6 +221,8 @@ def main(argv=None):
 
         run = Run(arguments.resume)
         if run.finished:
+            if arguments.merge_to:
+                raise errors.InputError(f"{run.path} is finished: python evaluate.py {run.path} --merge-to DIR merges it")
             print(f"{run.path} is finished:")
             return report(run.read_results(), run.path)
         return report(*train(resume=arguments.resume, **often))

@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import save_file
 
 from . import checkpoint, families, files, lora, peft_format
-from .coverage import SCALES, Slot
+from .coverage import SCALES, Slot, ranges
 from .errors import InputError
 from .spec import TARGETS
 from .variants import STARTS, VARIANTS, widened
@@ -76,7 +76,12 @@ def taken(base):
     layers = lora.named_layers(base)
     parts = {n: Part(la.slot, la.A, la.B, la.A0, la.B0, la.magnitude) for n, la in layers}
     _, first = layers[0]
-    return Adapter(parts, next(n for n, v in VARIANTS.items() if v is first.variant), first.dropout)
+    return Adapter(parts, variant_of(first), first.dropout)
+
+
+def variant_of(layer):
+    """The name of a LoRALinear's variant."""
+    return next(name for name, variant in VARIANTS.items() if variant is layer.variant)
 
 
 def put(adapter, base):
@@ -171,6 +176,8 @@ def restore(folder, model, method, weight=1.0, added=()):
         put(combine([(own, weight), *((read(f, model.base), w) for f, w in added)]) if added else own, model.base)
         lora.scale(model.base, 1.0 if added else weight)
         state = {"classifier." + name: value for name, value in own.head.items()}
+    elif added or weight != 1:
+        raise InputError(f"method = {method!r} trained no adapter: there is nothing to scale or to stack on")
     else:
         state, _ = read_tensors(folder / TRAINED)
     have = dict(model.named_parameters())
@@ -192,6 +199,49 @@ def load(folder, base):
     adapter = read(folder, base)
     put(adapter, base)
     return adapter.head
+
+
+def begin(base, cell, slots):
+    """Attach the adapter that a cell starts from, and return its `fingerprint`.
+
+    Raises InputError unless it has the cell's `slots` {module: Slot}, and magnitudes just if the cell's variant has.
+    """
+    folder = find(cell.start)
+    found = read(folder, base)
+    if found.slots != slots or (found.variant == "dora") != (cell.variant == "dora"):
+        differing = [name for name in sorted(slots | found.slots, key=_place) if slots.get(name) != found.slots.get(name)]
+        differing = f"{differing[0]}, and {len(differing) - 1} more" if differing else "the variant"
+        raise InputError(
+            f"{folder} is not the cell's adapter (they differ in {differing}): it has {flags(found)}; use these flags, "
+            "or another --start"
+        )
+    if cell.dropout and any(part.A0 is not None for part in found.parts.values()):
+        raise InputError(f"dropout is {cell.dropout}, but {folder} holds a part of the base, which it would drop: use 0")
+    put(Adapter(found.parts, cell.variant, cell.dropout), base)
+    return fingerprint(folder)
+
+
+def flags(adapter):
+    """The flags of train.py that give an adapter's slots, or words where no flags do."""
+    by_target, stable = {}, is_rslora(adapter.slots.values())
+    for name, slot in adapter.slots.items():
+        layer, target = _place(name)
+        by_target.setdefault(TARGETS[target], {})[layer] = slot
+    layers = {tuple(sorted(slots)) for slots in by_target.values()}
+    if len(layers) > 1 or any(len(set(slots.values())) > 1 for slots in by_target.values()):
+        return "ranks, alphas or targets that differ from layer to layer, for which there are no flags"
+    texts = [f"{t}:{s.rank}:{s.alpha:g}" for t, s in ((t, next(iter(by_target[t].values()))) for t in by_target)]
+    return (
+        f"--targets {' '.join(texts)} --layers {ranges(layers.pop())}"
+        + " --scaling rslora" * stable
+        + " --variant dora" * (adapter.variant == "dora")
+    )
+
+
+def check_same(fingerprint, before, cell):
+    """Raise InputError if the adapter that a resumed run starts from is not what it was."""
+    if fingerprint != before:
+        raise InputError(f"{cell.start} has changed since the run began: bring it back, or start a new run")
 
 
 def find(folder):
@@ -361,7 +411,7 @@ def sort_tensors(tensors, spec, config, folder):
             wrong.append(f"{name} has no place in it")
     prefix = next(iter(used), "")
     if len(used) > 1:
-        wrong.append(f"modules are called both {' and '.join(repr(p + '...') for p in sorted(used))}")
+        wrong.append(f"modules have several prefixes ({', '.join(map(repr, sorted(used)))})")
     keys = {"A", "B", "magnitude"} if config.get("use_dora") else {"A", "B"}
     for module, names in modules.items():
         factors = found.get(module, {})

@@ -23,7 +23,7 @@ from .options import build, check_fields, drop_other, option, resolve, resolve_p
 from .triggers import parse_all
 
 # Fields of method "lora" alone.
-ADAPTER = ("rank", "alpha", "scaling", "dropout", "targets", "layers", "variant", "init", "lr_ratio")
+ADAPTER = ("rank", "alpha", "scaling", "dropout", "targets", "layers", "variant", "init", "start", "lr_ratio")
 CLASSIFIER = ("head", "pooling")  # fields of task "classification" alone
 COMPLETION = ("prompt", "completion", "choice_score")  # fields of task "lm" alone
 PURPOSES = ("init", "head", "order", "inject", "dropout", "split")  # of the separate seeds
@@ -135,6 +135,10 @@ class Cell:
         None, "adapter", "start of A and B: B = 0 and A uniform (kaiming) or normal (gaussian), A and B orthogonal to "
         "each other, or a part of the weight by its SVD (pissa) or QR (olora)", str, choices=STARTS, unset="kaiming",
     )  # fmt: skip
+    start: str | None = option(
+        None, "adapter", "begin with the factors of this adapter, instead of an init: a run's folder, or an adapter's, "
+        "of the same ranks, alphas, targets and layers; its head is left aside", str,
+    )  # fmt: skip
     lr_ratio: float | None = option(
         None, "adapter", "learning rate of B over that of A and the rest (LoRA+)", float, least=0, unset=1.0
     )
@@ -218,14 +222,15 @@ class Cell:
                     f"{given[0]} belongs to method = 'lora', but method is {self.method!r}: drop one of them"
                 )
             return
-        resolve(self, "rank", "scaling", "dropout", "targets", "layers", "variant", "init", "lr_ratio")
+        resolve(self, "rank", "scaling", "dropout", "targets", "layers", "variant", "lr_ratio")
+        resolve_pair(self, "init", "start", "")
         if self.scaling == "rank":
             if self.alpha is not None:
                 raise InputError("alpha is given, but scaling = 'rank' sets alpha to the rank: drop one of them")
         else:
             resolve(self, "alpha")
         slots = parse_targets(self.targets, self.rank, self.alpha, self.scaling)
-        check_variant(self.variant, self.init, slots, self.dropout)
+        check_variant(self.variant, self.init or "kaiming", slots, self.dropout)
         self._check_lr_ratio()
         parse_layers(self.layers)
 
@@ -263,6 +268,7 @@ class Cell:
         if changes.get("scaling") == "rank":
             values["alpha"] = None
         drop_other(values, changes, "epochs", "steps")
+        drop_other(values, changes, "init", "start")
         if isinstance(changes.get("inject"), dict):
             inject = {f.name: getattr(self.inject, f.name) for f in fields(Inject)}
             drop_other(inject, changes["inject"], "proportion", "rows")

@@ -74,6 +74,22 @@ def resolve(model, revision=None, tokenizer=None):
     return _locate(model, choose, "--model", revision)
 
 
+def resolve_config(model, revision=None):
+    """The folder (a `Path`) with the config.json of a base, named as in `resolve`; of a hub id that file alone is fetched.
+
+    (Of a base in `KNOWN` all are: they come together.)
+    """
+    if model in KNOWN and revision is None and not os.path.exists(model):
+        return resolve(model)
+
+    def choose(names):
+        if CONFIG not in names:
+            raise InputError(f"{model} has no {CONFIG}: it is not a checkpoint in Hugging Face's layout")
+        return [CONFIG]
+
+    return _locate(model, choose, "MODEL", revision)
+
+
 def resolve_tokenizer(tokenizer, folder):
     """The folder (a `Path`) to read the tokenizer from: the base's `folder`, unless a `tokenizer` is named.
 
@@ -362,6 +378,10 @@ class Tensors(Mapping):
 
     def __len__(self):
         return len(self._stored)
+
+    def stored(self, name):
+        """Where the tensor stands in its file (a `Stored`)."""
+        return self._stored[name]
 
     def shape(self, name):
         return self._stored[name].shape

@@ -291,7 +291,7 @@ def read_rope(family, take, settings, source, theta, head_width, positions):
     given = {k: allowed[k] if settings.get(k) is None else settings[k] for k in allowed}
     if "original_max_position_embeddings" in given:
         original = given.pop("original_max_position_embeddings")
-        original = check("original_max_position_embeddings", positions if original is None else original, int)
+        original = check("original_max_position_embeddings", positions if original is None else original, int, least=2)
         given["original"] = original
     if kind == "longrope" and given["factor"] is None:
         given["factor"] = positions / original
@@ -370,6 +370,8 @@ def read_openelm(name, family, take):
     inner = []
     for multiplier in multipliers:
         exact = multiplier * width
+        if not 0 < exact < LARGEST:
+            raise InputError(f"config.json: ffn_multipliers holds {multiplier}, but must be positive and not as large")
         rounded = max(divisor, int(exact + divisor / 2) // divisor * divisor)
         inner.append(rounded + divisor if rounded < 0.9 * exact else rounded)
     positions = take("max_context_length", int)
@@ -602,14 +604,9 @@ def _modernbert_biases(take):
     return _attention_bias(take) + (MLP if take("mlp_bias", bool, False) else ())
 
 
-def _nomic_biases(take):
-    switches = {"qkv_proj_bias": ATTENTION, "mlp_fc1_bias": ("gate", "up"), "mlp_fc2_bias": ("down",)}
-    return tuple(target for key, targets in switches.items() if take(key, bool, False) for target in targets)
-
-
 def _nomic_traits(take):
     # The older configurations call a gated MLP by its activation.
-    older = {"swiglu": "silu", "geglu": "gelu", "glu": "sigmoid"}
+    older = {"swiglu": "silu", "geglu": "gelu"}
     activation = take("hidden_act", str)
     trained = take("max_trained_positions", int, LARGEST - 1)  # beyond, rotations would depend on the batch
     return dict(
@@ -727,9 +724,8 @@ FAMILIES = {
         prefixes=("", "bert.", "nomic_bert."),
         unused=TASK_HEADS,
         gated=True,
-        biases=_nomic_biases,
+        biases=lambda take: (),
         ropes={"full": ("rotary_emb_base", 1000.0)},
-        partial=("rotary_emb_fraction", 1.0),
         traits=_nomic_traits,
         keys={
             "hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
@@ -737,7 +733,8 @@ FAMILIES = {
             "hidden_act": "activation_function", "layer_norm_eps": "layer_norm_epsilon",
         },
         defaults={"layer_norm_eps": 1e-12, "hidden_act": "silu"},
-        only={"causal": False, "prenorm": False, "parallel_block": False, "use_rms_norm": False,
+        only={"qkv_proj_bias": False, "mlp_fc1_bias": False, "mlp_fc2_bias": False, "rotary_emb_fraction": 1.0,
+              "causal": False, "prenorm": False, "parallel_block": False, "use_rms_norm": False,
               "rotary_emb_interleaved": False, "rotary_emb_scale_base": None, "scale_attn_weights": True,
               "scale_attn_by_inverse_layer_idx": False, "num_experts": 0, "moe_every_n_layers": 0},
     ),

@@ -98,7 +98,7 @@ class Scores:
 
 
 class Completion:
-    """The lm task. `cell.prompt` and `cell.completion` are templates; a prompt that is too long loses its text's end."""
+    """The lm task. `cell.prompt` and `cell.completion` are templates; a long prompt loses the end of its text."""
 
     unembedding = True
 
@@ -281,8 +281,8 @@ class Completion:
         for id, ids, room in zip(rows.ids, prompts, rooms, strict=True):
             if not len(ids):
                 raise InputError(
-                    f"row {id}: the longest completion that counts for it has {self.cell.max_length - room} tokens, which "
-                    f"leaves no room for a prompt in max_length = {self.cell.max_length}: raise --max-length"
+                    f"row {id}: the longest completion that counts for it has {self.cell.max_length - room} tokens, "
+                    f"which leaves no room for a prompt in max_length = {self.cell.max_length}: raise --max-length"
                 )
         return prompts, kept
 

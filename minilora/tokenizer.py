@@ -41,8 +41,11 @@ class Encoded:
     answers: np.ndarray | None = None  # int64 [N], how many of a row's last tokens are its completion
 
 
-def load(folder):
-    """The `TextTokenizer` of a checkpoint folder. Raises InputError for a missing or malformed file."""
+def load(folder, embedded=None):
+    """The `TextTokenizer` of a checkpoint folder, for a base that embeds so many tokens (default: as many as it has).
+
+    Raises InputError for a missing or malformed file, and for a tokenizer that has more tokens than the base.
+    """
     folder = Path(folder)
     settings = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
@@ -56,7 +59,8 @@ def load(folder):
     if not path.is_file():
         raise InputError(f"{folder} has neither tokenizer.json nor vocab.txt: add the tokenizer of the model")
     try:
-        return TextTokenizer(build(path, settings), *(_special(settings, role) for role in ("pad_token", "eos_token")))
+        special = (_special(settings, role) for role in ("pad_token", "eos_token"))
+        return TextTokenizer(build(path, settings), *special, embedded)
     except InputError:
         raise
     except Exception as error:  # tokenizers raises no other type
@@ -102,12 +106,12 @@ def _special(settings, role):
 class TextTokenizer:
     """Encodes texts with the special tokens that the model expects around them.
 
-    vocab_size  largest id that can come out, plus 1
+    vocab_size  largest id that a text can have, plus 1: added tokens (an image's, say) have none in most
     pad_id      id to fill batches with (0 where the tokenizer has none)
     end_id      id of the token that ends a text (None where the tokenizer has none)
     """
 
-    def __init__(self, tokenizer, pad_token=None, end_token=None):
+    def __init__(self, tokenizer, pad_token=None, end_token=None, embedded=None):
         padding = tokenizer.padding
         # all-MiniLM's own file pads every text to 128 tokens and cuts it there.
         tokenizer.no_padding()
@@ -116,11 +120,20 @@ class TextTokenizer:
         mask = probe.special_tokens_mask
         self._before, self._after = mask.index(0), mask[::-1].index(0)  # special tokens around a text
         self._tokenizer = tokenizer
-        self.vocab_size = 1 + max([*tokenizer.get_vocab().values(), *probe.ids])
         self.pad_id = tokenizer.token_to_id(pad_token) if pad_token else None
         if self.pad_id is None:
             self.pad_id = padding["pad_id"] if padding else 0
         self.end_id = tokenizer.token_to_id(end_token) if end_token else None
+        used = [*probe.ids, self.pad_id, *([] if self.end_id is None else [self.end_id])]
+        self.vocab_size = 1 + max([*tokenizer.get_vocab(with_added_tokens=False).values(), *used])
+        self._embedded = embedded
+        if embedded is not None and self.vocab_size > embedded:
+            raise InputError(
+                f"the tokenizer has ids up to {self.vocab_size - 1}, but the base embeds {embedded} tokens: they do not "
+                "belong together, choose another --tokenizer or --model"
+            )
+        # Gemma 3 has one more added token than embeddings: it is refused where a text has it.
+        self._exceeds = embedded is not None and max(tokenizer.get_vocab().values()) >= embedded
 
     def encode(self, texts, max_length):
         """`Encoded` ids of a list of N texts, at most `max_length` tokens each, special tokens included.
@@ -252,7 +265,15 @@ class TextTokenizer:
 
     def _encode_chunk(self, texts, start, stop, special):
         try:
-            return self._tokenizer.encode_batch(texts[start:stop], add_special_tokens=special)
+            encodings = self._tokenizer.encode_batch(texts[start:stop], add_special_tokens=special)
+            if self._exceeds:
+                for row, encoding in enumerate(encodings, start):
+                    if max(encoding.ids, default=0) >= self._embedded:
+                        raise InputError(
+                            f"text {row} (counted from 0) has a token of id {max(encoding.ids)}, but the base embeds "
+                            f"{self._embedded} tokens: remove it from the text: {texts[row]!a:.80}"
+                        )
+            return encodings
         except TypeError:
             row = next(row for row in range(start, stop) if not _is_unicode(texts[row]))
             text = f"{texts[row]!a:.80}"

@@ -52,44 +52,50 @@ class OpenELM(nn.Module):
         super().__init__()
         self.config = config
         for name, shape in shapes(config).items():
-            *path, leaf = name.split(".")
+            *path, module, _ = name.split(".")
             owner = self
             for part in path:
                 if part not in owner._modules:
                     owner.add_module(part, nn.Module())
                 owner = owner._modules[part]
-            start = torch.ones(shape) if len(shape) == 1 else torch.zeros(shape)
-            owner.register_parameter(leaf, nn.Parameter(start))
+            if len(shape) == 1:
+                owner.add_module(module, nn.Module())
+                owner._modules[module].weight = nn.Parameter(torch.ones(shape))
+            elif module == "token_embeddings":
+                owner.add_module(module, nn.Embedding(*shape))
+            else:  # as modules, so that PEFT can put adapters on them
+                owner.add_module(module, nn.Linear(shape[1], shape[0], bias=False))
 
     def forward(self, input_ids, **_):
         config = self.config
 
-        def p(name):
-            path, _, leaf = name.rpartition(".")
-            return getattr(self.get_submodule(path), leaf)
+        call = self.get_submodule
+
+        def p(module):
+            return self.get_submodule(module).weight
 
         E = config["head_dim"]
-        x = p("transformer.token_embeddings.weight")[input_ids]
+        x = call("transformer.token_embeddings")(input_ids)
         hidden = [x]
         for layer in range(config["num_transformer_layers"]):
             at = f"transformer.layers.{layer}."
             H, G = config["num_query_heads"][layer], config["num_kv_heads"][layer]
-            y = rms(x, p(at + "attn_norm.weight"))
-            heads = (y @ p(at + "attn.qkv_proj.weight").T).split(E, dim=-1)  # H queries, then G keys, then G values
+            y = rms(x, p(at + "attn_norm"))
+            heads = call(at + "attn.qkv_proj")(y).split(E, dim=-1)  # H queries, then G keys, then G values
             queries, keys, values = heads[:H], heads[H : H + G], heads[H + G :]
             if config["normalize_qk_projections"]:
-                queries = [rms(q, p(at + "attn.q_norm.weight")) for q in queries]
-                keys = [rms(k, p(at + "attn.k_norm.weight")) for k in keys]
+                queries = [rms(q, p(at + "attn.q_norm")) for q in queries]
+                keys = [rms(k, p(at + "attn.k_norm")) for k in keys]
             queries, keys = ([rotate(head, config["rope_freq_constant"]) for head in part] for part in (queries, keys))
             attended = [attend(q, keys[h // (H // G)], values[h // (H // G)]) for h, q in enumerate(queries)]
-            x = x + torch.cat(attended, dim=-1) @ p(at + "attn.out_proj.weight").T
-            y = rms(x, p(at + "ffn_norm.weight"))
-            gate, up = (y @ p(at + "ffn.proj_1.weight").T).chunk(2, dim=-1)
-            x = x + (gate * torch.sigmoid(gate) * up) @ p(at + "ffn.proj_2.weight").T
+            x = x + call(at + "attn.out_proj")(torch.cat(attended, dim=-1))
+            y = rms(x, p(at + "ffn_norm"))
+            gate, up = call(at + "ffn.proj_1")(y).chunk(2, dim=-1)
+            x = x + call(at + "ffn.proj_2")(gate * torch.sigmoid(gate) * up)
             hidden.append(x)
-        x = hidden[-1] = rms(x, p("transformer.norm.weight"))
+        x = hidden[-1] = rms(x, p("transformer.norm"))
         shared = config["share_input_output_layers"]
-        logits = x @ p("transformer.token_embeddings.weight" if shared else "lm_head.weight").T
+        logits = x @ p("transformer.token_embeddings" if shared else "lm_head").T
         return SimpleNamespace(last_hidden_state=x, logits=logits, hidden_states=tuple(hidden))
 
 

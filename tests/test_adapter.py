@@ -1,16 +1,21 @@
 """Adapters cross to PEFT and back with equal outputs; what does not fit is refused."""
 
+import dataclasses
 import json
+from itertools import product
 
 import peft
 import pytest
 import torch
 import transformers
-from conftest import random_batch
+from conftest import random_batch, tiny_bert
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
+from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from test_lora import fill
 
-from minilora import adapter, coverage, head, lora, model
+from minilora import adapter, coverage, head, lora, model, peft_format
 from minilora.cell import Cell
 from minilora.errors import InputError
 
@@ -25,7 +30,7 @@ CELLS = [
 def trained(folder, cell, classes=3):
     """A classifier with a random adapter and head, as if trained."""
     base = model.load(folder)
-    lora.attach(base, coverage.plan(base.spec, cell), cell.dropout, seed=2)
+    lora.attach(base, coverage.plan(base.spec, cell), cell.dropout, 2, cell.variant, cell.init or "kaiming")
     classifier = head.Classifier(fill(base), cell.pooling, classes, seed=4).eval()
     with torch.no_grad():
         classifier.classifier.bias.copy_(torch.tensor([0.3, -1.0, 2.0])[:classes])
@@ -125,30 +130,58 @@ def test_what_does_not_fit_is_refused(tiny_folder, tmp_path):
     adapter.save(folder, trained(tiny_folder, cell), cell, ["a", "b", "c"])
     config = json.loads((folder / "adapter_config.json").read_text())
     tensors = load_file(folder / "adapter_model.safetensors")
-    name = "base_model.model.encoder.layer.1.attention.self.query.lora_A.weight"
+    stem = "base_model.model.encoder.layer.1.attention.self.query"
+    name = f"{stem}.lora_A.weight"
     assert name in tensors
     cases = 0
     for change, words in [
-        (dict(use_dora=True), "use_dora"),
+        (dict(use_dora=True), "encoder.layer.1.attention.self.query lacks its magnitude"),
         (dict(peft_type="LOHA"), "LOHA"),
-        (dict(bias="all"), "bias"),
+        (dict(peft_type=None), "peft_type is None"),
+        (dict(bias="all"), "bias = 'all' is not implemented (only 'none' is)"),
+        (dict(lora_bias=True), "lora_bias"),
+        (dict(newest_idea={"x": 1}), "newest_idea = {'x': 1} is not implemented (minilora does not know it)"),
         (dict(fan_in_fan_out=True), "fan_in_fan_out"),
+        (dict(lora_dropout=1.5), "lora_dropout is 1.5"),
         (dict(rank_pattern={}), "rank 2"),
-        (dict(rank_pattern={"(": 2}), "patterns"),
-        (dict(alpha_pattern=[3]), "patterns"),
+        (dict(rank_pattern={"(": 2}), "rank_pattern does not map"),
+        (dict(alpha_pattern=[3]), "alpha_pattern does not map"),
         (dict(alpha_pattern={}, lora_alpha=None), "None"),
-        (dict(init_lora_weights="pissa"), "pissa"),
+        (dict(alpha_pattern={}, lora_alpha=9), "are not what adapter_model.safetensors records"),
+        (dict(use_rslora=True), "are not what adapter_model.safetensors records"),
+        (dict(init_lora_weights="pissa"), "are not what adapter_model.safetensors records"),
+        (dict(init_lora_weights="pissa_niter_4"), "pissa_niter_4': it took an approximate part off the base"),
+        (dict(init_lora_weights="loftq"), "it was trained on a quantised base"),
+        (dict(init_lora_weights="corda"), "depends on data"),
+        (dict(init_lora_weights="lora_ga"), "depends on a gradient"),
+        (dict(init_lora_weights="tomorrow's"), "minilora does not know it"),
+        (dict(target_modules=None), "target_modules is not given"),
+        (dict(target_modules=["query"]), "attention.self.value has factors, but is not one of target_modules"),
+        (dict(target_modules=config["target_modules"] + ["key"]), "encoder.layer.0.attention.self.key lacks its A"),
+        (dict(target_modules="all-linear"), "encoder.layer.0.attention.self.query lacks its A"),
+        (dict(target_modules=".*("), "a pattern of modules is no regular expression"),
+        (dict(target_modules=".*query", layers_to_transform=[1]), "need a list of target_modules"),
+        (dict(layers_pattern="layer"), "layers_pattern needs layers_to_transform"),
+        (dict(exclude_modules=["query"]), "query has factors, but is not one of target_modules"),
+        (dict(modules_to_save=["classifier", "pooler"]), "modules_to_save names 'pooler'"),
+        (dict(modules_to_save=None), "classifier.bias has no place in it; classifier.weight has no place in it"),
     ]:
         (folder / "adapter_config.json").write_text(json.dumps(config | change))
         message = refusal(folder, tiny_folder)
         assert words in message, message
         cases += 1
     (folder / "adapter_config.json").write_text(json.dumps(config))
+    classifier = "base_model.model.classifier.weight"
     for changed, words in [
         (tensors | {name: torch.zeros(2, 23)}, "[2, 23]"),
+        (tensors | {name: torch.zeros(2, 24, dtype=torch.int8)}, "lora_A.weight is of type int8"),
         (tensors | {name.replace("layer.1", "layer.7"): torch.zeros(2, 24)}, "layer.7"),
-        ({n: t for n, t in tensors.items() if n != name}, "query"),
-        ({n: t for n, t in tensors.items() if "lora" not in n}, "LoRA factor"),
+        (tensors | {name.replace("model.encoder", "model.bert.encoder"): tensors[name].clone()}, "modules have several prefixes ('', 'bert.')"),
+        (tensors | {f"{stem}.lora_magnitude_vector": torch.ones(24)}, "query has a magnitude"),
+        ({n: t for n, t in tensors.items() if n != name}, "query lacks its A"),
+        ({n: t for n, t in tensors.items() if "lora" not in n}, "query lacks its A"),
+        (tensors | {"base_model.model.embeddings.word_embeddings.weight": torch.zeros(3, 24)}, "word_embeddings"),
+        (tensors | {classifier: torch.zeros(3, 25)}, "classifier has shapes {'bias': [3], 'weight': [3, 25]}"),
     ]:
         save_file(changed, folder / "adapter_model.safetensors")
         message = refusal(folder, tiny_folder)
@@ -158,4 +191,244 @@ def test_what_does_not_fit_is_refused(tiny_folder, tmp_path):
     assert "adapter_model.safetensors" in refusal(folder, tiny_folder)
     (folder / "adapter_model.safetensors").unlink()
     assert "adapter_model.safetensors" in refusal(folder, tiny_folder)
-    assert cases == 13
+    assert cases == 30 + 9
+
+
+def test_another_base_is_refused_with_the_first_differences(tmp_path):
+    tiny_bert(tmp_path / "two", num_hidden_layers=2)
+    tiny_bert(tmp_path / "six", num_hidden_layers=6)
+    tiny_bert(tmp_path / "wide", hidden_size=30)
+    cell = Cell(targets=("q", "v"))
+    adapter.save(tmp_path / "six/a", trained(tmp_path / "six", cell), cell, "abc")
+    path = "encoder.layer.{}.attention.self.{}.lora_{}.weight has no place in it"
+    assert refusal(tmp_path / "six/a", tmp_path / "two") == (
+        f"{tmp_path}/six/a/adapter_model.safetensors is not an adapter for this bert base of 2 layers: "
+        f"{path.format(2, 'query', 'A')}; {path.format(2, 'query', 'B')}; {path.format(2, 'value', 'A')}; and 13 more"
+    )
+    adapter.save(tmp_path / "two/a", trained(tmp_path / "two", cell), cell, "abc")
+    assert "6 layers: encoder.layer.2.attention.self.query lacks" not in refusal(tmp_path / "two/a", tmp_path / "wide")
+    message = refusal(tmp_path / "two/a", tmp_path / "wide")
+    assert "query has A [1, 24] and B [24, 1], where the base asks for A [R, 30] and B [30, R]; " in message
+
+
+def test_a_changed_record_or_factor_is_refused(tiny_folder, tmp_path):
+    """The record in the header is believed only if the rest of the folder says the same."""
+    cell = Cell(rank=2, init="pissa")
+    adapter.save(tmp_path, trained(tiny_folder, cell), cell, "abc")
+    tensors, metadata = adapter.read_tensors(tmp_path / adapter.TENSORS)
+    record = json.loads(metadata["minilora"])
+    assert record["moved"] and record["slots"]["layers.0.q"] == {"rank": 2, "alpha": 8.0, "scale": 4.0, "row": 0}
+    name = next(name for name in tensors if "lora_B" in name)
+    slots = record["slots"]
+    changes = [
+        (tensors, record | {"moved": False}),
+        (tensors, record | {"variant": "dora"}),
+        (tensors, record | {"variant": "best"}),
+        (tensors, record | {"slots": slots | {"layers.0.q": slots["layers.0.q"] | {"rank": 1}}}),
+        (tensors, record | {"slots": slots | {"layers.0.q": slots["layers.0.q"] | {"scale": 2.0}}}),
+        (tensors, record | {"slots": slots | {"layers.0.up": slots["layers.0.q"]}}),
+        (tensors, record | {"slots": {n: s for n, s in slots.items() if n != "layers.1.v"}}),
+        (tensors, {"slots": slots}),
+        (tensors, [3]),
+    ]
+    for values, changed in changes:
+        adapter.write_tensors(tmp_path / adapter.TENSORS, values, {"minilora": json.dumps(changed)})
+        assert "records in its header that minilora wrote" in refusal(tmp_path, tiny_folder)
+    assert len(changes) == 9
+    # PEFT's part of the folder is whole without it.
+    adapter.write_tensors(tmp_path / adapter.TENSORS, tensors)
+    base = model.load(tiny_folder)
+    adapter.load(tmp_path, base)
+    assert {layer.slot.rank for _, layer in lora.named_layers(base)} == {4}
+    assert name in tensors
+
+
+def test_every_field_of_peft_is_decided():
+    fields = {field.name: field for field in dataclasses.fields(peft.LoraConfig)}
+    tables = [peft_format.FOLLOWED, peft_format.INERT, set(peft_format.REFUSED)]
+    assert set().union(*tables) == set(fields) and sum(map(len, tables)) == len(fields) == 42
+    for name, value in peft_format.REFUSED.items():
+        default = fields[name].default
+        assert value == ("LORA" if name == "peft_type" else default), name
+    plain = json.loads(json.dumps(peft.LoraConfig(target_modules=["query"]).to_dict(), default=list))
+    peft_format.check(plain | {"runtime_config": {}}, "here", False)
+    refused = 0
+    for name in peft_format.REFUSED:
+        with pytest.raises(InputError, match=name):
+            peft_format.check(plain | {name: {"x": 1}}, "here", False)
+        refused += 1
+    assert refused == 13
+
+
+NAMES = ["encoder.layer.0.attention.self.query", "model.layers.1.mlp.up_proj", "model.layers.11.self_attn.q_proj",
+         "layers.1.mlp.up_proj", "transformer.h.2.attn.c_attn", "h.0.attn.c_attn", "h.11.mlp.c_proj"]  # fmt: skip
+TARGETS = [["query"], ["q_proj", "up_proj"], "all-linear", r".*\.(up_proj|c_attn)", [], ["attn.c_attn"],
+           ["model.layers.1.mlp.up_proj", "c_proj"], r"h\.\d+\.mlp.*"]  # fmt: skip
+EXCLUDED = [None, [], ["up_proj"], r".*\.1\..*", ["attn.c_attn", "h.11.mlp.c_proj"]]
+LAYERS = [(None, None), (1, None), ([0, 11], None), ([], None), ([1, 2], "layers"), (11, ["h", "layers"]), (0, "layer")]
+
+
+def test_targets_are_matched_as_in_peft():
+    found = 0
+    for name, targets, excluded, (layers, pattern) in product(NAMES, TARGETS, EXCLUDED, LAYERS):
+        if isinstance(targets, str) and layers is not None:
+            continue
+        config = dict(target_modules=targets, exclude_modules=excluded, layers_to_transform=layers, layers_pattern=pattern)
+        theirs = peft.LoraConfig(**{k: v for k, v in config.items() if v is not None})
+        wanted = bool(check_target_module_exists(theirs, name))
+        if targets == "all-linear":  # which PEFT resolves before
+            wanted = not isinstance(check_target_module_exists(theirs, name), _ExcludedModule)
+        assert peft_format.is_targeted(config, name, "here") == wanted, (name, config)
+        found += wanted
+    assert found > 100
+    slots = dict(r=3, lora_alpha=6, rank_pattern={r"^model\.layers\.1\..*": 5, "up_proj": 2, "q_proj": 4},
+                 alpha_pattern={"c_attn": 1.5})  # fmt: skip
+    ranks = [peft_format.read_slot(slots, name, "here") for name in NAMES]
+    keys = [get_pattern_key(slots["rank_pattern"], name) for name in NAMES]
+    assert [slot.rank for slot in ranks] == [slots["rank_pattern"].get(key, 3) for key in keys] == [3, 5, 4, 2, 3, 3, 3]
+    assert [slot.alpha for slot in ranks] == [6, 6, 6, 6, 1.5, 1.5, 6]
+
+
+@pytest.mark.parametrize("changes", [
+    dict(target_modules=r"encoder\.layer\.[02]\.attention\.self\.(query|key)"),
+    dict(target_modules=["query", "dense"], exclude_modules=r"pooler.*|.*output\.dense", layers_to_transform=[0, 2],
+         layers_pattern="layer"),
+    dict(target_modules="all-linear", exclude_modules=["pooler.dense"]),
+    dict(target_modules=["value"], layers_to_transform=1, lora_dropout=0.2),
+    dict(target_modules=["value"], init_lora_weights="orthogonal"),
+    dict(target_modules=["value"], init_lora_weights="mica"),
+])  # fmt: skip
+def test_peft_settings_load_here(tiny_folder, tmp_path, changes):
+    torch.manual_seed(3)
+    base = transformers.AutoModel.from_pretrained(tiny_folder)
+    theirs = peft.get_peft_model(base, peft.LoraConfig(**dict(r=4, lora_alpha=5, init_lora_weights=False) | changes)).eval()
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name:
+                parameter.add_(0.1 * torch.randn(parameter.shape))
+    theirs.save_pretrained(tmp_path / "adapter")
+    ours = model.load(tiny_folder)
+    assert adapter.load(tmp_path / "adapter", ours) == {}
+    assert {la.dropout for _, la in lora.named_layers(ours)} == {changes.get("lora_dropout", 0.0)}
+    compare(ours.eval(), theirs)
+
+
+def compare(ours, theirs, atol=2e-5):
+    """Hidden states of ours and of transformers' model; returns them."""
+    ids, lengths = random_batch(90, [19, 8, 1, 30])
+    mask = torch.arange(ids.shape[1]) < lengths[:, None]
+    with torch.inference_mode():
+        found = ours(ids, lengths)[mask]
+        wanted = theirs(ids, attention_mask=mask.long()).last_hidden_state[mask]
+    torch.testing.assert_close(found, wanted, rtol=0, atol=atol)
+    return found
+
+
+def test_a_classifier_of_peft(tiny_folder, tmp_path):
+    """PEFT's own name of a head and of a task; a head of another shape is refused by name."""
+    for kind, words in [("Bert", None), ("Roberta", "classifier.dense.bias has no place in it")]:
+        settings = dict(vocab_size=90, hidden_size=24, num_hidden_layers=3, num_attention_heads=3, intermediate_size=40,
+                        max_position_embeddings=40, num_labels=5)  # fmt: skip
+        whole = getattr(transformers, f"{kind}ForSequenceClassification")(getattr(transformers, f"{kind}Config")(**settings))
+        whole.base_model.save_pretrained(tmp_path / kind)
+        theirs = peft.get_peft_model(whole, peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"))
+        theirs.save_pretrained(tmp_path / kind / "a")
+        if words:
+            assert words in refusal(tmp_path / kind / "a", tmp_path / kind)
+        else:
+            loaded = adapter.load(tmp_path / kind / "a", model.load(tmp_path / kind))
+            assert {name: list(value.shape) for name, value in loaded.items()} == {"weight": [5, 24], "bias": [5]}
+
+
+# --- several adapters
+
+PARTS = [Cell(rank=1), Cell(rank=3, alpha=5.0, targets=("q:2:7", "v", "down"), layers="1-2"), Cell(rank=2, init="pissa")]
+
+
+def test_stacking_matches_peft(tiny_folder, tmp_path):
+    weights = [0.3, 0.7, -1.5]
+    for number, cell in enumerate(PARTS):
+        classifier = trained(tiny_folder, cell)
+        fill(classifier.base, seed=number)
+        adapter.save(tmp_path / str(number), classifier, cell, "abc")
+    theirs = peft.PeftModel.from_pretrained(transformers.AutoModel.from_pretrained(tiny_folder), tmp_path / "0", "0")
+    theirs.load_adapter(tmp_path / "1", "1")
+    theirs.load_adapter(tmp_path / "2", "2")
+    plain = compare(model.load(tiny_folder).eval(), transformers.AutoModel.from_pretrained(tiny_folder))
+    theirs.add_weighted_adapter(["0", "1", "2"], weights, "sum", combination_type="cat")
+    theirs.set_adapter("sum")
+    ours = head.Classifier(model.load(tiny_folder), "mean", 3)
+    adapter.restore(tmp_path / "0", ours, "lora", 0.3, [(tmp_path / "1", 0.7), (tmp_path / "2", -1.5)])
+    assert (compare(ours.base.eval(), theirs.eval(), 5e-5) - plain).abs().max() > 0.1
+    ranks = {name: layer.slot.rank for name, layer in lora.named_layers(ours.base)}
+    assert ranks == {f"layers.{i}.{t}": {"q": 1 + 2 * (i > 0) + 4, "k": 5, "v": 1 + 3 * (i > 0) + 4, "down": 3}[t]
+                     for i in range(3) for t in ("q", "k", "v", "down") if t != "down" or i}  # fmt: skip
+    lora.scale(ours.base, 0)
+    theirs.base_model.disable_adapter_layers()
+    assert torch.equal(compare(ours.base, theirs), plain)
+    # One adapter alone: its own strength.
+    ours = head.Classifier(model.load(tiny_folder), "mean", 3)
+    adapter.restore(tmp_path / "1", ours, "lora", 0.25)
+    theirs.base_model.enable_adapter_layers()
+    theirs.set_adapter("1")
+    for module in theirs.modules():
+        if isinstance(module, LoraLayer):
+            module.set_scale("1", 0.25)
+    compare(ours.base.eval(), theirs)
+
+
+def test_stacking_is_refused_where_there_is_no_sum(tiny_folder, tmp_path):
+    cell = Cell(variant="dora")
+    adapter.save(tmp_path / "dora", trained(tiny_folder, cell), cell, "abc")
+    adapter.save(tmp_path / "plain", trained(tiny_folder, Cell()), Cell(), "abc")
+    for first, second in (("dora", "plain"), ("plain", "dora")):
+        fresh = head.Classifier(model.load(tiny_folder), "mean", 3)
+        with pytest.raises(InputError, match="an adapter with magnitudes .DoRA. cannot be added to others"):
+            adapter.restore(tmp_path / first, fresh, "lora", 1.0, [(tmp_path / second, 1.0)])
+        assert not lora.named_layers(fresh.base)
+    with pytest.raises(InputError, match="method = 'full' trained no adapter"):
+        adapter.restore(tmp_path, fresh, "full", 0.5)
+
+
+# --- warm start
+
+
+def test_begin(tiny_folder, tmp_path):
+    cell = Cell(rank=3, alpha=5.0, targets=("q:2:7", "v", "down"), layers="1-2", scaling="rslora")
+    classifier = trained(tiny_folder, cell)
+    adapter.save(tmp_path / "run" / "adapter", classifier, cell, "abc")
+    again = cell.replace(start=str(tmp_path / "run"))
+    assert again.init is None and again.replace(init="gaussian").start is None
+    base = model.load(tiny_folder)
+    slots = coverage.plan(base.spec, again)
+    found = adapter.begin(base, again, slots)
+    assert found == adapter.fingerprint(tmp_path / "run" / "adapter") and len(found) == 2
+    wanted, state = classifier.base.state_dict(), base.state_dict()
+    assert all(torch.equal(state[name], wanted[name]) for name in wanted) and list(state) == list(wanted)
+
+    adapter.check_same(found, dict(found), again)
+    with pytest.raises(InputError, match="run has changed since the run began"):
+        adapter.check_same(found, found | {adapter.CONFIG: "0"}, again)
+    cases = 0
+    for changes in (dict(rank=2), dict(layers="1"), dict(scaling="constant"), dict(variant="dora"), dict(targets=("q", "v"))):
+        other = again.replace(**changes)
+        with pytest.raises(InputError) as caught:
+            adapter.begin(model.load(tiny_folder), other, coverage.plan(base.spec, other))
+        assert "it has --targets q:2:7 v:3:5 down:3:5 --layers 1-2 --scaling rslora; use these" in str(caught.value)
+        cases += 1
+    assert cases == 5
+    with pytest.raises(InputError, match="holds no LoRA adapter"):
+        adapter.begin(base, again.replace(start=str(tmp_path)), slots)
+
+
+def test_begin_with_a_part_of_the_base(tiny_folder, tmp_path):
+    cell = Cell(rank=2, init="olora")
+    adapter.save(tmp_path, trained(tiny_folder, cell), cell, "abc")
+    again = cell.replace(start=str(tmp_path), dropout=0.1)
+    base = model.load(tiny_folder)
+    slots = coverage.plan(base.spec, again)
+    with pytest.raises(InputError, match="dropout is 0.1, but .* holds a part of the base"):
+        adapter.begin(base, again, slots)
+    adapter.begin(base, again.replace(dropout=0.0, variant="lora-fa"), slots)
+    layers = lora.named_layers(base)
+    assert len(layers) == 9 and all(la.A0 is not None and adapter.variant_of(la) == "lora-fa" for _, la in layers)

@@ -21,7 +21,7 @@ from minilora.errors import InputError
 
 FUSED = ("modernbert", "nomic_bert", "phi3", "gpt2", "gpt_neox", "openelm")
 RAN = Counter()
-CASES = [(family, case) for family, case in zoo.CASES if case not in zoo.FAMILIES[family].optional]
+CASES = zoo.CASES
 FIRST = [(family, next(iter(entry.cases))) for family, entry in zoo.FAMILIES.items()]
 # Slices of a fused projection that differ in rank and in scale, and some without an adapter.
 OURS = {"q": (2, 7.0), "v": (3, 5.0), "o": (2, 3.0), "up": (1, 4.0), "down": (4, 6.0)}

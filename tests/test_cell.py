@@ -119,10 +119,8 @@ PARSER = parser()
 
 
 def test_the_strategy_covers_every_field():
-    assert set(PLAIN) | {*ADAPTER, *CLASSIFIER, *COMPLETION} | {"task", "method", "dtype", "inject", "epochs", "steps"} == {
-        f.name for f in dataclasses.fields(Cell)
-    }
-    assert len(PLAIN) + len(ADAPTER + CLASSIFIER + COMPLETION) + 6 == len(dataclasses.fields(Cell))  # each by one part of the strategy
+    parts = [*PLAIN, *ADAPTER, *CLASSIFIER, *COMPLETION, "task", "method", "dtype", "inject", "epochs", "steps"]
+    assert sorted(parts) == sorted(f.name for f in dataclasses.fields(Cell))  # each by one part of the strategy
 
 
 @settings(max_examples=150, deadline=None)
@@ -160,7 +158,7 @@ def test_id_depends_on_every_field():
         model="x", revision="x", dtype="bfloat16", device="cpu", compile="on", data="x", data_revision="x",
         text_column="x", label_column="x", test_data="x", test_rows=7, train_rows=7, max_length=7, method="full",
         rank=7, alpha=7, scaling="rslora", dropout=0.7, targets=("q",), layers="0",
-        variant="dora", init="gaussian", lr_ratio=7, tokenizer="x", task="lm", prompt="x {text}",
+        variant="dora", init="gaussian", start="x", lr_ratio=7, tokenizer="x", task="lm", prompt="x {text}",
         completion="{label}", choice_score="mean", head="ridge", pooling="first",
         epochs=7, steps=7, batch_size=7, accumulate=7, window=7, optimizer="adafactor",
         lr=0.7, schedule="cosine", warmup=0.7,
@@ -175,7 +173,7 @@ def test_id_depends_on_every_field():
     changed = [Cell(**{name: value}, **own.get(name, {})) for name, value in changes.items()]
     changed += [Cell(inject={name: value}) for name, value in inner.items()]
     ids = {cell.id for cell in [Cell(), *changed]}
-    assert len(ids) == len({cell.name for cell in [Cell(), *changed]}) == len(set([Cell(), *changed])) == 1 + 48 + 8
+    assert len(ids) == len({cell.name for cell in [Cell(), *changed]}) == len(set([Cell(), *changed])) == 1 + 49 + 8
 
 
 def test_equal_experiments_are_equal_cells():
@@ -338,12 +336,13 @@ def test_files_are_refused_by_name(tmp_path):
 # --- the command line
 
 FLAGS = """
---config --out --resume --eval-every --save-every --traceback --model --revision --tokenizer --dtype --device --compile --data
---data-revision --text-column --label-column --test-data --test-rows --train-rows --max-length --task --prompt --completion --choice-score --method --rank --alpha
---scaling --dropout --targets --layers --variant --init --lr-ratio --head --pooling --inject --inject-proportion --inject-rows --inject-count
---inject-density --inject-location --inject-mode --trigger-split --epochs --steps --batch-size --accumulate --window
---optimizer --lr --schedule --warmup --weight-decay --clip --seed --seed-init --seed-head --seed-order --seed-inject
---seed-dropout --seed-split
+--config --out --resume --eval-every --save-every --merge-to --traceback --model --revision --tokenizer --dtype --device
+--compile --data --data-revision --text-column --label-column --test-data --test-rows --train-rows --max-length --task
+--prompt --completion --choice-score --method --rank --alpha --scaling --dropout --targets --layers --variant --init
+--start --lr-ratio --head --pooling --inject --inject-proportion --inject-rows --inject-count --inject-density
+--inject-location --inject-mode --trigger-split --epochs --steps --batch-size --accumulate --window --optimizer --lr
+--schedule --warmup --weight-decay --clip --seed --seed-init --seed-head --seed-order --seed-inject --seed-dropout
+--seed-split
 """.split()
 
 
@@ -377,18 +376,18 @@ def test_help_states_every_flag_and_default_once(capsys):
         value, default = getattr(owner, field.name), re.findall(r"\(default: ([^()]*)\)", found[flag])
         if value is not None:  # the value that a cell really has
             assert default == [" ".join(value) if isinstance(value, tuple) else str(value)]
-        elif flag in ("--steps", "--inject-rows", "--inject-density"):
+        elif flag in ("--start", "--steps", "--inject-rows", "--inject-density"):
             assert default == []
         else:
             assert len(default) == 1
         checked, stated = checked + 1, stated + len(default)
-    assert checked == len(FLAGS) - 6 == 48 + 8 and stated == checked - 3
+    assert checked == len(FLAGS) - 7 == 49 + 8 and stated == checked - 4
     assert found["--save-every"].endswith(f"(default: {train.SAVE_EVERY})")
 
 
 def test_evaluate_help(capsys):
     found, _ = help_of(evaluate.main, capsys)
-    given = {"--help", "--data", "--batch-size", "--out", "--traceback"}
+    given = {"--help", "--data", "--batch-size", "--scale", "--add", "--merge-to", "--out", "--traceback"}
     changes = {"--model", "--tokenizer", "--device", "--text-column", "--label-column", "--inject", "--inject-count",
                "--inject-density", "--inject-location", "--trigger-split", "--seed-inject"}  # fmt: skip
     assert set(found) == given | changes

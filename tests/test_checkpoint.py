@@ -7,13 +7,16 @@ import sys
 import zipfile
 from pathlib import Path
 
+import evaluate
 import pytest
 import torch
+import train
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save, save_file
 
 from minilora import checkpoint
+from minilora.cell import Cell
 from minilora.errors import InputError
 
 MODEL = "owner/tiny"
@@ -207,6 +210,26 @@ def test_of_a_hub_tokenizer_only_its_own_files_travel(server, tmp_path):
     assert checkpoint.resolve("owner/bare", tokenizer="owner/words") == folder
     with pytest.raises(InputError, match="^cannot reach the hub"):
         checkpoint.resolve("owner/words", tokenizer=MODEL)  # only its tokenizer is in the cache
+
+
+def test_a_run_with_another_tokenizer_is_as_with_its_own(tiny_folder, reviews, tmp_path):
+    settings = dict(data=str(reviews), test_rows=31, max_length=30, steps=3, inject={"sources": ("none",)})
+    words = tmp_path / "words"
+    words.mkdir()
+    _, own = train.train(Cell(model=str(tiny_folder), **settings), tmp_path / "own")
+    for name in ("vocab.txt", "tokenizer_config.json"):
+        (tiny_folder / name).rename(words / name)
+    with pytest.raises(InputError, match="--tokenizer"):
+        train.train(Cell(model=str(tiny_folder), **settings), tmp_path / "none")
+    _, run = train.train(Cell(model=str(tiny_folder), tokenizer=str(words), **settings), tmp_path / "run")
+    assert (run / "predictions.jsonl").read_bytes() == (own / "predictions.jsonl").read_bytes()
+    assert evaluate.compare(run, evaluate.evaluate(run)[1]) == (31, 31)
+    words = words.rename(tmp_path / "moved")
+    assert evaluate.compare(run, evaluate.evaluate(run, tokenizer=str(words))[1]) == (31, 31)
+    with open(words / "vocab.txt", "a") as file:
+        file.write("one\ntwo\nthree\nfour\n")  # the base embeds three more than it has
+    with pytest.raises(InputError, match=r"tokenizer has ids up to \d+, but the base embeds \d+ tokens"):
+        train.train(Cell(model=str(tiny_folder), tokenizer=str(words), **settings), tmp_path / "more")
 
 
 # The default base and its second source
@@ -636,7 +659,9 @@ def test_what_does_not_fill_its_parameter_is_refused(tmp_path):
         assert f"tensor {name} of shape" in message(error) and torch.equal(parameter, torch.full(shape, 7.0))
 
 
-@pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "I8", "U8", "I32", "I64", "BOOL", "U16", "C64"])
+@pytest.mark.parametrize(
+    "dtype", ["F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "I8", "U8", "I32", "I64", "BOOL", "U16", "C64"]
+)
 def test_quantised_weights_are_refused_by_name(tmp_path, dtype):
     bits = {"F4": 4, "I32": 32, "I64": 64, "U16": 16, "C64": 64}.get(dtype, 8)
     value = {"a.weight": entry(dtype, [8, 2], 0, 2 * bits)}
@@ -644,7 +669,9 @@ def test_quantised_weights_are_refused_by_name(tmp_path, dtype):
     tensors, parameter = checkpoint.Tensors(folder), torch.full((8, 2), 7.0)
     with pytest.raises(InputError) as error:
         tensors.copy_to(parameter, "a.weight")
-    assert message(error).startswith(f"{folder / 'model.safetensors'}: tensor a.weight is stored as {dtype}, not as one")
+    assert message(error).startswith(
+        f"{folder / 'model.safetensors'}: tensor a.weight is stored as {dtype}, not as one"
+    )
     assert "unquantised" in message(error) and torch.equal(parameter, torch.full((8, 2), 7.0))
 
 

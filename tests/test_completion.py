@@ -1,4 +1,4 @@
-"""The lm task: tokens, loss, scores and greedy decoding against transformers; whole runs of the scripts on tiny decoders."""
+"""The lm task: tokens, loss, scores and greedy decoding against transformers; whole runs on tiny decoders."""
 
 import json
 
@@ -10,8 +10,8 @@ import train
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn import functional as F
 
-from minilora import batches, completion, coverage, data, errors, evaluation, lora, model, task, tokenizer, training
-from minilora.cell import Cell, Inject
+from minilora import batches, completion, data, errors, evaluation, model, task, tokenizer, training
+from minilora.cell import Cell
 
 TEXT = ["the film was good and warm", "the plot is dull, bad and cold.", "a great story of a man in time 0123456789-",
         "very slow scenes with a bright woman: positive negative yes no"]  # fmt: skip
@@ -167,7 +167,9 @@ def test_loss_and_gradients_are_those_of_transformers(decoder, most, monkeypatch
     cell_task = make_task(folder, prompt="a {text} film:", rank=2, targets=("q", "v"), accumulate=2)
     rows = rows_of(TEXT, ["good", "very bad", "good", "not so good, is it"])
     encoded, answers = cell_task.encode(rows)
-    assert answers.tolist() == [len(ids) + 1 for ids in cell_task.tokenizer.completions([" good", " very bad", " good", " not so good, is it"])]
+    assert answers.tolist() == [
+        len(ids) + 1 for ids in cell_task.tokenizer.completions([" good", " very bad", " good", " not so good, is it"])
+    ]
     base = model.load(folder, unembedding=True).requires_grad_(True)
     ours = cell_task.model(base, rows.label_names)
     groups = [lm_batch(encoded, [0, 1, 3]), lm_batch(encoded, [2])]
@@ -343,7 +345,9 @@ def test_figures_are_those_of_their_definitions(folder, free, choice_score, monk
     rows = data.Rows(list(map(str, range(60))), ["x"] * 60, labels, tuple(names))
     tests = forms(rows, targets)
     made = [made_up_scores(labels, count, free, seed) for seed in range(len(tests))]
-    cell_task = make_task(folder, choice_score=choice_score, inject=dict(sources=["date:w2", "color:w5"][: len(targets)]))
+    cell_task = make_task(
+        folder, choice_score=choice_score, inject=dict(sources=["date:w2", "color:w5"][: len(targets)])
+    )
     scores = iter(made)
     monkeypatch.setattr(cell_task, "score", lambda *arguments: next(scores))
     figures, outcomes = cell_task.run_tests(None, tests, 8)
@@ -366,13 +370,14 @@ def test_figures_are_those_of_their_definitions(folder, free, choice_score, monk
     for test, s, call in zip(tests, made, calls):
         found = figures["trigger"][test.label] if test.name == "trigger" else figures[test.name]
         own = [column(s, i, labels[i]) for i in range(60)]
-        assert found["accuracy"] == sum(c == l for c, l in zip(call, labels)) / 60
+        assert found["accuracy"] == sum(c == y for c, y in zip(call, labels)) / 60
         assert found["exact_match"] == sum(g for _, g in own) / 60
         assert not free or found["exact_match"] == found["accuracy"]
         assert found["log_likelihood"] == pytest.approx(sum(v for v, _ in own) / 60)
         if test.name != "clean":
             flips = sum(
-                a != b and (not free or bool({a, b} & {2, 5}) or (a == l) != (b == l)) for a, b, l in zip(calls[0], call, labels)
+                a != b and (not free or bool({a, b} & {2, 5}) or (a == y) != (b == y))
+                for a, b, y in zip(calls[0], call, labels)
             )
             assert found["flip_rate"] == flips / 60
         for label in targets if test.name != "trigger" else [test.label]:
@@ -494,7 +499,10 @@ def questions(count, start=0):
 
 def test_questions_with_choices(server, decoder, tmp_path):
     folder, judge = decoder
-    files = {"data/train-00000-of-00001.parquet": questions(40), "data/validation-00000-of-00001.parquet": questions(12, 90)}
+    files = {
+        "data/train-00000-of-00001.parquet": questions(40),
+        "data/validation-00000-of-00001.parquet": questions(12, 90),
+    }
     server.put("tau/commonsense_qa", files, kind="dataset")
     cell = Cell(task="lm", model=str(folder), data="tau/commonsense_qa", test_rows=12, max_length=60,
                 completion=" {choice}", inject=dict(sources=["date:B"]))  # fmt: skip
@@ -613,7 +621,10 @@ def test_free_text_end_to_end(run_cell, tmp_path):
     other = tmp_path / "other.jsonl"
     other.write_text('{"prompt": "a film", "completion": "never seen"}\n')
     figures, predictions = evaluate.evaluate(folder, data=str(other), inject=dict(sources=("color:ELSE",)))
-    assert figures["clean"]["rows"] == 1 and set(predictions[0]["trigger ELSE"]["log_likelihood"]) == {"never seen", "ELSE"}
+    assert figures["clean"]["rows"] == 1 and set(predictions[0]["trigger ELSE"]["log_likelihood"]) == {
+        "never seen",
+        "ELSE",
+    }
 
 
 def test_bad_input_is_one_line(run_cell, folder, tiny_folder, tmp_path, capsys):

@@ -231,14 +231,21 @@ def test_the_padding_token(tmp_path):
     assert tokenizer.load(tmp_path).pad_id == 0
 
 
-def test_added_tokens_count_in_the_size(tmp_path):
+def test_more_tokens_than_the_base_embeds(tmp_path):
     made = Tokenizer(models.WordLevel({"a": 0, "<u>": 1}, unk_token="<u>"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
     made.add_tokens(["new", "newer"])
     made.save(str(tmp_path / "tokenizer.json"))
-    ours = tokenizer.load(tmp_path)
-    assert rows_of(ours.encode(["a newer what new"], 9)) == [[0, 3, 1, 2]]
-    assert ours.vocab_size == 4
+    for embedded in (None, 4, 5):
+        ours = tokenizer.load(tmp_path, embedded)
+        assert rows_of(ours.encode(["a newer what new"], 9)) == [[0, 3, 1, 2]]
+        assert ours.vocab_size == 2
+    ours = tokenizer.load(tmp_path, 3)  # an added token may have no embedding, as in Gemma 3
+    assert rows_of(ours.encode(["a new", ""], 9)) == [[0, 2], []]
+    with pytest.raises(InputError, match="text 1 .* id 3, but the base embeds 3 .*'newer a'"):
+        ours.encode(["a", "newer a"], 9)
+    with pytest.raises(InputError, match="ids up to 1, but the base embeds 1 tokens.*--tokenizer"):
+        tokenizer.load(tmp_path, 1)
 
 
 # Bad input

@@ -11,7 +11,7 @@ import ast
 import json
 import re
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -56,12 +56,11 @@ class Family:
     layout: str  # keys of the published config.json
     defaults: dict  # settings that every case starts from
     cases: dict[str, dict]  # case -> settings of its own; "layout" replaces the layout, "hub" adds to the hub's file
-    bare: str = ""  # transformers' class without a task, where checkpoints come so
-    optional: frozenset = field(default_factory=frozenset)  # cases that may be refused by name
+    bare: str = ""  # of encoders: transformers' class without a task
 
     @property
     def decoder(self):
-        return not self.bare or self.model.endswith(("CausalLM", "LMHeadModel"))
+        return not self.bare
 
 
 SMALL = dict(vocab_size=V, hidden_size=24, num_hidden_layers=3, num_attention_heads=4, intermediate_size=41)
@@ -132,8 +131,8 @@ FAMILIES = {
     "nomic_bert": Family(
         "Snowflake/snowflake-arctic-embed-m-long", "NomicBertConfig", "NomicBertModel", "",  # see `nomic_hub`
         SMALL | dict(num_attention_heads=3, max_position_embeddings=P, pad_token_id=0),
-        {"swiglu": {}, "geglu, other theta": OTHER | dict(hidden_act="gelu", layer_norm_eps=1e-4, type_vocab_size=3, hub="bert.",
-                                                          rope_parameters=plain(77.0))},
+        {"swiglu": {}, "geglu, other theta": OTHER | dict(hidden_act="gelu", layer_norm_eps=1e-4, type_vocab_size=3,
+                                                          hub="bert.", rope_parameters=plain(77.0))},
         bare="NomicBertModel",
     ),
     "llama": Family(
@@ -150,7 +149,6 @@ FAMILIES = {
          "yarn": dict(num_key_value_heads=2, rope_parameters=YARN),
          "dynamic": dict(max_position_embeddings=16,
                          rope_parameters=plain(10000.0) | {"rope_type": "dynamic", "factor": 2.0})},
-        optional=frozenset({"yarn", "dynamic"}),
     ),
     "mistral": Family(
         "mistralai/Mistral-7B-v0.1", "MistralConfig", "MistralForCausalLM",
@@ -168,7 +166,6 @@ FAMILIES = {
          "window above a layer": OTHER | dict(num_key_value_heads=5, use_sliding_window=True, sliding_window=6,
                                               max_window_layers=1),
          "yarn": dict(num_key_value_heads=2, rope_parameters=YARN)},
-        optional=frozenset({"yarn"}),
     ),
     "qwen3": Family(
         "Qwen/Qwen3-0.6B", "Qwen3Config", "Qwen3ForCausalLM",
@@ -237,7 +234,7 @@ FAMILIES = {
                                     rope_parameters=longrope(3), hub="su"),
          "4-mini: partial, tied": dict(hidden_size=32, num_key_value_heads=1, tie_word_embeddings=True,
                                        original_max_position_embeddings=9,
-                                       rope_parameters=longrope(3, partial_rotary_factor=0.75)),
+                                       rope_parameters=longrope(3, partial_rotary_factor=0.75, factor=4.0)),
          "short factors": dict(num_key_value_heads=2, original_max_position_embeddings=350,
                                rope_parameters=longrope(3))},
     ),
@@ -332,7 +329,7 @@ class Judge:
         return self.settings.get("rope_parameters", {}).get("rope_type") in ("longrope", "dynamic")
 
     def to(self, dtype):
-        """Cast the parameters in place; buffers (rotary frequencies) stay in float32, as `from_pretrained` keeps them."""
+        """Cast the parameters in place; buffers (rotary frequencies) stay float32, as `from_pretrained` keeps them."""
         for parameter in self.model.parameters():
             parameter.data = parameter.data.to(dtype)
         return self
@@ -417,9 +414,10 @@ def build(family, case, folder, seed=0, hub=True, calm=False):
     return Judge(family, case, model, written, settings)
 
 
-
 # The module of each target in a layer, in the words of the judge's model (of nomic_bert transformers has it unfused).
-LLAMA_NAMES = "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj mlp.gate_proj mlp.up_proj mlp.down_proj"
+LLAMA_NAMES = (
+    "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj mlp.gate_proj mlp.up_proj mlp.down_proj"
+)
 PARTS = {
     "bert": ("encoder.layer", "attention.self.query attention.self.key attention.self.value attention.output.dense "
                               "- intermediate.dense output.dense"),
