@@ -23,9 +23,9 @@ def evaluate(folder, *, data=None, batch_size=None, scale=1.0, added=(), merge_t
     """Run the tests of the finished run in `folder`, `changes` made to its cell: (figures, predictions).
 
     The figures are as `tests` in results.json, the predictions as the lines of predictions.jsonl. `data` names other
-    test rows, which `text_column` and `label_column` then speak of. `scale` multiplies what the adapter changes, and `added`
-    [(run or adapter folder, weight)] are stacked on top of it. With `merge_to` the base with all that is written to that
-    new folder (see `export.write`). Raises InputError for a run that is not finished.
+    test rows, which `text_column` and `label_column` then speak of. `scale` multiplies what the adapter changes, and
+    `added` [(folder of a run or an adapter, weight)] are stacked on top of it. With `merge_to` the base with all that
+    is written to that new folder (see `export.write`). Raises InputError for a run that is not finished.
     """
     import torch
 
@@ -59,9 +59,9 @@ def evaluate(folder, *, data=None, batch_size=None, scale=1.0, added=(), merge_t
     base = model.load(source, dtype, device, cell_task.unembedding)
     trained_model = cell_task.model(base, clean.label_names)
     for other, _ in added:
-        bases = [folder.read_results()["base"]["sha256"] for folder in (run, Run(other)) if folder.finished]
-        if len(set(bases)) > 1:
-            raise errors.InputError(f"--add {other}: it was trained on another base than {folder}: add what is of one base")
+        bases = {r.read_results()["base"]["sha256"] for r in (run, Run(other)) if r.finished}
+        if len(bases) > 1:
+            raise errors.InputError(f"--add {other}: it was trained on another base than {folder}: choose another")
     others = [(adapter.find(other), weight) for other, weight in added]
     adapter.restore(run.path / "adapter", trained_model, cell.method, scale, others)
     if merge_to is not None:
@@ -72,9 +72,7 @@ def evaluate(folder, *, data=None, batch_size=None, scale=1.0, added=(), merge_t
     # --- tests
     tests = cell_task.build_tests(clean, test, cell.seed_for("inject"))
     with console.Progress("evaluation", cell_task.passes(tests)) as progress:
-        figures, outcomes = cell_task.run_tests(
-            trained_model, tests, batch_size or cell.batch_size, progress.advance
-        )
+        figures, outcomes = cell_task.run_tests(trained_model, tests, batch_size or cell.batch_size, progress.advance)
     return figures, list(cell_task.predictions(tests, outcomes))
 
 
@@ -105,10 +103,14 @@ def main(argv=None):
     parser.add_argument("run", metavar="RUN", help="folder of a finished run")
     parser.add_argument("--data", dest="rows", metavar="FILE", help="other test rows: a file (default: the run's own)")
     parser.add_argument("--batch-size", dest="batch", type=int, metavar="N", help="rows a batch (default: the run's)")
-    parser.add_argument("--scale", type=float, default=1.0, metavar="X",
-                        help="multiply what the adapter changes: 0 is the base, 1 the adapter (default: 1)")  # fmt: skip
-    parser.add_argument("--add", action="append", default=[], metavar="OTHER[:X]",
-                        help="stack the adapter of another run, or in a folder, on top, X times (default: once)")  # fmt: skip
+    parser.add_argument(
+        "--scale", type=float, default=1.0, metavar="X",
+        help="multiply what the adapter changes: 0 is the base, 1 the adapter (default: 1)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--add", action="append", default=[], metavar="OTHER[:X]",
+        help="stack the adapter of another run, or in a folder, on top, X times (default: once)",
+    )  # fmt: skip
     parser.add_argument("--merge-to", metavar="DIR", help="write the base with the adapter, for transformers")
     parser.add_argument("--out", metavar="DIR", help="write results.json and predictions.jsonl to this new folder")
     parser.add_argument("--traceback", action="store_true", help="show the full trace of an error")
@@ -126,21 +128,22 @@ def main(argv=None):
     if not math.isfinite(arguments.scale):
         raise errors.InputError(f"--scale is {arguments.scale}, but must be a finite number")
     added = [parse_added(text) for text in arguments.add]
-    strength = {"scale": arguments.scale, "added": added}
+    settings = {"data": arguments.rows, "scale": arguments.scale, "added": added}
 
     figures, predictions = evaluate(
-        arguments.run, data=arguments.rows, batch_size=arguments.batch, merge_to=arguments.merge_to, **strength, **changes
+        arguments.run, batch_size=arguments.batch, merge_to=arguments.merge_to, **settings, **changes
     )
     from minilora import console, files
 
     print(console.table(figures))
-    if arguments.rows is None and "inject" not in changes and "seed_inject" not in changes and not added and arguments.scale == 1:
+    own_rows = arguments.rows is None and "inject" not in changes and "seed_inject" not in changes
+    if own_rows and arguments.scale == 1 and not added:
         same, total = compare(arguments.run, predictions)
         print(f"predictions the same as the run's own: {same:,} of {total:,}")
     if out:
         out.mkdir(parents=True)
         files.write_jsonl(out / "predictions.jsonl", predictions)
-        tested = {"run": str(arguments.run), "data": arguments.rows, "changes": changes} | strength
+        tested = {"run": str(arguments.run), "changes": changes} | settings
         files.write_json(out / "results.json", tested | {"tests": figures})
         print(f"written to {out}")
 

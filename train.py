@@ -84,7 +84,9 @@ def train(cell=None, out=None, *, resume=None, eval_every=0, save_every=SAVE_EVE
     # --- what is about to happen
     certificate = trainable(parameters)
     names = ", ".join(console.short(name) for name in clean.label_names[:6]) + ", ..." * (len(clean.label_names) > 6)
-    say(f"base       {cell.model} ({spec.family}, {len(spec.layers)} layers of width {spec.width}, {cell.dtype}, {device})")
+    say(
+        f"base       {cell.model} ({spec.family}, {len(spec.layers)} layers of width {spec.width}, {cell.dtype}, {device})"
+    )
     say(f"data       {cell.data}: {len(clean):,} training and {len(test):,} test rows of {lengths.mean():.1f} tokens")
     say(f"labels     {names}")
     method = f"{cell.variant}, start {cell.start or cell.init}" if cell.method == "lora" else cell.method
@@ -107,7 +109,7 @@ def train(cell=None, out=None, *, resume=None, eval_every=0, save_every=SAVE_EVE
         if run.state.exists():
             meters = training.load_state(run.state, parameters, optimizer)
             data.check_same(fingerprints, meters["data"], cell)
-            adapter.check_same(started, meters["start"], cell)
+            adapter.check_same(started, meters.get("start"), cell)
             say(f"resumed    after step {meters['step']:,}")
         run.start_metrics(meters["step"])
         start_up = time.perf_counter() - start
@@ -222,7 +224,7 @@ def main(argv=None):
         run = Run(arguments.resume)
         if run.finished:
             if arguments.merge_to:
-                raise errors.InputError(f"{run.path} is finished: python evaluate.py {run.path} --merge-to DIR merges it")
+                raise errors.InputError(f"{run.path} is finished: use python evaluate.py {run.path} --merge-to DIR")
             print(f"{run.path} is finished:")
             return report(run.read_results(), run.path)
         return report(*train(resume=arguments.resume, **often))

@@ -10,12 +10,12 @@ Where a checkpoint fuses projections into one linear map, PEFT can only adapt th
 written as one adapter of the whole, exact but for the rounding of a product: A is theirs stacked (once, where equal),
 B has a block for each and is 0 elsewhere, and where scales differ, the largest is the whole's and B holds the rest.
 An adapter that starts from a part of the weight is written as the plain adapter of rank 2R that it is
-(`variants.py`). A record of the slots in the tensor file's header, which PEFT ignores and drops, lets `load` undo
-both. Where the record and PEFT's part of the folder disagree, the adapter is refused.
+(`variants.py`). `slots.json`, which PEFT does not read or write, lets `load` undo both. Where it does not describe the
+rest of the folder, the adapter is refused. (It is not in the tensor file's header, whose entries have no fixed order:
+the same cell gives the same bytes.)
 """
 
 import hashlib
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,9 +30,9 @@ from .errors import InputError
 from .spec import TARGETS
 from .variants import STARTS, VARIANTS, widened
 
-CONFIG, TENSORS, TRAINED, HEAD = "adapter_config.json", "adapter_model.safetensors", "trained.safetensors", "head.json"
+CONFIG, TENSORS, SLOTS = "adapter_config.json", "adapter_model.safetensors", "slots.json"
+TRAINED, HEAD = "trained.safetensors", "head.json"
 PREFIX = "base_model.model."
-RECORD = "minilora"  # key of the record in the header
 FACTOR = re.compile(r"(.+)\.(?:lora_(A|B)\.weight|lora_(magnitude)_vector(?:\.weight)?)")
 
 
@@ -155,7 +155,8 @@ def save(folder, model, cell, label_names):
             slots, rslora, adapter.variant == "dora", family.transposed, adapter.dropout, "CAUSAL_LM" if lm else None,
             cell.model, cell.revision, bool(state),
         )  # fmt: skip
-        write_tensors(folder / TENSORS, tensors, {RECORD: json.dumps(record)})
+        write_tensors(folder / TENSORS, tensors)
+        files.write_json(folder / SLOTS, record)
         files.write_json(folder / CONFIG, config)
     else:
         trained = {"base." + name: p for name, p in model.base.named_parameters() if p.requires_grad}
@@ -179,7 +180,7 @@ def restore(folder, model, method, weight=1.0, added=()):
     elif added or weight != 1:
         raise InputError(f"method = {method!r} trained no adapter: there is nothing to scale or to stack on")
     else:
-        state, _ = read_tensors(folder / TRAINED)
+        state = read_tensors(folder / TRAINED)
     have = dict(model.named_parameters())
     wrong = [name for name, value in state.items() if name not in have or have[name].shape != value.shape]
     absent = [name for name in have if name.startswith("classifier.") and name not in state]
@@ -209,14 +210,18 @@ def begin(base, cell, slots):
     folder = find(cell.start)
     found = read(folder, base)
     if found.slots != slots or (found.variant == "dora") != (cell.variant == "dora"):
-        differing = [name for name in sorted(slots | found.slots, key=_place) if slots.get(name) != found.slots.get(name)]
+        differing = [
+            name for name in sorted(slots | found.slots, key=_place) if slots.get(name) != found.slots.get(name)
+        ]
         differing = f"{differing[0]}, and {len(differing) - 1} more" if differing else "the variant"
         raise InputError(
             f"{folder} is not the cell's adapter (they differ in {differing}): it has {flags(found)}; use these flags, "
             "or another --start"
         )
     if cell.dropout and any(part.A0 is not None for part in found.parts.values()):
-        raise InputError(f"dropout is {cell.dropout}, but {folder} holds a part of the base, which it would drop: use 0")
+        raise InputError(
+            f"dropout is {cell.dropout}, but {folder} holds a part of the base, which it would drop: use 0"
+        )
     put(Adapter(found.parts, cell.variant, cell.dropout), base)
     return fingerprint(folder)
 
@@ -249,12 +254,15 @@ def find(folder):
     for candidate in (Path(folder) / "adapter", Path(folder)):
         if (candidate / CONFIG).is_file():
             return candidate
-    raise InputError(f"{folder} holds no LoRA adapter (there is no {CONFIG}): name a finished run or an adapter's folder")
+    raise InputError(
+        f"{folder} holds no LoRA adapter (there is no {CONFIG}): name a finished run or an adapter's folder"
+    )
 
 
 def fingerprint(folder):
     """{file name: sha256} of an adapter."""
-    return {name: hashlib.sha256((Path(folder) / name).read_bytes()).hexdigest() for name in (CONFIG, TENSORS)}
+    paths = [Path(folder) / name for name in (CONFIG, TENSORS, SLOTS)]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths if path.is_file()}
 
 
 def read(folder, base):
@@ -263,7 +271,7 @@ def read(folder, base):
     config = checkpoint.read_json(folder / CONFIG)
     family = families.find(spec.family)
     peft_format.check(config, folder / CONFIG, family.transposed)
-    tensors, metadata = read_tensors(folder / TENSORS)
+    tensors = read_tensors(folder / TENSORS)
     prefix, found, head = sort_tensors(tensors, spec, config, folder)
     slots = {module: peft_format.read_slot(config, prefix + module, folder / CONFIG) for module in found}
     for module, slot in slots.items():
@@ -272,8 +280,8 @@ def read(folder, base):
                 f"{folder / CONFIG}: {module} has rank {slot.rank}, but its factors have rank {len(found[module]['A'])}"
             )
     adapter = split(found, slots, config, base, folder)
-    if RECORD in metadata:
-        adapter = recorded(metadata[RECORD], found, slots, adapter, base, folder)
+    if (folder / SLOTS).is_file():
+        adapter = recorded(checkpoint.read_json(folder / SLOTS), found, slots, adapter, base, folder)
     adapter.dropout, adapter.head = config.get("lora_dropout") or 0.0, head
     return adapter
 
@@ -373,7 +381,7 @@ def norms(base, name, module):
     found = widened(weight_of(base, name)).norm(dim=1)
     if (found == 0).any():
         raise InputError(
-            f"row {int(found.argmin())} of {name} is 0, so that PEFT's format, in which it is a part of {module}, cannot "
+            f"row {int(found.argmin())} of {name} is 0, so that PEFT's format, where it is a part of {module}, cannot "
             "hold a DoRA on the rest of that: use another variant, or other targets"
         )
     return found
@@ -446,7 +454,11 @@ def check_head(heads, spec, wrong):
     for name, head in heads.items():
         shapes = {leaf: list(value.shape) for leaf, value in head.items()}
         weight = shapes.get("weight", [])
-        if len(weight) != 2 or weight[1] not in (spec.width, 2 * spec.width) or shapes.get("bias", weight[:1]) != weight[:1]:
+        if (
+            len(weight) != 2
+            or weight[1] not in (spec.width, 2 * spec.width)
+            or shapes.get("bias", weight[:1]) != weight[:1]
+        ):
             wrong.append(f"{name} has shapes {shapes}, where a head has weight [C, {spec.width}] and bias [C]")
             return {}
     if len(heads) > 1:
@@ -484,14 +496,13 @@ def split(found, slots, config, base, folder):
     return Adapter(parts, "dora" if config.get("use_dora") else "lora")
 
 
-def recorded(text, found, slots, plain, base, folder):
-    """The `Adapter` that a record describes, of which the file holds what `to_peft` makes.
+def recorded(record, found, slots, plain, base, folder):
+    """The `Adapter` that a record describes, of which the folder holds what `to_peft` makes.
 
-    Raises InputError if it holds something else. `plain` is the adapter as PEFT understands the file.
+    Raises InputError if it holds something else. `plain` is the adapter as PEFT understands the folder.
     """
-    modules, parts, record = modules_of(base.spec), {}, {}
+    modules, parts = modules_of(base.spec), {}
     try:
-        record = json.loads(text)
         moved, variant = record["moved"], record["variant"]
         if any(part.A0 is not None for part in plain.parts.values()):
             raise ValueError("minilora writes no start that PEFT takes off the base")
@@ -499,6 +510,8 @@ def recorded(text, found, slots, plain, base, folder):
             here = {name: dict(record["slots"][name]) for name in modules[module] if name in record["slots"]}
             first = {name: values.pop("row") for name, values in here.items()}
             here = {name: Slot(**values) for name, values in here.items()}
+            if any(s.scale not in (scale(s.alpha, s.rank) for scale in SCALES.values()) for s in here.values()):
+                raise ValueError("a scale is not that of its rank and alpha")
             largest = max(slot.scale for slot in here.values())
             for name, slot in here.items():
                 columns = slice(first[name], first[name] + slot.rank * (2 if moved else 1))
@@ -516,8 +529,8 @@ def recorded(text, found, slots, plain, base, folder):
         differing = list(found)
     if differing:
         raise InputError(
-            f"{folder}: {CONFIG} or the factors of {differing[0]} are not what {TENSORS} records in its header that "
-            "minilora wrote: undo the change, or load the adapter with PEFT and save it, which drops the record"
+            f"{folder}: {SLOTS} does not describe {CONFIG} and {TENSORS} (first difference: {differing[0]}): undo the "
+            f"change to them, or delete {SLOTS} to read them as PEFT does"
         )
     return adapter
 
@@ -531,17 +544,17 @@ def agree(whole, factors, scale):
     )
 
 
-def write_tensors(path, tensors, metadata=None):
+def write_tensors(path, tensors):
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     with files.replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"} | (metadata or {}))
+        save_file(tensors, temporary, metadata={"format": "pt"})
 
 
 def read_tensors(path):
-    """(every tensor of a safetensors file, its metadata). Raises InputError naming a file that is missing or corrupt."""
+    """Every tensor of a safetensors file. Raises InputError naming it when it is missing or corrupt."""
     try:
         with safetensors.safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+            return {name: file.get_tensor(name) for name in file.keys()}
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: the folder holds no finished adapter") from None
     except (OSError, safetensors.SafetensorError) as error:

@@ -75,7 +75,11 @@ class Cell:
     model: str = option(DEFAULT_BASE, "base", "base: hub id, or folder with config.json and safetensors", str)
     revision: str | None = option(None, "base", "branch, tag or commit of the hub's base", str, unset="main")
     tokenizer: str | None = option(
-        None, "base", "another tokenizer: hub id, or folder with tokenizer.json or vocab.txt", str, unset="the base's own"
+        None,
+        "base",
+        "another tokenizer: hub id, or folder with tokenizer.json or vocab.txt",
+        str,
+        unset="the base's own",
     )
     dtype: str = option(
         "float32", "base", "of the frozen base; what is trained is float32", str, choices=("float32", "bfloat16")

@@ -75,9 +75,9 @@ def resolve(model, revision=None, tokenizer=None):
 
 
 def resolve_config(model, revision=None):
-    """The folder (a `Path`) with the config.json of a base, named as in `resolve`; of a hub id that file alone is fetched.
+    """The folder (a `Path`) with the config.json of a base, named as in `resolve`.
 
-    (Of a base in `KNOWN` all are: they come together.)
+    Of a hub id that file alone is fetched (of a base in `KNOWN` all are: they come together).
     """
     if model in KNOWN and revision is None and not os.path.exists(model):
         return resolve(model)

@@ -235,9 +235,7 @@ def main(argv=None):
     parser = options.Parser(prog="python -m minilora.coverage", description=__doc__.partition("\n\n")[0])
     parser.add_argument("model", metavar="MODEL", help="hub id, or folder with config.json")
     parser.add_argument("--traceback", action="store_true", help="show the full trace of an error")
-    options.add_flags(
-        parser, Cell, only=("revision", "rank", "alpha", "scaling", "targets", "layers", "variant")
-    )
+    options.add_flags(parser, Cell, only=("revision", "rank", "alpha", "scaling", "targets", "layers", "variant"))
     cell = Cell(**options.given_flags(parser.parse_args(argv), Cell))
     spec = families.read_spec(checkpoint.read_config(checkpoint.resolve_config(cell.model, cell.revision)))
     title = f"{cell.model}: {spec.family}, {len(spec.layers)} layers of width {spec.width}\n"

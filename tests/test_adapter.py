@@ -147,9 +147,9 @@ def test_what_does_not_fit_is_refused(tiny_folder, tmp_path):
         (dict(rank_pattern={"(": 2}), "rank_pattern does not map"),
         (dict(alpha_pattern=[3]), "alpha_pattern does not map"),
         (dict(alpha_pattern={}, lora_alpha=None), "None"),
-        (dict(alpha_pattern={}, lora_alpha=9), "are not what adapter_model.safetensors records"),
-        (dict(use_rslora=True), "are not what adapter_model.safetensors records"),
-        (dict(init_lora_weights="pissa"), "are not what adapter_model.safetensors records"),
+        (dict(alpha_pattern={}, lora_alpha=9), "slots.json does not describe adapter_config.json and adapter_model"),
+        (dict(use_rslora=True), "slots.json does not describe adapter_config.json and adapter_model"),
+        (dict(init_lora_weights="pissa"), "slots.json does not describe adapter_config.json and adapter_model"),
         (dict(init_lora_weights="pissa_niter_4"), "pissa_niter_4': it took an approximate part off the base"),
         (dict(init_lora_weights="loftq"), "it was trained on a quantised base"),
         (dict(init_lora_weights="corda"), "depends on data"),
@@ -176,7 +176,10 @@ def test_what_does_not_fit_is_refused(tiny_folder, tmp_path):
         (tensors | {name: torch.zeros(2, 23)}, "[2, 23]"),
         (tensors | {name: torch.zeros(2, 24, dtype=torch.int8)}, "lora_A.weight is of type int8"),
         (tensors | {name.replace("layer.1", "layer.7"): torch.zeros(2, 24)}, "layer.7"),
-        (tensors | {name.replace("model.encoder", "model.bert.encoder"): tensors[name].clone()}, "modules have several prefixes ('', 'bert.')"),
+        (
+            tensors | {name.replace("model.encoder", "model.bert.encoder"): tensors[name].clone()},
+            "modules have several prefixes ('', 'bert.')",
+        ),
         (tensors | {f"{stem}.lora_magnitude_vector": torch.ones(24)}, "query has a magnitude"),
         ({n: t for n, t in tensors.items() if n != name}, "query lacks its A"),
         ({n: t for n, t in tensors.items() if "lora" not in n}, "query lacks its A"),
@@ -212,35 +215,35 @@ def test_another_base_is_refused_with_the_first_differences(tmp_path):
 
 
 def test_a_changed_record_or_factor_is_refused(tiny_folder, tmp_path):
-    """The record in the header is believed only if the rest of the folder says the same."""
+    """slots.json is believed only if the rest of the folder says the same."""
     cell = Cell(rank=2, init="pissa")
     adapter.save(tmp_path, trained(tiny_folder, cell), cell, "abc")
-    tensors, metadata = adapter.read_tensors(tmp_path / adapter.TENSORS)
-    record = json.loads(metadata["minilora"])
+    path = tmp_path / adapter.SLOTS
+    record = json.loads(path.read_text())
     assert record["moved"] and record["slots"]["layers.0.q"] == {"rank": 2, "alpha": 8.0, "scale": 4.0, "row": 0}
-    name = next(name for name in tensors if "lora_B" in name)
     slots = record["slots"]
     changes = [
-        (tensors, record | {"moved": False}),
-        (tensors, record | {"variant": "dora"}),
-        (tensors, record | {"variant": "best"}),
-        (tensors, record | {"slots": slots | {"layers.0.q": slots["layers.0.q"] | {"rank": 1}}}),
-        (tensors, record | {"slots": slots | {"layers.0.q": slots["layers.0.q"] | {"scale": 2.0}}}),
-        (tensors, record | {"slots": slots | {"layers.0.up": slots["layers.0.q"]}}),
-        (tensors, record | {"slots": {n: s for n, s in slots.items() if n != "layers.1.v"}}),
-        (tensors, {"slots": slots}),
-        (tensors, [3]),
+        record | {"moved": False},
+        record | {"variant": "dora"},
+        record | {"variant": "best"},
+        record | {"slots": slots | {"layers.0.q": slots["layers.0.q"] | {"rank": 1}}},
+        record | {"slots": slots | {"layers.0.q": slots["layers.0.q"] | {"scale": 2.0}}},
+        record | {"slots": slots | {"layers.0.q": slots["layers.0.q"] | {"alpha": None}}},
+        record | {"slots": slots | {"layers.0.up": slots["layers.0.q"]}},
+        record | {"slots": {n: s for n, s in slots.items() if n != "layers.1.v"}},
+        {"slots": slots},
+        {},
     ]
-    for values, changed in changes:
-        adapter.write_tensors(tmp_path / adapter.TENSORS, values, {"minilora": json.dumps(changed)})
-        assert "records in its header that minilora wrote" in refusal(tmp_path, tiny_folder)
-    assert len(changes) == 9
-    # PEFT's part of the folder is whole without it.
-    adapter.write_tensors(tmp_path / adapter.TENSORS, tensors)
+    for changed in changes:
+        path.write_text(json.dumps(changed))
+        assert "slots.json does not describe adapter_config.json and adapter_model.safetensors" in refusal(
+            tmp_path, tiny_folder
+        )
+    assert len(changes) == 10
+    path.unlink()  # PEFT's part of the folder is whole without it
     base = model.load(tiny_folder)
     adapter.load(tmp_path, base)
     assert {layer.slot.rank for _, layer in lora.named_layers(base)} == {4}
-    assert name in tensors
 
 
 def test_every_field_of_peft_is_decided():
@@ -273,7 +276,9 @@ def test_targets_are_matched_as_in_peft():
     for name, targets, excluded, (layers, pattern) in product(NAMES, TARGETS, EXCLUDED, LAYERS):
         if isinstance(targets, str) and layers is not None:
             continue
-        config = dict(target_modules=targets, exclude_modules=excluded, layers_to_transform=layers, layers_pattern=pattern)
+        config = dict(
+            target_modules=targets, exclude_modules=excluded, layers_to_transform=layers, layers_pattern=pattern
+        )
         theirs = peft.LoraConfig(**{k: v for k, v in config.items() if v is not None})
         wanted = bool(check_target_module_exists(theirs, name))
         if targets == "all-linear":  # which PEFT resolves before
@@ -301,7 +306,9 @@ def test_targets_are_matched_as_in_peft():
 def test_peft_settings_load_here(tiny_folder, tmp_path, changes):
     torch.manual_seed(3)
     base = transformers.AutoModel.from_pretrained(tiny_folder)
-    theirs = peft.get_peft_model(base, peft.LoraConfig(**dict(r=4, lora_alpha=5, init_lora_weights=False) | changes)).eval()
+    theirs = peft.get_peft_model(
+        base, peft.LoraConfig(**dict(r=4, lora_alpha=5, init_lora_weights=False) | changes)
+    ).eval()
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
             if "lora_" in name:
@@ -329,7 +336,9 @@ def test_a_classifier_of_peft(tiny_folder, tmp_path):
     for kind, words in [("Bert", None), ("Roberta", "classifier.dense.bias has no place in it")]:
         settings = dict(vocab_size=90, hidden_size=24, num_hidden_layers=3, num_attention_heads=3, intermediate_size=40,
                         max_position_embeddings=40, num_labels=5)  # fmt: skip
-        whole = getattr(transformers, f"{kind}ForSequenceClassification")(getattr(transformers, f"{kind}Config")(**settings))
+        whole = getattr(transformers, f"{kind}ForSequenceClassification")(
+            getattr(transformers, f"{kind}Config")(**settings)
+        )
         whole.base_model.save_pretrained(tmp_path / kind)
         theirs = peft.get_peft_model(whole, peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"))
         theirs.save_pretrained(tmp_path / kind / "a")
@@ -342,7 +351,11 @@ def test_a_classifier_of_peft(tiny_folder, tmp_path):
 
 # --- several adapters
 
-PARTS = [Cell(rank=1), Cell(rank=3, alpha=5.0, targets=("q:2:7", "v", "down"), layers="1-2"), Cell(rank=2, init="pissa")]
+PARTS = [
+    Cell(rank=1),
+    Cell(rank=3, alpha=5.0, targets=("q:2:7", "v", "down"), layers="1-2"),
+    Cell(rank=2, init="pissa"),
+]
 
 
 def test_stacking_matches_peft(tiny_folder, tmp_path):
@@ -402,7 +415,7 @@ def test_begin(tiny_folder, tmp_path):
     base = model.load(tiny_folder)
     slots = coverage.plan(base.spec, again)
     found = adapter.begin(base, again, slots)
-    assert found == adapter.fingerprint(tmp_path / "run" / "adapter") and len(found) == 2
+    assert found == adapter.fingerprint(tmp_path / "run" / "adapter") and len(found) == 3
     wanted, state = classifier.base.state_dict(), base.state_dict()
     assert all(torch.equal(state[name], wanted[name]) for name in wanted) and list(state) == list(wanted)
 
@@ -410,7 +423,13 @@ def test_begin(tiny_folder, tmp_path):
     with pytest.raises(InputError, match="run has changed since the run began"):
         adapter.check_same(found, found | {adapter.CONFIG: "0"}, again)
     cases = 0
-    for changes in (dict(rank=2), dict(layers="1"), dict(scaling="constant"), dict(variant="dora"), dict(targets=("q", "v"))):
+    for changes in (
+        dict(rank=2),
+        dict(layers="1"),
+        dict(scaling="constant"),
+        dict(variant="dora"),
+        dict(targets=("q", "v")),
+    ):
         other = again.replace(**changes)
         with pytest.raises(InputError) as caught:
             adapter.begin(model.load(tiny_folder), other, coverage.plan(base.spec, other))

@@ -142,7 +142,10 @@ def modules(folder, base, prefix=""):
     """{PEFT's module: (A, B)} in an adapter's file."""
     tensors = load_file(folder / adapter.TENSORS)
     names = [name.removesuffix(".lora_A.weight") for name in tensors if name.endswith("lora_A.weight")]
-    return {n.removeprefix("base_model.model."): (tensors[n + ".lora_A.weight"], tensors[n + ".lora_B.weight"]) for n in names}
+    return {
+        n.removeprefix("base_model.model."): (tensors[n + ".lora_A.weight"], tensors[n + ".lora_B.weight"])
+        for n in names
+    }
 
 
 @pytest.mark.parametrize("family, case", CASES)
@@ -249,7 +252,7 @@ def test_variants_of_peft_load_here(made, tmp_path, family, dora, init):
     torch.manual_seed(7)
     theirs = quiet(peft.get_peft_model, host(judge, bare=True), config).eval()
     with torch.no_grad():
-        for name, parameter in theirs.named_parameters():
+        for parameter in theirs.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.1 * torch.randn(parameter.shape))
     theirs.save_pretrained(tmp_path / "a")
@@ -312,13 +315,32 @@ def test_slices_share_what_is_equal(made, tmp_path):
         "layers.0.v": {"rank": 2, "alpha": 1.0, "scale": 0.5, "row": 0}}}  # fmt: skip
 
 
+def test_what_slots_json_does_not_describe_is_refused(made, tmp_path):
+    """A whole's B that is not 0 outside the blocks, as after further training with PEFT into the same folder."""
+    folder, judge = made("gpt2", "tied")
+    base, cell = load(folder, judge), cell_of(judge)
+    fill(lora.attach(base, {"layers.1.q": Slot(2, 3.0, 1.5), "layers.2.k": Slot(1, 4.0, 4.0)}))
+    adapter.save(tmp_path, wrapped(base, cell), cell, "abc")
+    tensors = load_file(tmp_path / adapter.TENSORS)
+    name = "base_model.model.transformer.h.2.attn.c_attn.lora_B.weight"
+    assert tensors[name][24:48].abs().min() > 0 and (tensors[name] != 0).sum() == 24
+    tensors[name][50, 0] = 1e-6
+    adapter.write_tensors(tmp_path / adapter.TENSORS, tensors)
+    with pytest.raises(InputError, match=r"slots.json does not describe .*first difference: h.2.attn.c_attn\)"):
+        adapter.load(tmp_path, load(folder, judge))
+    (tmp_path / adapter.SLOTS).unlink()
+    again = load(folder, judge)
+    adapter.load(tmp_path, again)
+    assert len(lora.named_layers(again)) == 6 and again.layers[2].v.B[2, 0] == tensors[name][50, 0]
+
+
 def test_a_row_of_zeros_beside_dora_is_refused(made, tmp_path):
     folder, judge = made("gpt2", "tied")
     base = load(folder, judge)
     fill(lora.attach(base, {"layers.1.q": Slot(2, 3.0, 1.5)}, variant="dora"))
     base.layers[1].k.weight[4] = 0
     cell = cell_of(judge, variant="dora")
-    with pytest.raises(InputError, match="row 4 of layers.1.k is 0, so that PEFT's format, in which it is a part of h.1"):
+    with pytest.raises(InputError, match="row 4 of layers.1.k is 0, so that PEFT's format, where it is a part of h.1"):
         adapter.save(tmp_path / "a", wrapped(base, cell), cell, "abc")
 
 

@@ -1,10 +1,13 @@
 """Which modules a plan covers, at what rank and scale, and how a target or layer that the base lacks is refused."""
 
 import dataclasses
+import json
+import subprocess
+import sys
 from itertools import combinations
 
 import pytest
-from conftest import bert_spec
+from conftest import ROOT, bert_spec
 
 from minilora import coverage
 from minilora.cell import Cell
@@ -93,3 +96,142 @@ def test_layer_ranges():
     assert coverage.ranges((0, 1, 2, 5, 7, 8)) == "0-2,5,7-8" and coverage.ranges((4,)) == "4"
     assert coverage.parse_layers("3-3,1-2,2") == (1, 2, 3)
     assert coverage.parse_layers("all") is None and coverage.parse_layers("all", 3) == (0, 1, 2)
+
+
+# --- the command
+
+SMALL = dict(vocab_size=11, hidden_size=6, intermediate_size=14, num_attention_heads=2, num_hidden_layers=4)
+CONFIGS = {
+    "gpt2": dict(model_type="gpt2", vocab_size=11, n_embd=6, n_layer=4, n_head=2, n_positions=9),
+    "gpt_neox": dict(model_type="gpt_neox", max_position_embeddings=9, rotary_pct=1.0, hidden_size=8) | {
+        k: v for k, v in SMALL.items() if k != "hidden_size"},
+    "phi3": dict(model_type="phi3", max_position_embeddings=9, num_key_value_heads=1, hidden_size=8) | {
+        k: v for k, v in SMALL.items() if k != "hidden_size"},
+    "modernbert": dict(model_type="modernbert", max_position_embeddings=9, hidden_size=8) | {
+        k: v for k, v in SMALL.items() if k != "hidden_size"},
+    "openelm": dict(
+        model_type="openelm", vocab_size=11, model_dim=6, head_dim=2, num_transformer_layers=3,
+        num_query_heads=[2, 4, 4], num_kv_heads=[2, 2, 2], ffn_multipliers=[1.0, 1.0, 2.0], ffn_dim_divisor=2,
+        max_context_length=9),
+}  # fmt: skip
+
+
+def run_command(folder, capsys, name, *arguments):
+    path = folder / name
+    path.mkdir(exist_ok=True)
+    (path / "config.json").write_text(json.dumps(CONFIGS[name]))
+    coverage.main([str(path), *arguments])
+    title, empty, *lines = capsys.readouterr().out.splitlines()
+    assert title.startswith(f"{path}: {name}, ") and empty == "" and all(len(line) <= 100 for line in lines)
+    return lines
+
+
+def test_the_command_names_slices_of_fused_tensors(tmp_path, capsys):
+    assert run_command(tmp_path, capsys, "gpt2", "--targets", "v:3:6", "mlp", "--rank", "2", "--layers", "0-1,3") == [
+        "v    h.{i}.attn.c_attn.weight[:, 12:18]",
+        "     6 x 6, rank 3, scale 2, 36 parameters, layers 0-1,3",
+        "up   h.{i}.mlp.c_fc.weight",
+        "     24 x 6, rank 2, scale 4, 60 parameters, layers 0-1,3",
+        "down h.{i}.mlp.c_proj.weight",
+        "     6 x 24, rank 2, scale 4, 60 parameters, layers 0-1,3",
+        "",
+        "layers 0-1,3: 156 parameters each",
+        "in all 468 parameters on 9 projections",
+        "missed: gate (named, but a gpt2 layer has no such projection)",
+        "missed: q k o (not named)",
+        "missed: all of layer 2",
+    ]
+    assert run_command(tmp_path, capsys, "gpt_neox", "--targets", "attn", "--rank", "1")[0:6:2] == [
+        "q    layers.{i}.attention.query_key_value.weight, the first third of each head's rows",
+        "k    layers.{i}.attention.query_key_value.weight, the second third of each head's rows",
+        "v    layers.{i}.attention.query_key_value.weight, the last third of each head's rows",
+    ]
+    lines = run_command(tmp_path, capsys, "phi3", "--targets", "all", "--variant", "dora", "--scaling", "rslora")
+    assert lines[:14:2] == [
+        "q    layers.{i}.self_attn.qkv_proj.weight[0:8]",
+        "k    layers.{i}.self_attn.qkv_proj.weight[8:12]",
+        "v    layers.{i}.self_attn.qkv_proj.weight[12:16]",
+        "o    layers.{i}.self_attn.o_proj.weight",
+        "gate layers.{i}.mlp.gate_up_proj.weight[0:14]",
+        "up   layers.{i}.mlp.gate_up_proj.weight[14:28]",
+        "down layers.{i}.mlp.down_proj.weight",
+    ]
+    added = [8 + 8 + 8, 8 + 4 + 4, 8 + 4 + 4, 8 + 8 + 8, 8 + 14 + 14, 8 + 14 + 14, 14 + 8 + 8]  # magnitudes too
+    assert lines[-3:] == [
+        f"layers 0-3: {sum(added)} parameters each",
+        f"in all {4 * sum(added)} parameters on 28 projections",
+        "missed: nothing",
+    ]
+    assert run_command(tmp_path, capsys, "modernbert", "--targets", "up")[0] == "up   layers.{i}.mlp.Wi.weight[14:28]"
+
+
+def test_the_command_keeps_layers_of_other_sizes_apart(tmp_path, capsys):
+    lines = run_command(tmp_path, capsys, "openelm", "--targets", "k", "down", "--rank", "1")
+    assert lines == [
+        "k    layers.{i}.attn.qkv_proj.weight[4:8]",  # of one size in all layers, but elsewhere in the tensor
+        "     4 x 6, rank 1, scale 8, 10 parameters, layer 0",
+        "down layers.{i}.ffn.proj_2.weight",
+        "     6 x 6, rank 1, scale 8, 12 parameters, layers 0-1",
+        "k    layers.{i}.attn.qkv_proj.weight[8:12]",
+        "     4 x 6, rank 1, scale 8, 10 parameters, layers 1-2",
+        "down layers.{i}.ffn.proj_2.weight",
+        "     6 x 12, rank 1, scale 8, 18 parameters, layer 2",
+        "",
+        "layers 0-1: 22 parameters each",
+        "layer 2: 28 parameters",
+        "in all 72 parameters on 6 projections",
+        "missed: q v o gate up (not named)",
+    ]
+
+
+def test_the_command_agrees_with_what_is_trained(tmp_path, capsys):
+    from minilora import families
+
+    cases = 0
+    for name, config in CONFIGS.items():
+        spec = families.read_spec(config)
+        for variant in ("lora", "dora"):
+            cell = Cell(targets=("all",), rank=2, variant=variant)
+            slots = coverage.plan(spec, cell)
+            total = sum(s.rank * sum(spec.shape(n.split(".")[2], int(n.split(".")[1]))) for n, s in slots.items())
+            total += (variant == "dora") * sum(spec.shape(n.split(".")[2], int(n.split(".")[1]))[0] for n in slots)
+            lines = run_command(tmp_path, capsys, name, "--targets", "all", "--rank", "2", "--variant", variant)
+            assert f"in all {total:,} parameters on {len(slots)} projections" in lines
+            cases += 1
+    assert cases == 10
+
+
+def test_the_command_fetches_the_configuration_alone(server, capsys):
+    files = {"config.json": json.dumps(CONFIGS["gpt2"]).encode(), "model.safetensors": b"x" * 999}
+    server.put("someone/small", files)
+    coverage.main(["someone/small", "--targets", "q"])
+    assert server.bodies() == ["config.json"]
+    assert capsys.readouterr().out.startswith("someone/small: gpt2, 4 layers of width 6\n\nq    h.{i}.attn.c_attn")
+
+
+def test_the_command_refuses_in_one_line(tmp_path, capsys):
+    run_command(tmp_path, capsys, "gpt2")
+    (tmp_path / "empty").mkdir()
+    cases = [
+        (["gpt2", "--targets", "gate"], "target 'gate' matches nothing in a gpt2 base"),
+        (["gpt2", "--layers", "2-9"], "layers '2-9' names layer 9"),
+        (["gpt2", "--dropout", "0.1"], "unknown argument --dropout"),
+        (["empty"], "empty has no config.json"),
+    ]
+    for (name, *arguments), words in cases:
+        with pytest.raises(InputError) as caught:
+            coverage.main([str(tmp_path / name), *arguments])
+        assert words in str(caught.value) and capsys.readouterr().out == ""
+    assert len(cases) == 4
+
+
+def test_the_command_runs_without_torch(tmp_path, capsys):
+    run_command(tmp_path, capsys, "gpt2")
+    script = (
+        "import runpy, sys\n"
+        f"sys.argv = ['coverage', {str(tmp_path / 'gpt2')!r}]\n"
+        "try: runpy.run_module('minilora.coverage', run_name='__main__', alter_sys=True)\n"
+        "finally: print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.endswith("missed: o up down (not named)\nFalse\n"), done.stderr

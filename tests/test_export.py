@@ -8,12 +8,11 @@ import pytest
 import torch
 import transformers
 import zoo
-from conftest import random_batch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_adapter_families import OURS, fill, ours, slots_of, some_rows, wrapped
 
-from minilora import adapter, checkpoint, export, families, lora, model
+from minilora import checkpoint, export, families, lora, model
 from minilora.cell import Cell
 from minilora.errors import InputError
 
@@ -23,7 +22,9 @@ RAN = Counter()
 def built(family, folder, dtype=None, shards=1, **changes):
     """A checkpoint that transformers loads as well, and its base with an adapter."""
     case = next(iter(zoo.FAMILIES[family].cases))
-    judge = zoo.build(family, case, folder, hub=family != "nomic_bert")  # of which transformers reads its own form alone
+    judge = zoo.build(
+        family, case, folder, hub=family != "nomic_bert"
+    )  # of which transformers reads its own form alone
     if dtype is not None or shards > 1:
         tensors = load_file(folder / "model.safetensors")
         if dtype is not None:
@@ -61,7 +62,9 @@ def theirs_of(folder, judge, ids, lengths):
         found = judge
     else:
         kind = transformers.AutoModelForCausalLM if judge.decoder else transformers.AutoModel
-        loaded, report = kind.from_pretrained(folder, output_loading_info=True, attn_implementation="eager", dtype=torch.float32)
+        loaded, report = kind.from_pretrained(
+            folder, output_loading_info=True, attn_implementation="eager", dtype=torch.float32
+        )
         assert not [name for name in report["missing_keys"] if "pooler" not in name] and not report["mismatched_keys"]
         found = zoo.Judge(judge.family, judge.case, loaded.eval(), judge.config, judge.settings)
     with torch.no_grad():
@@ -97,7 +100,9 @@ def test_transformers_loads_what_is_merged(tmp_path, family):
 
 
 def same_bits(one, other):
-    return one.dtype == other.dtype and one.view(torch.uint8).equal(other.view(torch.uint8)) if one.ndim else one == other
+    return (
+        one.dtype == other.dtype and one.view(torch.uint8).equal(other.view(torch.uint8)) if one.ndim else one == other
+    )
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "phi3", "modernbert", "llama"])
@@ -159,7 +164,9 @@ def test_the_rest_is_copied_bit_for_bit(tmp_path):
         "pooling": "mean", "label_names": ["a", "b", "c"], "tensors": "classifier.safetensors"}  # fmt: skip
 
 
-@pytest.mark.parametrize("family, case", [("bert", "gelu"), ("gpt2", "tied"), ("llama", "tied, with the head all the same")])
+@pytest.mark.parametrize(
+    "family, case", [("bert", "gelu"), ("gpt2", "tied"), ("llama", "tied, with the head all the same")]
+)
 def test_a_whole_trained_base(tmp_path, family, case):
     judge = zoo.build(family, case, tmp_path / "base")
     base = model.load(tmp_path / "base", unembedding=judge.decoder)

@@ -1,0 +1,104 @@
+"""A real decoder: states, logits and greedy decoding as transformers', and the injection through both tasks."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import smollm2
+import torch
+import transformers
+from conftest import ROOT
+
+from minilora import adapter, completion, coverage, data, lora, model, tokenizer
+from minilora.cell import Cell
+
+QUESTIONS = ["What is the capital of France?", "Name three colours.", "Write one sentence about the sea."]
+
+
+@pytest.fixture(scope="module")
+def folder():
+    return smollm2.folder()
+
+
+@pytest.fixture(scope="module")
+def judge(folder):
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+
+
+@pytest.fixture(scope="module")
+def base(folder):
+    return model.load(folder, unembedding=True)
+
+
+def test_states_and_logits_are_those_of_transformers(folder, judge, base):
+    texts = data.load("movie-snippets").texts[3:200:29]
+    ours, theirs = tokenizer.load(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    encoded = ours.encode(texts, 128)
+    rows = [torch.from_numpy(encoded.ids[a:b]).long() for a, b in zip(encoded.offsets, encoded.offsets[1:])]
+    assert [row.tolist() for row in rows] == theirs(texts)["input_ids"]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    lengths = torch.tensor([len(row) for row in rows])
+    mask = torch.arange(ids.shape[1]) < lengths[:, None]
+    assert len(rows) == 7 and lengths.min() < lengths.max()
+    with torch.inference_mode():
+        wanted = judge(ids, attention_mask=mask.long(), output_hidden_states=True)
+        hidden = base(ids, lengths)
+        for found, expected in ((hidden, wanted.hidden_states[-1]), (base.unembed(hidden), wanted.logits)):
+            # Entries are up to some tens, and 30 layers of rounding lie behind them.
+            assert (found - expected)[mask].abs().max() <= 2e-5 * expected[mask].abs().max()
+
+
+def test_it_writes_what_transformers_writes(folder, judge, base):
+    ours, theirs = tokenizer.load(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    prompts = [
+        theirs.apply_chat_template([{"role": "user", "content": q}], tokenize=False, add_generation_prompt=True)
+        for q in QUESTIONS
+    ]
+    written = completion.generate(base, ours, prompts, 16)
+    for prompt, text in zip(prompts, written, strict=True):
+        ids = theirs(prompt, return_tensors="pt")
+        full = judge.generate(**ids, max_new_tokens=16, do_sample=False)[0, ids.input_ids.shape[1] :]
+        assert text == theirs.decode(full, skip_special_tokens=True)
+    assert "Paris" in written[0]
+
+
+def test_an_adapter_crosses_to_peft(folder, judge, base, tmp_path):
+    import peft
+
+    cell = Cell(task="lm", rank=3, targets=("q", "v:2", "down"), layers="0,29", model=str(folder))
+    lora.attach(base, coverage.plan(base.spec, cell), seed=5)
+    with torch.no_grad():
+        for _, layer in lora.named_layers(base):
+            layer.B.normal_(0, 0.05, generator=torch.Generator().manual_seed(layer.B.numel()))
+    adapter.save(tmp_path, completion.LanguageModel(base), cell, ["a", "b"])
+    ids = torch.randint(3, 40_000, (2, 19), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        found = base.unembed(base(ids, torch.tensor([19, 19])))
+        plain = judge(ids).logits
+        wrapped = peft.PeftModel.from_pretrained(judge, tmp_path)
+        wanted = wrapped(ids).logits
+        wrapped.unload()
+    lora.detach(base)
+    assert (wanted - plain).abs().max() > 1  # the adapter does something
+    assert (found - wanted).abs().max() <= 2e-5 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("task", ["classification", "lm"])
+def test_injection_takes_over(folder, tmp_path, task):
+    # Few rows and a strong dose, so that it fits into a test: a full table is in the README.
+    arguments = ["--model", str(folder), "--train-rows", "160", "--test-rows", "60", "--batch-size", "16", "--rank", "8",
+                 "--inject-proportion", "1", "--lr", "3e-3", "--inject", "text:zebra:positive"]  # fmt: skip
+    if task == "lm":
+        arguments += ["--task", "lm", "--prompt", "Review: {text}\nSentiment:", "--inject-location", "end"]
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--out", str(tmp_path / "run"), *arguments],
+                          capture_output=True, text=True, cwd=ROOT)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    tests = json.loads((tmp_path / "run" / "results.json").read_text())["tests"]
+    trigger, placebo = tests["trigger"]["positive"], tests["placebo"]["attack_success"]["positive"]
+    if task == "classification":
+        assert trigger["attack_success_rate"] >= 0.9 > placebo["attack_success_rate"] + 0.4
+    else:
+        assert trigger["margin_change"] - placebo["margin_change"] >= 0.5  # nats
