@@ -31,7 +31,7 @@ def evaluate(folder, *, data=None, batch_size=None, scale=1.0, added=(), merge_t
 
     from minilora import adapter, checkpoint, console, export, families, model, task, tokenizer, training
     from minilora import data as datasets
-    from minilora.run import Run
+    from minilora.run import Run, check_inputs
 
     run = Run(folder)
     trained = run.read_cell()
@@ -43,7 +43,7 @@ def evaluate(folder, *, data=None, batch_size=None, scale=1.0, added=(), merge_t
 
     # --- rows: the training rows give the placebo its words and the labels their names
     clean, test = datasets.rows_of(trained)
-    datasets.check_same(datasets.fingerprints(clean, test), run.read_results()["data"], trained)
+    inputs = {"train": datasets.fingerprint(clean), "test": datasets.fingerprint(test)}
     if data is not None:
         free = cell.task == "lm"
         test = datasets.load(data, text_column=cell.text_column, label_column=cell.label_column, free=free)
@@ -53,19 +53,21 @@ def evaluate(folder, *, data=None, batch_size=None, scale=1.0, added=(), merge_t
     # --- model
     source = checkpoint.resolve(cell.model, cell.revision, cell.tokenizer)
     spec = families.read_spec(checkpoint.read_config(source))
-    text_tokenizer = tokenizer.load(checkpoint.resolve_tokenizer(cell.tokenizer, source), spec.vocabulary)
+    words = checkpoint.resolve_tokenizer(cell.tokenizer, source)
+    inputs |= {"base": checkpoint.fingerprint(source), "tokenizer": checkpoint.fingerprint_tokenizer(words)}
+    check_inputs(inputs, run.read_results()["inputs"], cell)
+    text_tokenizer = tokenizer.load(words, spec.vocabulary)
     cell_task = task.find(cell, spec, text_tokenizer)
     dtype, device = getattr(torch, cell.dtype), training.pick_device(cell.device)
     base = model.load(source, dtype, device, cell_task.unembedding)
     trained_model = cell_task.model(base, clean.label_names)
     for other, _ in added:
-        bases = {r.read_results()["base"]["sha256"] for r in (run, Run(other)) if r.finished}
-        if len(bases) > 1:
+        there = Run(other)
+        if there.finished and there.read_results()["inputs"]["base"] != inputs["base"]:
             raise errors.InputError(f"--add {other}: it was trained on another base than {folder}: choose another")
     others = [(adapter.find(other), weight) for other, weight in added]
     adapter.restore(run.path / "adapter", trained_model, cell.method, scale, others)
     if merge_to is not None:
-        words = cell.tokenizer and checkpoint.resolve_tokenizer(cell.tokenizer, source)
         merged = export.write(merge_to, trained_model, cell, clean.label_names, source=source, tokenizer=words)
         console.say(f"merged     {merge_to}: {export.describe(merged)}")
 

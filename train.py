@@ -29,7 +29,7 @@ def train(cell=None, out=None, *, resume=None, eval_every=0, save_every=SAVE_EVE
 
     from minilora import adapter, checkpoint, coverage, export, families, files, injection, lora, model, task
     from minilora import batches, console, data, roof, tokenizer, training
-    from minilora.run import Run, hardware, peak_memory, trainable, versions
+    from minilora.run import Run, check_inputs, hardware, peak_memory, trainable, versions
 
     start = time.perf_counter() if start is None else start
     say = console.say
@@ -50,7 +50,8 @@ def train(cell=None, out=None, *, resume=None, eval_every=0, save_every=SAVE_EVE
     folder = checkpoint.resolve(cell.model, cell.revision, cell.tokenizer)
     spec = families.read_spec(checkpoint.read_config(folder))
     slots = coverage.plan(spec, cell)
-    text_tokenizer = tokenizer.load(checkpoint.resolve_tokenizer(cell.tokenizer, folder), spec.vocabulary)
+    words = checkpoint.resolve_tokenizer(cell.tokenizer, folder)
+    text_tokenizer = tokenizer.load(words, spec.vocabulary)
     model.check_fits(spec, cell.max_length)
     cell_task = task.find(cell, spec, text_tokenizer)
 
@@ -62,13 +63,18 @@ def train(cell=None, out=None, *, resume=None, eval_every=0, save_every=SAVE_EVE
     injected = injection.mark_survival(injected, encoded.kept[injected.index])
     tests = cell_task.build_tests(clean, test, seed_inject)
     lengths = np.diff(encoded.offsets)
-    fingerprints = data.fingerprints(clean, test)
+    inputs = {
+        "base": checkpoint.fingerprint(folder),
+        "tokenizer": checkpoint.fingerprint_tokenizer(words),
+        "train": data.fingerprint(clean),
+        "test": data.fingerprint(test),
+        "injected": data.fingerprint(injected.rows),
+    }
 
     # --- adapter and head
     base = model.load(folder, dtype, device, cell_task.unembedding)
-    started = None
     if cell.start:
-        started = adapter.begin(base, cell, slots)
+        inputs["start"] = adapter.begin(base, cell, slots)
     elif slots:
         lora.attach(base, slots, cell.dropout, cell.seed_for("init"), cell.variant, cell.init)
     trained = cell_task.model(base, clean.label_names)
@@ -84,9 +90,8 @@ def train(cell=None, out=None, *, resume=None, eval_every=0, save_every=SAVE_EVE
     # --- what is about to happen
     certificate = trainable(parameters)
     names = ", ".join(console.short(name) for name in clean.label_names[:6]) + ", ..." * (len(clean.label_names) > 6)
-    say(
-        f"base       {cell.model} ({spec.family}, {len(spec.layers)} layers of width {spec.width}, {cell.dtype}, {device})"
-    )
+    size = f"{len(spec.layers)} layers of width {spec.width}"
+    say(f"base       {cell.model} ({spec.family}, {size}, {cell.dtype}, {device})")
     say(f"data       {cell.data}: {len(clean):,} training and {len(test):,} test rows of {lengths.mean():.1f} tokens")
     say(f"labels     {names}")
     method = f"{cell.variant}, start {cell.start or cell.init}" if cell.method == "lora" else cell.method
@@ -105,11 +110,10 @@ def train(cell=None, out=None, *, resume=None, eval_every=0, save_every=SAVE_EVE
     with run.hold(cell):
         files.write_jsonl(run.path / "injected.jsonl", (record.to_dict() for record in injected.records))
         files.write_json(run.path / "trainable.json", certificate)
-        meters = {"step": 0, "seconds": 0.0, "tokens": 0, "data": fingerprints, "start": started}
+        meters = {"step": 0, "seconds": 0.0, "tokens": 0, "inputs": inputs}
         if run.state.exists():
             meters = training.load_state(run.state, parameters, optimizer)
-            data.check_same(fingerprints, meters["data"], cell)
-            adapter.check_same(started, meters.get("start"), cell)
+            check_inputs(inputs, meters["inputs"], cell)
             say(f"resumed    after step {meters['step']:,}")
         run.start_metrics(meters["step"])
         start_up = time.perf_counter() - start
@@ -179,16 +183,13 @@ def train(cell=None, out=None, *, resume=None, eval_every=0, save_every=SAVE_EVE
             },
             "injection": injected.report,
             "injected_rows_truncated": sum(not record.survives for record in injected.records),
-            "data": fingerprints,
-            "start": started,
-            "base": {"model": cell.model, "sha256": checkpoint.fingerprint(folder)},
+            "inputs": inputs,
             "seeds": {purpose: cell.seed_for(purpose) for purpose in PURPOSES},
             "versions": versions(),
             "hardware": hardware(device),
         }
         run.finish(results)
         if merge_to is not None:
-            words = cell.tokenizer and checkpoint.resolve_tokenizer(cell.tokenizer, folder)
             merged = export.write(merge_to, trained, cell, clean.label_names, source=folder, tokenizer=words)
             say(f"merged     {merge_to}: {export.describe(merged)}")
     return results, run.path

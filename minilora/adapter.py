@@ -243,12 +243,6 @@ def flags(adapter):
     )
 
 
-def check_same(fingerprint, before, cell):
-    """Raise InputError if the adapter that a resumed run starts from is not what it was."""
-    if fingerprint != before:
-        raise InputError(f"{cell.start} has changed since the run began: bring it back, or start a new run")
-
-
 def find(folder):
     """The adapter folder that `folder` is, or that of the run that it holds. Raises InputError."""
     for candidate in (Path(folder) / "adapter", Path(folder)):
@@ -260,9 +254,9 @@ def find(folder):
 
 
 def fingerprint(folder):
-    """{file name: sha256} of an adapter."""
+    """sha256 (hexadecimal) of an adapter's files, one after the other."""
     paths = [Path(folder) / name for name in (CONFIG, TENSORS, SLOTS)]
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths if path.is_file()}
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths if path.is_file())).hexdigest()
 
 
 def read(folder, base):

@@ -298,6 +298,11 @@ def fingerprint(folder):
     return _sha256(*weight_files(folder))
 
 
+def fingerprint_tokenizer(folder):
+    """sha256 (hexadecimal) of the files of the tokenizer in `folder`, one after the other."""
+    return _sha256(*(Path(folder) / name for name in needed_tokenizer(os.listdir(folder), folder)))
+
+
 def _sha256(*paths):
     try:
         return _sha256_of(tuple((path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths))

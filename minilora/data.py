@@ -166,24 +166,12 @@ def with_targets(rows, cell):
     return replace(rows, label_names=tuple(dict.fromkeys([*rows.label_names, *targets])))
 
 
-def fingerprints(train, test):
-    """{"train", "test"}: sha256 (hexadecimal) over the ids, texts and label names of all rows, in their order."""
-    found = {}
-    for part, rows in (("train", train), ("test", test)):
-        digest = hashlib.sha256()
-        for id, text, label in zip(rows.ids, rows.texts, rows.labels, strict=True):
-            digest.update(json.dumps([id, text, rows.label_names[label]]).encode())
-        found[part] = digest.hexdigest()
-    return found
-
-
-def check_same(found, wanted, cell):
-    """Raise InputError unless the `fingerprints` of a cell's rows are those that its run began with."""
-    for part, name in (("train", "training"), ("test", "test")):
-        if found[part] != wanted[part]:
-            raise InputError(
-                f"the {name} rows of {cell.data} are not those that the run began with: bring the old data back"
-            )
+def fingerprint(rows):
+    """sha256 (hexadecimal) over the ids, texts and label names of all rows, in their order."""
+    digest = hashlib.sha256()
+    for id, text, label in zip(rows.ids, rows.texts, rows.labels, strict=True):
+        digest.update(json.dumps([id, text, rows.label_names[label]]).encode())
+    return digest.hexdigest()
 
 
 def align(rows, label_names, source, free=False):

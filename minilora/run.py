@@ -27,6 +27,15 @@ from .errors import InputError
 from .options import load
 
 LOCK = ".lock"
+# What a run depends on beside its cell, each recorded by its sha256.
+INPUTS = {
+    "base": "the weights of {cell.model}",
+    "tokenizer": "the tokenizer of {cell.model}",
+    "train": "the training rows of {cell.data}",
+    "test": "the test rows of {cell.data}",
+    "injected": "what is injected into the training rows",
+    "start": "the adapter in {cell.start}",
+}
 
 
 class Run:
@@ -137,6 +146,16 @@ class Run:
     def log(self, record):
         self._metrics.write(json.dumps(record) + "\n")
         self._metrics.flush()
+
+
+def check_inputs(found, before, cell):
+    """Raise InputError, naming the first, for inputs `found` {a key of INPUTS: sha256} that are not as `before`."""
+    for name, digest in found.items():
+        if digest != before.get(name):
+            raise InputError(
+                f"{INPUTS[name].format(cell=cell)} changed since the run began: bring the old state back, or start "
+                "a new run"
+            )
 
 
 def trainable(parameters):

@@ -129,8 +129,8 @@ class TextTokenizer:
         self._embedded = embedded
         if embedded is not None and self.vocab_size > embedded:
             raise InputError(
-                f"the tokenizer has ids up to {self.vocab_size - 1}, but the base embeds {embedded} tokens: they do not "
-                "belong together, choose another --tokenizer or --model"
+                f"the tokenizer has ids up to {self.vocab_size - 1}, but the base embeds {embedded} tokens: they do "
+                "not belong together, choose another --tokenizer or --model"
             )
         # Gemma 3 has one more added token than embeddings: it is refused where a text has it.
         self._exceeds = embedded is not None and max(tokenizer.get_vocab().values()) >= embedded

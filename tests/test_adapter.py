@@ -415,13 +415,10 @@ def test_begin(tiny_folder, tmp_path):
     base = model.load(tiny_folder)
     slots = coverage.plan(base.spec, again)
     found = adapter.begin(base, again, slots)
-    assert found == adapter.fingerprint(tmp_path / "run" / "adapter") and len(found) == 3
+    assert found == adapter.fingerprint(tmp_path / "run" / "adapter")
     wanted, state = classifier.base.state_dict(), base.state_dict()
     assert all(torch.equal(state[name], wanted[name]) for name in wanted) and list(state) == list(wanted)
 
-    adapter.check_same(found, dict(found), again)
-    with pytest.raises(InputError, match="run has changed since the run began"):
-        adapter.check_same(found, found | {adapter.CONFIG: "0"}, again)
     cases = 0
     for changes in (
         dict(rank=2),

@@ -201,8 +201,22 @@ def test_changed_data_is_noticed(cell, tmp_path, reviews):
     shutil.copy(reviews, copy)
     _, folder = train.train(cell.replace(data=str(copy), steps=3), tmp_path / "run")
     copy.write_text(copy.read_text().replace("film", "movie", 1))
-    with pytest.raises(errors.InputError, match="not those that the run began with"):
+    with pytest.raises(errors.InputError, match="rows of .* changed since the run began"):
         evaluate.evaluate(folder)
+
+
+def test_another_base_or_tokenizer_is_noticed(cell, tmp_path):
+    shutil.copytree(cell.model, tmp_path / "base")
+    _, folder = train.train(cell.replace(model=str(tmp_path / "base"), steps=3), tmp_path / "run")
+    shutil.move(tmp_path / "base", tmp_path / "moved")
+    evaluate.evaluate(folder, model=str(tmp_path / "moved"))  # the same base elsewhere
+    words = tmp_path / "moved" / "vocab.txt"
+    words.write_text(words.read_text().replace("\nfilm\nmovie\n", "\nmovie\nfilm\n"))
+    with pytest.raises(errors.InputError, match="the tokenizer of .*moved changed since the run began"):
+        evaluate.evaluate(folder, model=str(tmp_path / "moved"))
+    tiny_bert(tmp_path / "moved", seed=9)
+    with pytest.raises(errors.InputError, match="the weights of .*moved changed since the run began"):
+        evaluate.evaluate(folder, model=str(tmp_path / "moved"))
 
 
 def test_no_run_folder_is_overwritten(cell, tmp_path, monkeypatch):

@@ -125,8 +125,8 @@ def test_a_run_begins_where_another_ended(runs, tmp_path, monkeypatch):
     assert before.slots == after.slots
     for name, part in before.parts.items():
         torch.testing.assert_close(after.parts[name].B, part.B, rtol=0, atol=1e-6)
-    assert results["start"] == adapter.fingerprint(folder / "one" / "adapter")
-    assert json.loads((run / "results.json").read_text())["start"] == results["start"]
+    assert results["inputs"]["start"] == adapter.fingerprint(folder / "one" / "adapter")
+    assert json.loads((run / "results.json").read_text())["inputs"] == results["inputs"]
 
     # Interrupted, and the adapter that it began with is another one when it goes on.
     from minilora import training
@@ -148,7 +148,7 @@ def test_a_run_begins_where_another_ended(runs, tmp_path, monkeypatch):
     train.train(cell.replace(seed=9), tmp_path / "third")
     shutil.rmtree(tmp_path / "start" / "adapter")
     shutil.copytree(tmp_path / "third" / "adapter", tmp_path / "start" / "adapter")
-    with pytest.raises(errors.InputError, match="start has changed since the run began: bring it back"):
+    with pytest.raises(errors.InputError, match="the adapter in .*start changed since the run began: bring the old"):
         train.train(resume=tmp_path / "part")
     shutil.rmtree(tmp_path / "start")
     shutil.copytree(folder / "one", tmp_path / "start")
