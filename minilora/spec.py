@@ -16,7 +16,7 @@ class Rope:
 
     theta: float
     width: int  # features of a head that are rotated, the first ones
-    kind: str = "default"  # a key of families.ROPES
+    kind: str = "default"  # a key of config.ROPES
     settings: tuple[tuple[str, object], ...] = ()  # what that kind takes, as (name, value)
 
 
