@@ -16,7 +16,7 @@ what R more rows of x would. The sum loses digits where it nearly cancels: where
 of a row of W, the relative error of n is that of float32 times (|w| / n)^2. A bfloat16 W is widened for the
 call to W A^T, out in float32 numbers.
 
-With dropout, x~ in place of x goes through the adapter and not through the base, as PEFT has it, and `factor` f
+With dropout, `seen` x~ in place of x goes through the adapter and not through the base, as PEFT has it, and `factor` f
 multiplies what the adapter changes; f = 1 and x~ = x is the equation above:
 
     y = x W^T + b + f (g x~ V^T - x~ W^T)
@@ -42,11 +42,11 @@ def row_norms(weight, squares, A, B, scale):
     return (squares + scale * (B * (2 * cross + scale * (B @ (A @ A.T)))).sum(1)).sqrt()
 
 
-def dora_linear(x, weight, bias, A, B, magnitude, squares, scale, dropout=0.0, factor=1.0):
-    """The equation; x and weight share one dtype, and the factors, magnitude and squares another. -> [..., out]."""
-    kept = F.dropout(x, dropout)
+def dora_linear(x, weight, bias, A, B, magnitude, squares, scale, seen=None, factor=1.0, form="auto"):
+    """The equation; x, `seen` and weight share one dtype, and the factors, magnitude and squares another. -> [..., out]."""
+    kept = x if seen is None else seen
     gain = magnitude / row_norms(weight, squares, A, B, scale)
-    y = (gain * lora_linear(kept, weight, None, A, B, scale)).to(x.dtype)
-    if dropout == 0 and factor == 1:
+    y = (gain * lora_linear(kept, weight, None, A, B, scale, form=form)).to(x.dtype)
+    if seen is None and factor == 1:
         return y if bias is None else y + bias
     return F.linear(x - factor * kept, weight, bias) + factor * y

@@ -1,4 +1,4 @@
-"""The LoRA linear map and two ways to compute it.
+"""The LoRA linear map: several projections of one input, each with an adapter or without, and three ways to compute it.
 
     y = x W^T + b + s (x A^T) B^T          Hu et al. 2021 (arXiv 2106.09685), section 4.1, with scale s
 
@@ -6,14 +6,33 @@ with x [N, in], frozen W [out, in] and b [out], A [R, in], B [out, R]. Let g = s
 
     dx = dy W + g A        dA = g^T x        dB = s dy^T (x A^T)
 
-W takes none. *Side path* computes the equation as it stands. *Merged* forms W + s B A once and makes one product of
-it: fewer passes over the activations. Its backward is the same as above: it needs only x, dy and the factors, so
-W + s B A is not kept. The two agree to rounding in float32; in bfloat16 a small s B A vanishes in the sum, so there,
-and with dropout on the side path's input, only the side path is right.
+W and b take none. Projections of one x (q, k and v; gate and up) are the map with their W under one another: one
+product forward, one sum of products for dx, and x is saved once. The ways (`FORMS`) differ in the forward alone:
+
+    side           the equation as it stands: the product, and two thin ones
+    concatenated   [x W^T, x A^T] = x [W; A]^T in one product, and one thin one
+    merged         x (W + s B A)^T, the sum formed for this call alone
+
+Saved for the backward are x and the factors, and no product: x A^T, [N, R], is formed again. Where A is frozen, x A^T is
+saved in the place of x. Without gradients below, dx is left out.
+
+In a population K adapters are stacked, A [K, R, in] and B [K, out, R], and the rows of x are K equal parts, one after
+the other: one product with W for all, and batches of K thin ones. Lower ranks are filled up with zeros, which is exact and
+stays so: a row of A and the column of B that are both 0 have derivatives that are 0.
+
+With dropout x~ goes to A in the place of x, and takes g A in the place of x: `seen`. Where x and the factors differ in
+dtype, thin products are taken in the factors' own: in bfloat16 a small s B A would vanish in W + s B A. So there, with
+dropout and for populations, the side path is the only way.
 """
 
 import torch
 from torch.nn import functional as F
+
+FORMS = ("side", "concatenated", "merged")
+# What a second of the device is taken to do, (operations, bytes), in choosing a form: `python -m benchmarks operators`
+# shows the forms side by side. Measured on 2 cores of an AMD EPYC, where what a layer moves lies in the cache; the
+# accelerator's are an H100's data sheet, and not measured.
+RATES = {"cpu": (1.8e11, 3e10), "cuda": (5e13, 3e12)}
 
 
 def reference(x, weight, bias, A, B, scale):
@@ -21,47 +40,154 @@ def reference(x, weight, bias, A, B, scale):
     return F.linear(x, weight, bias) + scale * (x @ A.T @ B.T)
 
 
-def side_path(x, weight, bias, A, B, scale, dropout=0.0):
-    """The equation with `dropout` on the input of A, and the factors' product in the factors' own dtype."""
-    low = F.linear(F.dropout(x, dropout).to(A.dtype), A)  # [..., R]
-    return F.linear(x, weight, bias) + F.linear(low * scale, B).to(x.dtype)
+def lora_linear(x, weight, bias, A, B, scale, seen=None, form="auto"):
+    """The equation, with `seen` [..., in] in the place of x before A if given. -> [..., out]. See `lora_linears`."""
+    [y] = lora_linears(x, [(weight, bias, A, B, scale)], seen, form)
+    return y
 
 
-class Merged(torch.autograd.Function):
-    @staticmethod
-    def forward(x, weight, bias, A, B, scale):
-        return F.linear(x, torch.addmm(weight, B, A, alpha=scale), bias)
+def lora_linears(x, projections, seen=None, form="auto"):
+    """The equation for each (weight, bias, A, B, scale) of `projections`; A and B are None where there is no adapter.
 
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, weight, _, A, B, ctx.scale = inputs
-        ctx.save_for_backward(x, weight, A, B)
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, weight, A, B = ctx.saved_tensors
-        flat_dy = dy.reshape(-1, dy.shape[-1])  # [N, out]
-        flat_x = x.reshape(-1, x.shape[-1])  # [N, in]
-        g = (flat_dy @ B).mul_(ctx.scale)  # [N, R]
-        dx = torch.addmm(flat_dy @ weight, g, A).view_as(x) if ctx.needs_input_grad[0] else None
-        dA = g.T @ flat_x if ctx.needs_input_grad[3] else None
-        dB = (flat_dy.T @ (flat_x @ A.T)).mul_(ctx.scale) if ctx.needs_input_grad[4] else None
-        return dx, None, None, dA, dB, None
-
-
-def merged(x, weight, bias, A, B, scale):
-    """The equation through W + s B A. All tensors share one dtype."""
-    return Merged.apply(x, weight, bias, A, B, scale)
-
-
-def lora_linear(x, weight, bias, A, B, scale, dropout=0.0):
-    """The faster of the two ways that is exact here.
-
-    Forming W + s B A takes R in out products and the side path N R (in + out), so merged wins with many rows N.
+    x [..., in], weight [out, in], bias [out] or None, A [R, in], B [out, R], scale a number -> [..., out] each; or for
+    a population x [K n, ..., in], A [K, R, in], B [K, out, R], scale [K]. `form`: one of FORMS, or the fastest that
+    is exact here (auto). Raises ValueError for a form that is not.
     """
-    out_features, in_features = weight.shape
+    possible = exact_forms(x, projections, seen)
+    if form == "auto":
+        costs = [cost(form, x, projections) for form in possible]
+        form = possible[costs.index(min(costs))]
+    elif form not in possible:
+        raise ValueError(f"the form {form!r} is not exact here, as these are: {', '.join(possible)}")
+    tensors = [tensor for weight, bias, A, B, _ in projections for tensor in (weight, bias, A, B)]
+    return Projections.apply(form, [scale for *_, scale in projections], x, seen, *tensors)
+
+
+def exact_forms(x, projections, seen=None):
+    """Those of FORMS that are exact for these tensors: all, or the side path alone."""
+    adapted = [(weight, A) for weight, _, A, _, _ in projections if A is not None]
+    alike = all(x.dtype == weight.dtype == A.dtype and A.ndim == 2 for weight, A in adapted)
+    return FORMS if alike and seen is None and x.dtype in (torch.float32, torch.float64) else FORMS[:1]
+
+
+def cost(form, x, projections):
+    """Seconds that `form` takes beyond the product with the frozen weights, by RATES."""
+    in_features = x.shape[-1]
     rows = x.numel() // in_features
-    exact = dropout == 0 and x.dtype == weight.dtype == A.dtype and x.dtype in (torch.float32, torch.float64)
-    if exact and rows * (in_features + out_features) > in_features * out_features:
-        return merged(x, weight, bias, A, B, scale)
-    return side_path(x, weight, bias, A, B, scale, dropout)
+    operations = moved = 0  # moved: numbers read and written
+    for weight, _, A, _, _ in projections:
+        out_features = len(weight)
+        rank = 0 if A is None else A.shape[-2]
+        if form == "merged":
+            operations += 2 * rank * in_features * out_features
+            moved += 2 * in_features * out_features
+            continue
+        operations += 2 * rows * rank * (in_features + out_features)
+        moved += 2 * rows * out_features if rank else 0
+        if form == "concatenated":
+            moved += 2 * in_features * out_features
+        else:
+            moved += rows * in_features if rank else 0
+    per_second = RATES.get(x.device.type, RATES["cuda"])
+    return operations / per_second[0] + moved * x.element_size() / per_second[1]
+
+
+def by_member(x, A):
+    """The rows of x [..., in], as many matrices as A has: [N, in], or [K, N / K, in] for a population's."""
+    return x.reshape(-1, x.shape[-1]) if A.ndim == 2 else x.reshape(len(A), -1, x.shape[-1])
+
+
+def add_product(y, left, right):
+    """y += left right, for matrices or batches of them; the product in its own dtype."""
+    if left.dtype != y.dtype:
+        return y.add_(left @ right)
+    return y.addmm_(left, right) if y.ndim == 2 else y.baddbmm_(left, right)
+
+
+def times(scale, matrix):
+    """matrix [N, R] by a number, or [K, N, R] by a tensor [K]."""
+    return matrix * (scale[:, None, None] if torch.is_tensor(scale) else scale)
+
+
+class Projections(torch.autograd.Function):
+    """`lora_linears` in the form asked for; the tensors of the projections come one after the other, four of each."""
+
+    @staticmethod
+    def forward(ctx, form, scales, x, seen, *tensors):
+        weights, biases, As, Bs = (tensors[i::4] for i in range(4))
+        source = x if seen is None else seen
+        flat = x.reshape(-1, x.shape[-1])
+        sizes = [len(weight) for weight in weights]
+        whole = weights[0] if len(weights) == 1 else torch.cat(weights)
+        bias = None
+        if any(b is not None for b in biases):
+            bias = torch.cat([x.new_zeros(n) if b is None else b for b, n in zip(biases, sizes, strict=True)])
+        lows = [None] * len(weights)
+        if form == "merged":
+            parts = zip(whole.split(sizes), As, Bs, scales, strict=True)
+            parts = [part if A is None else torch.addmm(part, B, A, alpha=scale) for part, A, B, scale in parts]
+            y = F.linear(flat, parts[0] if len(parts) == 1 else torch.cat(parts), bias)
+            ys = y.split(sizes, 1)
+        elif form == "concatenated":
+            ranks = [0 if A is None else len(A) for A in As]
+            y = flat @ torch.cat([whole, *(A for A in As if A is not None)]).T
+            if bias is not None:
+                y[:, : sum(sizes)] += bias
+            *ys, low = y.split([*sizes, sum(ranks)], 1)
+            lows = [part if rank else None for part, rank in zip(low.split(ranks, 1), ranks, strict=True)]
+        else:
+            ys = F.linear(flat, whole, bias).split(sizes, 1)
+            wide = None
+            for number, A in enumerate(As):
+                if A is not None:
+                    wide = by_member(source.to(A.dtype), A) if wide is None else wide
+                    lows[number] = wide @ A.mT
+        if form != "merged":
+            for y, low, B, scale in zip(ys, lows, Bs, scales, strict=True):
+                if low is not None:
+                    add_product(y if B.ndim == 2 else y.unflatten(0, (len(B), -1)), times(scale, low), B.mT)
+        ctx.set_materialize_grads(False)
+        ctx.scales, ctx.shape, ctx.dtype, ctx.apart = scales, x.shape, x.dtype, seen is not None
+        ctx.saves_source = any(ctx.needs_input_grad[6::4])
+        kept = [source]
+        if not ctx.saves_source:  # A is frozen (LoRA-FA)
+            if form == "merged":
+                lows = [None if A is None else flat @ A.T for A in As]
+            kept = [low.clone() if form == "concatenated" and low is not None else low for low in lows]
+        ctx.save_for_backward(*weights, *As, *Bs, *kept)
+        return tuple(y.view(*x.shape[:-1], -1) for y in ys)
+
+    @staticmethod
+    def backward(ctx, *dys):
+        count = len(dys)
+        weights, As, Bs, kept = (ctx.saved_tensors[i * count : (i + 1) * count] for i in range(4))
+        needs_x, needs_seen = ctx.needs_input_grad[2], ctx.apart and ctx.needs_input_grad[3]
+        below = needs_seen if ctx.apart else needs_x
+        dx = None
+        gradients, inner = [None] * (4 * count), []
+        for dy, weight in zip(dys, weights, strict=True):
+            if needs_x and dy is not None:
+                dy = dy.reshape(-1, dy.shape[-1])
+                dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
+        wide = None
+        for number, (dy, A, B, scale) in enumerate(zip(dys, As, Bs, ctx.scales, strict=True)):
+            if A is None or dy is None:
+                continue
+            needs_A, needs_B = ctx.needs_input_grad[6 + 4 * number : 8 + 4 * number]
+            dy = by_member(dy.to(A.dtype), A)
+            g = times(scale, dy @ B) if needs_A or below else None
+            if ctx.saves_source and wide is None:
+                wide = by_member(kept[0].to(A.dtype), A)
+            if needs_A:
+                gradients[4 * number + 2] = g.mT @ wide
+            if needs_B:
+                low = wide @ A.mT if ctx.saves_source else kept[number]
+                gradients[4 * number + 3] = dy.mT @ times(scale, low)
+            if below:
+                inner.append((g, A))
+        dseen = torch.zeros(ctx.shape, dtype=ctx.dtype, device=weights[0].device) if needs_seen else None
+        if inner:
+            g, A = (torch.cat(parts, dim) for parts, dim in zip(zip(*inner), (-1, -2)))
+            target = dseen.view(-1, ctx.shape[-1]) if ctx.apart else dx
+            add_product(target if A.ndim == 2 else target.unflatten(0, (len(A), -1)), g, A)
+        return None, None, None if dx is None else dx.view(ctx.shape), dseen, *gradients

@@ -23,7 +23,7 @@ from .options import build, check_fields, drop_other, option, resolve, resolve_p
 from .triggers import parse_all
 
 # Fields of method "lora" alone.
-ADAPTER = ("rank", "alpha", "scaling", "dropout", "targets", "layers", "variant", "init", "start", "lr_ratio")
+ADAPTER = ("rank", "alpha", "scaling", "dropout", "targets", "layers", "variant", "init", "start", "lr_ratio", "form")
 CLASSIFIER = ("head", "pooling")  # fields of task "classification" alone
 COMPLETION = ("prompt", "completion", "choice_score")  # fields of task "lm" alone
 PURPOSES = ("init", "head", "order", "inject", "dropout", "split")  # of the separate seeds
@@ -147,6 +147,12 @@ class Cell:
         None, "adapter", "learning rate of B over that of A and the rest (LoRA+)", float, least=0, unset=1.0
     )
 
+    form: str | None = option(
+        None, "adapter", "how a projection and its adapter are computed: one after the other (side), in one product with A "
+        "under the weight (concatenated) or with W + s B A (merged); auto takes the fastest", str,
+        choices=("auto", "side", "concatenated", "merged"), unset="auto",
+    )  # fmt: skip
+
     head: str | None = option(
         None, "head", "train it with the rest, leave it at its random start, or fit it in closed form on the "
         "base's features and freeze it", str, choices=("trained", "frozen", "ridge"), unset="trained",
@@ -226,7 +232,7 @@ class Cell:
                     f"{given[0]} belongs to method = 'lora', but method is {self.method!r}: drop one of them"
                 )
             return
-        resolve(self, "rank", "scaling", "dropout", "targets", "layers", "variant", "lr_ratio")
+        resolve(self, "rank", "scaling", "dropout", "targets", "layers", "variant", "lr_ratio", "form")
         resolve_pair(self, "init", "start", "")
         if self.scaling == "rank":
             if self.alpha is not None:
@@ -235,6 +241,9 @@ class Cell:
             resolve(self, "alpha")
         slots = parse_targets(self.targets, self.rank, self.alpha, self.scaling)
         check_variant(self.variant, self.init or "kaiming", slots, self.dropout)
+        if self.form in ("concatenated", "merged") and (self.dropout or self.dtype == "bfloat16"):
+            reason = f"dropout is {self.dropout:g}" if self.dropout else "dtype is 'bfloat16'"
+            raise InputError(f"form = {self.form!r} is not exact where {reason}: use form = 'side' or 'auto'")
         self._check_lr_ratio()
         parse_layers(self.layers)
 

@@ -1,6 +1,6 @@
 """LoRA by hand: the layer, and the verbs that put it on a base and take it off.
 
-`attach`, `detach`, `merge`, `unmerge`, `scale`. The base's own tensors are never written to: merging swaps in a new
+`make`, `put`, `attach`, `detach`, `merge`, `unmerge`, `scale`. The base's own tensors are never written to: merging swaps in a new
 weight and keeps the old one aside, so that nothing drifts and `detach` gives the base back bit for bit. What an
 adapter computes and where it starts is in `variants.py`. What this module does not know: triggers, heads, files
 (`adapter.py`).
@@ -13,6 +13,8 @@ from torch import nn
 
 from .coverage import MOVING, check_variant
 from .errors import InputError
+from .kernels.dropout import dropout as drop
+from .kernels.lora_linear import lora_linears
 from .variants import STARTS, VARIANTS
 
 
@@ -21,16 +23,18 @@ class LoRALinear(nn.Module):
 
     `A` [R, in] and `B` [out, R] are float32, as are `A0` and `B0`, the frozen start where it is a part of the base's
     weight, and `magnitude` [out], where the variant has one; else these are None. `factor` multiplies what the
-    adapter changes.
+    adapter changes. What dropout drops follows from `keys` int32 [1] (see `use_keys`) and the module's `salt`.
     """
 
-    def __init__(self, linear, slot, dropout=0.0, generator=None, variant="lora", init="kaiming"):
+    def __init__(self, linear, slot, dropout=0.0, generator=None, variant="lora", init="kaiming", form="auto", salt=0):
         super().__init__()
         self.linear = linear
         self.slot = slot
         self.variant = VARIANTS[variant]
+        self.form = form
         self.factor = 1.0
-        self.dropout = dropout
+        self.dropout, self.salt = dropout, salt
+        self.keys = torch.zeros(1, dtype=torch.int32, device=linear.weight.device)
         self.base_weight = None  # the frozen weight, kept aside while merged
         # Drawn on the CPU, so that every device starts from the same adapter.
         A, B = (
@@ -47,7 +51,25 @@ class LoRALinear(nn.Module):
     def forward(self, x):
         if self.merged:
             return self.linear(x)
-        return self.variant.forward(self, x, self.dropout if self.training else 0.0)
+        return self.variant.forward(self, x, drop(x, self.dropout, self.keys, self.salt) if self.drops else None)
+
+    @property
+    def drops(self):
+        return self.training and self.dropout > 0
+
+    @staticmethod
+    def joint(x, linears):
+        """The outputs of `linears`, some of them LoRALinear, for one x [..., in]: in one product where that is exact."""
+        layers = [linear for linear in linears if isinstance(linear, LoRALinear)]
+        if any(layer.merged or layer.drops or layer.variant.projection is None for layer in layers):
+            return [linear(x) for linear in linears]
+        projections = [
+            linear.variant.projection(linear)
+            if isinstance(linear, LoRALinear)
+            else (linear.weight, linear.bias, None, None, 1.0)
+            for linear in linears
+        ]
+        return lora_linears(x, projections, form=layers[0].form)
 
     def factors(self):
         """A [R', in] and B [out, R'] of the plain adapter on the original base, with the slot's scale s (that of the
@@ -98,13 +120,12 @@ def named_layers(model):
     return [(name, module) for name, module in model.named_modules() if isinstance(module, LoRALinear)]
 
 
-def attach(model, slots, dropout=0.0, seed=0, variant="lora", init="kaiming"):
-    """Put an adapter on every module named in `slots` ({module name: coverage.Slot}); freeze everything else.
+def make(model, slots, dropout=0.0, seed=0, variant="lora", init="kaiming", form="auto"):
+    """{module name: LoRALinear} for every module of `model` named in `slots` ({module name: coverage.Slot}).
 
     What a start draws comes from a stream of its own, made of `seed` and the module's name: adding a target leaves
     the others as they were, and (kaiming, gaussian) a smaller rank starts with the first rows of a larger one.
-    Raises InputError, with nothing attached, if there is an adapter already or for what `coverage.check_variant`
-    and the variant refuse.
+    Raises InputError if there is an adapter already or for what `coverage.check_variant` and the variant refuse.
     """
     if named_layers(model):
         raise InputError("the base carries an adapter already: detach it first")
@@ -112,13 +133,26 @@ def attach(model, slots, dropout=0.0, seed=0, variant="lora", init="kaiming"):
     layers = {}
     for name, slot in slots.items():
         try:
-            layers[name] = LoRALinear(model.get_submodule(name), slot, dropout, generator(seed, name), variant, init)
+            layers[name] = LoRALinear(
+                model.get_submodule(name), slot, dropout, generator(seed, name), variant, init, form, number_of(name)
+            )
         except InputError as error:
             raise InputError(f"{name}: {error}") from None
-    model.requires_grad_(False)
+    return layers
+
+
+def put(model, layers):
+    """Put layers that `make` made for `model`, or that were taken off it, in their places."""
     for name, layer in layers.items():
         replace(model, name, layer.train(model.training))
     return model
+
+
+def attach(model, slots, dropout=0.0, seed=0, variant="lora", init="kaiming", form="auto"):
+    """`make` an adapter and `put` it on; freeze everything else. Raises InputError, with nothing attached, as `make`."""
+    layers = make(model, slots, dropout, seed, variant, init, form)
+    model.requires_grad_(False)
+    return put(model, layers)
 
 
 def detach(model):
@@ -161,7 +195,18 @@ def scale(model, factor):
     return model
 
 
+def use_keys(model, keys):
+    """Let dropout follow `keys` int32 [1], a tensor that is then changed in place from step to step."""
+    for _, layer in named_layers(model):
+        layer.keys = keys
+
+
 def generator(seed, purpose):
     """A CPU random generator of its own for each (seed, purpose)."""
     digest = hashlib.sha256(f"{seed}/{purpose}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
+
+
+def number_of(purpose):
+    """31 bits that follow from a text."""
+    return int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:4], "big") >> 1

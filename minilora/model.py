@@ -109,7 +109,7 @@ class Layer(nn.Module):
     def attend(self, x, mask, turn):
         B, T, _ = x.shape
         E, by_head = self.spec.head_width, self.spec.qk_norm == "head"
-        q, k, v = self.q(x), self.k(x), self.v(x)
+        q, k, v = project(x, self.q, self.k, self.v)
         if self.spec.qk_norm == "width":
             q, k = self.q_norm(q), self.k_norm(k)
         # [B, T, H E] -> [B, H, T, E]; k and v have fewer heads where these are grouped
@@ -137,6 +137,12 @@ class Layer(nn.Module):
             return x + attended + self.mlp(self.mlp_norm(x))
         x = x + attended
         return x + self.mlp_output_norm(self.mlp(self.mlp_norm(x)))
+
+
+def project(x, *linears):
+    """The outputs of `linears` for one x. What stands in the place of a linear may take them all in one (`joint`)."""
+    joint = next((linear.joint for linear in linears if hasattr(linear, "joint")), None)
+    return joint(x, linears) if joint else [linear(x) for linear in linears]
 
 
 def attention(q, k, v, mask, spec):

@@ -19,7 +19,7 @@ from torch import nn
 
 from .errors import InputError
 from .kernels.dora_linear import dora_linear
-from .kernels.lora_linear import lora_linear, side_path
+from .kernels.lora_linear import lora_linear
 
 
 class LoRA:
@@ -30,11 +30,13 @@ class LoRA:
     def init(self, layer):
         """Give `layer` what the variant has beside A and B: here nothing."""
 
-    def forward(self, layer, x, dropout):
-        """x [..., in] -> x W'^T + b [..., out], with `dropout` on what the adapter sees of x."""
-        return lora_linear(
-            x, layer.original, layer.linear.bias, *layer.factors(), layer.factor * layer.slot.scale, dropout
-        )
+    def projection(self, layer):
+        """What `kernels/lora_linear.py` takes: (W, b, A, B, s)."""
+        return layer.original, layer.linear.bias, *layer.factors(), layer.factor * layer.slot.scale
+
+    def forward(self, layer, x, seen):
+        """x [..., in] -> x W'^T + b [..., out]; `seen` is what dropout left of x for the adapter, or None."""
+        return lora_linear(x, *self.projection(layer), seen, layer.form)
 
     def merge(self, layer, dtype):
         """W + f (W' - W) [out, in] in `dtype`, f the layer's factor."""
@@ -49,6 +51,7 @@ class DoRA(LoRA):
     """
 
     trains = ("A", "B", "magnitude")
+    projection = None  # its norms come between
 
     def init(self, layer):
         """Raises InputError for a row of W that is 0: it has no direction."""
@@ -61,11 +64,11 @@ class DoRA(LoRA):
         layer.register_buffer("squares", squares)  # of the norms of W's rows, [out]
         layer.magnitude = nn.Parameter(squares.sqrt())
 
-    def forward(self, layer, x, dropout):
+    def forward(self, layer, x, seen):
         A, B = layer.factors()
         return dora_linear(
-            x, layer.original, layer.linear.bias, A, B, layer.magnitude, layer.squares, layer.slot.scale, dropout,
-            layer.factor,
+            x, layer.original, layer.linear.bias, A, B, layer.magnitude, layer.squares, layer.slot.scale, seen,
+            layer.factor, layer.form,
         )  # fmt: skip
 
     def merge(self, layer, dtype):
@@ -79,17 +82,11 @@ class DoRA(LoRA):
 class LoRAFA(LoRA):
     """W' = W + s B A; A stays at its start and B is trained. Zhang et al. 2023 (arXiv 2308.03303v1), section 3.
 
-    The gradient of B needs x A^T [N, R] and not x [N, in]; keeping no x is what the paper is for, so the side path is
-    always taken. The correction of B's gradient that the paper's second version added is left out (PEFT's
-    `create_lorafa_optimizer` applies it).
+    The gradient of B needs x A^T [N, R] and not x [N, in]: keeping no x is what the paper is for. The correction of
+    B's gradient that the paper's second version added is left out (PEFT's `create_lorafa_optimizer` applies it).
     """
 
     trains = ("B",)
-
-    def forward(self, layer, x, dropout):
-        return side_path(
-            x, layer.original, layer.linear.bias, *layer.factors(), layer.factor * layer.slot.scale, dropout
-        )
 
 
 def widened(weight):

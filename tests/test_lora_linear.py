@@ -36,17 +36,22 @@ def outputs(function, arguments, trained=("x", "A", "B")):
 
 def formulas(arguments):
     """The equation and its derivatives, written out with numpy-like sums in float64."""
+    dtype = arguments[0].dtype
     x, weight, bias, A, B, scale = [t.double() if torch.is_tensor(t) else t for t in arguments]
     y = torch.einsum("...i,oi->...o", x, weight) + scale * torch.einsum("...i,ri,or->...o", x, A, B)
     y = y if bias is None else y + bias
-    dy = torch.linspace(-1, 2, y.numel(), dtype=torch.float64, device=y.device).view_as(y)
+    dy = torch.linspace(-1, 2, y.numel(), dtype=dtype, device=y.device).view_as(y).double()
     dx = torch.einsum("...o,oi->...i", dy, weight) + scale * torch.einsum("...o,or,ri->...i", dy, B, A)
     dA = scale * torch.einsum("...o,or,...i->ri", dy, B, x)
     dB = scale * torch.einsum("...o,...i,ri->or", dy, x, A)
     return [y, dx, dA, dB]
 
 
-@pytest.mark.parametrize("function", [op.reference, op.side_path, op.merged, op.lora_linear])
+def in_form(form):
+    return lambda *arguments: op.lora_linear(*arguments, form=form)
+
+
+@pytest.mark.parametrize("function", [op.reference, op.lora_linear, *map(in_form, op.FORMS)])
 def test_values_and_gradients(function, device):
     cases = 0
     for shape in SHAPES:
@@ -62,18 +67,98 @@ def test_values_and_gradients(function, device):
     assert cases == 20
 
 
-def test_gradcheck():
-    for shape in SHAPES[:3]:
-        x, weight, bias, A, B, scale = inputs(*shape, torch.float64)
-        leaves = tuple(t.requires_grad_() for t in (x, A, B))
-        assert torch.autograd.gradcheck(lambda x, A, B, w=weight, b=bias, s=scale: op.merged(x, w, b, A, B, s), leaves)
+def made(rank, in_features=7, members=()):
+    """A random input [6, 2, in], and three projections of it: with an adapter, without one or a bias, with another."""
+    draw = torch.Generator().manual_seed(rank)
+
+    def normal(*size):
+        return torch.randn(*size, generator=draw, dtype=torch.float64)
+
+    def adapter(out, rank):
+        return [normal(*members, rank, in_features).requires_grad_(), normal(*members, out, rank).requires_grad_()]
+
+    scales = [normal(*members) if members else 0.7, 1.0, normal(*members) if members else -1.3]
+    weights, biases = [normal(n, in_features) for n in (5, 4, 3)], [normal(5), None, normal(3)]
+    factors = [adapter(5, rank), [None, None], adapter(3, rank + 1)]
+    x = normal(6, 2, in_features).requires_grad_()
+    return x, [(w, b, *ab, s) for w, b, ab, s in zip(weights, biases, factors, scales, strict=True)]
 
 
-def test_no_gradient_where_none_is_asked_for():
+def one_by_one(x, projections, seen=None):
+    """`lora_linears` of a population as the equation, adapter by adapter."""
+    ys = []
+    for weight, bias, A, B, scale in projections:
+        y = torch.nn.functional.linear(x, weight, bias)
+        if A is not None:
+            rows = (x if seen is None else seen).chunk(len(A))
+            parts = [s * part @ a.T @ b.T for part, a, b, s in zip(rows, A, B, scale, strict=True)]
+            y = y + torch.cat(parts)
+        ys.append(y)
+    return ys
+
+
+@pytest.mark.parametrize("form", op.FORMS)
+def test_projections_of_one_input(form):
+    x, projections = made(2)
+    found = op.lora_linears(x, projections, form=form)
+    wanted = [torch.nn.functional.linear(x, w, b) if A is None else op.reference(x, w, b, A, B, s)
+              for w, b, A, B, s in projections]  # fmt: skip
+    torch.testing.assert_close(list(found), wanted)
+
+    def run(x, A, B, A3, B3):
+        (w, b, _, _, s), plain, (w3, b3, _, _, s3) = projections
+        return op.lora_linears(x, [(w, b, A, B, s), plain, (w3, b3, A3, B3, s3)], form=form)
+
+    assert torch.autograd.gradcheck(run, (x, *projections[0][2:4], *projections[2][2:4]))
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_populations(apart):
+    x, projections = made(2, members=(3,))
+    projections = projections if not apart else projections[:1]  # with dropout each projection sees another x
+    seen = torch.linspace(-1, 2, x.numel(), dtype=x.dtype).view_as(x).requires_grad_() if apart else None
+    leaves = [x, *([seen] if apart else []), *(t for p in projections for t in p[2:4] if t is not None)]
+    found, wanted = op.lora_linears(x, projections, seen), one_by_one(x, projections, seen)
+    torch.testing.assert_close(list(found), wanted)
+    cotangents = [torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view_as(y) for y in wanted]
+    torch.testing.assert_close(
+        torch.autograd.grad(found, leaves, cotangents), torch.autograd.grad(wanted, leaves, cotangents)
+    )
+    assert len(leaves) == (4 if apart else 5)
+
+
+def test_a_padded_rank_stays_zero():
+    x, [(weight, bias, A, B, scale), *_] = made(3, members=(2,))
+    with torch.no_grad():
+        A[1, 1:], B[1, :, 1:] = 0, 0
+    y = op.lora_linear(x, weight, bias, A, B, scale)
+    dA, dB = torch.autograd.grad(y.square().sum(), (A, B))
+    assert (dA[1, 1:] == 0).all() and (dB[1, :, 1:] == 0).all()
+    assert (dA[1, 0] != 0).all() and (dA[0] != 0).all() and (dB[1, :, 0] != 0).all()
+
+
+@pytest.mark.parametrize("form", op.FORMS)
+def test_no_gradient_where_none_is_asked_for(form):
     arguments = inputs((4,), 6, 5, 2, torch.float32)
-    for trained in (("A", "B"), ("x",), ("B",)):
-        _, *gradients = outputs(op.merged, arguments, trained)
-        assert [g is not None for g in gradients] == [name in trained for name in ("x", "A", "B")]
+    for trained in (("A", "B"), ("x",), ("B",), ("x", "B")):
+        found, wanted = outputs(in_form(form), arguments, trained), formulas(arguments)
+        for name, gradient, right in zip(("x", "A", "B"), found[1:], wanted[1:], strict=True):
+            assert (gradient is not None) == (name in trained)
+            if gradient is not None:
+                torch.testing.assert_close(gradient.double(), right, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", op.FORMS)
+def test_what_is_saved(form):
+    # x and the factors (and the frozen weights, which lie in memory anyway); x A^T in the place of x where A is frozen.
+    x, weight, bias, A, B, scale = inputs((50,), 24, 40, 3, torch.float32)
+    for trains_A in (True, False):
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+            op.lora_linear(x, weight, bias, A.clone().requires_grad_(trains_A), B.requires_grad_(), scale, form=form)
+        rows = [t for t in saved if t is not None and len(t) == 50]
+        assert [list(t.shape) for t in rows] == [[50, 24] if trains_A else [50, 3]]
+        assert sum(t.untyped_storage().nbytes() for t in rows) == (50 * 24 if trains_A else 50 * 3) * 4
 
 
 def test_bfloat16_base_keeps_small_updates():
@@ -91,31 +176,28 @@ def test_bfloat16_base_keeps_small_updates():
     torch.testing.assert_close(full, exact, rtol=2e-2, atol=0.1)
 
 
-def test_choice_of_the_way(monkeypatch):
+def test_bfloat16_gradients():
+    arguments = [t.bfloat16() if number < 3 else t for number, t in enumerate(inputs((50,), 24, 40, 3, torch.float32))]
+    for found, wanted in zip(outputs(op.lora_linear, arguments), formulas(arguments), strict=True):
+        torch.testing.assert_close(found.double(), wanted, rtol=2e-2, atol=1e-2 * wanted.abs().max())
+
+
+def test_choice_of_the_form(monkeypatch):
     taken = []
-    monkeypatch.setattr(op, "merged", lambda *a: taken.append("merged"))
-    monkeypatch.setattr(op, "side_path", lambda *a: taken.append("side"))
-    many, few = inputs((100,), 24, 40, 3, torch.float32), inputs((15,), 24, 40, 3, torch.float32)
+    monkeypatch.setattr(op.Projections, "apply", lambda form, *a: taken.append(form) or (None,))
+    many, few = inputs((3000,), 24, 40, 3, torch.float32), inputs((3,), 24, 40, 3, torch.float32)
     op.lora_linear(*many)
-    op.lora_linear(*many, 0.1)
+    op.lora_linear(*many, seen=many[0])
     op.lora_linear(*few)
     op.lora_linear(many[0].bfloat16(), many[1].bfloat16(), *many[2:])
     assert taken == ["merged", "side", "side", "side"]
+    with pytest.raises(ValueError, match="'merged' is not exact here, as these are: side"):
+        op.lora_linear(*many, seen=many[0], form="merged")
 
 
-def test_dropout_is_on_the_input_of_A_alone():
-    x, weight, bias, A, B, scale = inputs((400,), 8, 5, 2, torch.float64)
-    torch.manual_seed(3)
-    found = op.lora_linear(x, weight, bias, A, B, scale, 0.25)
-    torch.manual_seed(3)
-    kept = (torch.nn.functional.dropout(torch.ones_like(x), 0.25) > 0).double() / 0.75
-    wanted = x @ weight.T + bias + scale * ((x * kept) @ A.T @ B.T)
-    torch.testing.assert_close(found, wanted)
-    assert 0.65 < (kept > 0).double().mean() < 0.85
-
-
-def test_compiles_without_graph_breaks():
+@pytest.mark.parametrize("form", op.FORMS)
+def test_compiles_without_graph_breaks(form):
     arguments = inputs((100,), 24, 40, 3, torch.float32)
-    compiled = torch.compile(op.lora_linear, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(in_form(form), fullgraph=True, backend="aot_eager")
     for found, wanted in zip(outputs(compiled, arguments), formulas(arguments), strict=True):
         torch.testing.assert_close(found.double(), wanted, rtol=2e-5, atol=2e-5 * wanted.abs().max())

@@ -1,0 +1,69 @@
+"""Dropout whose mask is a function of where a number stands, and of nothing else.
+
+    y = x m / (1 - p),    m = [h >= p 2^32]        Srivastava et al. 2014 (JMLR 15), section 4, scaled in training
+
+h is a hash of (key, salt, row, token, feature): `key` changes from step to step and from adapter to adapter, `salt` from
+module to module. So a mask depends neither on the padding, nor on the device, nor on who else is in the batch: an
+adapter of a population drops what it would drop alone. The hash is the 32-bit finaliser "lowbias32" (C. Wellons, "Prospecting
+for hash functions", 2018, nullprogram.com): its arithmetic is modulo 2^32 on int32, where a shift must be stripped of the
+sign. The mask is formed again in the backward; saved are the keys alone.
+"""
+
+import torch
+
+MULTIPLIERS = (0x7FEB352D, 0x846CA68B - (1 << 32))
+STRIDE = 0x9E3779B1 - (1 << 32)  # odd: rows, tokens and features are spread over all 32 bits
+
+
+def mix(h):
+    """The hash of int32 numbers, in place."""
+    for shift, multiplier in zip((16, 15), MULTIPLIERS, strict=True):
+        h ^= (h >> shift) & ((1 << (32 - shift)) - 1)
+        h *= multiplier
+    h ^= (h >> 16) & 0xFFFF
+    return h
+
+
+def mask(shape, p, keys, salt):
+    """Which of the numbers [K n, T, features] of K adapters stay, bool; `p` a number or a tensor [K], `keys` int32 [K]."""
+    rows, tokens, features = shape
+    members = len(keys)
+
+    def count(n):
+        return torch.arange(n, dtype=torch.int32, device=keys.device)
+
+    h = mix((keys + salt)[:, None] + count(rows // members) * STRIDE)  # [K, n]
+    h = mix(h[..., None] + count(tokens) * STRIDE)  # [K, n, T]
+    h = mix(h[..., None] + count(features) * STRIDE)  # [K, n, T, features], uniform over int32
+    if torch.is_tensor(p):
+        least = (p.double() * 2.0**32 - 2.0**31).to(torch.int32)[:, None, None, None]
+    else:
+        least = int(p * 2**32) - 2**31
+    return (h >= least).view(shape)
+
+
+class Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, p, keys, salt):
+        tensors = (keys, p) if torch.is_tensor(p) else (keys,)
+        ctx.save_for_backward(*(t.clone() for t in tensors))  # keys move on before a later step's backward
+        ctx.p, ctx.salt = p, salt
+        return apply(x, p, keys, salt)
+
+    @staticmethod
+    def backward(ctx, dy):
+        keys, *p = ctx.saved_tensors
+        return apply(dy, p[0] if p else ctx.p, keys, ctx.salt), None, None, None
+
+
+def apply(x, p, keys, salt):
+    whole = x.view(len(x), -1, x.shape[-1])
+    kept = mask(whole.shape, p, keys, salt)
+    if torch.is_tensor(p):
+        p = p.repeat_interleave(len(x) // len(p))[:, None, None]
+    return (whole * kept / (1 - p)).to(x.dtype).view(x.shape)
+
+
+def dropout(x, p, keys, salt):
+    """x [K n, T, features], or without T, with a share `p` (a number, or [K]) of its numbers dropped, the others over 1 - p."""
+    return Dropout.apply(x, p, keys, salt)
