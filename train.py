@@ -3,17 +3,23 @@
 python train.py                                       the default cell
 python train.py --rank 16 --inject-proportion 0.05    change what you like: --help
 python train.py --config FILE.toml                    a cell from a file, flags on top
+python train.py --config A.toml B.toml ...            several cells, those that can be in one population
 python train.py --resume RUN                          go on with an interrupted run
 """
 
+import contextlib
+import math
 import shlex
+import sys
 import time
+from pathlib import Path
 
 SAVE_EVERY = 100  # steps
+READ_EVERY = 20  # steps, of what a GPU computes
 START = time.perf_counter()
 
 from minilora import errors, options  # noqa: E402  (the clock starts before the slow imports)
-from minilora.cell import PURPOSES, Cell  # noqa: E402
+from minilora.cell import Cell  # noqa: E402
 
 
 def train(cell=None, out=None, *, resume=None, eval_every=0, save_every=SAVE_EVERY, merge_to=None, start=None):
@@ -24,15 +30,10 @@ def train(cell=None, out=None, *, resume=None, eval_every=0, save_every=SAVE_EVE
     `start` is the `time.perf_counter()` that the total counts from. Returns (results, run folder).
     Raises InputError before anything is written, TrainingError if the loss is not finite.
     """
-    import numpy as np
-    import torch
+    from minilora import export
+    from minilora.member import Member
+    from minilora.run import Run
 
-    from minilora import adapter, checkpoint, coverage, export, families, files, injection, lora, model, task
-    from minilora import batches, console, data, roof, tokenizer, training
-    from minilora.run import Run, check_inputs, hardware, peak_memory, trainable, versions
-
-    start = time.perf_counter() if start is None else start
-    say = console.say
     if resume is not None:
         if cell is not None or out is not None:
             raise errors.InputError("a resumed run has its cell and its folder already: give neither")
@@ -41,166 +42,178 @@ def train(cell=None, out=None, *, resume=None, eval_every=0, save_every=SAVE_EVE
         run.check_unfinished()
     else:
         run = Run.plan(out, cell)
-
     if merge_to is not None:
         export.check(merge_to, cell)
+    [member] = train_all([Member(cell, run)], 1, eval_every, save_every, merge_to, start)
+    if member.error:
+        raise member.error
+    return member.results, member.run.path
 
-    # --- base: everything that can be refused is refused before weights are read
-    device, dtype = training.pick_device(cell.device), getattr(torch, cell.dtype)
-    folder = checkpoint.resolve(cell.model, cell.revision, cell.tokenizer)
-    spec = families.read_spec(checkpoint.read_config(folder))
-    slots = coverage.plan(spec, cell)
-    words = checkpoint.resolve_tokenizer(cell.tokenizer, folder)
-    text_tokenizer = tokenizer.load(words, spec.vocabulary)
-    model.check_fits(spec, cell.max_length)
-    cell_task = task.find(cell, spec, text_tokenizer)
 
-    # --- data: rows, and the triggers that go into some of them
-    clean, test = data.rows_of(cell)
-    seed_inject = cell.seed_for("inject")
-    injected = injection.inject(clean, cell.inject, seed_inject, cell_task.visible(clean))
-    encoded, answers = cell_task.encode(injected.rows)
-    injected = injection.mark_survival(injected, encoded.kept[injected.index])
-    tests = cell_task.build_tests(clean, test, seed_inject)
-    lengths = np.diff(encoded.offsets)
-    inputs = {
-        "base": checkpoint.fingerprint(folder),
-        "tokenizer": checkpoint.fingerprint_tokenizer(words),
-        "train": data.fingerprint(clean),
-        "test": data.fingerprint(test),
-        "injected": data.fingerprint(injected.rows),
-    }
+def train_together(cells, outs=None, *, size=None, eval_every=0, save_every=SAVE_EVERY):
+    """Train several cells, each into its own folder of `outs` (default: as `train`), in populations of cells that allow it.
 
-    # --- adapter and head
-    base = model.load(folder, dtype, device, cell_task.unembedding)
-    if cell.start:
-        inputs["start"] = adapter.begin(base, cell, slots)
-    elif slots:
-        lora.attach(base, slots, cell.dropout, cell.seed_for("init"), cell.variant, cell.init)
-    trained = cell_task.model(base, clean.label_names)
-    cell_task.prepare(trained, encoded, answers)
-    parameters = training.trained_parameters(trained, cell)
-    optimizer = training.make_optimizer(parameters, cell)
-    schedule = training.Schedule(lengths, cell)
-    compiled, reason = training.compiles(cell.compile, device, schedule.steps)
-    step_model = torch.compile(trained, dynamic=True) if compiled else trained
-    floor = roof.training_flops(spec, slots, cell.method, lengths.mean()) * lengths.mean()  # operations a row
-    rate = roof.matmul_rate(int(cell.batch_size * lengths.mean()), spec, dtype, device)
+    `size` is how many adapters a population has at most (default: what is measured to be fastest on the device). Each
+    cell's results are those of `train` but for rounding. Returns a list of (results, run folder), with the
+    TrainingError in the place of the results of a cell that diverged. Raises InputError before anything is written.
+    """
+    from minilora.member import Member
+    from minilora.run import Run
+
+    members = []
+    for cell, out in zip(cells, outs or [None] * len(cells), strict=True):
+        members.append(Member(cell, Run.plan(out, cell, taken=[member.run.path for member in members])))
+    train_all(members, size, eval_every, save_every)
+    return [(member.error or member.results, member.run.path) for member in members]
+
+
+def train_all(members, size=None, eval_every=0, save_every=SAVE_EVERY, merge_to=None, start=None):
+    """Train the members in populations of at most `size`; returns them."""
+    from minilora import console, model, planner, population
+    from minilora.member import Setting
+
+    start = time.perf_counter() if start is None else start
+    groups = {}  # of members that can be trained together, with as many steps to go if possible
+    for member in members:
+        groups.setdefault(population.shared(member.cell), []).append(member)
+    settings = {key: Setting.of(group[0].cell) for key, group in groups.items()}
+    for key, group in groups.items():
+        for member in group:
+            member.prepare(settings[key])  # everything that can be refused is refused before weights are read
+    for key, group in groups.items():
+        setting = settings[key]
+        base = model.load(setting.folder, setting.dtype, setting.device, group[0].task.unembedding)
+        for member in group:
+            member.begin(base)
+        most = planner.size(group, base) if size is None and len(group) > 1 else size or 1
+        for chunk in planner.split(group, most):
+            if len(members) > 1:
+                console.say(f"\npopulation of {len(chunk)} of {len(members)} cells")
+            train_population(chunk, base, eval_every, save_every, merge_to, start)
+            start = time.perf_counter()
+    return members
+
+
+def train_population(members, base, eval_every, save_every, merge_to, start):
+    """Train members that share a base, all at once, and write their results."""
+    import torch
+
+    from minilora import console, roof, training
+    from minilora.member import assemble, sizes_of
+    from minilora.population import Population
+
+    say, cell, setting = console.say, members[0].cell, members[0].setting
+    device = setting.device
+
+    # --- what is trained
+    flat = training.Flat([member.parameters for member in members])
+    optimizer = training.OPTIMIZERS[cell.optimizer](flat, [member.cell for member in members])
+    together = Population([member.model for member in members], [member.layers for member in members], flat)
+    steps = max(member.schedule.steps for member in members)
+    compiled, reason = training.compiles(cell.compile, device, steps)
+    forward = torch.compile(together, dynamic=True) if compiled else together
+    sizes = sizes_of(members)
+    length = sum(member.lengths.sum() for member in members) / sum(len(member.lengths) for member in members)
+    rate = roof.matmul_rate(int(len(members) * cell.batch_size * length), setting.spec, setting.dtype, device)
 
     # --- what is about to happen
-    certificate = trainable(parameters)
-    names = ", ".join(console.short(name) for name in clean.label_names[:6]) + ", ..." * (len(clean.label_names) > 6)
-    size = f"{len(spec.layers)} layers of width {spec.width}"
-    say(f"base       {cell.model} ({spec.family}, {size}, {cell.dtype}, {device})")
-    say(f"data       {cell.data}: {len(clean):,} training and {len(test):,} test rows of {lengths.mean():.1f} tokens")
-    say(f"labels     {names}")
-    method = f"{cell.variant}, start {cell.start or cell.init}" if cell.method == "lora" else cell.method
-    say(f"task       {cell_task.describe()}")
-    say(f"method     {method}")
-    say(f"trained    {certificate['count']:,} parameters")
-    for line in coverage.describe(slots, spec, cell.variant):
-        say(f"adapter    {line}")
-    for line in console.injection_lines(injected, cell.inject):
-        say(f"injection  {line}")
-    say(f"training   {schedule.steps:,} steps of {cell.batch_size * cell.accumulate} rows, {cell.optimizer}, "
-        f"lr {cell.lr:g} {cell.schedule}; {'compiled' if compiled else 'eager'} ({reason})")  # fmt: skip
-    say(f"run        {run.path}")
+    for member in members:
+        for line in member.describe():
+            say(line)
+        say(f"training   {member.schedule.steps:,} steps of {cell.batch_size * cell.accumulate} rows, {cell.optimizer}, "
+            f"lr {member.cell.lr:g} {member.cell.schedule}; {'compiled' if compiled else 'eager'} ({reason})")  # fmt: skip
+        say(f"run        {member.run.path}")
 
-    # --- run folder
-    with run.hold(cell):
-        files.write_jsonl(run.path / "injected.jsonl", (record.to_dict() for record in injected.records))
-        files.write_json(run.path / "trainable.json", certificate)
-        meters = {"step": 0, "seconds": 0.0, "tokens": 0, "inputs": inputs}
-        if run.state.exists():
-            meters = training.load_state(run.state, parameters, optimizer)
-            check_inputs(inputs, meters["inputs"], cell)
-            say(f"resumed    after step {meters['step']:,}")
-        run.start_metrics(meters["step"])
+    with contextlib.ExitStack() as folders:
+        for k, member in enumerate(members):
+            folders.enter_context(member.hold(flat, optimizer, k))
+        first = members[0].meters["step"]  # of all: see planner.split
+        if first:
+            say(f"resumed    after step {first:,}")
+        cells = [member.cell for member in members]
+        rates = training.learning_rates(cells, [member.schedule.steps for member in members], device)
+        clips = torch.tensor([cell.clip or math.inf for cell in cells], device=device)
+        going = torch.ones(len(members), dtype=torch.bool, device=device)
         start_up = time.perf_counter() - start
 
         # --- the loop
-        sizes = batches.padded_sizes(lengths)
-        step, seconds, tokens = meters["step"], meters["seconds"], meters["tokens"]
-        rows_done, rows_total = schedule.rows_before(step), schedule.rows_before(schedule.steps)
+        log = Log(members, first)
+        rows_done = sum(member.schedule.rows_before(first) for member in members)
+        rows_total = sum(member.schedule.rows_before(member.schedule.steps) for member in members)
         with console.Progress("training", rows_total, rows_done) as progress:
-            while step < schedule.steps:
-                began = time.perf_counter()
-                rows = schedule.rows_at(step)
-                micro_batches = [batches.collate(encoded, r, sizes, text_tokenizer.pad_id).to(device) for r in rows]
-                training.set_learning_rate(optimizer, training.learning_rate(cell, step, schedule.steps))
-                try:
-                    loss, norm = training.update(
-                        step_model, micro_batches, answers, list(parameters.values()), optimizer, cell, step
-                    )
-                except errors.TrainingError as error:
-                    ids = [injected.rows.ids[i] for r in rows for i in r]
-                    run.log({"step": step + 1, "error": str(error), "rows": ids})
-                    kept = f"the state after step {meters['step']} is kept" if meters["step"] else "no state was saved"
-                    raise errors.TrainingError(
-                        f"{error} (rows {', '.join(ids)}); {kept} in {run.path}; try a lower --lr"
-                    ) from None
-                step += 1
-                seen = sum(int(lengths[r].sum()) for r in rows)
-                seconds, tokens = seconds + time.perf_counter() - began, tokens + seen
-                run.log({"step": step, "loss": loss, "norm": norm, "lr": optimizer.param_groups[0]["lr"],
-                         "rows": sum(map(len, rows)), "tokens": seen, "seconds": round(seconds, 3)})  # fmt: skip
-                progress.advance(sum(map(len, rows)), seen, f"loss {loss:.3f}, ")
-                if eval_every and step % eval_every == 0 and step < schedule.steps:
-                    figures, _ = cell_task.run_tests(trained, tests, cell.batch_size)
-                    run.log({"step": step, "tests": figures})
-                    say("\n".join([f"after step {step:,}:", console.table(figures)]))
-                if step % save_every == 0 or step == schedule.steps:
-                    meters |= {"step": step, "seconds": seconds, "tokens": tokens}
-                    training.save_state(run.state, parameters, optimizer, meters)
-        adapter.save(run.path / "adapter", trained, cell, clean.label_names)
+            for step in range(first, steps):
+                micro_batches = [batch.to(device) for batch in assemble(members, step, sizes)]
+                log.add(step, *training.update(together, forward, micro_batches, optimizer, rates[step], clips, going))
+                last = step + 1 == steps
+                saving = (step + 1) % save_every == 0 or last
+                evaluating = eval_every and (step + 1) % eval_every == 0 and not last
+                if saving or evaluating or log.is_due(device):
+                    log.write(progress)
+                for k, member in enumerate(members):
+                    if member.error or step >= member.schedule.steps:
+                        continue
+                    if evaluating:
+                        with together.alone(k) as model:
+                            member.evaluate(model, step + 1)
+                        log.began = time.perf_counter()
+                    if saving or step + 1 == member.schedule.steps:
+                        member.save_state(flat, optimizer, k, step + 1)
+                if all(member.error for member in members):
+                    break
 
-        # --- evaluation
-        began = time.perf_counter()
-        with console.Progress("evaluation", cell_task.passes(tests)) as progress:
-            figures, outcomes = cell_task.run_tests(trained, tests, cell.batch_size, progress.advance)
-        evaluation_seconds = time.perf_counter() - began
-        files.write_jsonl(run.path / "predictions.jsonl", cell_task.predictions(tests, outcomes))
+        # --- evaluation and results
+        left = [(k, member) for k, member in enumerate(members) if not member.error]
+        with console.Progress("evaluation", sum(member.task.passes(member.tests) for _, member in left)) as progress:
+            for k, member in left:
+                with together.alone(k) as model:
+                    member.finish(model, start, start_up, rate, len(members), progress.advance)
+                    if merge_to is not None:
+                        member.merge_to(merge_to, model)
+    together.detach()
 
-        # --- results
-        trained_rows = schedule.rows_before(schedule.steps)
-        results = {
-            "cell": {"id": cell.id} | cell.to_dict(),
-            "task": cell_task.record(),
-            "tests": figures,
-            "train": {
-                "rows": len(clean),
-                "rows_per_second": trained_rows / seconds,
-                "tokens_per_second": tokens / seconds,
-                "seconds": seconds,
-                "peak_memory_bytes": peak_memory(device),
-                "trainable_parameters": certificate["count"],
-                "steps": schedule.steps,
-                "floor_rows_per_second": rate / floor,
-                "matmul_flops_per_second": rate,
-                "start_up_seconds": start_up,
-                "evaluation_seconds": evaluation_seconds,
-                "total_seconds": time.perf_counter() - start,
-            },
-            "injection": injected.report,
-            "injected_rows_truncated": sum(not record.survives for record in injected.records),
-            "inputs": inputs,
-            "seeds": {purpose: cell.seed_for(purpose) for purpose in PURPOSES},
-            "versions": versions(),
-            "hardware": hardware(device),
-        }
-        run.finish(results)
-        if merge_to is not None:
-            merged = export.write(merge_to, trained, cell, clean.label_names, source=folder, tokenizer=words)
-            say(f"merged     {merge_to}: {export.describe(merged)}")
-    return results, run.path
+
+class Log:
+    """What the steps gave, written to the members' metrics.jsonl a few steps at a time: reading waits for the device."""
+
+    def __init__(self, members, first):
+        self.members, self.first = members, first
+        self.waiting, self.began = [], time.perf_counter()
+
+    def add(self, step, losses, norms):
+        self.waiting.append((step, losses, norms))
+
+    def is_due(self, device):
+        return device.type == "cpu" or len(self.waiting) == READ_EVERY
+
+    def write(self, progress):
+        """Write the steps that are waiting; a member whose loss was not finite has its `error` from then on."""
+        import torch
+
+        if not self.waiting:
+            return
+        figures = [torch.stack(values).tolist() for values in list(zip(*self.waiting))[1:]]
+        now = time.perf_counter()
+        seconds, self.began = (now - self.began) / len(self.waiting), now
+        seen = [0, 0]
+        for (step, *_), losses, norms in zip(self.waiting, *figures, strict=True):
+            for member, loss, norm in zip(self.members, losses, norms, strict=True):
+                rows, tokens = member.log(step, loss, norm, seconds)
+                seen = seen[0] + rows, seen[1] + tokens
+        losses = [loss for member, loss in zip(self.members, losses, strict=True) if not member.error]
+        self.waiting = []
+        progress.advance(*seen, f"loss {sum(losses) / len(losses):.3f}, " if losses else "")
 
 
 def main(argv=None):
     parser = options.Parser(prog="train.py", description=__doc__.partition("\n\n")[0])
     general = parser.add_argument_group("run")
-    general.add_argument("--config", metavar="FILE", help="TOML file with a cell's fields; flags stand before it")
-    general.add_argument("--out", metavar="DIR", help="run folder (default: runs/NAME, named after the cell)")
+    general.add_argument("--config", metavar="FILE", nargs="+", default=[],
+                         help="TOML file with a cell's fields, flags stand before it; several: a cell each")  # fmt: skip
+    general.add_argument("--out", metavar="DIR", help="run folder, or of several cells the folder of their run folders "
+                         "(default: runs/NAME, named after the cell)")  # fmt: skip
     general.add_argument("--resume", metavar="RUN", help="go on with the interrupted run in this folder")
+    general.add_argument("--population", type=int, metavar="K",
+                         help="of several cells train at most so many at once (default: what is measured to be fastest)")  # fmt: skip
     general.add_argument("--eval-every", type=int, default=0, metavar="N",
                          help="run the tests every N steps as well (default: 0, at the end alone)")  # fmt: skip
     general.add_argument("--save-every", type=int, default=SAVE_EVERY, metavar="N",
@@ -213,8 +226,10 @@ def main(argv=None):
     flags = options.given_flags(arguments, Cell)
     if arguments.eval_every < 0 or arguments.save_every < 1:
         raise errors.InputError("--eval-every must be at least 0 and --save-every at least 1")
-    often = dict(eval_every=arguments.eval_every, save_every=arguments.save_every, merge_to=arguments.merge_to,
-                 start=START)  # fmt: skip
+    often = dict(eval_every=arguments.eval_every, save_every=arguments.save_every)
+    alone = often | dict(merge_to=arguments.merge_to, start=START)
+    if arguments.population is not None and (arguments.population < 1 or len(arguments.config) < 2):
+        raise errors.InputError("--population must be at least 1, and is for several cells: give several files to --config")
     if arguments.resume:
         if flags or arguments.config or arguments.out:
             raise errors.InputError(
@@ -228,9 +243,21 @@ def main(argv=None):
                 raise errors.InputError(f"{run.path} is finished: use python evaluate.py {run.path} --merge-to DIR")
             print(f"{run.path} is finished:")
             return report(run.read_results(), run.path)
-        return report(*train(resume=arguments.resume, **often))
-    cell = options.load(Cell, arguments.config) if arguments.config else Cell()
-    report(*train(cell.replace(**flags), arguments.out, **often))
+        return report(*train(resume=arguments.resume, **alone))
+    cells = [options.load(Cell, path).replace(**flags) for path in arguments.config] or [Cell().replace(**flags)]
+    if len(cells) == 1:
+        return report(*train(cells[0], arguments.out, **alone))
+    if arguments.merge_to:
+        raise errors.InputError("--merge-to is for one cell: use evaluate.py --merge-to on the runs")
+    outs = None if arguments.out is None else [Path(arguments.out) / cell.name for cell in cells]
+    outcomes = train_together(cells, outs, size=arguments.population, **often)
+    for results, folder in outcomes:
+        if isinstance(results, errors.TrainingError):
+            print(f"\nfailed: {results}")
+        else:
+            report(results, folder)
+    if any(isinstance(results, errors.TrainingError) for results, _ in outcomes):
+        sys.exit(1)
 
 
 def report(results, folder):

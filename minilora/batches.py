@@ -5,7 +5,7 @@ batches are shuffled. Rows of like length so meet more often than by chance: `wi
 padded to one of a few lengths, which bounds the number of shapes that a compiled step meets.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -15,14 +15,33 @@ SIZES = 32  # different padded lengths at most
 
 @dataclass(frozen=True)
 class Batch:
-    """`ids` int64 [B, T] padded on the right, `lengths` int64 [B] in tokens, `index` [B] of the rows."""
+    """`ids` int64 [B, T] padded on the right, `lengths` int64 [B] in tokens, `index` [B] of the rows.
+
+    `answers` int64 [B], where given, are what the model is to answer. A population's batch (`population.join`) has the
+    rows of its K members one after the other, `index` is a list of K, and
+
+    weights  float32 [K], how many terms each member's loss is a sum of
+    keys     int32 [K] that dropout follows (`lora.use_keys`), or None
+    alike    whether the members' rows are the same
+    """
 
     ids: torch.Tensor
     lengths: torch.Tensor
-    index: np.ndarray
+    index: np.ndarray | list
+    answers: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
+    keys: torch.Tensor | None = None
+    alike: bool = False
 
-    def to(self, device):
-        return Batch(self.ids.to(device), self.lengths.to(device), self.index)
+    def to(self, device, non_blocking=False):
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self):
+        return self._map(torch.Tensor.pin_memory)
+
+    def _map(self, function):
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: function(v) for name, v in values.items() if torch.is_tensor(v)})
 
 
 def epoch(lengths, batch_size, window, seed, number):
@@ -75,8 +94,11 @@ def padded_sizes(lengths, most=SIZES):
     return np.array(sizes[::-1])
 
 
-def collate(encoded, index, sizes, pad_id):
-    """The rows `index` of `encoded` (`ids` flat, `offsets` [rows + 1]) as a `Batch`, padded to one of `sizes`."""
+def collate(encoded, index, sizes, pad_id, answers=None):
+    """The rows `index` of `encoded` (`ids` flat, `offsets` [rows + 1]) as a `Batch`, padded to one of `sizes`.
+
+    `answers` [rows] are those of all rows, if the batch is to have its own.
+    """
     starts, stops = encoded.offsets[index], encoded.offsets[index + 1]
     lengths = stops - starts
     width = int(sizes[np.searchsorted(sizes, lengths.max())])
@@ -84,7 +106,8 @@ def collate(encoded, index, sizes, pad_id):
     real = columns < lengths[:, None]  # [B, T]
     ids = np.full(real.shape, pad_id, dtype=np.int64)
     ids[real] = encoded.ids[(starts[:, None] + columns)[real]]
-    return Batch(torch.from_numpy(ids), torch.from_numpy(lengths.astype(np.int64)), index)
+    answers = None if answers is None else answers[index]
+    return Batch(torch.from_numpy(ids), torch.from_numpy(lengths.astype(np.int64)), index, answers)
 
 
 def by_length(encoded, batch_size, pad_id):

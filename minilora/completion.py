@@ -34,7 +34,11 @@ class LanguageModel(nn.Module):
         return next(self.base.parameters()).device
 
     def forward(self, ids, lengths, answers):
-        hidden, wanted = self._completions(ids, lengths, answers)
+        return self.loss(self.base(ids, lengths), ids, lengths, answers)
+
+    def loss(self, hidden, ids, lengths, answers):
+        """The loss from the base's hidden states [B, T, D]."""
+        hidden, wanted = self._completions(hidden, ids, lengths, answers)
         parts = self._parts(hidden, wanted)
         if len(parts) == 1 or not torch.is_grad_enabled():
             return sum(self._loss(*part) for part in parts)
@@ -47,7 +51,7 @@ class LanguageModel(nn.Module):
 
     def score(self, ids, lengths, answers):
         """Each row's completion: (log-likelihood float32 [B], whether greedy decoding would write it, bool [B])."""
-        hidden, wanted = self._completions(ids, lengths, answers)
+        hidden, wanted = self._completions(self.base(ids, lengths), ids, lengths, answers)
         likelihoods, first = [], []
         for part, gold in self._parts(hidden, wanted):
             logits = self.base.unembed(part)
@@ -59,11 +63,11 @@ class LanguageModel(nn.Module):
         differing = torch.zeros(len(answers), device=ids.device).index_add_(0, rows, (~torch.cat(first)).float())
         return summed, differing == 0
 
-    def _completions(self, ids, lengths, answers):
+    def _completions(self, hidden, ids, lengths, answers):
         """The hidden states [N, D] that predict the completions' tokens, row by row, and these tokens [N]."""
         places = torch.arange(ids.shape[1] - 1, device=ids.device)
         predicting = (places >= (lengths - answers - 1)[:, None]) & (places < (lengths - 1)[:, None])  # [B, T - 1]
-        return self.base(ids, lengths)[:, :-1][predicting], ids[:, 1:][predicting]
+        return hidden[:, :-1][predicting], ids[:, 1:][predicting]
 
     def _parts(self, hidden, wanted):
         size = max(1, MOST_LOGITS // self.base.spec.vocabulary)

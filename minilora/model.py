@@ -181,13 +181,23 @@ class Base(nn.Module):
         if unembedding and not spec.tied:
             self.unembedding = nn.Linear(spec.width, spec.vocabulary, bias=spec.unembed_bias)
 
-    def forward(self, ids, lengths):
-        x = self.embed(ids)
+    def forward(self, ids, lengths, copies=1, prefix=0):
+        """With `copies` K the rows are gone through K times, one pass after the other, but the first `prefix` layers
+        once for all: for a population, which has no adapter there. -> [K B, T, D].
+        """
+        x = self._through(self.embed(ids), ids, lengths, 0, prefix)
+        if copies > 1:
+            x, ids, lengths = x.repeat(copies, 1, 1), ids.repeat(copies, 1), lengths.repeat(copies)
+        return self.norm(self._through(x, ids, lengths, prefix, len(self.layers)))
+
+    def _through(self, x, ids, lengths, start, stop):
+        if start == stop:
+            return x
         turns = [turn(lengths, ids.shape[1], x.dtype) for turn in self.ropes]
         masks = {window: self.mask(ids, lengths, window, x.dtype) for window in {s.window for s in self.spec.layers}}
-        for layer, here in zip(self.layers, self.spec.layers, strict=True):
+        for layer, here in zip(self.layers[start:stop], self.spec.layers[start:stop], strict=True):
             x = layer(x, masks[here.window], None if here.rope is None else turns[here.rope])
-        return self.norm(x)
+        return x
 
     def mask(self, ids, lengths, window, dtype):
         """What a token may attend to, additive: [B or 1, 1, T or 1, T]; None if that is every earlier one and itself.

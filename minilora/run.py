@@ -47,16 +47,19 @@ class Run:
         self._metrics = None
 
     @classmethod
-    def plan(cls, out, cell):
-        """A new run at `out`, or where that is None at runs/NAME, numbered where the name is taken.
+    def plan(cls, out, cell, taken=()):
+        """A new run at `out`, or where that is None at runs/NAME, numbered where the name is taken: there, or by one
+        of the paths `taken`.
 
         Raises InputError if there is something at `out`: early, so that no long preparation is in vain.
         """
         if out is not None:
             cls(out).check_free()
+            if Path(out) in taken:
+                raise InputError(f"{out} is named for two cells: give each a folder of its own")
             return cls(out)
         number, path = 1, Path("runs") / cell.name
-        while os.path.lexists(path):
+        while os.path.lexists(path) or path in taken:
             number += 1
             path = Path("runs") / f"{cell.name}-{number}"
         return cls(path)

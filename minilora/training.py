@@ -1,4 +1,4 @@
-"""The pieces of the training loop; the loop itself is in `train.py`.
+"""The pieces of the training loop; the loop itself is in `train.py`. What it trains is a population of K members, often one.
 
 Nothing here keeps random state: the order of rows follows from (seed, epoch) and dropout from (seed, step), so that
 a state on disk is tensors and a step number, and a resumed run ends in the same adapter, bit for bit.
@@ -6,11 +6,14 @@ a state on disk is tensors and a step number, and a resumed run ends in the same
 
 import json
 import math
+from itertools import accumulate
 
 import torch
+from torch import nn
 
 from . import batches, files, lora
-from .errors import InputError, TrainingError
+from .errors import InputError
+from .kernels.adamw import adamw
 
 STEPS_WORTH_COMPILING = 2000  # on a GPU; see `compiles`
 
@@ -51,20 +54,116 @@ def trained_parameters(model, cell):
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def make_optimizer(parameters, cell):
-    """torch's AdamW (Loshchilov and Hutter 2019) or Adafactor (Shazeer and Stern 2018), at its own defaults.
+class Flat:
+    """What K members train, side by side: `values` and `grads` float32 [K, P], a row for each member.
 
-    `parameters` is {name: parameter}. With the cell's `lr_ratio` every B is in a group of its own, whose learning
-    rate is that many times the rest's: LoRA+, Hayou et al. 2024 (arXiv 2402.12354). The rest is A, DoRA's magnitudes
-    and the head (PEFT's `create_loraplus_optimizer` counts all vectors, biases too, among the B).
+    `members` are K dicts {name: parameter}, which become views of `values`. A parameter that is smaller in one member than
+    in another, or missing, is filled up with zeros. `leaves` {name: parameter} are what the forward uses and gradients
+    gather in, as views of `grads`: of a single member the very parameters, else [K, ...].
     """
-    kind = {"adamw": torch.optim.AdamW, "adafactor": torch.optim.Adafactor}[cell.optimizer]
-    ratio = cell.lr_ratio or 1.0
-    members = {1.0: [], ratio: []}
-    for name, parameter in parameters.items():
-        members[ratio if name.endswith(".B") else 1.0].append((name, parameter))
-    groups = [{"params": group, "lr_ratio": ratio} for ratio, group in members.items()]
-    return kind(groups, lr=cell.lr, weight_decay=cell.weight_decay)
+
+    def __init__(self, members):
+        self.members, shapes = members, {}
+        for parameters in members:
+            for name, p in parameters.items():
+                largest = zip(p.shape, shapes.get(name, p.shape), strict=True)
+                shapes[name] = tuple(max(pair) for pair in largest)
+        ends = [0, *accumulate(math.prod(shape) for shape in shapes.values())]
+        self.places = {name: (start, shape) for start, (name, shape) in zip(ends, shapes.items())}
+        device = next(iter(members[0].values())).device
+        self.values = torch.zeros(len(members), ends[-1], device=device)
+        self.grads = torch.zeros_like(self.values)
+        self.leaves = {}
+        for name in shapes:
+            for k, parameters in enumerate(members):
+                if name in parameters:
+                    part = self.part(self.values, k, name)
+                    parameters[name].data = part.copy_(parameters[name].data)
+            if len(members) == 1:
+                self.leaves[name] = members[0][name]
+                self.leaves[name].grad = self.part(self.grads, 0, name)
+            else:
+                self.leaves[name] = nn.Parameter(self.whole(self.values, name))
+                self.leaves[name].grad = self.whole(self.grads, name)
+
+    def whole(self, tensor, name):
+        """The columns of `tensor` [K, P] that belong to a parameter, as a view [K, ...]."""
+        start, shape = self.places[name]
+        return tensor[:, start : start + math.prod(shape)].view(len(tensor), *shape)
+
+    def part(self, tensor, k, name):
+        """The part of `tensor` [K, P] that belongs to a parameter of member k, as a view of the parameter's shape."""
+        return self.whole(tensor, name)[k][tuple(map(slice, self.members[k][name].shape))]
+
+
+class AdamW:
+    """`kernels/adamw.py` at torch's defaults, with the learning rate, decay and LoRA+ ratio of each member's cell.
+
+    With the cell's `lr_ratio` the learning rate of every B is that many times the rest's: LoRA+, Hayou et al. 2024
+    (arXiv 2402.12354). The rest is A, DoRA's magnitudes and the head (PEFT's `create_loraplus_optimizer` counts all
+    vectors, biases too, among the B).
+    """
+
+    def __init__(self, flat, cells):
+        self.flat = flat
+        self.mean, self.square = torch.zeros_like(flat.values), torch.zeros_like(flat.values)
+        self.steps = flat.values.new_zeros(len(cells))
+        self.decays = flat.values.new_tensor([cell.weight_decay for cell in cells])
+        self.ratios = None
+        if any((cell.lr_ratio or 1.0) != 1.0 for cell in cells):
+            self.ratios = torch.ones_like(flat.values)
+            for k, cell in enumerate(cells):
+                for name in flat.members[k]:
+                    if name.endswith(".B"):
+                        flat.part(self.ratios, k, name).fill_(cell.lr_ratio or 1.0)
+
+    def step(self, rates, going):
+        """One step of the members that are `going` (bool [K]), at these learning rates [K]."""
+        self.steps += going
+        rates, steps = rates * going, self.steps.clamp(min=1)
+        adamw(self.flat.values, self.flat.grads, self.mean, self.square, steps, rates, self.decays, self.ratios)
+
+    def state(self, k):
+        """What member k has gathered, {key: tensor}."""
+        state = {"step": self.steps[k]}
+        for name in self.flat.members[k]:
+            state[f"exp_avg/{name}"] = self.flat.part(self.mean, k, name)
+            state[f"exp_avg_sq/{name}"] = self.flat.part(self.square, k, name)
+        return state
+
+    def load(self, k, state):
+        for key, tensor in self.state(k).items():
+            fill(tensor, state[key])
+
+
+class Adafactor:
+    """torch's Adafactor (Shazeer and Stern 2018, arXiv 1804.04235) at its own defaults, of one member alone."""
+
+    def __init__(self, flat, cells):
+        [cell] = cells
+        self.names = list(flat.leaves)
+        self.torch = torch.optim.Adafactor(flat.leaves.values(), lr=cell.lr, weight_decay=cell.weight_decay)
+
+    def step(self, rates, going):
+        if going.item():
+            self.torch.param_groups[0]["lr"] = rates.item()
+            self.torch.step()
+
+    def state(self, k):
+        state = self.torch.state_dict()["state"]
+        return {f"{key}/{self.names[index]}": torch.as_tensor(value) for index, values in state.items()
+                for key, value in values.items() if value is not None}  # fmt: skip
+
+    def load(self, k, state):
+        whole = self.torch.state_dict()
+        whole["state"] = {index: {} for index in range(len(self.names))}
+        for key, value in state.items():
+            kind, _, name = key.partition("/")
+            whole["state"][self.names.index(name)][kind] = value
+        self.torch.load_state_dict(whole)
+
+
+OPTIMIZERS = {"adamw": AdamW, "adafactor": Adafactor}
 
 
 def learning_rate(cell, step, steps):
@@ -77,9 +176,11 @@ def learning_rate(cell, step, steps):
     return cell.lr * factor[cell.schedule]
 
 
-def set_learning_rate(optimizer, rate):
-    for group in optimizer.param_groups:
-        group["lr"] = rate * group["lr_ratio"]
+def learning_rates(cells, steps, device):
+    """The rates of all steps, float32 [most steps, K]; `steps` are the members' own, and 0 is the rate behind them."""
+    table = [[learning_rate(cell, step, own) if step < own else 0.0 for cell, own in zip(cells, steps, strict=True)]
+             for step in range(max(steps))]  # fmt: skip
+    return torch.tensor(table, device=device)
 
 
 class Schedule:
@@ -108,73 +209,76 @@ class Schedule:
         return epochs * len(self.lengths) + sum(len(rows) for s in range(first, step) for rows in self.rows_at(s))
 
 
-def update(model, micro_batches, answers, parameters, optimizer, cell, step):
-    """One optimiser step on the mean loss over all rows of `micro_batches`: (loss, gradient norm), floats.
+def update(population, forward, micro_batches, optimizer, rates, clips, going):
+    """One optimiser step of each member that is `going` (bool [K], changed in place): (losses, norms), tensors [K].
 
-    `answers` is what the model is to answer, of all rows: their labels, or how many of their tokens are completion,
-    over all of which the mean is then. Raises TrainingError before anything is changed if it, or the gradient, is not
-    finite.
+    `forward` is the `population`, compiled or not. The loss of a member is the mean over all that its rows of
+    `micro_batches` weigh; its gradient's norm is clipped to `clips` [K]. Where the loss or the norm is not finite, the
+    member goes no further, and stays as it was before. Nothing here waits for the device.
     """
-    model.train()
-    total = sum(model.weigh(answers[batch.index]) for batch in micro_batches)
-    loss = 0.0
-    for number, batch in enumerate(micro_batches):
-        if cell.dropout:
-            torch.manual_seed(lora.generator(cell.seed_for("dropout"), f"{step}/{number}").initial_seed())
-        part = model(batch.ids, batch.lengths, answers[batch.index].to(batch.ids.device)) / total
-        part.backward()
-        loss += part.item()
-    norm = torch.nn.utils.clip_grad_norm_(parameters, cell.clip or math.inf).item()
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        optimizer.zero_grad()
-        raise TrainingError(f"the loss is {loss} and the norm of its gradient {norm} at step {step + 1}")
-    optimizer.step()
-    optimizer.zero_grad()
-    return loss, norm
+    population.train()
+    flat = population.flat
+    losses = torch.zeros_like(clips)
+    totals = sum(batch.weights for batch in micro_batches).clamp(min=1.0)
+    for batch in micro_batches:
+        if batch.keys is not None:
+            population.keys.copy_(batch.keys)
+        parts = forward(batch.ids, batch.lengths, batch.answers, batch.alike) / totals
+        parts.sum().backward()
+        losses += parts.detach()
+    norms = flat.grads.norm(dim=1)
+    going &= losses.isfinite() & norms.isfinite()
+    flat.grads.mul_((clips / (norms + 1e-6)).clamp(max=1.0)[:, None])
+    flat.grads.masked_fill_(~going[:, None], 0.0)
+    optimizer.step(rates, going)
+    flat.grads.zero_()
+    return losses, norms
 
 
-def state_names(optimizer):
-    """The parameters' names in the order in which the optimiser numbers them."""
-    return [name for group in optimizer.param_groups for name in group["param_names"]]
-
-
-def save_state(path, parameters, optimizer, meters):
-    """Everything a resumed run needs, in one safetensors file, written atomically. `meters`: {name: number},
+def save_state(path, flat, optimizer, k, meters):
+    """Everything that member k needs to go on, in one safetensors file, written atomically. `meters`: {name: number},
     with `step`, the steps done, among them.
     """
     from safetensors.torch import save_file
 
-    names = state_names(optimizer)
-    tensors = {f"parameter/{name}": p.detach().cpu().contiguous() for name, p in parameters.items()}
-    for index, state in optimizer.state_dict()["state"].items():
-        for key, value in state.items():
-            if value is not None:
-                tensors[f"optimizer/{key}/{names[index]}"] = torch.as_tensor(value).cpu().contiguous()
+    tensors = {f"parameter/{name}": p.detach() for name, p in flat.members[k].items()}
+    tensors |= {f"optimizer/{key}": value for key, value in optimizer.state(k).items()}
+    tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
     with files.replacing(path) as temporary:
         save_file(tensors, temporary, metadata={"meters": json.dumps(meters)})
 
 
-def load_state(path, parameters, optimizer):
+def load_state(path, flat, optimizer, k):
     """Put a saved state back; returns the meters. Raises InputError if it cannot fit."""
+    tensors, meters = read_state(path)
+    state = {key.removeprefix("optimizer/"): value for key, value in tensors.items() if key.startswith("optimizer/")}
+    try:
+        with torch.no_grad():
+            for name, parameter in flat.members[k].items():
+                fill(parameter, tensors[f"parameter/{name}"])
+            optimizer.load(k, state)
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise misfit(path, error) from None
+    return meters
+
+
+def fill(tensor, value):
+    """Copy, without spreading a value of another shape."""
+    if tensor.shape != value.shape:
+        raise ValueError(f"a shape is {list(value.shape)}, and not {list(tensor.shape)}")
+    tensor.copy_(value)
+
+
+def read_state(path):
+    """(Tensors, meters) of a saved state. Raises InputError for a file that is none."""
     from safetensors import SafetensorError, safe_open
 
-    names = state_names(optimizer)
     try:
         with safe_open(path, "pt") as file:
-            meters = json.loads(file.metadata()["meters"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-        state = {index: {} for index in range(len(names))}
-        with torch.no_grad():
-            for key, value in tensors.items():
-                kind, _, rest = key.partition("/")
-                if kind == "parameter":
-                    parameters[rest].copy_(value)
-                else:
-                    field, _, name = rest.partition("/")
-                    state[names.index(name)][field] = value
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise InputError(f"{path} does not fit this run ({error}): delete it to train from the start") from None
-    whole = optimizer.state_dict()
-    whole["state"] = {index: values for index, values in state.items() if values}
-    optimizer.load_state_dict(whole)
-    return meters
+            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["meters"])
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise misfit(path, error) from None
+
+
+def misfit(path, error):
+    return InputError(f"{path} does not fit this run ({error}): delete it to train from the start")

@@ -1,0 +1,192 @@
+"""A population: K members trained in one pass through one frozen base, each as it would be trained alone.
+
+The rows of all members go through the base one member after the other, as one batch; each projection that any member
+adapts is one product with the frozen weight and K thin ones (`kernels/lora_linear.py`). Members may differ in all that
+they train with (`FREE`): ranks, targets, data, rates, seeds. What they are padded to is exact: zeros in the factors stay
+zeros, rows that fill up a batch are not predicted, and dropout does not see either. A population of one has no
+stacks and no such rows: it is the plain model.
+"""
+
+import contextlib
+from dataclasses import fields, replace
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from . import lora
+from .batches import Batch
+from .head import Classifier, pool
+from .kernels.dropout import dropout
+from .kernels.lora_linear import lora_linears
+
+# Fields in which the members of one population may differ. The rest is what the one pass is made of.
+FREE = {
+    "data", "data_revision", "text_column", "label_column", "test_data", "test_rows", "train_rows", "rank", "alpha",
+    "scaling", "dropout", "targets", "layers", "init", "lr_ratio", "inject", "epochs", "steps", "window", "lr", "schedule",
+    "warmup", "weight_decay", "clip", "seed", "seed_init", "seed_head", "seed_order", "seed_inject", "seed_dropout",
+    "seed_split",
+}  # fmt: skip
+IGNORED = -100  # the label of a row that fills up a batch
+
+
+def shared(cell):
+    """What cells must have in common to be trained together; of a cell that is always trained alone, its id."""
+    plain = cell.method == "lora" and cell.variant == "lora" and cell.init in ("kaiming", "gaussian", "orthogonal")
+    if not plain or cell.optimizer != "adamw" or cell.form in ("concatenated", "merged"):
+        return cell.id
+    return tuple((f.name, getattr(cell, f.name)) for f in fields(cell) if f.name not in FREE)
+
+
+class Stack(nn.Module):
+    """In the place of a projection: it, and beside it the adapters of K members, of which some may have none.
+
+    `A` [K, R, in] and `B` [K, out, R], R the largest rank; `scale` [K]; `keys` as in `lora.use_keys`, [K].
+    """
+
+    def __init__(self, layers, A, B, keys):
+        super().__init__()
+        there = [layer for layer in layers if layer is not None]
+        self.linear, self.salt = there[0].linear, there[0].salt
+        self.A, self.B, self.keys = A, B, keys
+        self.scale = A.new_tensor([0.0 if layer is None else layer.slot.scale for layer in layers])
+        self.dropout = A.new_tensor([0.0 if layer is None else layer.dropout for layer in layers])
+        self.dropping = any(layer.dropout for layer in there)
+
+    @property
+    def drops(self):
+        return self.training and self.dropping
+
+    def projection(self):
+        return self.linear.weight, self.linear.bias, self.A, self.B, self.scale
+
+    def forward(self, x):
+        seen = dropout(x, self.dropout, self.keys, self.salt) if self.drops else None
+        [y] = lora_linears(x, [self.projection()], seen)
+        return y
+
+    @staticmethod
+    def joint(x, linears):
+        """As `lora.LoRALinear.joint`."""
+        stacks = [linear for linear in linears if isinstance(linear, Stack)]
+        if any(stack.drops for stack in stacks):
+            return [linear(x) for linear in linears]
+        return lora_linears(x, [
+            linear.projection() if isinstance(linear, Stack) else (linear.weight, linear.bias, None, None, 1.0)
+            for linear in linears
+        ])  # fmt: skip
+
+
+class Population(nn.Module):
+    """K members on one base: `ids` [K B, T], `lengths` and `answers` [K B] -> the loss of each, summed, float32 [K].
+
+    models  the members' task models, all around the one base
+    layers  the members' adapters, {module: LoRALinear} each
+    flat    `training.Flat` of what they train
+    """
+
+    def __init__(self, models, layers, flat):
+        super().__init__()
+        self.base = models[0].base
+        self.models, self.layers, self.flat = list(models), list(layers), flat
+        self.keys = torch.zeros(len(models), dtype=torch.int32, device=flat.values.device)
+        self.stacks, self.head = {}, None
+        if len(models) > 1:
+            for name in dict.fromkeys(name for own in layers for name in own):
+                factors = (flat.leaves[f"base.{name}.{factor}"] for factor in "AB")
+                self.stacks[name] = Stack([own.get(name) for own in layers], *factors, self.keys)
+            if isinstance(models[0], Classifier):
+                self.head = Heads(models, flat)
+        self.prefix = min((int(name.split(".")[1]) for own in layers for name in own), default=0)
+        self._put()
+
+    def _put(self):
+        if self.stacks:
+            lora.put(self.base, self.stacks)
+        else:
+            lora.put(self.base, self.layers[0])
+            lora.use_keys(self.base, self.keys)
+
+    @contextlib.contextmanager
+    def alone(self, k):
+        """The task model of member k, with its adapter and no other on the base meanwhile."""
+        if self.stacks:
+            for name, stack in self.stacks.items():
+                lora.replace(self.base, name, stack.linear)
+            lora.put(self.base, self.layers[k])
+        try:
+            yield self.models[k]
+        finally:
+            if self.stacks:
+                lora.detach(self.base)
+                self._put()
+
+    def detach(self):
+        """Take all adapters off the base."""
+        for name, stack in self.stacks.items():
+            lora.replace(self.base, name, stack.linear)
+        lora.detach(self.base)
+
+    def forward(self, ids, lengths, answers, alike=False):
+        """`alike`: the members' rows are the same, so that layers below all adapters are gone through once."""
+        if len(self.models) == 1:
+            return self.models[0](ids, lengths, answers)[None]
+        count = len(self.models)
+        if alike:
+            rows = len(ids) // count
+            hidden = self.base(ids[:rows], lengths[:rows], count, self.prefix)
+        else:
+            hidden = self.base(ids, lengths)
+        if self.head is not None:
+            return self.head(hidden, lengths, answers)
+        parts = (tensor.chunk(count) for tensor in (hidden, ids, lengths, answers))
+        return torch.stack([model.loss(*part) for model, *part in zip(self.models, *parts, strict=True)])
+
+
+class Heads(nn.Module):
+    """The heads of K members in one product; members with fewer classes than another are never called the rest."""
+
+    def __init__(self, models, flat):
+        super().__init__()
+        self.pooling, self.count = models[0].pooling, len(models)
+        classes = [model.classifier.out_features for model in models]
+        if "classifier.weight" in flat.leaves:
+            self.weight, self.bias = (flat.leaves[f"classifier.{name}"] for name in ("weight", "bias"))
+        else:
+            self.weight, self.bias = (
+                torch.nn.utils.rnn.pad_sequence([getattr(model.classifier, name).detach() for model in models], True)
+                for name in ("weight", "bias")
+            )
+        places = torch.arange(max(classes), device=self.weight.device)
+        self.absent = (places >= self.weight.new_tensor(classes)[:, None])[:, None]  # [K, 1, C]
+
+    def forward(self, hidden, lengths, answers):
+        pooled = pool(hidden, lengths, self.pooling).unflatten(0, (self.count, -1))  # [K, B, P]
+        logits = torch.baddbmm(self.bias[:, None], pooled, self.weight.mT).masked_fill(self.absent, -torch.inf)
+        losses = F.cross_entropy(logits.flatten(0, 1), answers, reduction="none", ignore_index=IGNORED)
+        return losses.view(self.count, -1).sum(1)
+
+
+def join(parts, pad_id, filler, weights, keys=None):
+    """One `Batch` of the members' (a Batch each, or None of one that has no rows): [K B, T], B and T the largest.
+
+    Rows that fill up have one token, and `filler` for an answer. `weights`, `keys`: see `Batch`, a list of K each.
+    """
+    weights = torch.tensor(weights, dtype=torch.float32)
+    keys = None if keys is None else torch.tensor(keys, dtype=torch.int32)
+    there = [part for part in parts if part is not None]
+    if len(parts) == 1:
+        return replace(there[0], index=[there[0].index], weights=weights, keys=keys)
+    rows, width = max(len(part.lengths) for part in there), max(part.ids.shape[1] for part in there)
+    ids = torch.full((len(parts), rows, width), pad_id)
+    lengths = torch.ones(len(parts), rows, dtype=torch.int64)
+    answers = torch.full((len(parts), rows), filler)
+    for k, part in enumerate(parts):
+        if part is not None:
+            count, length = part.ids.shape
+            ids[k, :count, :length] = part.ids
+            lengths[k, :count], answers[k, :count] = part.lengths, part.answers
+    index = [np.array([], dtype=np.int64) if part is None else part.index for part in parts]
+    alike = bool((ids == ids[0]).all() and (lengths == lengths[0]).all())
+    return Batch(ids.flatten(0, 1), lengths.flatten(), index, answers.flatten(), weights, keys, alike)
