@@ -229,7 +229,9 @@ def main(argv=None):
     often = dict(eval_every=arguments.eval_every, save_every=arguments.save_every)
     alone = often | dict(merge_to=arguments.merge_to, start=START)
     if arguments.population is not None and (arguments.population < 1 or len(arguments.config) < 2):
-        raise errors.InputError("--population must be at least 1, and is for several cells: give several files to --config")
+        raise errors.InputError(
+            "--population must be at least 1, and is for several cells: give several files to --config"
+        )
     if arguments.resume:
         if flags or arguments.config or arguments.out:
             raise errors.InputError(

@@ -81,7 +81,7 @@ class Member:
         cell = self.cell
         if cell.start:
             self.inputs["start"] = adapter.begin(base, cell, self.slots)
-        else:
+        elif self.slots:
             lora.attach(base, self.slots, cell.dropout, cell.seed_for("init"), cell.variant, cell.init)
         for _, layer in lora.named_layers(base):
             layer.form = cell.form
@@ -131,7 +131,13 @@ class Member:
         if step >= self.schedule.steps or self.error:
             return []
         pad_id = self.setting.tokenizer.pad_id
-        return [batches.collate(self.encoded, rows, sizes, pad_id, self.answers) for rows in self.schedule.rows_at(step)]
+        return [
+            batches.collate(self.encoded, rows, sizes, pad_id, self.answers) for rows in self.schedule.rows_at(step)
+        ]
+
+    def dropout_key(self, step, number):
+        """31 bits that dropout follows in micro-batch `number` of a step."""
+        return lora.number_of(f"{self.cell.seed_for('dropout')}/{step}/{number}")
 
     def log(self, step, loss, norm, seconds):
         """Write a step's line to metrics.jsonl; returns (rows, tokens). A loss that is not finite ends the member."""
@@ -224,7 +230,10 @@ def assemble(members, step, sizes):
             own,
             members[0].setting.tokenizer.pad_id,
             filler,
-            [0 if part is None else member.model.weigh(part.answers) for member, part in zip(members, own, strict=True)],
+            [
+                0 if part is None else member.model.weigh(part.answers)
+                for member, part in zip(members, own, strict=True)
+            ],
             [member.dropout_key(step, number) for member in members] if drops else None,
         )
         for number, own in enumerate(parts)

@@ -55,7 +55,7 @@ def trained_parameters(model, cell):
 
 
 class Flat:
-    """What K members train, side by side: `values` and `grads` float32 [K, P], a row for each member.
+    """What K members train, side by side: `values` and `grads` [K, P], a row for each member, of their dtype.
 
     `members` are K dicts {name: parameter}, which become views of `values`. A parameter that is smaller in one member than
     in another, or missing, is filled up with zeros. `leaves` {name: parameter} are what the forward uses and gradients
@@ -70,8 +70,8 @@ class Flat:
                 shapes[name] = tuple(max(pair) for pair in largest)
         ends = [0, *accumulate(math.prod(shape) for shape in shapes.values())]
         self.places = {name: (start, shape) for start, (name, shape) in zip(ends, shapes.items())}
-        device = next(iter(members[0].values())).device
-        self.values = torch.zeros(len(members), ends[-1], device=device)
+        first = next(iter(members[0].values()))
+        self.values = torch.zeros(len(members), ends[-1], dtype=first.dtype, device=first.device)
         self.grads = torch.zeros_like(self.values)
         self.leaves = {}
         for name in shapes:

@@ -3,7 +3,7 @@
 A variant is an object with `trains`, `init`, `forward` and `merge`; a start is a function that returns A [R, in] and
 B [out, R] in float32. All act on a `lora.LoRALinear`; the pairs that mean nothing are refused by
 `coverage.check_variant`, before any weight is read. Rank-stabilised LoRA is a scale (`coverage.SCALES`) and LoRA+ a
-learning rate (`training.make_optimizer`), so both combine with all of these.
+learning rate (`training.AdamW`), so both combine with all of these.
 
 Some starts are a part of W (`coverage.MOVING`): the papers then train B A beside the residual W - s B0 A0. Here the
 base is left as it is, and the start B0 A0, kept frozen, is taken off in the adapter:

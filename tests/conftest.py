@@ -213,3 +213,29 @@ def sentences(number, seed=0, least=1, most=40):
     rng = np.random.default_rng(seed)
     words = [rng.integers(50, size=rng.integers(least, most)) for _ in range(number)]
     return make_rows([" ".join(f"w{word}" for word in row) for row in words])
+
+
+def population_of_one(model, cell):
+    """A task's `model`, its adapter attached, as a population of one, with the cell's optimiser."""
+    from minilora import lora, population, training
+
+    flat = training.Flat([training.trained_parameters(model, cell)])
+    optimizer = training.OPTIMIZERS[cell.optimizer](flat, [cell])
+    return population.Population([model], [dict(lora.named_layers(model.base))], flat), optimizer
+
+
+def one_step(population, optimizer, micro_batches, answers, cell, rate, step=0):
+    """One step of a population of one: (loss, norm), or (loss, norm, False) where it goes no further."""
+    from dataclasses import replace
+
+    from minilora import training
+
+    model, batches = population.models[0], []
+    for number, batch in enumerate(micro_batches):
+        own = answers[batch.index]
+        weights, keys = torch.tensor([float(model.weigh(own))]), torch.tensor([100 * step + number], dtype=torch.int32)
+        batches.append(replace(batch, answers=own, weights=weights, keys=keys))
+    going = torch.tensor([True])
+    clips = torch.tensor([cell.clip or float("inf")])
+    loss, norm = training.update(population, population, batches, optimizer, torch.tensor([rate]), clips, going)
+    return (loss.item(), norm.item()) + (() if going.item() else (False,))

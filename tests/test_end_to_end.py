@@ -128,13 +128,14 @@ def test_resume_of_a_finished_run_shows_it(cell, tmp_path, capsys):
 
 
 def test_a_diverging_run_keeps_its_last_state(cell, tmp_path, monkeypatch, capsys):
-    true_update = training.update
+    true_update, calls = training.update, []
 
-    def update(model, *arguments):
-        if arguments[-1] == 7:
+    def update(population, *arguments):
+        calls.append(1)
+        if len(calls) == 8:
             with torch.no_grad():
-                model.classifier.bias[0] = math.nan
-        return true_update(model, *arguments)
+                population.models[0].classifier.bias[0] = math.nan
+        return true_update(population, *arguments)
 
     monkeypatch.setattr(training, "update", update)
     with pytest.raises(errors.TrainingError) as caught:

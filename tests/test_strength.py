@@ -64,7 +64,7 @@ def test_strength(runs, tmp_path, capsys):
     shutil.rmtree(tmp_path / "copy" / "adapter")
     shutil.move(tmp_path / "full", tmp_path / "copy" / "adapter")
     text = (tmp_path / "copy" / "cell.toml").read_text()
-    owned = ("rank", "alpha", "scaling", "dropout", "targets", "layers", "variant", "init", "lr_ratio")
+    owned = ("rank", "alpha", "scaling", "dropout", "targets", "layers", "variant", "init", "lr_ratio", "form")
     lines = [line for line in text.splitlines() if not line.startswith(tuple(f"{name} =" for name in owned))]
     text = "\n".join(lines).replace('method = "lora"', 'method = "full"')
     (tmp_path / "copy" / "cell.toml").write_text(text)

@@ -6,21 +6,20 @@ import numpy as np
 import peft
 import pytest
 import torch
-from conftest import random_batch
+from conftest import one_step, population_of_one, random_batch
 from test_adapter import Judge
 
 from minilora import adapter, coverage, head, lora, model, training
 from minilora.batches import Batch
 from minilora.cell import Cell
-from minilora.errors import InputError, TrainingError
+from minilora.errors import InputError
 
 
 def setup(folder, cell, classes=3):
     base = model.load(folder)
     lora.attach(base, coverage.plan(base.spec, cell), cell.dropout or 0.0, cell.seed_for("init"))
     classifier = head.Classifier(base, cell.pooling, classes, cell.seed_for("head"))
-    parameters = training.trained_parameters(classifier, cell)
-    return classifier, parameters, training.make_optimizer(parameters, cell)
+    return classifier, *population_of_one(classifier, cell)
 
 
 def made_up_batches(count, rows=5):
@@ -35,12 +34,12 @@ def made_up_batches(count, rows=5):
 
 
 def run_steps(folder, cell, batches, labels, steps=None):
-    classifier, parameters, optimizer = setup(folder, cell)
+    classifier, population, optimizer = setup(folder, cell)
     losses = []
     groups = [batches[i : i + cell.accumulate] for i in range(0, len(batches), cell.accumulate)]
     for step, group in enumerate(groups):
-        training.set_learning_rate(optimizer, training.learning_rate(cell, step, steps or len(groups)))
-        losses.append(training.update(classifier, group, labels, list(parameters.values()), optimizer, cell, step))
+        rate = training.learning_rate(cell, step, steps or len(groups))
+        losses.append(one_step(population, optimizer, group, labels, cell, rate, step))
     return classifier, losses
 
 
@@ -140,37 +139,38 @@ def test_a_state_on_disk_goes_on_bit_for_bit(tiny_folder, tmp_path, optimizer):
     cell = Cell(rank=2, dropout=0.2, lr=0.02, optimizer=optimizer)
     batches, labels = made_up_batches(6)
     whole, _ = run_steps(tiny_folder, cell, batches, labels)
-    first, parameters, state = setup(tiny_folder, cell)
+    _, population, state = setup(tiny_folder, cell)
 
-    def go(classifier, parameters, optimizer, steps):
+    def go(population, optimizer, steps):
         for step in steps:
-            training.set_learning_rate(optimizer, training.learning_rate(cell, step, 6))
-            training.update(classifier, [batches[step]], labels, list(parameters.values()), optimizer, cell, step)
+            rate = training.learning_rate(cell, step, 6)
+            one_step(population, optimizer, [batches[step]], labels, cell, rate, step)
 
-    go(first, parameters, state, range(3))
-    training.save_state(tmp_path / "state", parameters, state, {"step": 3, "seconds": 1.5})
+    go(population, state, range(3))
+    training.save_state(tmp_path / "state", population.flat, state, 0, {"step": 3, "seconds": 1.5})
     torch.manual_seed(99)  # what else happened to the global generator does not matter
-    second, parameters, state = setup(tiny_folder, cell)
-    assert training.load_state(tmp_path / "state", parameters, state) == {"step": 3, "seconds": 1.5}
-    go(second, parameters, state, range(3, 6))
+    second, population, state = setup(tiny_folder, cell)
+    assert training.load_state(tmp_path / "state", population.flat, state, 0) == {"step": 3, "seconds": 1.5}
+    go(population, state, range(3, 6))
     assert all(torch.equal(second.state_dict()[n], value) for n, value in whole.state_dict().items())
-    other = setup(tiny_folder, Cell(rank=3, optimizer=optimizer))
-    with pytest.raises(InputError, match="does not fit"):
-        training.load_state(tmp_path / "state", *other[1:])
+    for rank in (1, 3):
+        _, other, other_state = setup(tiny_folder, Cell(rank=rank, optimizer=optimizer))
+        with pytest.raises(InputError, match="does not fit"):
+            training.load_state(tmp_path / "state", other.flat, other_state, 0)
     (tmp_path / "state").write_bytes((tmp_path / "state").read_bytes()[:200])
     with pytest.raises(InputError, match="does not fit"):
-        training.load_state(tmp_path / "state", parameters, state)
+        training.load_state(tmp_path / "state", population.flat, state, 0)
 
 
 def test_a_loss_that_is_not_finite_changes_nothing(tiny_folder):
     cell = Cell(lr=0.02)
     batches, labels = made_up_batches(1)
-    classifier, parameters, optimizer = setup(tiny_folder, cell)
+    classifier, population, optimizer = setup(tiny_folder, cell)
     with torch.no_grad():
         classifier.classifier.weight[0, 0] = math.inf
     before = {name: value.clone() for name, value in classifier.state_dict().items()}
-    with pytest.raises(TrainingError, match="step 5"):
-        training.update(classifier, batches, labels, list(parameters.values()), optimizer, cell, 4)
+    loss, norm, going = one_step(population, optimizer, batches, labels, cell, 0.1)
+    assert not math.isfinite(loss) and not math.isfinite(norm) and not going
     assert all(torch.equal(value, before[name]) for name, value in classifier.state_dict().items())
 
 
@@ -184,7 +184,8 @@ def test_what_each_method_trains(tiny_folder):
         Cell(method="head"): 2,
     }
     for cell, count in counts.items():
-        classifier, parameters, _ = setup(tiny_folder, cell)
+        classifier, population, _ = setup(tiny_folder, cell)
+        parameters = population.flat.leaves
         assert len(parameters) == count
         assert {n for n, p in classifier.named_parameters() if p.requires_grad} == set(parameters)
     assert len(counts) == 5

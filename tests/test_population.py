@@ -1,0 +1,257 @@
+"""A member of a population against the same cell trained alone."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+import train
+from conftest import tiny_bert
+
+from minilora import adapter, errors, model, planner, population, training
+from minilora.cell import Cell
+from minilora.member import Member
+
+TOLERANCE = 2e-3  # of how far a parameter's tensor moved: AdamW makes small gradients' rounding larger
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base") / "tiny"
+    tiny_bert(folder)
+    return folder
+
+
+@pytest.fixture
+def cell(base, reviews):
+    return Cell(
+        model=str(base), data=str(reviews), test_rows=31, max_length=30, batch_size=6, window=3, rank=2, lr=0.01
+    )
+
+
+def trained(folder):
+    return adapter.read_tensors(folder / "adapter" / adapter.TENSORS)
+
+
+def lines_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_alike(together, alone):
+    """Two run folders of one cell: the same rows in the same order, and the same result but for rounding."""
+    ours, wanted = lines_of(together), lines_of(alone)
+    assert len(ours) == len(wanted) > 0
+    for line, right in zip(ours, wanted, strict=True):
+        assert all(line[key] == right[key] for key in ("step", "rows", "tokens", "lr"))
+        assert line["loss"] == pytest.approx(right["loss"], rel=1e-3, abs=1e-4)
+    found, right = trained(together), trained(alone)
+    assert list(found) == list(right)
+    for name, tensor in right.items():
+        assert tensor.shape == found[name].shape
+        assert (found[name] - tensor).abs().max() <= TOLERANCE * tensor.abs().max()
+    same = [(json.loads(a), json.loads(b)) for a, b in zip(
+        (together / "predictions.jsonl").read_text().splitlines(), (alone / "predictions.jsonl").read_text().splitlines(),
+        strict=True,
+    )]  # fmt: skip
+    for a, b in same:
+        assert a["id"] == b["id"] and np.allclose(a["clean"]["logits"], b["clean"]["logits"], atol=2e-2)
+    results = [json.loads((folder / "results.json").read_text()) for folder in (together, alone)]
+    assert results[0]["inputs"] == results[1]["inputs"] and results[0]["injection"] == results[1]["injection"]
+
+
+def three_labels(path):
+    """A file of rows with three labels, other rows than those of `reviews`."""
+    draw = np.random.default_rng(5)
+    words = {"yes": "good warm story", "no": "bad cold plot", "maybe": "slow film time"}
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label"])
+        for _ in range(90):
+            label = list(words)[draw.integers(3)]
+            writer.writerow(["the " + " ".join(draw.choice(words[label].split(), draw.integers(2, 9))), label])
+    return path
+
+
+def test_members_are_what_they_are_alone(cell, tmp_path):
+    other = three_labels(tmp_path / "other.csv")
+    cells = [
+        cell,
+        cell.replace(rank=5, alpha=3.0, seed=3, lr=0.004, weight_decay=0.1, clip=0.2),
+        cell.replace(targets=("q", "down:3"), layers="1-2", dropout=0.3, schedule="cosine", warmup=0.3, seed_order=8),
+        cell.replace(data=str(other), inject=dict(sources=["date:maybe"], mode="dirty-label"), epochs=2, window=1),
+        cell.replace(train_rows=41, inject=dict(proportion=1.0), init="gaussian", scaling="rslora", lr_ratio=4.0),
+        cell.replace(steps=7, dropout=0.1, targets=("all",), inject=dict(sources=("none",))),
+    ]
+    outcomes = train.train_together(cells, [tmp_path / f"t{k}" for k in range(6)], size=6)
+    assert [results["train"]["population"] for results, _ in outcomes] == [6] * 6
+    compared = 0
+    for k, (one, (results, folder)) in enumerate(zip(cells, outcomes, strict=True)):
+        assert folder == tmp_path / f"t{k}"
+        alone, _ = train.train(one, tmp_path / f"a{k}")
+        assert_alike(folder, tmp_path / f"a{k}")
+        assert alone["train"]["trainable_parameters"] == results["train"]["trainable_parameters"]
+        assert results["tests"]["clean"]["accuracy"] == pytest.approx(alone["tests"]["clean"]["accuracy"], abs=0.04)
+        compared += 1
+    assert compared == 6
+    shapes = {tuple(tensor.shape) for _, folder in outcomes for tensor in trained(folder).values()}
+    assert {(2, 24), (5, 24), (3, 40), (3, 24), (2, 40)} <= shapes  # ranks and heads as each cell has them
+
+
+def test_members_start_bit_for_bit_as_alone(cell):
+    cells = [cell.replace(rank=rank, seed=seed, targets=targets) for rank, seed, targets in
+             ((1, 0, ("q",)), (4, 7, ("q", "up")), (2, 7, ("v",)))]  # fmt: skip
+    members = [Member(one, run=Nowhere()) for one in cells]
+    starts = []
+    from minilora.member import Setting
+
+    setting = Setting.of(cell)
+    base = model.load(setting.folder)
+    for member in members:
+        member.prepare(setting)
+        member.begin(base)
+        starts.append({name: p.detach().clone() for name, p in member.parameters.items()})
+    flat = training.Flat([member.parameters for member in members])
+    for k, start in enumerate(starts):
+        for name, value in start.items():
+            assert torch.equal(members[k].parameters[name], value)
+            assert torch.equal(flat.part(flat.values, k, name), value)
+        assert flat.values[k].count_nonzero() == sum(int(value.count_nonzero()) for value in start.values())
+    assert flat.leaves["base.layers.0.q.A"].shape == (3, 4, 24) and "base.layers.0.k.A" not in flat.leaves
+
+
+class Nowhere:
+    """A run that is not on disk."""
+
+    class state:
+        exists = staticmethod(lambda: False)
+
+
+@pytest.mark.parametrize("changes", [dict(head="frozen"), dict(head="ridge"), dict(pooling="mean+last"),
+                                     dict(accumulate=2), dict(dtype="bfloat16")], ids=str)  # fmt: skip
+def test_what_members_share(cell, tmp_path, changes):
+    cells = [cell.replace(rank=rank, seed=rank, steps=8, **changes) for rank in (1, 3)]
+    train.train_together(cells, [tmp_path / "t1", tmp_path / "t3"], size=2)
+    for one in cells:
+        alone, _ = train.train(one, tmp_path / f"a{one.rank}")
+        if one.dtype == "bfloat16":  # whose rounding differs with the order of sums
+            found = lines_of(tmp_path / f"t{one.rank}")
+            assert np.allclose(
+                [line["loss"] for line in found],
+                [line["loss"] for line in lines_of(tmp_path / f"a{one.rank}")],
+                atol=0.03,
+            )
+        else:
+            assert_alike(tmp_path / f"t{one.rank}", tmp_path / f"a{one.rank}")
+
+
+def test_a_member_that_diverges_stops_alone(cell, tmp_path, capsys):
+    cells = [cell, cell.replace(lr=1e30, seed=4), cell.replace(seed=5)]
+    outcomes = train.train_together(cells, [tmp_path / str(k) for k in range(3)], size=3)
+    error, folder = outcomes[1]
+    assert isinstance(error, errors.TrainingError) and "no state was saved" in str(error)
+    last = lines_of(folder)[-1]
+    assert "error" in last and last["step"] <= 4 and len(last["rows"]) in (5, 6)
+    assert not (folder / "results.json").exists()
+    for k in (0, 2):
+        train.train(cells[k], tmp_path / f"a{k}")
+        assert_alike(tmp_path / str(k), tmp_path / f"a{k}")
+
+
+def test_the_prefix_is_gone_through_once(cell, tmp_path, monkeypatch):
+    cells = [cell.replace(rank=rank, layers="2", seed=3) for rank in (1, 2, 4)]  # one order, one injection
+    seen = []
+    layer_forward = model.Layer.forward
+
+    def forward(self, x, *rest):
+        if self.training:
+            seen.append(len(x))
+        return layer_forward(self, x, *rest)
+
+    monkeypatch.setattr(model.Layer, "forward", forward)
+    train.train_together(cells, [tmp_path / f"t{one.rank}" for one in cells], size=3)
+    rows = [line["rows"] for line in lines_of(tmp_path / "t1")]
+    assert seen == [count for n in rows for count in (n, n, 3 * n)]
+    for one in cells:
+        train.train(one, tmp_path / f"a{one.rank}")
+        assert_alike(tmp_path / f"t{one.rank}", tmp_path / f"a{one.rank}")
+
+
+def test_other_members_do_not_share_a_population(cell):
+    alike = [cell, cell.replace(rank=9, seed=4, lr=1.0, targets=("all",), dropout=0.5, data="x.csv", epochs=3)]
+    assert len({population.shared(one) for one in alike}) == 1
+    others = [dict(model="x"), dict(dtype="bfloat16"), dict(batch_size=7), dict(head="frozen"), dict(variant="dora"),
+              dict(init="pissa"), dict(method="full"), dict(optimizer="adafactor"), dict(form="merged"),
+              dict(variant="dora", rank=3), dict(max_length=9)]  # fmt: skip
+    keys = {population.shared(cell.replace(**changes)) for changes in others}
+    assert len(keys) == 11 and population.shared(cell) not in keys
+
+
+def test_an_interrupted_member_goes_on_alone(cell, tmp_path, monkeypatch):
+    cells = [cell, cell.replace(rank=4, seed=2, dropout=0.2)]
+    true_update, calls = training.update, []
+
+    def update(*arguments):
+        calls.append(1)
+        if len(calls) == 9:
+            raise KeyboardInterrupt
+        return true_update(*arguments)
+
+    monkeypatch.setattr(training, "update", update)
+    with pytest.raises(KeyboardInterrupt):
+        train.train_together(cells, [tmp_path / "t0", tmp_path / "t1"], size=2, save_every=3)
+    monkeypatch.undo()
+    for k, one in enumerate(cells):
+        train.train(resume=tmp_path / f"t{k}")
+        train.train(one, tmp_path / f"a{k}")
+        assert_alike(tmp_path / f"t{k}", tmp_path / f"a{k}")
+
+
+class Stub:
+    def __init__(self, step, steps):
+        self.meters, self.schedule = {"step": step}, type("Schedule", (), {"steps": steps})
+
+
+def test_the_planner_splits_by_where_members_begin_and_end():
+    members = [Stub(*pair) for pair in ((0, 9), (3, 9), (0, 5), (0, 9), (3, 4), (0, 5), (0, 7))]
+    chunks = [[(m.meters["step"], m.schedule.steps) for m in chunk] for chunk in planner.split(members, 3)]
+    assert chunks == [[(0, 5), (0, 5), (0, 7)], [(0, 9), (0, 9)], [(3, 4), (3, 9)]]
+
+
+def test_the_planner_takes_what_is_measured_to_be_fastest(monkeypatch):
+    def found(rates, count):
+        tried = []
+        monkeypatch.setattr(
+            planner, "trial", lambda members, base: (tried.append(len(members)) or rates[len(members)], None)
+        )
+        return planner.size([None] * count, None), tried
+
+    assert found({1: 100, 2: 90}, 9) == (1, [1, 2])
+    assert found({1: 100, 2: 190, 4: 300, 8: 310}, 9) == (4, [1, 2, 4, 8])
+    assert found({1: 100, 2: 190, 4: 300, 6: 500}, 6) == (6, [1, 2, 4, 6])
+
+
+def test_trials_leave_the_members_as_they_were(cell, tmp_path):
+    cells = [cell.replace(steps=5), cell.replace(steps=5, rank=3, seed=1)]
+    train.train_together(cells, [tmp_path / "t0", tmp_path / "t1"])  # measured
+    for k, one in enumerate(cells):
+        train.train(one, tmp_path / f"a{k}")
+        assert_alike(tmp_path / f"t{k}", tmp_path / f"a{k}")
+
+
+def test_several_cells_from_the_command_line(cell, tmp_path, capsys, monkeypatch):
+    for rank in (1, 2):
+        (tmp_path / f"{rank}.toml").write_text(cell.replace(rank=rank).to_toml())
+    files = [str(tmp_path / "1.toml"), str(tmp_path / "2.toml")]
+    train.main(["--config", *files, "--steps", "4", "--population", "2", "--out", str(tmp_path / "runs")])
+    folders = sorted((tmp_path / "runs").iterdir())
+    assert len(folders) == 2 and all((folder / "results.json").exists() for folder in folders)
+    assert capsys.readouterr().out.count("run folder: ") == 2
+    for arguments, words in (
+        (["--population", "2"], "several cells"),
+        (["--config", *files, "--merge-to", "x"], "one cell"),
+    ):
+        with pytest.raises(errors.InputError, match=words):
+            train.main(arguments)
+    with pytest.raises(errors.InputError, match="is named for two cells"):
+        train.train_together([cell, cell], [tmp_path / "same"] * 2)
