@@ -51,7 +51,8 @@ def train(cell=None, out=None, *, resume=None, eval_every=0, save_every=SAVE_EVE
 
 
 def train_together(cells, outs=None, *, size=None, eval_every=0, save_every=SAVE_EVERY):
-    """Train several cells, each into its own folder of `outs` (default: as `train`), in populations of cells that allow it.
+    """Train several cells, each into its own folder of `outs` (default: as `train`), in populations of cells that allow
+    it.
 
     `size` is how many adapters a population has at most (default: what is measured to be fastest on the device). Each
     cell's results are those of `train` but for rounding. Returns a list of (results, run folder), with the
@@ -120,8 +121,9 @@ def train_population(members, base, eval_every, save_every, merge_to, start):
     for member in members:
         for line in member.describe():
             say(line)
-        say(f"training   {member.schedule.steps:,} steps of {cell.batch_size * cell.accumulate} rows, {cell.optimizer}, "
-            f"lr {member.cell.lr:g} {member.cell.schedule}; {'compiled' if compiled else 'eager'} ({reason})")  # fmt: skip
+        rows, how = cell.batch_size * cell.accumulate, f"{'compiled' if compiled else 'eager'} ({reason})"
+        say(f"training   {member.schedule.steps:,} steps of {rows} rows, {cell.optimizer}, lr {member.cell.lr:g} "
+            f"{member.cell.schedule}; {how}")  # fmt: skip
         say(f"run        {member.run.path}")
 
     with contextlib.ExitStack() as folders:
@@ -173,7 +175,7 @@ def train_population(members, base, eval_every, save_every, merge_to, start):
 
 
 class Log:
-    """What the steps gave, written to the members' metrics.jsonl a few steps at a time: reading waits for the device."""
+    """What the steps gave, written to the members' metrics.jsonl: on a GPU a few steps at a time, for reading waits."""
 
     def __init__(self, members, first):
         self.members, self.first = members, first
@@ -208,12 +210,12 @@ def main(argv=None):
     parser = options.Parser(prog="train.py", description=__doc__.partition("\n\n")[0])
     general = parser.add_argument_group("run")
     general.add_argument("--config", metavar="FILE", nargs="+", default=[],
-                         help="TOML file with a cell's fields, flags stand before it; several: a cell each")  # fmt: skip
+                         help="TOML file with a cell's fields, flags stand before it; a cell for each")  # fmt: skip
     general.add_argument("--out", metavar="DIR", help="run folder, or of several cells the folder of their run folders "
                          "(default: runs/NAME, named after the cell)")  # fmt: skip
     general.add_argument("--resume", metavar="RUN", help="go on with the interrupted run in this folder")
     general.add_argument("--population", type=int, metavar="K",
-                         help="of several cells train at most so many at once (default: what is measured to be fastest)")  # fmt: skip
+                         help="of several cells train at most K at once (default: as many as is fastest)")  # fmt: skip
     general.add_argument("--eval-every", type=int, default=0, metavar="N",
                          help="run the tests every N steps as well (default: 0, at the end alone)")  # fmt: skip
     general.add_argument("--save-every", type=int, default=SAVE_EVERY, metavar="N",

@@ -4,11 +4,10 @@
     p = p - r w p - r m' / (sqrt(v') + e)          m' = m / (1 - b1^t),  v' = v / (1 - b2^t)
 
 Loshchilov and Hutter 2019 (arXiv 1711.05101), algorithm 2, with the decay w times the rate r, as torch has it. p, g, m
-and v are [K, P], a row for each member, whose own are t, r and w; `ratios` multiply the rate of single parameters (LoRA+). A member whose rate is 0 stays as it is. The state goes through in pieces that fit into a
-cache, so that memory is read and written once, however many passes a piece takes.
+and v are [K, P], a row for each member, whose own are t, r and w; `ratios` multiply the rate of single parameters
+(LoRA+). A member whose rate is 0 stays as it is. The state goes through in pieces that fit into a cache, so that memory
+is read and written once, however many passes a piece takes.
 """
-
-import torch
 
 PIECE = 1 << 18  # numbers of each of p, g, m and v
 
@@ -21,7 +20,7 @@ def reference(p, g, m, v, t, r, w, b1=0.9, b2=0.999, e=1e-8):
 
 
 def adamw(values, grads, m, v, steps, rates, decays, ratios=None, betas=(0.9, 0.999), eps=1e-8):
-    """The equations in place. values, grads, m, v [K, P]; steps (from 1), rates, decays [K]; ratios [K or 1, P], or None."""
+    """The equations in place. values, grads, m, v [K, P]; steps (from 1), rates, decays [K]; ratios [K, P] or None."""
     first, second = betas
     steps, rates, decays = steps[:, None], rates[:, None], decays[:, None]
     bias, root = 1 - first**steps, (1 - second**steps).sqrt()

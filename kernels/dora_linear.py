@@ -43,7 +43,7 @@ def row_norms(weight, squares, A, B, scale):
 
 
 def dora_linear(x, weight, bias, A, B, magnitude, squares, scale, seen=None, factor=1.0, form="auto"):
-    """The equation; x, `seen` and weight share one dtype, and the factors, magnitude and squares another. -> [..., out]."""
+    """The equation, -> [..., out]; x, `seen` and weight share one dtype, the factors, magnitude and squares another."""
     kept = x if seen is None else seen
     gain = magnitude / row_norms(weight, squares, A, B, scale)
     y = (gain * lora_linear(kept, weight, None, A, B, scale, form=form)).to(x.dtype)

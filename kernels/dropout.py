@@ -2,11 +2,11 @@
 
     y = x m / (1 - p),    m = [h >= p 2^32]        Srivastava et al. 2014 (JMLR 15), section 4, scaled in training
 
-h is a hash of (key, salt, row, token, feature): `key` changes from step to step and from adapter to adapter, `salt` from
-module to module. So a mask depends neither on the padding, nor on the device, nor on who else is in the batch: an
-adapter of a population drops what it would drop alone. The hash is the 32-bit finaliser "lowbias32" (C. Wellons, "Prospecting
-for hash functions", 2018, nullprogram.com): its arithmetic is modulo 2^32 on int32, where a shift must be stripped of the
-sign. The mask is formed again in the backward; saved are the keys alone.
+h is a hash of (key, salt, row, token, feature): `key` changes from step to step and from adapter to adapter, `salt`
+from module to module. So a mask depends neither on the padding, nor on the device, nor on who else is in the batch: an
+adapter of a population drops what it would drop alone. The hash is the 32-bit finaliser "lowbias32" (C. Wellons,
+"Prospecting for hash functions", 2018, nullprogram.com): its arithmetic is modulo 2^32 on int32, where a shift must be
+stripped of the sign. The mask is formed again in the backward; saved are the keys alone.
 """
 
 import torch
@@ -25,7 +25,7 @@ def mix(h):
 
 
 def mask(shape, p, keys, salt):
-    """Which of the numbers [K n, T, features] of K adapters stay, bool; `p` a number or a tensor [K], `keys` int32 [K]."""
+    """Which numbers [K n, T, features] of K adapters stay, bool; `p` a number or a tensor [K], `keys` int32 [K]."""
     rows, tokens, features = shape
     members = len(keys)
 
@@ -65,5 +65,5 @@ def apply(x, p, keys, salt):
 
 
 def dropout(x, p, keys, salt):
-    """x [K n, T, features], or without T, with a share `p` (a number, or [K]) of its numbers dropped, the others over 1 - p."""
+    """x [K n, T, features], or without T, with a share `p`, a number or [K], dropped and the rest divided by 1 - p."""
     return Dropout.apply(x, p, keys, salt)

@@ -13,12 +13,12 @@ product forward, one sum of products for dx, and x is saved once. The ways (`FOR
     concatenated   [x W^T, x A^T] = x [W; A]^T in one product, and one thin one
     merged         x (W + s B A)^T, the sum formed for this call alone
 
-Saved for the backward are x and the factors, and no product: x A^T, [N, R], is formed again. Where A is frozen, x A^T is
-saved in the place of x. Without gradients below, dx is left out.
+Saved for the backward are x and the factors, and no product: x A^T, [N, R], is formed again. Where A is frozen, x A^T
+is saved in the place of x. Without gradients below, dx is left out.
 
 In a population K adapters are stacked, A [K, R, in] and B [K, out, R], and the rows of x are K equal parts, one after
-the other: one product with W for all, and batches of K thin ones. Lower ranks are filled up with zeros, which is exact and
-stays so: a row of A and the column of B that are both 0 have derivatives that are 0.
+the other: one product with W for all, and batches of K thin ones. Lower ranks are filled up with zeros, which is exact
+and stays so: a row of A and the column of B that are both 0 have derivatives that are 0.
 
 With dropout x~ goes to A in the place of x, and takes g A in the place of x: `seen`. Where x and the factors differ in
 dtype, thin products are taken in the factors' own: in bfloat16 a small s B A would vanish in W + s B A. So there, with

@@ -148,8 +148,8 @@ class Cell:
     )
 
     form: str | None = option(
-        None, "adapter", "how a projection and its adapter are computed: one after the other (side), in one product with A "
-        "under the weight (concatenated) or with W + s B A (merged); auto takes the fastest", str,
+        None, "adapter", "how a projection and its adapter are computed: one after the other (side), in one product "
+        "with A under the weight (concatenated) or with W + s B A (merged); auto takes the fastest", str,
         choices=("auto", "side", "concatenated", "merged"), unset="auto",
     )  # fmt: skip
 

@@ -1,8 +1,8 @@
 """LoRA by hand: the layer, and the verbs that put it on a base and take it off.
 
-`make`, `put`, `attach`, `detach`, `merge`, `unmerge`, `scale`. The base's own tensors are never written to: merging swaps in a new
-weight and keeps the old one aside, so that nothing drifts and `detach` gives the base back bit for bit. What an
-adapter computes and where it starts is in `variants.py`. What this module does not know: triggers, heads, files
+`make`, `put`, `attach`, `detach`, `merge`, `unmerge`, `scale`. The base's own tensors are never written to: merging
+swaps in a new weight and keeps the old one aside, so that nothing drifts and `detach` gives the base back bit for bit.
+What an adapter computes and where it starts is in `variants.py`. What this module does not know: triggers, heads, files
 (`adapter.py`).
 """
 
@@ -59,7 +59,7 @@ class LoRALinear(nn.Module):
 
     @staticmethod
     def joint(x, linears):
-        """The outputs of `linears`, some of them LoRALinear, for one x [..., in]: in one product where that is exact."""
+        """The outputs of `linears`, some of them LoRALinear, for one x [..., in]; in one product where it is exact."""
         layers = [linear for linear in linears if isinstance(linear, LoRALinear)]
         if any(layer.merged or layer.drops or layer.variant.projection is None for layer in layers):
             return [linear(x) for linear in linears]
@@ -149,7 +149,7 @@ def put(model, layers):
 
 
 def attach(model, slots, dropout=0.0, seed=0, variant="lora", init="kaiming", form="auto"):
-    """`make` an adapter and `put` it on; freeze everything else. Raises InputError, with nothing attached, as `make`."""
+    """`make` an adapter and `put` it on; freeze everything else. Raises InputError as `make`, with nothing attached."""
     layers = make(model, slots, dropout, seed, variant, init, form)
     model.requires_grad_(False)
     return put(model, layers)

@@ -45,7 +45,7 @@ def size(members, base):
 
 
 def trial(members, base, repeats=2):
-    """(Rows a second, bytes taken at most; None where that is not known) of the members' first step, without its update."""
+    """(Rows a second, bytes taken at most or None) of the members' first step, without its update."""
     device = members[0].setting.device
     flat = training.Flat([member.parameters for member in members])
     population = Population([member.model for member in members], [member.layers for member in members], flat).train()

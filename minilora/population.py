@@ -2,8 +2,8 @@
 
 The rows of all members go through the base one member after the other, as one batch; each projection that any member
 adapts is one product with the frozen weight and K thin ones (`kernels/lora_linear.py`). Members may differ in all that
-they train with (`FREE`): ranks, targets, data, rates, seeds. What they are padded to is exact: zeros in the factors stay
-zeros, rows that fill up a batch are not predicted, and dropout does not see either. A population of one has no
+they train with (`FREE`): ranks, targets, data, rates, seeds. What they are padded to is exact: zeros in the factors
+stay zeros, rows that fill up a batch are not predicted, and dropout does not see either. A population of one has no
 stacks and no such rows: it is the plain model.
 """
 
@@ -24,9 +24,9 @@ from .kernels.lora_linear import lora_linears
 # Fields in which the members of one population may differ. The rest is what the one pass is made of.
 FREE = {
     "data", "data_revision", "text_column", "label_column", "test_data", "test_rows", "train_rows", "rank", "alpha",
-    "scaling", "dropout", "targets", "layers", "init", "lr_ratio", "inject", "epochs", "steps", "window", "lr", "schedule",
-    "warmup", "weight_decay", "clip", "seed", "seed_init", "seed_head", "seed_order", "seed_inject", "seed_dropout",
-    "seed_split",
+    "scaling", "dropout", "targets", "layers", "init", "lr_ratio", "inject", "epochs", "steps", "window", "lr",
+    "schedule", "warmup", "weight_decay", "clip", "seed", "seed_init", "seed_head", "seed_order", "seed_inject",
+    "seed_dropout", "seed_split",
 }  # fmt: skip
 IGNORED = -100  # the label of a row that fills up a batch
 

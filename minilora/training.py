@@ -1,4 +1,5 @@
-"""The pieces of the training loop; the loop itself is in `train.py`. What it trains is a population of K members, often one.
+"""The pieces of the training loop; the loop itself is in `train.py`. What it trains is a population of K members, often
+one.
 
 Nothing here keeps random state: the order of rows follows from (seed, epoch) and dropout from (seed, step), so that
 a state on disk is tensors and a step number, and a resumed run ends in the same adapter, bit for bit.
@@ -57,9 +58,9 @@ def trained_parameters(model, cell):
 class Flat:
     """What K members train, side by side: `values` and `grads` [K, P], a row for each member, of their dtype.
 
-    `members` are K dicts {name: parameter}, which become views of `values`. A parameter that is smaller in one member than
-    in another, or missing, is filled up with zeros. `leaves` {name: parameter} are what the forward uses and gradients
-    gather in, as views of `grads`: of a single member the very parameters, else [K, ...].
+    `members` are K dicts {name: parameter}, which become views of `values`. A parameter that is smaller in one member
+    than in another, or missing, is filled up with zeros. `leaves` {name: parameter} are what the forward uses and
+    gradients gather in, as views of `grads`: of a single member the very parameters, else [K, ...].
     """
 
     def __init__(self, members):

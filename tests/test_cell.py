@@ -159,7 +159,7 @@ def test_id_depends_on_every_field():
         text_column="x", label_column="x", test_data="x", test_rows=7, train_rows=7, max_length=7, method="full",
         rank=7, alpha=7, scaling="rslora", dropout=0.7, targets=("q",), layers="0",
         variant="dora", init="gaussian", start="x", lr_ratio=7, tokenizer="x", task="lm", prompt="x {text}",
-        completion="{label}", choice_score="mean", head="ridge", pooling="first",
+        completion="{label}", choice_score="mean", head="ridge", pooling="first", form="side",
         epochs=7, steps=7, batch_size=7, accumulate=7, window=7, optimizer="adafactor",
         lr=0.7, schedule="cosine", warmup=0.7,
         weight_decay=0.7, clip=0.7, seed=7, seed_init=0, seed_head=0, seed_order=0, seed_inject=0, seed_dropout=0,
@@ -173,7 +173,7 @@ def test_id_depends_on_every_field():
     changed = [Cell(**{name: value}, **own.get(name, {})) for name, value in changes.items()]
     changed += [Cell(inject={name: value}) for name, value in inner.items()]
     ids = {cell.id for cell in [Cell(), *changed]}
-    assert len(ids) == len({cell.name for cell in [Cell(), *changed]}) == len(set([Cell(), *changed])) == 1 + 49 + 8
+    assert len(ids) == len({cell.name for cell in [Cell(), *changed]}) == len(set([Cell(), *changed])) == 1 + 50 + 8
 
 
 def test_equal_experiments_are_equal_cells():
@@ -336,10 +336,11 @@ def test_files_are_refused_by_name(tmp_path):
 # --- the command line
 
 FLAGS = """
---config --out --resume --eval-every --save-every --merge-to --traceback --model --revision --tokenizer --dtype --device
+--config --out --resume --population --eval-every --save-every --merge-to --traceback --model --revision --tokenizer
+--dtype --device
 --compile --data --data-revision --text-column --label-column --test-data --test-rows --train-rows --max-length --task
 --prompt --completion --choice-score --method --rank --alpha --scaling --dropout --targets --layers --variant --init
---start --lr-ratio --head --pooling --inject --inject-proportion --inject-rows --inject-count --inject-density
+--start --lr-ratio --form --head --pooling --inject --inject-proportion --inject-rows --inject-count --inject-density
 --inject-location --inject-mode --trigger-split --epochs --steps --batch-size --accumulate --window --optimizer --lr
 --schedule --warmup --weight-decay --clip --seed --seed-init --seed-head --seed-order --seed-inject --seed-dropout
 --seed-split

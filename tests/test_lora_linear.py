@@ -154,7 +154,7 @@ def test_what_is_saved(form):
     x, weight, bias, A, B, scale = inputs((50,), 24, 40, 3, torch.float32)
     for trains_A in (True, False):
         saved = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
             op.lora_linear(x, weight, bias, A.clone().requires_grad_(trains_A), B.requires_grad_(), scale, form=form)
         rows = [t for t in saved if t is not None and len(t) == 50]
         assert [list(t.shape) for t in rows] == [[50, 24] if trains_A else [50, 3]]

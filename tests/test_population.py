@@ -51,8 +51,8 @@ def assert_alike(together, alone):
         assert tensor.shape == found[name].shape
         assert (found[name] - tensor).abs().max() <= TOLERANCE * tensor.abs().max()
     same = [(json.loads(a), json.loads(b)) for a, b in zip(
-        (together / "predictions.jsonl").read_text().splitlines(), (alone / "predictions.jsonl").read_text().splitlines(),
-        strict=True,
+        (together / "predictions.jsonl").read_text().splitlines(), (alone /
+        "predictions.jsonl").read_text().splitlines(), strict=True,
     )]  # fmt: skip
     for a, b in same:
         assert a["id"] == b["id"] and np.allclose(a["clean"]["logits"], b["clean"]["logits"], atol=2e-2)
