@@ -1,0 +1,28 @@
+"""`python -m benchmarks COMMAND`: hands over to the command's own module."""
+
+import importlib
+import sys
+
+from minilora.errors import InputError, exit_cleanly
+
+COMMANDS = {
+    "cell": "one cell side by side with its peers: rows/s, FLOP/s against the roof, memory, start-up, accuracy",
+    "operators": "each operator of kernels/ against its reference, PEFT's layer and the roof",
+    "grid": "many cells in one process against the same cells one after the other through PEFT and Trainer",
+    "device": "one cell of a Llama's shape and a grid of 64 cells on a GPU, in under 8 minutes",
+}
+
+
+def main(argv):
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: python -m benchmarks COMMAND [--help]\n")
+        for name, help in COMMANDS.items():
+            print(f"  {name:<10} {help}")
+        return
+    if argv[0] not in COMMANDS:
+        raise InputError(f"unknown command {argv[0]!r}: there are {', '.join(COMMANDS)}")
+    importlib.import_module(f"benchmarks.{argv[0]}").main(argv[1:])
+
+
+if __name__ == "__main__":
+    exit_cleanly(main, sys.argv[1:])

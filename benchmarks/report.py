@@ -1,0 +1,323 @@
+"""What the benchmarks show: a table of at most 100 columns, the same in Markdown, results.json and a picture."""
+
+import importlib.metadata
+import importlib.util
+from pathlib import Path
+
+from minilora import files
+from minilora.console import COLUMNS, say, short
+
+GREYS = ("0.25", "0.5", "0.7")
+
+
+def versions(*names):
+    """{package: version} of those that are installed."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+# --- tables: headings, and lines of as many strings; a line of two is a name and a remark
+
+
+def text(headings, lines):
+    """An aligned table, the first column on the left and the others on the right."""
+    full = [headings, *(line for line in lines if len(line) == len(headings))]
+    widths = [max(len(line[i]) for line in full) for i in range(len(headings))]
+    widths[0] = max([widths[0], *(len(line[0]) for line in lines)])
+
+    def render(line):
+        if len(line) < len(headings):
+            return short(f"{line[0]:<{widths[0]}}  {line[1]}", COLUMNS)
+        return line[0].ljust(widths[0]) + "".join("  " + cell.rjust(w) for cell, w in zip(line[1:], widths[1:]))
+
+    return "\n".join(render(line).rstrip() for line in [headings, *lines])
+
+
+def markdown(headings, lines):
+    rows = [headings, ("---",) * len(headings), *(tuple(line) + ("",) * (len(headings) - len(line)) for line in lines)]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
+
+
+def write(folder, results, headings, lines, notes, draw=None):
+    """results.json, table.md and, where there is something to `draw` and matplotlib is installed, roofline.png."""
+    files.write_json(folder / "results.json", results)
+    files.write_text(folder / "table.md", markdown(headings, lines) + "\n\n" + "  \n".join(notes) + "\n")
+    if draw is None:
+        return
+    if importlib.util.find_spec("matplotlib") is None:
+        say("no roofline.png: matplotlib is not installed (pip install matplotlib)")
+        return
+    from matplotlib import pyplot
+
+    figure = draw(results)
+    with files.replacing(folder / "roofline.png") as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
+    pyplot.close(figure)
+
+
+def machine(hardware):
+    return f"{hardware.get('gpu', hardware['processor'])}, {hardware['threads']} threads"
+
+
+def load_note(results):
+    """Every benchmark says how busy the machine was: on a busy one its figures are worth little."""
+    return f"load of the machine before the first run: {results['load_before']:.1f}"
+
+
+# --- one cell
+
+CELL = (
+    "peer",
+    "rows/s",
+    "min-max",
+    "tokens/s",
+    "ratio",
+    "tuned",
+    "loop",
+    "roof",
+    "GiB",
+    "memory",
+    "start s",
+    "accuracy",
+)
+
+
+def cell_lines(results):
+    lines = []
+    for peer in results["peers"].values():
+        if "accuracy" not in peer:
+            lines.append((peer["title"], peer.get("missing") or f"failed: {peer['failed']}"))
+            continue
+        low, high = peer["spread"]
+        mark = "" if peer["same_rows"] and peer["same_accuracy"] else " !"
+        lines.append((
+            peer["title"],
+            f"{peer['rows_per_second']:.1f}",
+            f"{low:.0f}-{high:.0f}",
+            f"{peer['tokens_per_second']:,.0f}",
+            *(times(peer[key]) for key in ("ratio", "ratio_to_tuned", "ratio_to_loop")),
+            f"{peer['roof_share']:.0%}",
+            f"{peer['peak_memory_bytes'] / 2**30:.2f}",
+            times(peer["memory_ratio"]),
+            f"{peer['start_up_seconds']:.1f}",
+            f"{peer['accuracy']:.3f}{mark}",
+        ))  # fmt: skip
+    return lines
+
+
+def times(ratio):
+    return "-" if ratio is None else f"{ratio:.2f}x"
+
+
+def cell_notes(results):
+    """What the columns mean, and what is amiss."""
+    cell, roofs = results["cell"], results["roofs"]
+    notes = [
+        f"{short(cell['model'], 50)}, {short(cell['data'])}: {results['rows']:,} rows of "
+        f"{results['tokens_a_row']:.1f} tokens, {cell['epochs']} epochs, rank {cell['rank']}",
+        f"{machine(results['hardware'])}; {load_note(results)}",
+        f"rates: median of {results['repeats']} interleaved repeats, of tokens without padding, without the first "
+        f"{results['warm_up_steps']} steps",
+        "ratio: rows/s over peft + Trainer in the same repeat; tuned, loop: over peft + Trainer tuned, and peft loop",
+        f"roof: share of the measured {roofs['float32'] / 1e9:,.0f} GFLOP/s in float32 or "
+        f"{roofs['bfloat16'] / 1e9:,.0f} in bfloat16 that the least operations of the job come to",
+        "GiB: peak memory of the process, or on a GPU of its tensors; memory: over peft + Trainer's",
+    ]
+    errors = [peer["standard_error"] for peer in results["peers"].values() if "standard_error" in peer]
+    if errors:
+        notes.append(f"accuracy: on clean test rows, standard error {max(errors):.3f}")
+    for peer in results["peers"].values():
+        if not peer.get("same_rows", True):
+            notes.append(f"! {peer['title']} saw other rows than {peer['compared_with']}: not the same job")
+        elif not peer.get("same_accuracy", True):
+            notes.append(f"! {peer['title']} is over one standard error from {peer['compared_with']}'s accuracy")
+    return notes
+
+
+def draw_cell(results):
+    """Achieved FLOP/s as bars under the roofs of products.
+
+    Not against arithmetic intensity: the memory traffic of a whole run is not measured, so its place on that axis
+    would be made up. `operators` draws it, where traffic is counted.
+    """
+    from matplotlib.figure import Figure
+
+    peers = [peer for peer in results["peers"].values() if "accuracy" in peer]
+    figure = Figure(figsize=(8, 1.6 + 0.5 * len(peers)), layout="constrained")
+    axes = figure.subplots()
+    scale = results["operations_a_row"] / 1e9
+    for place, peer in enumerate(peers):
+        value, (low, high) = peer["flops_per_second"] / 1e9, peer["spread"]
+        axes.barh(place, value, color=GREYS[0 if "minilora" in peer["title"] else 2], edgecolor="black", height=0.6,
+                  xerr=[[max(0.0, value - low * scale)], [max(0.0, high * scale - value)]], capsize=3)  # fmt: skip
+        axes.annotate(f"{value:.0f} GFLOP/s, {peer['roof_share']:.0%} of its roof", (high * scale, place),
+                      xytext=(6, 0), textcoords="offset points", va="center", fontsize=9)  # fmt: skip
+    styles = {"float32": "-", "bfloat16": "--"}
+    used = {peer["roof"] for peer in peers}
+    for dtype in sorted(used, reverse=True):
+        roof = results["roofs"][dtype] / 1e9
+        axes.axvline(roof, color="black", linestyle=styles[dtype], label=f"{dtype} products: {roof:.0f} GFLOP/s")
+    axes.set_yticks(range(len(peers)), [peer["title"] for peer in peers])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.05 * max(results["roofs"][dtype] for dtype in used) / 1e9)
+    axes.set_xlabel("GFLOP/s that the job takes at least (bars) and that products reach here (lines)")
+    cell = results["cell"]
+    axes.set_title(f"Fine-tuning {Path(cell['model']).name}, rank {cell['rank']}, {results['rows']:,} rows\n"
+                   f"{machine(results['hardware'])}", fontsize=11)  # fmt: skip
+    figure.legend(loc="outside lower right", ncols=2, frameon=False, fontsize=9)
+    return figure
+
+
+# --- a grid
+
+GRID = ("side", "cells", "wall s", "cells/h", "ratio", "GiB", "clean accuracy", "attack success")
+
+
+def grid_lines(results):
+    lines = []
+    for side in results["sides"].values():
+        if "cells" not in side:
+            lines.append((side["title"], side.get("missing") or f"failed: {side['failed']}"))
+            continue
+        agreement = side.get("agreement", {})
+        lines.append((
+            side["title"],
+            f"{len(side['cells'])}",
+            f"{side['all_cells_seconds']:,.0f}" + " scaled" * bool(side["scaled_from"]),
+            f"{side['cells_per_hour']:,.0f}",
+            times(side.get("ratio")),
+            f"{side['peak_memory_bytes'] / 2**30:.2f}",
+            *(f"{agreement[key]['mean_difference']:+.3f} ({agreement[key]['mean_absolute_difference']:.3f})"
+              if key in agreement else "-" for key in ("accuracy", "attack_success")),
+        ))  # fmt: skip
+    return lines
+
+
+def grid_notes(results):
+    cell = results["cell"]
+    notes = [
+        f"{results['cells']} cells: ranks {', '.join(map(str, results['ranks']))}; "
+        f"proportions {', '.join(f'{share:g}' for share in results['proportions'])}",
+        f"{short(cell['model'], 50)}, {short(cell['data'])}: {cell['train_rows']:,} training rows each, "
+        f"{cell['epochs']} epochs; {cell['test_rows']} test rows",
+        f"{machine(results['hardware'])}; {load_note(results)}",
+        "ratio: wall time over minilora's; a process is started once, and each cell is loaded, trained and tested",
+        "accuracy, attack success: minilora less that side, mean over the cells (and mean absolute difference)",
+    ]
+    ours = results["sides"]["minilora"]
+    if "populations" in ours:
+        notes.append(f"minilora's populations: at most {max(ours['populations'])} cells")
+    for side in results["sides"].values():
+        if side.get("scaled_from"):
+            notes.append(f"{side['title']}: {side['scaled_from']} of {results['cells']} cells in "
+                         f"{side['wall_seconds']:.0f} s, scaled to all")  # fmt: skip
+    errors = [s["agreement"]["standard_error"] for s in results["sides"].values() if "agreement" in s]
+    if errors:
+        notes.append(f"standard error of one cell's accuracy: {errors[0]:.3f}")
+    return notes
+
+
+# --- operators
+
+OPERATORS = ("operator", "dtype", "ms", "reference", "peer", "MB", "MFLOP", "FLOP/B", "GFLOP/s", "roof")
+
+
+def operator_lines(results):
+    lines = []
+    for line in results["operators"]:
+        own = line["operator_seconds"]
+        others = (line.get(f"{key}_seconds") for key in ("reference", "peer"))
+        lines.append((
+            line["name"],
+            line["dtype"],
+            f"{own * 1e3:.2f}",
+            *(times(None if seconds is None else seconds / own) for seconds in others),
+            f"{line['bytes'] / 1e6:,.1f}",
+            f"{line['operations'] / 1e6:,.0f}",
+            f"{line['intensity']:.1f}",
+            f"{line['operations_per_second'] / 1e9:,.1f}",
+            f"{line['roof_share']:.0%}",
+        ))  # fmt: skip
+    return lines
+
+
+def operator_notes(results):
+    roofs, shape = results["roofs"], results["shape"]
+    return [
+        f"{shape['B']} rows of {shape['T']} tokens, width {shape['D']}, rank {shape['R']}; "
+        f"{machine(results['hardware'])}; {load_note(results)}",
+        f"ms: forward and backward, median of {results['repeats']}",
+        "reference, peer (PEFT's layer, torch's fused AdamW): their time over the operator's",
+        "MB: the least that must move; roof: share of the lower of measured product and memory rates,",
+        f"{roofs['float32'] / 1e9:,.0f} GFLOP/s (float32), {roofs['bfloat16'] / 1e9:,.0f} (bfloat16) and "
+        f"{roofs['memory'] / 1e9:,.0f} GB/s",
+    ]
+
+
+def draw_operators(results):
+    """Achieved FLOP/s against arithmetic intensity, under the roofs; operators filled, their references hollow."""
+    from matplotlib.figure import Figure
+
+    lines, roofs = results["operators"], results["roofs"]
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    axes = figure.subplots()
+    low, high = min(line["intensity"] for line in lines) / 2, max(line["intensity"] for line in lines) * 2
+    dtypes = [dtype for dtype in ("float32", "bfloat16") if any(line["dtype"] == dtype for line in lines)]
+    high = max(high, *(2 * roofs[dtype] / roofs["memory"] for dtype in dtypes))
+    for dtype, style in zip(dtypes, ("-", "--")):
+        ridge = roofs[dtype] / roofs["memory"]
+        ends = [min(low, ridge), ridge, high]
+        heights = [min(roofs[dtype], roofs["memory"] * end) / 1e9 for end in ends]
+        label = f"roof, {dtype}: {roofs[dtype] / 1e9:,.0f} GFLOP/s, {roofs['memory'] / 1e9:,.0f} GB/s"
+        axes.plot(ends, heights, color="black", linestyle=style, label=label)
+    shapes = dict(zip(dict.fromkeys(line["name"] for line in lines), "osD^v<>pPX*hd8"))
+    for line in lines:
+        grey = "0.25" if line["dtype"] == "float32" else "0.65"
+        y, x = line["operations_per_second"] / 1e9, line["intensity"]
+        other = line["operations"] / line["reference_seconds"] / 1e9
+        axes.plot([x, x], [y, other], color=grey, linewidth=0.8, zorder=1)
+        axes.plot(x, other, shapes[line["name"]], color=grey, markerfacecolor="white", markersize=7, zorder=2)
+        axes.plot(x, y, shapes[line["name"]], color=grey, markersize=8, zorder=3, linestyle="none",
+                  label=f"{line['name']}, {line['dtype']}")  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("FLOPs a byte that must move")
+    axes.set_ylabel("GFLOP/s, forward and backward")
+    axes.set_title(f"Operators (filled) and their references (hollow)\n{machine(results['hardware'])}", fontsize=11)
+    axes.grid(True, which="major", color="0.9", zorder=0)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    return figure
+
+
+# --- a device
+
+DEVICE = ("what", "measured", "at least")
+
+
+def device_lines(results):
+    cell, grid, figures = results["cell"], results["grid"], results["figures"]
+    tokens = f"{cell['cell']['batch_size']} x {cell['cell']['max_length']} tokens"
+    titles = {
+        "one_cell": f"one cell, {tokens}, over peft + Trainer",
+        "model_flop_use": "  model-FLOP use",
+        "over_unsloth": "  over unsloth",
+        "grid": f"grid of {grid['cells']} cells over peft + Trainer, one by one",
+    }
+    shown = {key: "not measured" if value is None else times(value) for key, value in figures.items()}
+    if figures["model_flop_use"] is not None:
+        shown["model_flop_use"] = f"{figures['model_flop_use']:.0%}"
+    least = {key: times(value) for key, value in results["at_least"].items()}
+    least["model_flop_use"] = f"{results['at_least']['model_flop_use']:.0%}"
+    return [(title, shown[key], least[key]) for key, title in titles.items()]
+
+
+def device_notes(results):
+    """The two full tables, and their notes."""
+    cell, grid = results["cell"], results["grid"]
+    return [f"{results['device']}, {results['seconds']:.0f} s in all", "", *text(CELL, cell_lines(cell)).splitlines(),
+            *cell_notes(cell), "", *text(GRID, grid_lines(grid)).splitlines(), *grid_notes(grid)]  # fmt: skip
