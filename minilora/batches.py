@@ -5,12 +5,16 @@ batches are shuffled. Rows of like length so meet more often than by chance: `wi
 padded to one of a few lengths, which bounds the number of shapes that a compiled step meets.
 """
 
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
+from itertools import islice
 
 import numpy as np
 import torch
 
 SIZES = 32  # different padded lengths at most
+AHEAD = 4  # steps whose batches are made before they are asked for
 
 
 @dataclass(frozen=True)
@@ -117,3 +121,27 @@ def by_length(encoded, batch_size, pad_id):
     order = np.argsort(-lengths, kind="stable")
     for start in range(0, len(order), batch_size):
         yield collate(encoded, order[start : start + batch_size], sizes, pad_id)
+
+
+def ahead(make, start, stop, device):
+    """Yield (step, batches on `device`) for the steps from `start` up to `stop`; `make(step)` is a list of `Batch`.
+
+    A thread makes the batches of the next `AHEAD` steps meanwhile; for a GPU it pins them, and the copies to it do not
+    wait. What `make` raises is raised here, at its step. The thread ends with the loop, however that ends.
+    """
+    pinned = device.type == "cuda"
+
+    def prepared(step):
+        made = make(step)
+        return [batch.pin_memory() for batch in made] if pinned else made
+
+    with ThreadPoolExecutor(1, "batches-ahead") as thread:
+        coming = (thread.submit(prepared, step) for step in range(start, stop))
+        waiting = deque(islice(coming, AHEAD))
+        try:
+            for step in range(start, stop):
+                made = waiting.popleft().result()
+                waiting.extend(islice(coming, 1))
+                yield step, [batch.to(device, non_blocking=pinned) for batch in made]
+        finally:
+            thread.shutdown(cancel_futures=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from . import batches, injection, metrics
+from . import batches, injection, metrics, token_cache
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def predict(model, tokenizer, texts, max_length, batch_size, progress=None):
     called after each batch.
     """
     model.eval()
-    encoded = tokenizer.encode(texts, max_length)
+    encoded = token_cache.encode(tokenizer, texts, max_length)
     logits = np.empty((len(texts), model.classifier.out_features), dtype=np.float32)
     for batch in batches.by_length(encoded, batch_size, tokenizer.pad_id):
         batch = batch.to(model.device)

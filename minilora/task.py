@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from . import batches, evaluation, metrics
+from . import batches, evaluation, metrics, token_cache
 from .completion import LanguageModel
 from .data import FEW
 from .errors import InputError
@@ -41,11 +41,12 @@ class Classification:
 
     def visible(self, rows):
         """What `injection` needs to know of truncation, for these rows."""
-        return lambda texts, added, index: self.tokenizer.visible(texts, added, self.cell.max_length)
+        return lambda texts, added, index: token_cache.visible(self.tokenizer, texts, added, self.cell.max_length)
 
     def encode(self, rows):
         """(`Encoded` rows, what the model is to answer: int64 [rows])."""
-        return self.tokenizer.encode(rows.texts, self.cell.max_length), torch.from_numpy(rows.labels)
+        encoded = token_cache.encode(self.tokenizer, rows.texts, self.cell.max_length)
+        return encoded, torch.from_numpy(rows.labels)
 
     def model(self, base, label_names):
         return Classifier(base, self.cell.pooling, len(label_names), self.cell.seed_for("head"))
@@ -116,8 +117,8 @@ class Completion:
 
     def visible(self, rows):
         rooms = self._rooms(self._completions(rows, self._candidates(rows)))
-        return lambda texts, added, index: self.tokenizer.visible_in_prompts(
-            texts, added, self.before, self.after, rooms[index]
+        return lambda texts, added, index: token_cache.visible_in_prompts(
+            self.tokenizer, texts, added, self.before, self.after, rooms[index]
         )
 
     def encode(self, rows):
@@ -277,7 +278,7 @@ class Completion:
 
     def _prompts(self, rows, completions):
         rooms = self._rooms(completions)
-        prompts, kept = self.tokenizer.prompts(rows.texts, self.before, self.after, rooms)
+        prompts, kept = token_cache.prompts(self.tokenizer, rows.texts, self.before, self.after, rooms)
         for id, ids, room in zip(rows.ids, prompts, rooms, strict=True):
             if not len(ids):
                 raise InputError(

@@ -9,6 +9,9 @@ of those behind it. The completion has none, and is encoded as it would stand be
 is its own, and no other is put before it.
 """
 
+import functools
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -134,6 +137,16 @@ class TextTokenizer:
             )
         # Gemma 3 has one more added token than embeddings: it is refused where a text has it.
         self._exceeds = embedded is not None and max(tokenizer.get_vocab().values()) >= embedded
+
+    @functools.cached_property
+    def fingerprint(self):
+        """sha256 (hexadecimal) of all that is made of a text here follows from, beside the arguments: vocabulary and
+        rules, the library's version, and this file's code."""
+        import tokenizers
+
+        code = Path(__file__).read_text(encoding="utf-8")
+        state = [tokenizers.__version__, code, self._embedded, self._tokenizer.to_str()]
+        return hashlib.sha256(json.dumps(state).encode()).hexdigest()
 
     def encode(self, texts, max_length):
         """`Encoded` ids of a list of N texts, at most `max_length` tokens each, special tokens included.

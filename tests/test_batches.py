@@ -1,5 +1,8 @@
-"""Epochs as permutations in windows, the cheapest padded lengths by brute force, collating row by row."""
+"""Epochs as permutations in windows, cheapest padded lengths by brute force, collating row by row, batches ahead."""
 
+import gc
+import threading
+import time
 from itertools import combinations
 from types import SimpleNamespace
 
@@ -148,3 +151,124 @@ def test_collate_is_row_by_row(lengths, data):
     moved = batch.to("cpu")
     assert torch.equal(moved.ids, batch.ids) and torch.equal(moved.lengths, batch.lengths)
     assert moved.index is batch.index
+
+
+# --- ahead of their step
+
+
+def made(step):
+    """The batches of a step: none to two."""
+    draw = torch.Generator().manual_seed(step)
+    return [
+        batches.Batch(
+            torch.randint(9, (3, step + 2), generator=draw), torch.randint(9, (3,), generator=draw),
+            np.arange(3) + step, torch.randint(9, (3,), generator=draw), torch.rand(3, generator=draw),
+        )
+        for _ in range(step % 3)
+    ]  # fmt: skip
+
+
+def in_background():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("batches-ahead")]
+
+
+def test_batches_ahead_are_those_of_the_steps_in_order(device):
+    asked, threads = [], set()
+
+    def make(step):
+        asked.append(step)
+        threads.add(threading.get_ident())
+        return made(step)
+
+    cases = 0
+    for step, found in batches.ahead(make, 5, 25, torch.device(device)):
+        wanted = made(step)
+        assert len(found) == len(wanted) == step % 3
+        for batch, other in zip(found, wanted, strict=True):
+            for name in ("ids", "lengths", "answers", "weights"):
+                tensor = getattr(batch, name)
+                assert tensor.device.type == device and torch.equal(tensor.cpu(), getattr(other, name))
+            assert batch.index.tolist() == other.index.tolist() and batch.keys is None
+        assert step == 5 + cases and max(asked) <= step + batches.AHEAD
+        cases += 1
+    assert cases == 20 and asked == list(range(5, 25))
+    assert len(threads) == 1 and threads != {threading.get_ident()} and not in_background()
+
+
+def test_steps_are_made_while_others_are_trained_on_and_no_more_than_are_wanted():
+    begun = threading.Event()
+    asked = []
+
+    def make(step):
+        asked.append(step)
+        if step == batches.AHEAD:
+            begun.set()
+        return []
+
+    for step, _ in batches.ahead(make, 0, 100, torch.device("cpu")):
+        if step == 0:
+            assert begun.wait(20)  # nobody has asked for that step yet
+            time.sleep(0.05)
+            assert asked == list(range(batches.AHEAD + 1))
+            break
+    assert not in_background() and asked == list(range(batches.AHEAD + 1))
+
+
+def test_no_steps():
+    assert list(batches.ahead(made, 7, 7, torch.device("cpu"))) == [] and not in_background()
+
+
+def failing(step):
+    if step == 6:
+        raise ZeroDivisionError("step 6")
+    return made(step)
+
+
+def test_an_error_of_the_thread_is_raised_at_its_step():
+    seen = []
+    with pytest.raises(ZeroDivisionError, match="step 6") as caught:
+        for step, _ in batches.ahead(failing, 3, 20, torch.device("cpu")):
+            seen.append(step)
+    assert seen == [3, 4, 5] and not in_background()
+    assert caught.traceback[-1].name == "failing"  # where it happened
+
+
+def test_the_thread_ends_with_the_loop():
+    cases = 0
+    for error in (KeyboardInterrupt, ValueError):
+        with pytest.raises(error):
+            for step, _ in batches.ahead(made, 0, 1000, torch.device("cpu")):
+                if step == 2:
+                    raise error
+        gc.collect()
+        assert not in_background()
+        cases += 1
+    steps = batches.ahead(made, 0, 1000, torch.device("cpu"))
+    next(steps)
+    assert len(in_background()) == 1
+    steps.close()
+    assert not in_background() and cases == 2
+
+
+class Recorder:
+    """In the place of a batch: what was done with it, and in which thread."""
+
+    def __init__(self):
+        self.done = []
+
+    def pin_memory(self):
+        self.done.append(("pinned", threading.current_thread().name[:13]))
+        return self
+
+    def to(self, device, non_blocking=False):
+        self.done.append((device.type, non_blocking, threading.current_thread() is threading.main_thread()))
+        return self
+
+
+def test_batches_for_a_gpu_are_pinned_in_the_background_and_copied_without_waiting():
+    for kind, wanted in (
+        ("cuda", [("pinned", "batches-ahead"), ("cuda", True, True)]),
+        ("cpu", [("cpu", False, True)]),
+    ):
+        found = [batch for _, [batch] in batches.ahead(lambda _: [Recorder()], 0, 6, torch.device(kind))]
+        assert [batch.done for batch in found] == [wanted] * 6
