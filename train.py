@@ -113,7 +113,7 @@ def train_population(members, base, eval_every, save_every, merge_to, start):
     steps = max(member.schedule.steps for member in members)
     compiled, reason = training.compiles(cell.compile, device, steps)
     forward = torch.compile(together, dynamic=True) if compiled else together
-    sizes = sizes_of(members)
+    sizes = sizes_of(members, compiled)
     length = sum(member.lengths.sum() for member in members) / sum(len(member.lengths) for member in members)
     rate = roof.matmul_rate(int(len(members) * cell.batch_size * length), setting.spec, setting.dtype, device)
 

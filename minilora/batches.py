@@ -2,7 +2,7 @@
 
 An epoch is a random order of the rows, cut into windows of some batches; each window is sorted by length and the
 batches are shuffled. Rows of like length so meet more often than by chance: `window` = 1 turns that off. Rows are
-padded to one of a few lengths, which bounds the number of shapes that a compiled step meets.
+padded to the longest of their batch, or for a compiled step to one of a few lengths, which bounds its shapes.
 """
 
 from collections import deque

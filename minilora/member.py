@@ -215,9 +215,10 @@ class Member:
         console.say(f"merged     {folder}: {export.describe(merged)}")
 
 
-def sizes_of(members):
-    """The padded lengths of the members' batches: few, whatever their rows."""
-    return batches.padded_sizes(np.concatenate([member.lengths for member in members]))
+def sizes_of(members, few):
+    """The padded lengths of the members' batches: `few` for a compiled step, else all that rows have."""
+    lengths = np.concatenate([member.lengths for member in members])
+    return batches.padded_sizes(lengths) if few else np.unique(lengths)
 
 
 def assemble(members, step, sizes):
