@@ -12,6 +12,7 @@ import math
 import shlex
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 SAVE_EVERY = 100  # steps
@@ -99,7 +100,7 @@ def train_population(members, base, eval_every, save_every, merge_to, start):
     """Train members that share a base, all at once, and write their results."""
     import torch
 
-    from minilora import console, roof, training
+    from minilora import batches, console, roof, training
     from minilora.member import assemble, sizes_of
     from minilora.population import Population
 
@@ -143,8 +144,7 @@ def train_population(members, base, eval_every, save_every, merge_to, start):
         rows_done = sum(member.schedule.rows_before(first) for member in members)
         rows_total = sum(member.schedule.rows_before(member.schedule.steps) for member in members)
         with console.Progress("training", rows_total, rows_done) as progress:
-            for step in range(first, steps):
-                micro_batches = [batch.to(device) for batch in assemble(members, step, sizes)]
+            for step, micro_batches in batches.ahead(partial(assemble, members, sizes), first, steps, device):
                 log.add(step, *training.update(together, forward, micro_batches, optimizer, rates[step], clips, going))
                 last = step + 1 == steps
                 saving = (step + 1) % save_every == 0 or last

@@ -128,7 +128,7 @@ class Member:
 
     def micro_batches(self, step, sizes):
         """The batches of a step, for the CPU; none once all steps are done."""
-        if step >= self.schedule.steps or self.error:
+        if step >= self.schedule.steps:
             return []
         pad_id = self.setting.tokenizer.pad_id
         return [
@@ -221,7 +221,7 @@ def sizes_of(members, few):
     return batches.padded_sizes(lengths) if few else np.unique(lengths)
 
 
-def assemble(members, step, sizes):
+def assemble(members, sizes, step):
     """The micro-batches of a step, each one `Batch` of all members' own."""
     filler = population.IGNORED if members[0].cell.task == "classification" else 0
     drops = any(member.cell.dropout for member in members)

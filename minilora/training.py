@@ -192,16 +192,17 @@ class Schedule:
         count = -(-len(lengths) // cell.batch_size)
         self.per_epoch = -(-count // cell.accumulate)
         self.steps = cell.steps or cell.epochs * self.per_epoch
-        self._epoch = self._batches = None
+        self._epochs = {}  # the last two that were asked for, as two threads may be at different ones
 
     def rows_at(self, step):
         number, position = divmod(step, self.per_epoch)
-        if number != self._epoch:
+        made = self._epochs.get(number)
+        if made is None:
             cell = self.cell
-            self._batches = batches.epoch(self.lengths, cell.batch_size, cell.window, cell.seed_for("order"), number)
-            self._epoch = number
+            made = batches.epoch(self.lengths, cell.batch_size, cell.window, cell.seed_for("order"), number)
+            self._epochs = dict([*list(self._epochs.items())[-1:], (number, made)])
         start = position * self.cell.accumulate
-        return self._batches[start : start + self.cell.accumulate]
+        return made[start : start + self.cell.accumulate]
 
     def rows_before(self, step):
         """Rows that the steps before `step` saw."""
