@@ -1,7 +1,7 @@
 """minilora: controlled LoRA ablations against injected spurious tokens, from scratch in PyTorch.
 
 Read in the order in which data flows: cell, coverage, checkpoint, families, model, lora, adapter, data, triggers,
-injection, batches, head, training, evaluation, run. Importing the package imports nothing heavy.
+injection, batches, head, training, population, member, evaluation, run. Importing the package imports nothing heavy.
 """
 
 import importlib.machinery
