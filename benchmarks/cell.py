@@ -56,11 +56,10 @@ def main(argv):
         Path(arguments.out).mkdir(parents=True, exist_ok=True)  # refused now rather than after the runs
     cell = Cell(train_rows=arguments.rows).replace(**options.given_flags(arguments, Cell))
     results = measure(cell, arguments.peers, arguments.repeats, arguments.warm_up, arguments.threads)
-    print(report.text(report.CELL, report.cell_lines(results)))
-    print("\n".join(report.cell_notes(results)))
+    shown = report.CELL, report.cell_lines(results), report.cell_notes(results)
+    print(report.page(*shown))
     if arguments.out is not None:
-        report.write(Path(arguments.out), results, report.CELL, report.cell_lines(results),
-                     report.cell_notes(results), report.draw_cell)  # fmt: skip
+        report.write(Path(arguments.out), results, *shown, report.draw_cell)
     if any(peer.get("failed") for peer in results["peers"].values()):
         sys.exit(1)
 
@@ -156,7 +155,8 @@ def run_alone(module, name, folder, threads, limit=None):
     out.unlink(missing_ok=True)
     gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": gpu}
-    environment |= {"TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    clone = [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")]
+    environment |= {"TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": os.pathsep.join(filter(None, clone))}
     command = [sys.executable, "-m", module, name, str(folder), str(out), repr(time.time())]
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=limit)

@@ -48,8 +48,7 @@ def main(argv):
         )
         results = measure(cell, cells)
     shown = report.DEVICE, report.device_lines(results), report.device_notes(results)
-    print(report.text(*shown[:2]))
-    print("\n".join(shown[2]))
+    print(report.page(*shown))
     report.write(Path(arguments.out), results, *shown)
 
 

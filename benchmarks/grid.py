@@ -57,10 +57,10 @@ def main(argv):
     base = Cell(train_rows=arguments.rows, test_rows=200).replace(**options.given_flags(arguments, Cell))
     cells = product(base, arguments.ranks, arguments.proportions)
     results = measure(cells, arguments.peers, arguments.cells, arguments.size, arguments.threads)
-    print(report.text(report.GRID, report.grid_lines(results)))
-    print("\n".join(report.grid_notes(results)))
+    shown = report.GRID, report.grid_lines(results), report.grid_notes(results)
+    print(report.page(*shown))
     if arguments.out is not None:
-        report.write(Path(arguments.out), results, report.GRID, report.grid_lines(results), report.grid_notes(results))
+        report.write(Path(arguments.out), results, *shown)
     if any("failed" in side for side in results["sides"].values()):
         sys.exit(1)
 
@@ -112,8 +112,8 @@ def measure(cells, names=PEERS, count=None, size=None, threads=None, until=None)
         if "cells" in side:
             side |= extrapolated(side, len(cells))
     ours = sides["minilora"]
-    for side in sides.values():
-        if "cells" in side and "cells" in ours:
+    for name, side in sides.items():
+        if name != "minilora" and "cells" in side and "cells" in ours:
             side["ratio"] = side["all_cells_seconds"] / ours["all_cells_seconds"]
             side["agreement"] = agreement(ours["cells"], side["cells"])
     return {

@@ -126,6 +126,11 @@ def state(shape, tensor):
     return values, grads, m, v.square(), torch.full((K,), 3.0, device=v.device), tensor(K).abs(), tensor(K).abs()
 
 
+def adamw_in_place(p, g, m, v, *rest):
+    adamw.adamw(p, g, m, v, *rest)
+    return p, m, v
+
+
 def adamw_reference(p, g, m, v, t, r, w):
     return adamw.reference(p, g, m, v, t[:, None], r[:, None], w[:, None])
 
@@ -155,7 +160,7 @@ OPERATORS = [
             magnitude * lora_linear.reference(x, weight, None, A, B, scale) + bias
         ),
     ),
-    Operator("adamw", state, adamw.adamw, adamw_reference, torch_adamw, ("float32",)),
+    Operator("adamw", state, adamw_in_place, adamw_reference, torch_adamw, ("float32",)),
 ]  # fmt: skip
 
 
@@ -216,7 +221,7 @@ def as_one(reference):
         def cast(value):
             if isinstance(value, (list, tuple)):
                 return type(value)(map(cast, value))
-            return value.to(first.dtype) if torch.is_tensor(value) else value
+            return value.to(first.dtype) if torch.is_tensor(value) and value.is_floating_point() else value
 
         return reference(first, *map(cast, rest))
 
@@ -311,7 +316,6 @@ def main(argv):
         results = measure(SHAPES[arguments.shape], arguments.dtypes, device, arguments.repeats, arguments.only,
                           progress.advance)  # fmt: skip
     shown = report.OPERATORS, report.operator_lines(results), report.operator_notes(results)
-    print(report.text(*shown[:2]))
-    print("\n".join(shown[2]))
+    print(report.page(*shown))
     if arguments.out is not None:
         report.write(Path(arguments.out), results, *shown, report.draw_operators)

@@ -84,16 +84,16 @@ def train_minilora(job, began, **changes):
     """train.py keeps the clock itself: `seconds` in metrics.jsonl is of a step and its batch, as for the peers."""
     from train import train
 
-    imported = time.time() - began
+    start = time.perf_counter() - (time.time() - began)
     with tempfile.TemporaryDirectory() as folder:
-        results, run = train(job.cell.replace(**changes), Path(folder) / "run")
+        results, run = train(job.cell.replace(**changes), Path(folder) / "run", start=start)
         lines = files.read_jsonl(run / "metrics.jsonl")
     if results["inputs"]["injected"] != job.fingerprint:
         raise RuntimeError("train.py saw other rows than the job's")
     seen, clean = [(line["rows"], line["tokens"]) for line in lines], results["tests"]["clean"]
     warm_up_seconds = sum(line["seconds"] for line in lines[: job.warm_up])
     return figures(seen, job.warm_up, warm_up_seconds, results["train"]["seconds"]) | {
-        "start_up_seconds": imported + results["train"]["start_up_seconds"],
+        "start_up_seconds": results["train"]["start_up_seconds"],
         "accuracy": clean["accuracy"],
         "test_rows": clean["rows"],
         "peak_memory_bytes": results["train"]["peak_memory_bytes"],

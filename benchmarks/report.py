@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+import textwrap
 from pathlib import Path
 
 from minilora import files
@@ -36,6 +37,14 @@ def text(headings, lines):
         return line[0].ljust(widths[0]) + "".join("  " + cell.rjust(w) for cell, w in zip(line[1:], widths[1:]))
 
     return "\n".join(render(line).rstrip() for line in [headings, *lines])
+
+
+def page(headings, lines, notes):
+    """The table and its notes, none longer than a terminal's line."""
+    page = [text(headings, lines)]
+    for note in notes:  # those that are lines of a table fit as they are
+        page += textwrap.wrap(note, COLUMNS, subsequent_indent="  ") if len(note) > COLUMNS else [note]
+    return "\n".join(page)
 
 
 def markdown(headings, lines):
@@ -155,14 +164,14 @@ def draw_cell(results):
         value, (low, high) = peer["flops_per_second"] / 1e9, peer["spread"]
         axes.barh(place, value, color=GREYS[0 if "minilora" in peer["title"] else 2], edgecolor="black", height=0.6,
                   xerr=[[max(0.0, value - low * scale)], [max(0.0, high * scale - value)]], capsize=3)  # fmt: skip
-        axes.annotate(f"{value:.0f} GFLOP/s, {peer['roof_share']:.0%} of its roof", (high * scale, place),
-                      xytext=(6, 0), textcoords="offset points", va="center", fontsize=9)  # fmt: skip
     styles = {"float32": "-", "bfloat16": "--"}
     used = {peer["roof"] for peer in peers}
     for dtype in sorted(used, reverse=True):
         roof = results["roofs"][dtype] / 1e9
         axes.axvline(roof, color="black", linestyle=styles[dtype], label=f"{dtype} products: {roof:.0f} GFLOP/s")
-    axes.set_yticks(range(len(peers)), [peer["title"] for peer in peers])
+    labels = [f"{peer['title']}\n{peer['flops_per_second'] / 1e9:.0f} GFLOP/s, {peer['roof_share']:.0%} of its roof"
+              for peer in peers]  # fmt: skip
+    axes.set_yticks(range(len(peers)), labels, fontsize=9)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.05 * max(results["roofs"][dtype] for dtype in used) / 1e9)
     axes.set_xlabel("GFLOP/s that the job takes at least (bars) and that products reach here (lines)")
