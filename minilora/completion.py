@@ -12,11 +12,11 @@ import math
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from .errors import InputError
+from .kernels.cross_entropy import linear_cross_entropy
 
-MOST_LOGITS = 1 << 25  # at once: 128 MiB in float32
+MOST_LOGITS = 1 << 24  # at once: 64 MiB in float32
 
 
 class LanguageModel(nn.Module):
@@ -39,11 +39,9 @@ class LanguageModel(nn.Module):
     def loss(self, hidden, ids, lengths, answers):
         """The loss from the base's hidden states [B, T, D]."""
         hidden, wanted = self._completions(hidden, ids, lengths, answers)
-        parts = self._parts(hidden, wanted)
-        if len(parts) == 1 or not torch.is_grad_enabled():
-            return sum(self._loss(*part) for part in parts)
-        # The logits of a part are formed again for its gradient, so that those of all are never kept.
-        return sum(checkpoint(self._loss, *part, use_reentrant=False) for part in parts)
+        return linear_cross_entropy(
+            hidden, *self.base.unembedding_weights(), wanted, self.base.spec.final_cap, self._rows()
+        )
 
     def weigh(self, answers):
         """How many terms the loss of these rows is a sum of."""
@@ -53,7 +51,7 @@ class LanguageModel(nn.Module):
         """Each row's completion: (log-likelihood float32 [B], whether greedy decoding would write it, bool [B])."""
         hidden, wanted = self._completions(self.base(ids, lengths), ids, lengths, answers)
         likelihoods, first = [], []
-        for part, gold in self._parts(hidden, wanted):
+        for part, gold in zip(hidden.split(self._rows()), wanted.split(self._rows()), strict=True):
             logits = self.base.unembed(part)
             likelihoods.append(-F.cross_entropy(logits, gold, reduction="none"))
             first.append(logits.argmax(-1) == gold)
@@ -69,12 +67,9 @@ class LanguageModel(nn.Module):
         predicting = (places >= (lengths - answers - 1)[:, None]) & (places < (lengths - 1)[:, None])  # [B, T - 1]
         return hidden[:, :-1][predicting], ids[:, 1:][predicting]
 
-    def _parts(self, hidden, wanted):
-        size = max(1, MOST_LOGITS // self.base.spec.vocabulary)
-        return list(zip(hidden.split(size), wanted.split(size), strict=True))
-
-    def _loss(self, hidden, wanted):
-        return F.cross_entropy(self.base.unembed(hidden), wanted, reduction="sum")
+    def _rows(self):
+        """How many rows of logits are formed at once."""
+        return max(1, MOST_LOGITS // self.base.spec.vocabulary)
 
 
 def generate(base, tokenizer, prompts, max_new_tokens, batch_size=32):

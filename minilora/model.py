@@ -16,17 +16,12 @@ from torch.nn import functional as F
 
 from . import checkpoint, families, rope
 from .errors import InputError
+from .kernels.attention import attention
+from .kernels.mlp import ACTIVATIONS, formed_again, gated
+from .kernels.norms import rms_norm
+from .kernels.rotary import rotate
 from .spec import TARGETS
 
-ACTIVATIONS = {
-    "gelu": F.gelu,
-    "gelu_new": partial(F.gelu, approximate="tanh"),
-    "gelu_fast": partial(F.gelu, approximate="tanh"),
-    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
-    "relu": F.relu,
-    "sigmoid": F.sigmoid,
-    "silu": F.silu,
-}
 # Which norms a layer has: before (x_norm) and after (x_output_norm) attention and MLP. In `post` and `output` the sum
 # runs through no norm or every norm: see `Layer.forward`.
 PLACEMENTS = {
@@ -39,23 +34,25 @@ PLACEMENTS = {
 }
 
 
-class RMSNorm1(nn.Module):
-    """RMSNorm (Zhang and Sennrich 2019, arXiv 1910.07467) times 1 + weight, in float32 or wider, as Gemma has it."""
+class RMSNorm(nn.Module):
+    """RMSNorm, times its weight in a dtype of the base's, or times 1 + weight in float32 or wider as Gemma has it."""
 
-    def __init__(self, width, eps):
+    def __init__(self, width, eps, offset):
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(width))
-        self.eps = eps
+        self.weight = nn.Parameter(torch.full((width,), 1.0 - offset))
+        self.eps, self.offset = eps, offset
 
     def forward(self, x):
-        wide = torch.promote_types(x.dtype, torch.float32)
-        return F.rms_norm(x.to(wide), self.weight.shape, 1.0 + self.weight.to(wide), self.eps).to(x.dtype)
+        weight = self.weight
+        if self.offset:
+            weight = self.offset + weight.to(torch.promote_types(weight.dtype, torch.float32))
+        return rms_norm(x, weight, self.eps)
 
 
 def make_norm(spec, width):
     if spec.norm == "layer":
         return nn.LayerNorm(width, spec.norm_eps, bias=spec.norm_bias)
-    return {"rms": nn.RMSNorm, "rms1": RMSNorm1}[spec.norm](width, spec.norm_eps)
+    return RMSNorm(width, spec.norm_eps, offset={"rms": 0, "rms1": 1}[spec.norm])
 
 
 def table(rows, width):
@@ -117,13 +114,19 @@ class Layer(nn.Module):
         if by_head:
             q, k = self.q_norm(q), self.k_norm(k)
         if turn is not None:
-            q, k = rope.rotate(q, *turn), rope.rotate(k, *turn)
-        attended = attention(q, k, v, mask, self.spec)
+            q, k = rotate(q, *turn), rotate(k, *turn)
+        attended = attention(q, k, v, mask, self.spec.attention_scale, self.spec.attention_cap)
         return self.o(attended.transpose(1, 2).reshape(B, T, -1))  # [B, H, T, E] -> [B, T, H E]
 
     def mlp(self, x):
-        inner = self.activation(self.gate(x)) * self.up(x) if self.spec.gated else self.activation(self.up(x))
-        return self.down(inner)
+        if self.spec.gated:
+            gate, up = project(x, self.gate, self.up)
+            form = partial(gated, gate, up, self.activation)
+        else:
+            form = partial(self.activation.forward, self.up(x))
+        inner = form()
+        with formed_again(inner, form):
+            return self.down(inner)
 
     def forward(self, x, mask, turn):
         if self.spec.placement == "post":
@@ -143,25 +146,6 @@ def project(x, *linears):
     """The outputs of `linears` for one x. What stands in the place of a linear may take them all in one (`joint`)."""
     joint = next((linear.joint for linear in linears if hasattr(linear, "joint")), None)
     return joint(x, linears) if joint else [linear(x) for linear in linears]
-
-
-def attention(q, k, v, mask, spec):
-    """softmax(s q k^T + mask) v, the scores soft-capped where the family does (Gemma 2, arXiv 2408.00118, section 2).
-
-    q [B, H, T, E], k and v [B, H or fewer, T, E], additive `mask` [B or 1, 1, T or 1, T], or None
-    for every earlier token and itself.
-    """
-    grouped = q.shape[1] != k.shape[1]
-    if spec.attention_cap is None:
-        causal = mask is None and spec.causal
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal, scale=spec.attention_scale, enable_gqa=grouped
-        )
-    if grouped:
-        k, v = (p.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for p in (k, v))
-    scores = spec.attention_cap * torch.tanh(q @ k.transpose(2, 3) * (spec.attention_scale / spec.attention_cap))
-    wide = torch.promote_types(scores.dtype, torch.float32)
-    return torch.softmax(scores + mask, dim=-1, dtype=wide).to(v.dtype) @ v
 
 
 class Base(nn.Module):
@@ -210,22 +194,25 @@ class Base(nn.Module):
         away = places[:, None] - places  # [T, T]
         window = window if window is not None and window < T else None
         if self.spec.causal:
-            if window is None and self.spec.attention_cap is None:
+            if window is None:
                 return None
-            seen = (away >= 0 if window is None else (away >= 0) & (away < window))[None, None]
+            seen = ((away >= 0) & (away < window))[None, None]
         else:
             seen = (places < lengths[:, None])[:, None, None]  # [B, 1, 1, T]
             if window is not None:
                 seen = (seen & (away.abs() < window)) | (away == 0)
         return torch.zeros(seen.shape, dtype=dtype, device=ids.device).masked_fill_(~seen, -torch.inf)
 
+    def unembedding_weights(self):
+        """The weight [V, D] and the bias [V] or None that make logits of hidden states."""
+        if not self.has_unembedding:
+            raise ValueError("the base was loaded without its unembedding")
+        return (self.embed.tokens.weight, None) if self.spec.tied else (self.unembedding.weight, self.unembedding.bias)
+
     def unembed(self, hidden):
         """Logits float32 [..., V] of the next token from hidden states [..., D] of a decoder that was loaded with its
         unembedding."""
-        if not self.has_unembedding:
-            raise ValueError("the base was loaded without its unembedding")
-        logits = F.linear(hidden, self.embed.tokens.weight) if self.spec.tied else self.unembedding(hidden)
-        logits = logits.float()
+        logits = F.linear(hidden, *self.unembedding_weights()).float()
         cap = self.spec.final_cap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 

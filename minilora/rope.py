@@ -82,21 +82,12 @@ class Rotary(nn.Module):
         self.register_buffer("frequencies", frequencies, persistent=False)  # [r / 2], longrope: [2, r / 2]
 
     def forward(self, lengths, count, dtype):
-        """(cosine, sine), each [1 or B, 1, `count`, r], for rows of `lengths` [B] tokens."""
+        """(cosine, sine), each [1 or B, 1, `count`, r], for rows of `lengths` [B] tokens: see `kernels/rotary.py`."""
         frequencies = self.frequencies
         if frequencies.ndim == 2:
             frequencies = frequencies[(lengths > self.original).long()][:, None]  # [B, 1, r / 2]
         positions = torch.arange(count, device=frequencies.device, dtype=frequencies.dtype)
         angles = positions[:, None] * frequencies
-        angles = torch.cat([angles, angles], dim=-1)
         angles = angles[:, None] if angles.ndim == 3 else angles[None, None]
-        return (angles.cos() * self.magnitude).to(dtype), (angles.sin() * self.magnitude).to(dtype)
-
-
-def rotate(x, cosine, sine):
-    """Turn the first r features of each head in x [B, H, T, E]; the others stay as they are."""
-    width = cosine.shape[-1]
-    turned, kept = x[..., :width], x[..., width:]
-    first, second = turned.chunk(2, dim=-1)
-    turned = turned * cosine + torch.cat([-second, first], dim=-1) * sine
-    return torch.cat([turned, kept], dim=-1) if kept.shape[-1] else turned
+        cosine, sine = (angles.cos() * self.magnitude).to(dtype), (angles.sin() * self.magnitude).to(dtype)
+        return torch.cat([cosine, cosine], dim=-1), torch.cat([-sine, sine], dim=-1)

@@ -1,0 +1,100 @@
+"""Attention over short rows on a CPU, in batched products; else torch's own.
+
+    o = p v,    p = softmax(c(s q k^T) + mask),    c(z) = z, or cap tanh(z / cap)
+
+Vaswani et al. 2017 (arXiv 1706.03762), section 3.2.1, with scale s; the soft-cap is Gemma 2's (arXiv 2408.00118,
+section 2); q [T, E], k and v [T, E] of one head. With dp = do v^T and z = s q k^T the derivatives are
+
+    dv = p^T do    dz = p (dp - sum_j p_j dp_j) c'(z)    dq = s dz k    dk = s dz^T q    c'(z) = 1 - tanh(z / cap)^2
+
+Grouped heads (Ainslie et al. 2023, arXiv 2305.13245) share a k and a v: the S queries of a group are stacked to one q
+[S T, E], so that nothing is repeated and dk and dv are summed over the group by the product itself. Scores and softmax
+are float32 or wider, and scores are not rounded before it. Saved for the backward: q, k, v and p, which are
+(H + 2 G) E + H T numbers a token for H heads in G groups. With a soft-cap z is formed again.
+
+p takes T^2 numbers, and torch's own attention none: it is left for longer rows, and for accelerators.
+"""
+
+import torch
+from torch.nn import functional as F
+
+# The longest rows that take this way. It was faster than torch's own, forward and backward, up to 48 tokens in float32
+# (1.0 to 1.3 times) and up to 512 in bfloat16 (4 to 8 times below 64, 2 times at 128, 1.2 at 256), on 2 cores of an AMD
+# EPYC with 12 heads of 32 and 9 of 64 in 3 groups, 1,024 tokens in all; beyond 128, p would be what takes most memory.
+LONGEST = {torch.float64: 48, torch.float32: 48, torch.bfloat16: 128}
+
+
+def reference(q, k, v, mask, scale, cap=None):
+    """The equation. q [B, H, T, E], k and v [B, G, T, E], additive mask that broadcasts to [B, H, T, T]."""
+    k, v = (p.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for p in (k, v))
+    scores = scale * (q @ k.mT)
+    if cap is not None:
+        scores = cap * torch.tanh(scores / cap)
+    return torch.softmax(scores + mask, -1) @ v
+
+
+def scores_of(q, k, scale, cap):
+    """c(s q k^T) in float32 or wider, and tanh(s q k^T / cap) where there is a cap, else None."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = torch.bmm(q.to(wide), k.to(wide).mT)
+    if cap is None:
+        return scores.mul_(scale), None
+    bent = scores.mul_(scale / cap).tanh_()
+    return cap * bent, bent
+
+
+class Batched(torch.autograd.Function):
+    """`attention` of all rows and groups in one batched product after the other."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, mask, scale, cap):
+        B, H, T, E = q.shape
+        G = k.shape[1]
+        q, k, v = (p.reshape(B * G, -1, E) for p in (q, k, v))  # [B G, S T, E] and [B G, T, E]
+        scores, _ = scores_of(q, k, scale, cap)
+        scores.view(B, G, -1, T, T).add_(mask[:, :, None])
+        p = torch.softmax(scores, -1).to(v.dtype)
+        ctx.save_for_backward(q, k, v, p)
+        ctx.scale, ctx.cap, ctx.shape = scale, cap, (B, G, T, E)
+        return torch.bmm(p, v).view(B, H, T, E)
+
+    @staticmethod
+    def backward(ctx, do):
+        q, k, v, p = ctx.saved_tensors
+        B, G, T, E = ctx.shape
+        needs_q, needs_k, needs_v, *_ = ctx.needs_input_grad
+        dq = dk = dv = None
+        do = do.reshape(B * G, -1, E)
+        if needs_v:
+            dv = torch.bmm(p.mT, do).view(B, G, T, E)
+        if needs_q or needs_k:
+            wide = torch.promote_types(p.dtype, torch.float32)
+            dp = torch.bmm(do, v.mT).to(wide)
+            dz = torch.ops.aten._softmax_backward_data(dp, p.to(wide), -1, wide).mul_(ctx.scale)
+            if ctx.cap is not None:
+                _, bent = scores_of(q, k, ctx.scale, ctx.cap)
+                dz.mul_(1 - bent.square_())
+            dz = dz.to(p.dtype)
+            dq = torch.bmm(dz, k).view(B, -1, T, E) if needs_q else None
+            dk = torch.bmm(dz.mT, q).view(B, G, T, E) if needs_k else None
+        return dq, dk, dv, None, None, None
+
+
+def batched(q, k, v, mask, scale, cap=None):
+    """The equation. q [B, H, T, E], k and v [B, G, T, E], mask [B or 1, 1, T or 1, T], all of any strides.
+
+    The mask takes no gradient.
+    """
+    return Batched.apply(q, k, v, mask, scale, cap)
+
+
+def attention(q, k, v, mask, scale, cap=None):
+    """The equation in the way that is faster here. `mask` [B or 1, 1, T or 1, T], or None for a causal one."""
+    T = q.shape[2]
+    if cap is not None or q.device.type == "cpu" and T <= LONGEST.get(q.dtype, 0):
+        if mask is None:
+            mask = torch.full((1, 1, T, T), -torch.inf, device=q.device).triu_(1)
+        return batched(q, k, v, mask, scale, cap)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )

@@ -1,0 +1,70 @@
+"""Cross-entropy of a linear map's outputs, which are formed some rows at a time and never kept.
+
+    loss = sum over rows of (log sum_v exp(z_v) - z_w)      z = c(h W^T + b), c(l) = l, or cap tanh(l / cap)
+
+for hidden states h [N, D], the unembedding W [V, D] and the wanted tokens w [N]; the soft-cap is Gemma 2's (arXiv
+2408.00118, section 2). With p = softmax(z) and the one-hot rows e_w of the wanted
+
+    dl = (p - e_w) c'(l)    dh = dl W    dW = dl^T h    db = sum over rows of dl    c'(l) = 1 - tanh(l / cap)^2
+
+These do not depend on what comes after, but for a factor: they are formed in the forward, where the logits are at hand
+(Hsu et al. 2024, arXiv 2410.10989, section 3.2). So each logit is formed once, where checkpointing forms it twice.
+Saved for the backward is dh, D numbers a row, and dW and db where these are trained.
+"""
+
+import torch
+from torch.nn import functional as F
+
+
+def reference(hidden, weight, bias, wanted, cap=None):
+    """The equation. hidden [N, D], weight [V, D], bias [V] or None, wanted int64 [N] -> a number."""
+    logits = F.linear(hidden, weight, bias)
+    if cap is not None:
+        logits = cap * torch.tanh(logits / cap)
+    return (logits.logsumexp(-1) - logits[torch.arange(len(wanted)), wanted]).sum()
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, wanted, cap, size):
+        needs = ctx.needs_input_grad[:3]
+        dhidden, dweight, dbias = (
+            torch.zeros_like(tensor) if needed else None
+            for tensor, needed in zip((hidden, weight, bias), needs, strict=True)
+        )
+        loss = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        for start in range(0, len(hidden), size):
+            part, gold = hidden[start : start + size], wanted[start : start + size, None]
+            logits = F.linear(part, weight, bias).to(loss.dtype)
+            bent = None
+            if cap is not None:
+                bent = logits.div_(cap).tanh_()
+                logits = cap * bent
+            likelihoods = torch.log_softmax(logits, -1)
+            loss -= likelihoods.gather(1, gold).sum()
+            if any(needs):
+                d = likelihoods.exp_()
+                d.scatter_add_(1, gold, d.new_full((len(d), 1), -1.0))
+                if cap is not None:
+                    d.mul_(1 - bent.square_())
+                d = d.to(hidden.dtype)
+                if dhidden is not None:
+                    torch.mm(d, weight, out=dhidden[start : start + size])
+                if dweight is not None:
+                    dweight.addmm_(d.mT, part)
+                if dbias is not None:
+                    dbias += d.sum(0)
+        ctx.save_for_backward(dhidden, dweight, dbias)
+        return loss
+
+    @staticmethod
+    def backward(ctx, dloss):
+        return *(None if d is None else d * dloss.to(d.dtype) for d in ctx.saved_tensors), None, None, None
+
+
+def linear_cross_entropy(hidden, weight, bias, wanted, cap=None, size=256):
+    """The equation, the logits of `size` rows at a time; see `reference` for the shapes. -> float32 or wider, a number.
+
+    The products are in the dtype that hidden, weight and bias share; softmax and sum are float32 or wider.
+    """
+    return LinearCrossEntropy.apply(hidden, weight, bias, wanted, cap, size)

@@ -1,0 +1,85 @@
+"""The inner features of a gated MLP, and the means to keep none of those that an activation gives.
+
+    plain    h = f(u)            du = dh f'(u)
+    gated    h = f(g) u          dg = dh u f'(g)    du = dh f(g)          Shazeer 2020 (arXiv 2002.05202), equation 5
+
+for pre-activations g and u [N, inner]. Saved for the backward are these alone: f(g) is formed again where it is needed,
+a pass over [N, inner]. Where the projection that follows keeps its input h for an adapter of its own, `formed_again`
+has autograd form that again too. A plain h needs no operator: torch's own activations save u alone (`relu` and
+`sigmoid` their result).
+"""
+
+from contextlib import nullcontext
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+aten = torch.ops.aten
+
+
+class Activation(NamedTuple):
+    """f and, from dh and the pre-activation, dh f'."""
+
+    forward: object
+    backward: object
+
+
+GELU = Activation(F.gelu, aten.gelu_backward)
+# Hendrycks and Gimpel 2016 (arXiv 1606.08415), section 2, with the tanh
+GELU_TANH = Activation(partial(F.gelu, approximate="tanh"), partial(aten.gelu_backward, approximate="tanh"))
+# By the names that Hugging Face's configurations have for them.
+ACTIVATIONS = {
+    "gelu": GELU,
+    "gelu_new": GELU_TANH,
+    "gelu_fast": GELU_TANH,
+    "gelu_pytorch_tanh": GELU_TANH,
+    "relu": Activation(F.relu, lambda dh, x: aten.threshold_backward(dh, x, 0)),
+    "sigmoid": Activation(torch.sigmoid, lambda dh, x: aten.sigmoid_backward(dh, torch.sigmoid(x))),
+    "silu": Activation(F.silu, aten.silu_backward),
+}
+
+
+def reference(gate, up, activation):
+    """The equation of a gated MLP; all [..., inner]."""
+    return activation.forward(gate) * up
+
+
+class Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, up, activation):
+        ctx.save_for_backward(gate, up)
+        ctx.activation = activation
+        return activation.forward(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, dh):
+        gate, up = ctx.saved_tensors
+        needs_gate, needs_up, _ = ctx.needs_input_grad
+        dup = ctx.activation.forward(gate).mul_(dh) if needs_up else None
+        dgate = ctx.activation.backward(dh * up, gate) if needs_gate else None
+        return dgate, dup, None
+
+
+def gated(gate, up, activation):
+    """f(gate) up, all [..., inner]; `activation` is one of ACTIVATIONS."""
+    return Gated.apply(gate, up, activation)
+
+
+def formed_again(tensor, form):
+    """A context in which autograd keeps nothing for `tensor`, and has `form()` give it again when it is needed.
+
+    Under torch.compile, which chooses by itself what to keep, a context that does nothing.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return nullcontext()
+
+    def pack(saved):
+        same = saved.data_ptr() == tensor.data_ptr() and saved.numel() == tensor.numel() and saved.dtype == tensor.dtype
+        return saved.shape if same else saved
+
+    def unpack(packed):
+        return form().view(packed) if isinstance(packed, torch.Size) else packed
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
