@@ -72,6 +72,7 @@ def write(cell, folder, warm_up, forms=("clean",)):
 
     The start is what train.py would begin with, in PEFT's format.
     """
+    import torch
     from safetensors.torch import save_file
 
     from minilora import adapter, checkpoint, coverage, data, families, injection, lora, model, task, tokenizer
@@ -94,7 +95,8 @@ def write(cell, folder, warm_up, forms=("clean",)):
     cell_task, seed = task.find(cell, spec, text_tokenizer), cell.seed_for("inject")
     injected = injection.inject(clean, cell.inject, seed, cell_task.visible(clean))
     tests = cell_task.build_tests(clean, test, seed)
-    classifier = cell_task.model(lora.attach(model.load(base), slots, seed=cell.seed_for("init")), clean.label_names)
+    loaded = model.load(base, getattr(torch, cell.dtype))
+    classifier = cell_task.model(lora.attach(loaded, slots, seed=cell.seed_for("init")), clean.label_names)
     adapter.save(folder / "start", classifier, cell, clean.label_names)
     save_file(classifier.classifier.state_dict(), folder / "head.safetensors")
     files.write_text(folder / "cell.toml", cell.to_toml())

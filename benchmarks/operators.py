@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -26,7 +27,7 @@ from torch.utils.flop_counter import flop_registry
 from minilora import options, run, training
 from minilora.console import Progress
 from minilora.errors import InputError
-from minilora.kernels import adamw, dora_linear, lora_linear
+from minilora.kernels import adamw, attention, cross_entropy, dora_linear, lora_linear, mlp, norms, rotary
 
 from . import report, roofs
 
@@ -44,6 +45,7 @@ class Shape:
     V: int
 
 
+SECONDS = 3.0  # on one operator, after which no repeat but the first three begins
 SHAPES = {
     "minilm": Shape(B=32, T=30, D=384, H=12, I=1536, R=8, V=30522),  # the default base and a batch of the default data
     "llama-1b": Shape(B=8, T=512, D=2048, H=32, I=8192, R=8, V=128256),
@@ -119,6 +121,37 @@ def dora(x, weight, bias, A, B, magnitude, scale):
     return dora_linear.dora_linear(x, weight, bias, A, B, magnitude, squares, scale)
 
 
+def heads(shape, tensor):
+    """q, k, v and the mask of rows of which some end in padding, and the scale."""
+    size = shape.B, shape.H, shape.T, shape.D // shape.H
+    mask = 0 * tensor(shape.B, 1, 1, shape.T)
+    mask[::3, ..., -shape.T // 4 :] = -torch.inf
+    return *(tensor(*size, trained=True) for _ in "qkv"), mask, size[-1] ** -0.5
+
+
+def torch_attention(*_):
+    return lambda q, k, v, mask, scale: F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+
+
+def turned(shape, tensor):
+    """q of all heads, and the cosines and sines of its places."""
+    width = shape.D // shape.H // 2 * 2
+    angles = tensor(1, 1, shape.T, width // 2)
+    tables = torch.cat([angles, angles], -1).cos(), torch.cat([-angles, angles], -1).sin()
+    return tensor(shape.B, shape.H, shape.T, shape.D // shape.H, trained=True), *tables
+
+
+def unembedded(shape, tensor):
+    """Hidden states, the unembedding, no bias, and the tokens wanted."""
+    hidden = tensor(shape.B * shape.T, shape.D, trained=True)
+    wanted = torch.arange(len(hidden), device=hidden.device) * 7 % shape.V
+    return hidden, tensor(shape.V, shape.D), None, wanted
+
+
+def torch_cross_entropy(*_):
+    return lambda hidden, weight, bias, wanted: F.cross_entropy(F.linear(hidden, weight), wanted, reduction="sum")
+
+
 def state(shape, tensor):
     """Eight members' flat state of q, k and v in six layers, and their steps, rates and decays."""
     K, size = 8, 6 * 3 * 2 * shape.R * shape.D
@@ -144,6 +177,8 @@ def torch_adamw(p, g, *_):
     return lambda *_: optimizer.step()
 
 
+SILU = mlp.ACTIVATIONS["silu"]
+# Dropout is not here: it has no reference but its own statistics.
 OPERATORS = [
     *(
         Operator(f"lora_linear {form}", linear, lambda *inputs, form=form: lora_linear.lora_linear(*inputs, form=form),
@@ -160,6 +195,20 @@ OPERATORS = [
             magnitude * lora_linear.reference(x, weight, None, A, B, scale) + bias
         ),
     ),
+    Operator("attention", heads, attention.attention, attention.reference, torch_attention),
+    Operator(
+        "rms_norm", lambda shape, tensor: (tensor(shape.B, shape.T, shape.D, trained=True), tensor(shape.D)),
+        lambda x, weight: norms.rms_norm(x, weight, 1e-5), lambda x, weight: norms.reference(x, weight, 1e-5),
+        lambda *_: lambda x, weight: F.rms_norm(x, weight.shape, weight, 1e-5),
+    ),
+    Operator("rotate", turned, rotary.rotate, rotary.reference),
+    Operator(
+        "gated", lambda shape, tensor: [tensor(shape.B, shape.T, shape.I, trained=True) for _ in "gu"],
+        lambda gate, up: mlp.gated(gate, up, SILU), lambda gate, up: mlp.reference(gate, up, SILU),
+        lambda *_: lambda gate, up: F.silu(gate) * up,
+    ),
+    Operator("linear_cross_entropy", unembedded, cross_entropy.linear_cross_entropy, cross_entropy.reference,
+             torch_cross_entropy),
     Operator("adamw", state, adamw_in_place, adamw_reference, torch_adamw, ("float32",)),
 ]  # fmt: skip
 
@@ -275,7 +324,10 @@ def measure(shape, dtypes, device, repeats, names=None, progress=None):
             dtype = getattr(torch, name)
             works = contenders(operator, shape, dtype, device)
             times = {key: [] for key in works}
+            began = time.perf_counter()
             for repeat in range(1 + repeats):  # the first warms up
+                if repeat > 3 and time.perf_counter() - began > SECONDS:
+                    break
                 for key, work in works.items():
                     seconds = clock(work, device)
                     if repeat:

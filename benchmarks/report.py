@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+import itertools
 import textwrap
 from pathlib import Path
 
@@ -260,8 +261,9 @@ def operator_notes(results):
     return [
         f"{shape['B']} rows of {shape['T']} tokens, width {shape['D']}, rank {shape['R']}; "
         f"{machine(results['hardware'])}; {load_note(results)}",
-        f"ms: forward and backward, median of {results['repeats']}",
-        "reference, peer (PEFT's layer, torch's fused AdamW): their time over the operator's",
+        f"ms: forward and backward, median of at most {results['repeats']} repeats",
+        "reference, peer (PEFT's layer where there is one, else torch's own): their time over the operator's",
+        "in bfloat16 a reference has its adapter in bfloat16 too, where operator and PEFT keep float32",
         "MB: the least that must move; roof: share of the lower of measured product and memory rates,",
         f"{roofs['float32'] / 1e9:,.0f} GFLOP/s (float32), {roofs['bfloat16'] / 1e9:,.0f} (bfloat16) and "
         f"{roofs['memory'] / 1e9:,.0f} GB/s",
@@ -284,7 +286,7 @@ def draw_operators(results):
         heights = [min(roofs[dtype], roofs["memory"] * end) / 1e9 for end in ends]
         label = f"roof, {dtype}: {roofs[dtype] / 1e9:,.0f} GFLOP/s, {roofs['memory'] / 1e9:,.0f} GB/s"
         axes.plot(ends, heights, color="black", linestyle=style, label=label)
-    shapes = dict(zip(dict.fromkeys(line["name"] for line in lines), "osD^v<>pPX*hd8"))
+    shapes = dict(zip(dict.fromkeys(line["name"] for line in lines), itertools.cycle("osD^v<>pPX*hd8")))
     for line in lines:
         grey = "0.25" if line["dtype"] == "float32" else "0.65"
         y, x = line["operations_per_second"] / 1e9, line["intensity"]
