@@ -1,0 +1,222 @@
+"""Compiled steps: the eager ones' results, one graph for all sizes, and one line where nothing can be compiled."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, VOCABULARY, tiny_bert
+from torch._dynamo.backends.registry import lookup_backend
+
+from minilora import compiling, coverage, lora, model, population, training
+from minilora.batches import Batch
+from minilora.cell import Cell
+from minilora.head import Classifier
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def counting():
+    """A backend that does not generate code, and the graphs it was given."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return lookup_backend("aot_eager")(graph, inputs)
+
+    yield backend, graphs
+    torch._dynamo.reset()
+
+
+class Training:
+    """K members, their optimiser and all that a step needs."""
+
+    def __init__(self, folder, K, form, dropout):
+        cells = [Cell(rank=2 + k, dropout=dropout, form=form, lr=0.01) for k in range(K)]
+        base = model.load(folder)
+        models, layers = [], []
+        for k, cell in enumerate(cells):
+            slots = coverage.plan(base.spec, cell)
+            lora.attach(base, slots, dropout, k, form=form)
+            models.append(Classifier(base, "mean", 2, k))
+            layers.append(dict(lora.named_layers(base)))
+            with torch.no_grad():
+                for layer in layers[-1].values():  # B = 0 would leave A without a gradient
+                    layer.B.normal_(0, 0.1, generator=lora.generator(k, "B"))
+            training.trained_parameters(models[-1], cell)
+            lora.detach(base)
+        trained = [
+            {f"base.{name}.{factor}": getattr(layer, factor) for name, layer in own.items() for factor in "AB"}
+            | {f"classifier.{name}": p for name, p in one.classifier.named_parameters()}
+            for one, own in zip(models, layers, strict=True)
+        ]
+        self.flat = training.Flat(trained)
+        self.optimizer = training.AdamW(self.flat, cells)
+        self.together = population.Population(models, layers, self.flat)
+        self.going = torch.ones(K, dtype=torch.bool)
+        self.clips = torch.linspace(0.3, 1.0, K)
+        self.state = [self.flat.values, self.flat.grads, self.optimizer.mean, self.optimizer.square,
+                      self.optimizer.steps, self.together.keys, self.going]  # fmt: skip
+
+    def step(self, micro_batches, rates):
+        together = self.together
+        return training.update(together, together, micro_batches, self.optimizer, rates, self.clips, self.going)
+
+
+def micro_batches(K, rows, width, count, dropout, seed):
+    draw = torch.Generator().manual_seed(seed)
+    return [
+        Batch(
+            torch.randint(5, len(VOCABULARY), (K * rows, width), generator=draw),
+            torch.randint(2, width + 1, (K * rows,), generator=draw),
+            [np.arange(rows)] * K,
+            torch.randint(2, (K * rows,), generator=draw),
+            torch.full((K,), float(rows)),
+            torch.randint(1 << 30, (K,), generator=draw, dtype=torch.int32) if dropout else None,
+        )
+        for _ in range(count)
+    ]
+
+
+@pytest.mark.parametrize("K, form, count, dropout", [(1, "merged", 1, 0.0), (1, "side", 2, 0.3), (2, "auto", 1, 0.3)])
+def test_a_whole_step_is_one_graph_for_all_sizes(tmp_path, counting, K, form, count, dropout):
+    """Forward, backward, clipping and optimiser: compiled once, whatever the padded length and the number of rows."""
+    tiny_bert(tmp_path, num_hidden_layers=1)
+    eager, ours = (Training(tmp_path, K, form, dropout) for _ in range(2))
+    before = eager.flat.values.clone()
+    backend, graphs = counting
+    compiled = compiling.compiled(ours.step, CPU, ours.state, backend)
+    sizes = [(8, 9), (8, 12), (8, 5), (3, 12), (8, 37), (2, 6), (8, 9)]
+    for number, (rows, width) in enumerate(sizes):
+        rates = torch.linspace(1e-2, 3e-2, K) * (number + 1) / len(sizes)
+        given = micro_batches(K, rows, width, count, dropout, number)
+        for found, wanted in zip(compiled(given, rates), eager.step(given, rates), strict=True):
+            assert found.shape == (K,) and not found.requires_grad
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+        assert len(graphs) == 1
+    for mine, right in zip(ours.state, eager.state, strict=True):
+        torch.testing.assert_close(mine, right, rtol=2e-3, atol=1e-5)
+    moved = (eager.flat.values - before).abs()
+    assert moved.mean() > 0.01 and (ours.flat.values - before).abs().mean() > 0.01
+    assert eager.going.all() and eager.optimizer.steps.tolist() == [7.0] * K
+
+    with torch.no_grad():
+        ours.flat.leaves["classifier.bias"].view(K, -1)[-1] = torch.inf
+    before = ours.flat.values.clone()
+    compiled(given, rates)  # the last member diverges, and stays as it is
+    assert ours.going.tolist() == [True] * (K - 1) + [False] and len(graphs) == 1
+    assert (ours.flat.values != before).any(1).tolist() == ours.going.tolist()
+
+
+def test_settings_of_the_tracer_are_given_back(counting):
+    import torch._functorch.config
+
+    def current():
+        dynamo, functorch = torch._dynamo.config, torch._functorch.config
+        return [getattr(dynamo, name) for name in compiling.DYNAMO], [
+            getattr(functorch, name) for name in compiling.FUNCTORCH
+        ]
+
+    before = current()
+    compiling.compiled(lambda batches, x: x * 2.0, CPU, backend=counting[0])([], torch.ones(3))
+    assert current() == before == ([False, False], [False]) and len(counting[1]) == 1
+
+
+# --- whether to compile
+
+
+def test_what_is_compiled(monkeypatch):
+    asked = []
+    monkeypatch.setattr(compiling, "obstacle", asked.append)
+    assert compiling.compiles("off", CUDA, 10**9) == (False, "--compile off")
+    assert compiling.compiles("auto", CPU, 10**9) == (False, "compiling does not repay itself on cpu")
+    assert compiling.compiles("auto", torch.device("mps"), 10**9)[0] is False
+    assert compiling.compiles("auto", CUDA, 1999) == (False, "1,999 steps do not repay compiling")
+    assert asked == []
+    assert compiling.compiles("auto", CUDA, 2000) == (True, "2,000 steps repay it")
+    assert compiling.compiles("on", CPU, 1) == (True, "--compile on")
+    assert asked == [CUDA, CPU]
+
+
+def test_one_line_says_why_nothing_is_compiled(monkeypatch):
+    for choice, device in (("on", CPU), ("auto", CUDA)):
+        monkeypatch.setattr(compiling, "obstacle", lambda device: "no compiler")
+        assert compiling.compiles(choice, device, 5000) == (False, "nothing can be compiled here: no compiler")
+
+
+def in_process(program, *arguments, **environment):
+    """What a fresh process prints."""
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    environment = {name: value for name, value in environment.items() if value is not None}
+    return subprocess.check_output(command, env=environment, text=True).splitlines()
+
+
+OBSTACLE = "import torch; from minilora import compiling; print(compiling.obstacle(torch.device('cpu')))"
+
+
+def test_a_missing_compiler_is_seen_ahead(tmp_path):
+    [line] = in_process(
+        OBSTACLE, CXX=str(tmp_path / "none"), XDG_CACHE_HOME=str(tmp_path), TORCHINDUCTOR_CACHE_DIR=None
+    )
+    assert "No working C++ compiler found" in line and str(tmp_path / "none") in line
+
+
+CACHED = """
+import sys, torch
+from minilora import compiling
+factor = float(sys.argv[1])
+
+class Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, dy):
+        [x] = ctx.saved_tensors
+        return factor * x * dy
+
+weight = torch.tensor([1.0, -3.0], requires_grad=True)
+
+def step(batches):
+    [gradient] = torch.autograd.grad(Square.apply(weight).sin().sum(), [weight])
+    return gradient
+
+reason = compiling.obstacle(torch.device("cpu"))
+print(reason or "")
+if reason is None:
+    torch._dynamo.utils.counters.clear()
+    gradient = compiling.compiled(step, torch.device("cpu"))([])
+    print(torch.allclose(gradient, factor * weight * (weight * weight).cos()))
+    print(torch._dynamo.utils.counters["aot_autograd"]["autograd_cache_hit"])
+"""
+
+
+def test_artefacts_are_kept_between_processes_but_not_for_another_backward(tmp_path):
+    outcomes = [in_process(CACHED, factor, XDG_CACHE_HOME=str(tmp_path), TORCHINDUCTOR_CACHE_DIR=None)
+                for factor in (2.0, 2.0, 3.0)]  # fmt: skip
+    if outcomes[0][0]:
+        pytest.skip(outcomes[0][0])
+    assert outcomes == [["", "True", "0"], ["", "True", "1"], ["", "True", "0"]]
+    assert any((tmp_path / "minilora/compiled").rglob("*.so"))
+
+
+def test_where_artefacts_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "mine")
+    compiling.use_cache()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "mine" and not any(tmp_path.iterdir())
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    (tmp_path / "minilora").touch()  # a file where the folder should be
+    compiling.use_cache()
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+    (tmp_path / "minilora").unlink()
+    compiling.use_cache()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "minilora/compiled")
+    assert (tmp_path / "minilora/compiled").stat().st_mode & 0o777 == 0o700
