@@ -75,9 +75,11 @@ def formed_again(tensor, form):
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return nullcontext()
 
+    # Not the tensor itself: as long as anything that is saved here is kept, so is what these functions hold.
+    known = tensor.data_ptr(), tensor.numel(), tensor.dtype
+
     def pack(saved):
-        same = saved.data_ptr() == tensor.data_ptr() and saved.numel() == tensor.numel() and saved.dtype == tensor.dtype
-        return saved.shape if same else saved
+        return saved.shape if (saved.data_ptr(), saved.numel(), saved.dtype) == known else saved
 
     def unpack(packed):
         return form().view(packed) if isinstance(packed, torch.Size) else packed

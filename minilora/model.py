@@ -114,7 +114,8 @@ class Layer(nn.Module):
         if by_head:
             q, k = self.q_norm(q), self.k_norm(k)
         if turn is not None:
-            q, k = rotate(q, *turn), rotate(k, *turn)
+            # As a view v would keep the unturned q and k too, where the three come of one product.
+            q, k, v = rotate(q, *turn), rotate(k, *turn), v.contiguous()
         attended = attention(q, k, v, mask, self.spec.attention_scale, self.spec.attention_cap)
         return self.o(attended.transpose(1, 2).reshape(B, T, -1))  # [B, H, T, E] -> [B, T, H E]
 
