@@ -6,7 +6,7 @@ the step (a scale, a decay) is a constant of it. On CUDA the graph is replayed a
 padded size: its memory is reused by the next step, so what a step returns is copied out.
 
 Measured for the default cell on two CPU cores with torch 2.13: 44 s, or 9 s where an earlier run left the artefacts in
-the cache, for steps that are 2 to 5 percent faster than eager ones.
+the cache, for steps that are no faster than eager ones.
 """
 
 import os
