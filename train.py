@@ -100,7 +100,7 @@ def train_population(members, base, eval_every, save_every, merge_to, start):
     """Train members that share a base, all at once, and write their results."""
     import torch
 
-    from minilora import batches, console, roof, training
+    from minilora import batches, compiling, console, roof, training
     from minilora.member import assemble, sizes_of
     from minilora.population import Population
 
@@ -112,8 +112,8 @@ def train_population(members, base, eval_every, save_every, merge_to, start):
     optimizer = training.OPTIMIZERS[cell.optimizer](flat, [member.cell for member in members])
     together = Population([member.model for member in members], [member.layers for member in members], flat)
     steps = max(member.schedule.steps for member in members)
-    compiled, reason = training.compiles(cell.compile, device, steps)
-    forward = torch.compile(together, dynamic=True) if compiled else together
+    first = members[0].meters["step"]  # of all: see planner.split
+    compiled, reason = compiling.compiles(cell, device, steps - first)
     sizes = sizes_of(members, compiled)
     length = sum(member.lengths.sum() for member in members) / sum(len(member.lengths) for member in members)
     rate = roof.matmul_rate(int(len(members) * cell.batch_size * length), setting.spec, setting.dtype, device)
@@ -130,13 +130,15 @@ def train_population(members, base, eval_every, save_every, merge_to, start):
     with contextlib.ExitStack() as folders:
         for k, member in enumerate(members):
             folders.enter_context(member.hold(flat, optimizer, k))
-        first = members[0].meters["step"]  # of all: see planner.split
         if first:
             say(f"resumed    after step {first:,}")
         cells = [member.cell for member in members]
         rates = training.learning_rates(cells, [member.schedule.steps for member in members], device)
         clips = torch.tensor([cell.clip or math.inf for cell in cells], device=device)
         going = torch.ones(len(members), dtype=torch.bool, device=device)
+        update = partial(training.update, together, optimizer, clips, going)
+        if compiled:
+            update = compiling.compiled(update, cell.task, device, [*optimizer.tensors, together.keys, going])
         start_up = time.perf_counter() - start
 
         # --- the loop
@@ -145,7 +147,7 @@ def train_population(members, base, eval_every, save_every, merge_to, start):
         rows_total = sum(member.schedule.rows_before(member.schedule.steps) for member in members)
         with console.Progress("training", rows_total, rows_done) as progress:
             for step, micro_batches in batches.ahead(partial(assemble, members, sizes), first, steps, device):
-                log.add(step, *training.update(together, forward, micro_batches, optimizer, rates[step], clips, going))
+                log.add(step, *update(micro_batches, rates[step]))
                 last = step + 1 == steps
                 saving = (step + 1) % save_every == 0 or last
                 evaluating = eval_every and (step + 1) % eval_every == 0 and not last

@@ -91,10 +91,18 @@ def batched(q, k, v, mask, scale, cap=None):
 def attention(q, k, v, mask, scale, cap=None):
     """The equation in the way that is faster here. `mask` [B or 1, 1, T or 1, T], or None for a causal one."""
     T = q.shape[2]
-    if cap is not None or q.device.type == "cpu" and T <= LONGEST.get(q.dtype, 0):
+    # Compiled, a choice by size would be a graph each.
+    short = not torch.compiler.is_compiling() and q.device.type == "cpu" and T <= LONGEST.get(q.dtype, 0)
+    if cap is not None or short:
         if mask is None:
             mask = torch.full((1, 1, T, T), -torch.inf, device=q.device).triu_(1)
         return batched(q, k, v, mask, scale, cap)
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=True if q.shape[1] != k.shape[1] else False,
     )

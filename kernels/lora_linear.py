@@ -51,10 +51,12 @@ def lora_linears(x, projections, seen=None, form="auto"):
 
     x [..., in], weight [out, in], bias [out] or None, A [R, in], B [out, R], scale a number -> [..., out] each; or for
     a population x [K n, ..., in], A [K, R, in], B [K, out, R], scale [K]. `form`: one of FORMS, or the fastest that
-    is exact here (auto). Raises ValueError for a form that is not.
+    is exact here (auto; compiled: merged where that is exact). Raises ValueError for a form that is not.
     """
     possible = exact_forms(x, projections, seen)
-    if form == "auto":
+    if form == "auto" and torch.compiler.is_compiling():  # a choice by size would be a graph each
+        form = possible[-1]
+    elif form == "auto":
         costs = [cost(form, x, projections) for form in possible]
         form = possible[costs.index(min(costs))]
     elif form not in possible:

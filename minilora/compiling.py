@@ -22,14 +22,16 @@ DYNAMO = {"trace_autograd_ops": True, "specialize_float": True}
 FUNCTORCH = {"autograd_cache_allow_custom_autograd_functions": True}
 
 
-def compiles(choice, device, steps):
-    """Whether to compile, and why: (bool, reason). `choice` is the cell's `compile`, `steps` how many are left.
+def compiles(cell, device, steps):
+    """Whether to compile the steps of a cell, and why: (bool, reason). `steps`: how many are left.
 
     Where that is wanted a small step is compiled first: some seconds, and none of what is needed can then be missing.
     """
-    if choice == "off":
+    if cell.compile == "off":
         return False, "--compile off"
-    if choice == "auto":
+    if cell.optimizer == "adafactor":
+        return False, "torch's Adafactor does not compile"
+    if cell.compile == "auto":
         least = STEPS_REPAID.get(device.type)
         if least is None:
             return False, f"compiling does not repay itself on {device.type}"
@@ -38,7 +40,7 @@ def compiles(choice, device, steps):
     lacking = obstacle(device)
     if lacking:
         return False, f"nothing can be compiled here: {lacking}"
-    return True, "--compile on" if choice == "on" else f"{steps:,} steps repay it"
+    return True, "--compile on" if cell.compile == "on" else f"{steps:,} steps repay it"
 
 
 def obstacle(device):
@@ -51,7 +53,7 @@ def obstacle(device):
         return gradient
 
     try:
-        compiled(step, device)([])
+        compiled(step, "classification", device)([])
     except Exception as error:  # of any type: no compiler, no headers, no triton, an older torch
         lines = [line.strip() for line in str(error).splitlines()]
         return next((line for line in lines if line and not line.endswith("raised:")), type(error).__name__)
@@ -70,8 +72,10 @@ def use_cache():
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
 
 
-def compiled(step, device, state=(), backend="inductor"):
+def compiled(step, task, device, state=(), backend="inductor"):
     """`step(micro_batches, *tensors)`, from a list of `Batch` and tensors to tensors, as one graph, made when called.
+
+    The step of task lm, whose loss has as many terms as the rows have tokens to predict, comes as several graphs.
 
     Of the batches the sizes may change from call to call; how many they are, and the shapes of `tensors`, may too, but
     each such change compiles again. `state` are the tensors beside the module's parameters that the step changes in
@@ -80,10 +84,11 @@ def compiled(step, device, state=(), backend="inductor"):
     import torch._dynamo
     import torch._functorch.config
 
-    graphs = device.type == "cuda" and backend == "inductor"
+    whole = task == "classification"
+    graphs = whole and device.type == "cuda" and backend == "inductor"
     for tensor in state:
         torch._dynamo.mark_static_address(tensor)
-    run = torch.compile(step, fullgraph=True, backend=backend, mode="reduce-overhead" if graphs else None)
+    run = torch.compile(step, fullgraph=whole, backend=backend, mode="reduce-overhead" if graphs else None)
 
     def call(micro_batches, *tensors):
         for batch in micro_batches:

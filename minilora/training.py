@@ -16,8 +16,6 @@ from . import batches, files, lora
 from .errors import InputError
 from .kernels.adamw import adamw
 
-STEPS_WORTH_COMPILING = 2000  # on a GPU; see `compiles`
-
 
 def pick_device(name):
     """The torch device of a cell's `device`; auto is CUDA where there is one, else the CPU. Raises InputError."""
@@ -28,20 +26,6 @@ def pick_device(name):
     if int(number or 0) >= there:
         raise InputError(f"device {name} is not there (this machine has {there} of {kind}): use --device auto")
     return torch.device(name)
-
-
-def compiles(choice, device, steps):
-    """Whether to compile, and why: (bool, reason). `choice` is the cell's `compile`.
-
-    On a CPU compiled steps were no faster than eager ones (README, figures), so auto never compiles there.
-    """
-    if choice != "auto":
-        return choice == "on", f"--compile {choice}"
-    if device.type != "cuda":
-        return False, f"compiling does not repay itself on {device.type}"
-    if steps < STEPS_WORTH_COMPILING:
-        return False, f"{steps:,} steps do not repay compiling"
-    return True, f"{steps:,} steps repay it"
 
 
 def trained_parameters(model, cell):
@@ -117,6 +101,11 @@ class AdamW:
                 for name in flat.members[k]:
                     if name.endswith(".B"):
                         flat.part(self.ratios, k, name).fill_(cell.lr_ratio or 1.0)
+
+    @property
+    def tensors(self):
+        """What a step changes in place."""
+        return [self.flat.values, self.flat.grads, self.mean, self.square, self.steps]
 
     def step(self, rates, going):
         """One step of the members that are `going` (bool [K]), at these learning rates [K]."""
@@ -211,10 +200,10 @@ class Schedule:
         return epochs * len(self.lengths) + sum(len(rows) for s in range(first, step) for rows in self.rows_at(s))
 
 
-def update(population, forward, micro_batches, optimizer, rates, clips, going):
+def update(population, optimizer, clips, going, micro_batches, rates):
     """One optimiser step of each member that is `going` (bool [K], changed in place): (losses, norms), tensors [K].
 
-    `forward` is the `population`, compiled or not. The loss of a member is the mean over all that its rows of
+    The loss of a member is the mean over all that its rows of
     `micro_batches` weigh; its gradient's norm is clipped to `clips` [K]. Where the loss or the norm is not finite, the
     member goes no further, and stays as it was before. Nothing here waits for the device.
     """
@@ -225,7 +214,7 @@ def update(population, forward, micro_batches, optimizer, rates, clips, going):
     for batch in micro_batches:
         if batch.keys is not None:
             population.keys.copy_(batch.keys)
-        parts = forward(batch.ids, batch.lengths, batch.answers, batch.alike) / totals
+        parts = population(batch.ids, batch.lengths, batch.answers, batch.alike) / totals
         parts.sum().backward()
         losses += parts.detach()
     norms = flat.grads.norm(dim=1)

@@ -237,5 +237,5 @@ def one_step(population, optimizer, micro_batches, answers, cell, rate, step=0):
         batches.append(replace(batch, answers=own, weights=weights, keys=keys))
     going = torch.tensor([True])
     clips = torch.tensor([cell.clip or float("inf")])
-    loss, norm = training.update(population, population, batches, optimizer, torch.tensor([rate]), clips, going)
+    loss, norm = training.update(population, optimizer, clips, going, batches, torch.tensor([rate]))
     return (loss.item(), norm.item()) + (() if going.item() else (False,))

@@ -577,7 +577,7 @@ def test_runs_are_resumed_and_evaluated_alike(run_cell, tmp_path, changes, monke
     true_update, calls = training.update, []
 
     def update(*arguments):
-        calls.append(arguments[2][0].index[0].tolist())
+        calls.append(arguments[4][0].index[0].tolist())
         if len(calls) == 8:
             raise KeyboardInterrupt
         return true_update(*arguments)

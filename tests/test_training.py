@@ -196,10 +196,3 @@ def test_devices():
     assert training.pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     with pytest.raises(InputError, match="cuda:99"):
         training.pick_device("cuda:99")
-
-
-def test_when_to_compile():
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert training.compiles("on", cpu, 1)[0] and not training.compiles("off", cuda, 10**6)[0]
-    assert not training.compiles("auto", cpu, 10**6)[0]
-    assert training.compiles("auto", cuda, 10**6)[0] and not training.compiles("auto", cuda, 10)[0]
