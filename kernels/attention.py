@@ -9,7 +9,7 @@ section 2); q [T, E], k and v [T, E] of one head. With dp = do v^T and z = s q k
 
 Grouped heads (Ainslie et al. 2023, arXiv 2305.13245) share a k and a v: the S queries of a group are stacked to one q
 [S T, E], so that nothing is repeated and dk and dv are summed over the group by the product itself. Scores and softmax
-are float32 or wider, and scores are not rounded before it. Saved for the backward: q, k, v and p, which are
+are float32 or wider, and on a CPU scores are not rounded before it. Saved for the backward: q, k, v and p, which are
 (H + 2 G) E + H T numbers a token for H heads in G groups. With a soft-cap z is formed again.
 
 p takes T^2 numbers, and torch's own attention none: it is left for longer rows, and for accelerators.
@@ -18,9 +18,9 @@ p takes T^2 numbers, and torch's own attention none: it is left for longer rows,
 import torch
 from torch.nn import functional as F
 
-# The longest rows that take this way. It was faster than torch's own, forward and backward, up to 48 tokens in float32
-# (1.0 to 1.3 times) and up to 512 in bfloat16 (4 to 8 times below 64, 2 times at 128, 1.2 at 256), on 2 cores of an AMD
-# EPYC with 12 heads of 32 and 9 of 64 in 3 groups, 1,024 tokens in all; beyond 128, p would be what takes most memory.
+# The longest rows that take this way. Forward and backward, on 2 cores of an AMD EPYC with 12 heads of 32 or 9 of 64 in 3
+# groups, 1,024 tokens in all, it took of the time of torch's own: in float32 77% to 110% up to 48 tokens, least where T is
+# no multiple of 16; in bfloat16 12% to 32% up to 64, half at 128, 80% at 256. Beyond 128, p is what takes most memory.
 LONGEST = {torch.float64: 48, torch.float32: 48, torch.bfloat16: 128}
 
 
@@ -36,7 +36,10 @@ def reference(q, k, v, mask, scale, cap=None):
 def scores_of(q, k, scale, cap):
     """c(s q k^T) in float32 or wider, and tanh(s q k^T / cap) where there is a cap, else None."""
     wide = torch.promote_types(q.dtype, torch.float32)
-    scores = torch.bmm(q.to(wide), k.to(wide).mT)
+    if q.device.type == "cpu":
+        scores = torch.bmm(q.to(wide), k.to(wide).mT)
+    else:  # where products of float32 are many times slower
+        scores = torch.bmm(q, k.mT).to(wide)
     if cap is None:
         return scores.mul_(scale), None
     bent = scores.mul_(scale / cap).tanh_()
@@ -97,12 +100,7 @@ def attention(q, k, v, mask, scale, cap=None):
         if mask is None:
             mask = torch.full((1, 1, T, T), -torch.inf, device=q.device).triu_(1)
         return batched(q, k, v, mask, scale, cap)
+    grouped = True if q.shape[1] != k.shape[1] else False  # of torch.compile's symbols it takes none
     return F.scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask=mask,
-        is_causal=mask is None,
-        scale=scale,
-        enable_gqa=True if q.shape[1] != k.shape[1] else False,
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
     )

@@ -92,6 +92,8 @@ class Layer(nn.Module):
         super().__init__()
         self.spec, self.here = spec, spec.layers[number]
         self.activation = ACTIVATIONS[spec.activation]
+        # Numbers of a module are constants to torch.compile, those of other objects inputs.
+        self.scale, self.cap = spec.attention_scale, spec.attention_cap
         for target in spec.targets:
             out_features, in_features = spec.shape(target, number)
             setattr(self, target, nn.Linear(in_features, out_features, bias=target in spec.biases))
@@ -116,7 +118,7 @@ class Layer(nn.Module):
         if turn is not None:
             # As a view v would keep the unturned q and k too, where the three come of one product.
             q, k, v = rotate(q, *turn), rotate(k, *turn), v.contiguous()
-        attended = attention(q, k, v, mask, self.spec.attention_scale, self.spec.attention_cap)
+        attended = attention(q, k, v, mask, self.scale, self.cap)
         return self.o(attended.transpose(1, 2).reshape(B, T, -1))  # [B, H, T, E] -> [B, T, H E]
 
     def mlp(self, x):

@@ -1,6 +1,7 @@
 """Attention in batched products against the equation, in values and gradients."""
 
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -73,9 +74,10 @@ def test_compiles_without_graph_breaks():
 
     parts = inputs(2, 13, 6, 2, 8, torch.float32)
     for cap in (None, 0.8):
-        for mask in (*masks(2, 13, torch.float32), None):
-            found = outputs(compiled(op.attention), parts, mask, 0.7, cap)
-            for one, other in zip(found, outputs(op.attention, parts, mask, 0.7, cap), strict=True):
+        every = list(masks(2, 13, torch.float32))
+        for function, mask in ((op.attention, None), *product((op.attention, op.batched), every)):
+            found = outputs(compiled(function), parts, mask, 0.7, cap)
+            for one, other in zip(found, outputs(function, parts, mask, 0.7, cap), strict=True):
                 torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 
 

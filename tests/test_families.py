@@ -238,6 +238,26 @@ def test_a_decoder_saved_without_its_head(family, beast, tmp_path):
     assert ran == len(zoo.FAMILIES[family].cases) >= 2
 
 
+@pytest.mark.parametrize("family", ["bert", "gemma2", "phi3", "qwen3"])
+def test_compiles_as_one_graph(family, beast):
+    """Soft-caps, windows, norms of heads, rotations by row; few rows and more, short and long."""
+    folder, judge = beast(family, next(iter(zoo.FAMILIES[family].cases)))
+    base = load(folder, judge)
+    layers = adapted(base, judge)
+    torch._dynamo.reset()
+    compiled = torch.compile(base, fullgraph=True, backend="aot_eager", dynamic=True)
+    for length in (9, 30, 60):
+        ids, lengths = rows(judge, (length, 3, 5))
+        over, _ = weights(judge, lengths)
+        gradients = []
+        for function in (base, compiled):
+            (function(ids, lengths) * over).sum().backward()
+            gradients.append([layer.A.grad for layer in layers.values()])
+            base.zero_grad()
+        for one, other in zip(*gradients, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
 # --- projections and adapters
 
 
