@@ -18,9 +18,10 @@ p takes T^2 numbers, and torch's own attention none: it is left for longer rows,
 import torch
 from torch.nn import functional as F
 
-# The longest rows that take this way. Forward and backward, on 2 cores of an AMD EPYC with 12 heads of 32 or 9 of 64 in 3
-# groups, 1,024 tokens in all, it took of the time of torch's own: in float32 77% to 110% up to 48 tokens, least where T is
-# no multiple of 16; in bfloat16 12% to 32% up to 64, half at 128, 80% at 256. Beyond 128, p is what takes most memory.
+# The longest rows that take this way. Forward and backward, on 2 cores of an AMD EPYC with 12 heads of 32 or 9 of 64 in
+# 3 groups, 1,024 tokens in all, it took of the time of torch's own: in float32 77% to 110% up to 48 tokens, least where
+# T is no multiple of 16; in bfloat16 12% to 32% from 16 to 64, half at 128, 80% at 256. Beyond 128, p is what takes
+# most memory.
 LONGEST = {torch.float64: 48, torch.float32: 48, torch.bfloat16: 128}
 
 
