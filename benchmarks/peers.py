@@ -13,10 +13,11 @@ peft-loop           PEFT in a loop by hand on minilora's own batches, the dropou
 peft-loop-compiled  the same under torch.compile
 unsloth             peft-trainer-tuned with unsloth's layers in PEFT's place; CUDA alone, and not yet run
 
-PEFT's peers have minilora's pooling and head, fused AdamW and torch's attention, and bfloat16 where the cell has it, by
-autocast as Trainer does. What was tried and was no faster on a CPU: eager attention, plain AdamW. Rates count a row's real tokens, not padding, and begin after the same number of warm-up
-steps for all; which rows fall among these differs, so rows a second are tokens a second over the job's tokens a row.
-BEGAN is the `time.time()` at which the process was started; start-up ends with the first step's beginning.
+PEFT's peers have minilora's pooling and head, fused AdamW and torch's attention, and bfloat16 where the cell has it,
+by autocast as Trainer does. What was tried and was no faster on a CPU: eager attention, plain AdamW. Rates count a
+row's real tokens, not padding, and begin after the same number of warm-up steps for all; which rows fall among these
+differs, so rows a second are tokens a second over the job's tokens a row. BEGAN is the `time.time()` at which the
+process was started; start-up ends with the first step's beginning.
 """
 
 import sys
