@@ -1,6 +1,7 @@
 """Compiled steps: the eager ones' results, one graph for all sizes, and one line where nothing can be compiled."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -204,7 +205,7 @@ if reason is None:
 def test_artefacts_are_kept_between_processes_but_not_for_another_backward(tmp_path):
     outcomes = [in_process(CACHED, factor, XDG_CACHE_HOME=str(tmp_path), TORCHINDUCTOR_CACHE_DIR=None)
                 for factor in (2.0, 2.0, 3.0)]  # fmt: skip
-    if outcomes[0][0]:
+    if outcomes[0][0] and not any(map(shutil.which, ("g++", "c++", "clang++"))):
         pytest.skip(outcomes[0][0])
     assert outcomes == [["", "True", "0"], ["", "True", "1"], ["", "True", "0"]]
     assert any((tmp_path / "minilora/compiled").rglob("*.so"))
