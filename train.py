@@ -5,6 +5,7 @@ python train.py --rank 16 --inject-proportion 0.05    change what you like: --he
 python train.py --config FILE.toml                    a cell from a file, flags on top
 python train.py --config A.toml B.toml ...            several cells, those that can be in one population
 python train.py --resume RUN                          go on with an interrupted run
+python train.py --grid FILE.toml --out DIR            many cells from one file; killed, the same line goes on
 """
 
 import contextlib
@@ -69,22 +70,21 @@ def train_together(cells, outs=None, *, size=None, eval_every=0, save_every=SAVE
     return [(member.error or member.results, member.run.path) for member in members]
 
 
-def train_all(members, size=None, eval_every=0, save_every=SAVE_EVERY, merge_to=None, start=None):
-    """Train the members in populations of at most `size`; returns them."""
-    from minilora import console, model, planner, population
-    from minilora.member import Setting
+def train_all(members, size=None, eval_every=0, save_every=SAVE_EVERY, merge_to=None, start=None, settings=None):
+    """Train the members in populations of at most `size`; returns them. `settings`: a `member.Settings` to draw on."""
+    from minilora import console, planner, population
+    from minilora.member import Settings
 
     start = time.perf_counter() if start is None else start
+    settings = settings or Settings()
     groups = {}  # of members that can be trained together, with as many steps to go if possible
     for member in members:
         groups.setdefault(population.shared(member.cell), []).append(member)
-    settings = {key: Setting.of(group[0].cell) for key, group in groups.items()}
-    for key, group in groups.items():
-        for member in group:
-            member.prepare(settings[key])  # everything that can be refused is refused before weights are read
-    for key, group in groups.items():
-        setting = settings[key]
-        base = model.load(setting.folder, setting.dtype, setting.device, group[0].task.unembedding)
+    for group in groups.values():
+        for member in group:  # everything that can be refused is refused before weights are read
+            member.prepare(settings.of(member.cell))
+    for group in groups.values():
+        base = settings.load(group[0].cell, group[0].task.unembedding)
         for member in group:
             member.begin(base)
         most = planner.size(group, base) if size is None and len(group) > 1 else size or 1
@@ -100,7 +100,7 @@ def train_population(members, base, eval_every, save_every, merge_to, start):
     """Train members that share a base, all at once, and write their results."""
     import torch
 
-    from minilora import batches, compiling, console, roof, training
+    from minilora import batches, compiling, console, planner, roof, training
     from minilora.member import assemble, sizes_of
     from minilora.population import Population
 
@@ -112,7 +112,7 @@ def train_population(members, base, eval_every, save_every, merge_to, start):
     optimizer = training.OPTIMIZERS[cell.optimizer](flat, [member.cell for member in members])
     together = Population([member.model for member in members], [member.layers for member in members], flat)
     steps = max(member.schedule.steps for member in members)
-    first = members[0].meters["step"]  # of all: see planner.split
+    first = planner.first_step(members)
     compiled, reason = compiling.compiles(cell, device, steps - first)
     sizes = sizes_of(members, compiled)
     length = sum(member.lengths.sum() for member in members) / sum(len(member.lengths) for member in members)
@@ -143,7 +143,7 @@ def train_population(members, base, eval_every, save_every, merge_to, start):
 
         # --- the loop
         log = Log(members, first)
-        rows_done = sum(member.schedule.rows_before(first) for member in members)
+        rows_done = sum(member.schedule.rows_before(min(first, member.schedule.steps)) for member in members)
         rows_total = sum(member.schedule.rows_before(member.schedule.steps) for member in members)
         with console.Progress("training", rows_total, rows_done) as progress:
             for step, micro_batches in batches.ahead(partial(assemble, members, sizes), first, steps, device):
@@ -174,6 +174,65 @@ def train_population(members, base, eval_every, save_every, merge_to, start):
                     if merge_to is not None:
                         member.merge_to(merge_to, model)
     together.detach()
+
+
+def train_grid(grid, out, *, size=None, only=None, retry_failed=False):
+    """Train the cells of a `grid.Grid` in the folder `out`, those that are left there; returns the `GridFolder`.
+
+    `size` is how many cells a population has at most (default: see `planner.settle`). `only` {field: values} leaves
+    the populations without such a cell for later. A cell that fails is recorded, and the others go on; `retry_failed`
+    tries those of before again. Other processes may be at work in the same folder. Raises InputError before any
+    training for a folder that holds something else.
+    """
+    from minilora import console, planner, report
+    from minilora.grid import matches
+    from minilora.grid_folder import GridFolder
+    from minilora.member import Settings
+
+    folder, settings = GridFolder(out, grid).make(), Settings()
+    if retry_failed:
+        folder.forget_failures()
+    with console.quiet():
+        chunks = folder.populations(lambda entries: planner.settle(entries, size, settings))
+    chunks = [chunk for chunk in chunks if any(matches(entry.cell, only or {}) for entry in chunk)]
+    entries = [entry for chunk in chunks for entry in chunk]
+    with console.Cells(len(entries), len(entries) - len(folder.left(entries))) as progress:
+        for chunk in chunks:
+            with folder.claim(chunk) as held:
+                if held:
+                    train_chunk(folder, folder.left(chunk), settings, progress)
+    if not folder.left(grid.entries):
+        report.write_table(folder)
+    return folder
+
+
+def train_chunk(folder, entries, settings, progress):
+    """Train the entries of a population; where that fails as a whole, each alone, so that one fails alone."""
+    from minilora import console
+    from minilora.grid_folder import is_full
+    from minilora.member import Member
+
+    members = [Member(entry.cell, run) for entry, run in zip(entries, folder.runs(entries), strict=True)]
+    try:
+        with console.quiet():
+            train_all(members, len(members), settings=settings)
+    except Exception as error:
+        if is_full(error):
+            raise errors.InputError(
+                f"no space is left for {folder.path}: make some and start again, finished cells are kept"
+            ) from error
+        settings.forget()  # the base may carry an adapter still
+        if len(entries) > 1:
+            for entry in entries:
+                train_chunk(folder, [entry], settings, progress)
+            return
+        members[0].error = error
+    for entry, member in zip(entries, members, strict=True):
+        if member.error:
+            folder.fail(entry, member.error)
+            progress.advance(entry.name, f"failed: {member.error}")
+        else:
+            progress.advance(entry.name, console.summary(member.results))
 
 
 class Log:
@@ -224,6 +283,17 @@ def main(argv=None):
                          help=f"save the state every N steps (default: {SAVE_EVERY})")  # fmt: skip
     general.add_argument("--merge-to", metavar="DIR",
                          help="write the base with what was trained to this new folder, for transformers")  # fmt: skip
+    grids = parser.add_argument_group("grid")
+    grids.add_argument(
+        "--grid", metavar="FILE", help="TOML file with many cells, or the folder of a grid (see ablations/)"
+    )
+    grids.add_argument(
+        "--dry-run", action="store_true", help="show the cells and what they will take, and train nothing"
+    )
+    grids.add_argument("--status", action="store_true", help="show what is done, and train nothing")
+    grids.add_argument("--only", metavar="FIELD=VALUE", nargs="+", default=[],
+                       help="populations with a cell of these values alone")  # fmt: skip
+    grids.add_argument("--retry-failed", action="store_true", help="train cells that failed again")
     general.add_argument("--traceback", action="store_true", help="show the full trace of an error")
     options.add_flags(parser, Cell)
     arguments = parser.parse_args(argv)
@@ -232,10 +302,26 @@ def main(argv=None):
         raise errors.InputError("--eval-every must be at least 0 and --save-every at least 1")
     often = dict(eval_every=arguments.eval_every, save_every=arguments.save_every)
     alone = often | dict(merge_to=arguments.merge_to, start=START)
-    if arguments.population is not None and (arguments.population < 1 or len(arguments.config) < 2):
+    if arguments.population is not None and (
+        arguments.population < 1 or len(arguments.config) < 2 and not arguments.grid
+    ):
         raise errors.InputError(
-            "--population must be at least 1, and is for several cells: give several files to --config"
+            "--population must be at least 1, and is for several cells: give --grid, or several files to --config"
         )
+    if arguments.grid:
+        others = ("config", "resume", "merge_to", "eval_every")
+        if given := [name for name in others if getattr(arguments, name)]:
+            raise errors.InputError(
+                f"--{given[0].replace('_', '-')} is for single cells, but --grid is given: drop one"
+            )
+        if flags:
+            raise errors.InputError(
+                f"a grid's file has all fields of its cells: put {next(iter(flags))} into its [cell] instead of a flag"
+            )
+        return main_of_grid(arguments)
+    for name in ("dry_run", "status", "only", "retry_failed"):
+        if getattr(arguments, name):
+            raise errors.InputError(f"--{name.replace('_', '-')} is for grids: give --grid FILE too")
     if arguments.resume:
         if flags or arguments.config or arguments.out:
             raise errors.InputError(
@@ -263,6 +349,33 @@ def main(argv=None):
         else:
             report(results, folder)
     if any(isinstance(results, errors.TrainingError) for results, _ in outcomes):
+        sys.exit(1)
+
+
+def main_of_grid(arguments):
+    """train.py --grid"""
+    from minilora import console, grid
+    from minilora.grid_folder import GridFolder
+
+    if Path(arguments.grid).is_dir():
+        folder = GridFolder.find(arguments.grid)
+        if arguments.out and Path(arguments.out) != folder.path:
+            raise errors.InputError(f"{arguments.grid} is a grid's folder, and its --out: drop --out")
+    else:
+        source = grid.read(arguments.grid)
+        folder = GridFolder(arguments.out or Path("grids") / Path(arguments.grid).stem, source)
+        folder.check()
+    only = grid.parse_only(arguments.only, folder.grid)
+    if arguments.status:
+        return print(console.grid_status(folder))
+    if arguments.dry_run:
+        return print("\n".join(console.grid_plan(folder, arguments.population, only)))
+    try:
+        train_grid(folder.grid, folder.path, size=arguments.population, only=only, retry_failed=arguments.retry_failed)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"go on with python train.py --grid {folder.path}") from None
+    print(console.grid_status(folder))
+    if folder.counts()["failed"]:
         sys.exit(1)
 
 

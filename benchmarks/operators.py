@@ -27,7 +27,7 @@ from torch.utils.flop_counter import flop_registry
 from minilora import options, run, training
 from minilora.console import Progress
 from minilora.errors import InputError
-from minilora.kernels import adamw, attention, cross_entropy, dora_linear, lora_linear, mlp, norms, rotary
+from minilora.kernels import adamw, attention, cross_entropy, dora_linear, linear, lora_linear, mlp, norms, rotary
 
 from . import report, roofs
 
@@ -68,7 +68,7 @@ class Operator:
     counted: Callable | None = None
 
 
-def linear(shape, tensor):
+def adapted(shape, tensor):
     """q's: x, W, b, A, B and the scale."""
     return (tensor(shape.B, shape.T, shape.D, trained=True), tensor(shape.D, shape.D), tensor(shape.D),
             *factors(shape, tensor), 0.5)  # fmt: skip
@@ -80,7 +80,7 @@ def factors(shape, tensor):
 
 
 def directed(shape, tensor):
-    x, weight, bias, A, B, scale = linear(shape, tensor)
+    x, weight, bias, A, B, scale = adapted(shape, tensor)
     return x, weight, bias, A, B, tensor(shape.D, trained=True, dtype=torch.float32), scale
 
 
@@ -107,8 +107,8 @@ def peft_linear(dora=False):
 
 def joint(shape, tensor):
     """q, k and v of one x, each with an adapter."""
-    x, *q = linear(shape, tensor)
-    return x, [tuple(q), *(tuple(linear(shape, tensor)[1:]) for _ in range(2))]
+    x, *q = adapted(shape, tensor)
+    return x, [tuple(q), *(tuple(adapted(shape, tensor)[1:]) for _ in range(2))]
 
 
 def peft_joint(x, projections):
@@ -180,8 +180,11 @@ def torch_adamw(p, g, *_):
 SILU = mlp.ACTIVATIONS["silu"]
 # Dropout is not here: it has no reference but its own statistics.
 OPERATORS = [
+    Operator(
+        "linear", lambda shape, tensor: adapted(shape, tensor)[:3], linear.linear, linear.reference, lambda *_: F.linear
+    ),
     *(
-        Operator(f"lora_linear {form}", linear, lambda *inputs, form=form: lora_linear.lora_linear(*inputs, form=form),
+        Operator(f"lora_linear {form}", adapted, lambda *inputs, form=form: lora_linear.lora_linear(*inputs, form=form),
                  lora_linear.reference, peft_linear(), ("float32", "bfloat16")[: 2 if form == "side" else 1])
         for form in lora_linear.FORMS
     ),
@@ -200,6 +203,13 @@ OPERATORS = [
         "rms_norm", lambda shape, tensor: (tensor(shape.B, shape.T, shape.D, trained=True), tensor(shape.D)),
         lambda x, weight: norms.rms_norm(x, weight, 1e-5), lambda x, weight: norms.reference(x, weight, 1e-5),
         lambda *_: lambda x, weight: F.rms_norm(x, weight.shape, weight, 1e-5),
+    ),
+    Operator(
+        "layer_norm", lambda shape, tensor: (tensor(shape.B, shape.T, shape.D, trained=True), 1 + tensor(shape.D),
+                                             tensor(shape.D)),
+        lambda x, weight, bias: norms.layer_norm(x, weight, bias, 1e-12),
+        lambda x, weight, bias: norms.layer_reference(x, weight, bias, 1e-12),
+        lambda *_: lambda x, weight, bias: F.layer_norm(x, weight.shape, weight, bias, 1e-12),
     ),
     Operator("rotate", turned, rotary.rotate, rotary.reference),
     Operator(

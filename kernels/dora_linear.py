@@ -25,6 +25,7 @@ multiplies what the adapter changes; f = 1 and x~ = x is the equation above:
 import torch
 from torch.nn import functional as F
 
+from .linear import linear
 from .lora_linear import lora_linear
 
 
@@ -49,4 +50,4 @@ def dora_linear(x, weight, bias, A, B, magnitude, squares, scale, seen=None, fac
     y = (gain * lora_linear(kept, weight, None, A, B, scale, form=form)).to(x.dtype)
     if seen is None and factor == 1:
         return y if bias is None else y + bias
-    return F.linear(x - factor * kept, weight, bias) + factor * y
+    return linear(x - factor * kept, weight, bias) + factor * y

@@ -28,6 +28,8 @@ dropout and for populations, the side path is the only way.
 import torch
 from torch.nn import functional as F
 
+from .linear import product
+
 FORMS = ("side", "concatenated", "merged")
 # What a second of the device is taken to do, (operations, bytes), in choosing a form: `python -m benchmarks operators`
 # shows the forms side by side. Measured on 2 cores of an AMD EPYC, where what a layer moves lies in the cache; the
@@ -126,19 +128,20 @@ class Projections(torch.autograd.Function):
             bias = torch.cat([x.new_zeros(n) if b is None else b for b, n in zip(biases, sizes, strict=True)])
         lows = [None] * len(weights)
         if form == "merged":
-            parts = zip(whole.split(sizes), As, Bs, scales, strict=True)
-            parts = [part if A is None else torch.addmm(part, B, A, alpha=scale) for part, A, B, scale in parts]
-            y = F.linear(flat, parts[0] if len(parts) == 1 else torch.cat(parts), bias)
-            ys = y.split(sizes, 1)
+            whole = whole.clone() if len(weights) == 1 else whole
+            for part, A, B, scale in zip(whole.split(sizes), As, Bs, scales, strict=True):
+                if A is not None:
+                    part.addmm_(B, A, alpha=scale)
+            ys = product(flat, whole, bias).split(sizes, 1)
         elif form == "concatenated":
             ranks = [0 if A is None else len(A) for A in As]
-            y = flat @ torch.cat([whole, *(A for A in As if A is not None)]).T
+            y = product(flat, torch.cat([whole, *(A for A in As if A is not None)]))
             if bias is not None:
                 y[:, : sum(sizes)] += bias
             *ys, low = y.split([*sizes, sum(ranks)], 1)
             lows = [part if rank else None for part, rank in zip(low.split(ranks, 1), ranks, strict=True)]
         else:
-            ys = F.linear(flat, whole, bias).split(sizes, 1)
+            ys = product(flat, whole, bias).split(sizes, 1)
             wide = None
             for number, A in enumerate(As):
                 if A is not None:
@@ -170,7 +173,7 @@ class Projections(torch.autograd.Function):
         for dy, weight in zip(dys, weights, strict=True):
             if needs_x and dy is not None:
                 dy = dy.reshape(-1, dy.shape[-1])
-                dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
+                dx = product(dy, weight.T, plus=dx)
         wide = None
         for number, (dy, A, B, scale) in enumerate(zip(dys, As, Bs, ctx.scales, strict=True)):
             if A is None or dy is None:

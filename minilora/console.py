@@ -1,5 +1,6 @@
 """What people watch: progress (a bar on a terminal, plain lines elsewhere) and tables of at most 100 columns."""
 
+import contextlib
 import sys
 import time
 
@@ -10,6 +11,50 @@ COLUMNS = 100
 FLIPS = "  flips vs clean        McNemar p"
 
 
+_quiet = False
+
+
+@contextlib.contextmanager
+def quiet():
+    """Let nothing of this module's be written meanwhile."""
+    global _quiet
+    before, _quiet = _quiet, True
+    try:
+        yield
+    finally:
+        _quiet = before
+
+
+class Cells:
+    """Progress over the cells of a grid, `total` of which `done` are: a line for each, and a bar on a terminal."""
+
+    def __init__(self, total, done):
+        self.total, self.first, self.done = total, done, done
+        self.start = time.perf_counter()
+        self.bar = tqdm(total=total, initial=done, desc="cells", unit="cell") if sys.stderr.isatty() else None
+
+    def advance(self, name, what):
+        self.done += 1
+        left = (time.perf_counter() - self.start) / (self.done - self.first) * (self.total - self.done)
+        say(f"[{self.done:,}/{self.total:,}] {name}: {what}; {duration(left)} left")
+        if self.bar is not None:
+            self.bar.update(1)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        if self.bar is not None:
+            self.bar.close()
+
+
+def duration(seconds):
+    """Such as 45 s, 12 min, 3.5 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 class Progress:
     """Progress over `total` rows: `advance(rows, tokens, note)`; use as a context manager. Writes to stderr."""
 
@@ -17,7 +62,7 @@ class Progress:
         self.label, self.total, self.first, self.done, self.tokens = label, total, done, done, 0
         self.start = self.shown = time.perf_counter()
         self.bar = None
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not _quiet:
             self.bar = tqdm(total=total, initial=done, desc=label, unit="row", dynamic_ncols=True, smoothing=0.1)
 
     def advance(self, rows, tokens, note=""):
@@ -47,7 +92,8 @@ class Progress:
 
 def say(text=""):
     """A line on stderr, above a bar if there is one; what a script may want to read goes to stdout."""
-    tqdm.write(text, file=sys.stderr)
+    if not _quiet:
+        tqdm.write(text, file=sys.stderr)
 
 
 def table(results):
@@ -141,6 +187,17 @@ def injection_lines(injected, inject):
     return lines
 
 
+def summary(results):
+    """A cell in one line: clean accuracy, attack success clean and under each trigger, and seconds."""
+    tests, train = results["tests"], results["train"]
+    parts = [f"clean {tests['clean']['accuracy']:.3f}"]
+    for label, figures in tests["trigger"].items():
+        if figures["attack_success_rate"] is not None:
+            before = tests["clean"]["attack_success"][label]["attack_success_rate"]
+            parts.append(f"{short(label)} {before:.3f} -> {figures['attack_success_rate']:.3f}")
+    return ", ".join([*parts, duration(train["total_seconds"])])
+
+
 def speed(train):
     """Lines on how fast training was, against the products that it cannot do without, and what it took."""
     share = train["rows_per_second"] / train["floor_rows_per_second"]
@@ -150,3 +207,52 @@ def speed(train):
         f"({train['floor_rows_per_second']:.0f} rows/s at {train['matmul_flops_per_second'] / 1e9:.0f} GFLOP/s)\n"
         f"in all: {train['total_seconds']:.0f} s, peak memory {train['peak_memory_bytes'] / 2**30:.2f} GiB"
     )
+
+
+def grid_status(folder):
+    """What is done of a grid: counts, and the cells that failed with their errors."""
+    counts = folder.counts()
+    lines = [f"{folder.path}: {len(folder.grid.entries):,} cells, "
+             + ", ".join(f"{count:,} {state}" for state, count in counts.items() if count)]  # fmt: skip
+    if counts["failed"]:
+        for entry in folder.grid.entries:
+            if folder.state(entry) == "failed":
+                lines.append(f"  failed {entry.name}: {short(folder.read(entry)[1], 200)}")
+        lines.append(f"again: python train.py --grid {folder.path} --retry-failed")
+    if counts["interrupted"] + counts["waiting"]:
+        lines.append(f"go on: python train.py --grid {folder.path}")
+    else:
+        lines.append(f"next: python evaluate.py {folder.path}")
+    return "\n".join(lines)
+
+
+SHOWN = 60  # cells of a plan
+
+
+def grid_plan(folder, size, only):
+    """The lines of a dry run: cells, populations, and what they take."""
+    from . import planner
+    from .forecast import Forecaster
+    from .grid import matches
+    from .member import Settings
+
+    settings = Settings()
+    forecast = Forecaster(settings)
+    chunks = folder.planned() or planner.settle(folder.grid.entries, size or 1, settings)
+    chunks = [chunk for chunk in chunks if any(matches(entry.cell, only) for entry in chunk)]
+    found = {entry.name: forecast(entry.cell) for chunk in chunks for entry in chunk}
+    width = min(64, max(len(name) for name in found))
+    yield f"{'cell':<{width}}  population  parameters     time  memory"
+    left = [(entry, number) for number, chunk in enumerate(chunks, 1) for entry in chunk]
+    for entry, number in left[:SHOWN]:
+        cell, name = found[entry.name], short(entry.name, width)
+        memory = f"{cell.bytes / 2**30:.1f} GiB"
+        yield f"{name:<{width}}  {number:>10,}  {cell.parameters:>10,}  {duration(cell.seconds):>7}  {memory}"
+    if len(left) > SHOWN:
+        yield f"... and {len(left) - SHOWN:,} more"
+    waiting = [entry for entry, _ in left if folder.state(entry) in ("waiting", "interrupted")]
+    total, most = sum(found[entry.name].seconds for entry in waiting), max(cell.bytes for cell in found.values())
+    yield f"{len(left):,} cells in {len(chunks):,} populations, {len(waiting):,} of them left"
+    yield f"about {duration(total)} one after the other, and at most {most / 2**30:.1f} GiB"
+    if any(settings.of(entry.cell).device.type != "cpu" for entry, _ in left) and not folder.planned():
+        yield "on this accelerator the size of populations is measured when training starts"

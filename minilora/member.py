@@ -44,6 +44,37 @@ class Setting:
         return cls(folder, words, spec, tokenizer.load(words, spec.vocabulary), device, dtype, inputs)
 
 
+class Settings:
+    """The `Setting` of each cell that is asked for, and the base that was loaded last, for the cells that share it."""
+
+    def __init__(self):
+        self._known, self._base = {}, (None, None)
+
+    def forget(self):
+        """Let the base be loaded anew."""
+        self._base = None, None
+
+    @staticmethod
+    def key(cell):
+        """The fields that a setting follows from."""
+        return cell.model, cell.revision, cell.tokenizer, cell.device, cell.dtype, cell.max_length
+
+    def of(self, cell):
+        key = self.key(cell)
+        if key not in self._known:
+            self._known[key] = Setting.of(cell)
+        return self._known[key]
+
+    def load(self, cell, unembedding):
+        """The bare base of a cell, with its unembedding if asked for."""
+        key, setting = (self.key(cell), unembedding), self.of(cell)
+        if self._base[0] != key or cell.method == "full":
+            self._base = None, None  # one at a time in memory
+            base = model.load(setting.folder, setting.dtype, setting.device, unembedding)
+            self._base = (key if cell.method != "full" else None), base  # a trained base is nobody else's
+        return self._base[1]
+
+
 class Member:
     def __init__(self, cell, run):
         self.cell, self.run = cell, run
@@ -73,6 +104,11 @@ class Member:
         self.meters = {"step": 0, "seconds": 0.0, "tokens": 0}
         if self.run.state.exists():
             self.meters = training.read_state(self.run.state)[1]
+
+    def restart(self):
+        """Forget the state that was saved, and begin again."""
+        self.run.state.unlink(missing_ok=True)
+        self.meters = {"step": 0, "seconds": 0.0, "tokens": 0}
 
     # --- with the base
 

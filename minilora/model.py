@@ -12,13 +12,13 @@ from functools import partial
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from . import checkpoint, families, rope
 from .errors import InputError
 from .kernels.attention import attention
+from .kernels.linear import linear
 from .kernels.mlp import ACTIVATIONS, formed_again, gated
-from .kernels.norms import rms_norm
+from .kernels.norms import layer_norm, rms_norm
 from .kernels.rotary import rotate
 from .spec import TARGETS
 
@@ -49,9 +49,19 @@ class RMSNorm(nn.Module):
         return rms_norm(x, weight, self.eps)
 
 
+class Linear(nn.Linear):
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
+
+
+class LayerNorm(nn.LayerNorm):
+    def forward(self, x):
+        return layer_norm(x, self.weight, self.bias, self.eps)
+
+
 def make_norm(spec, width):
     if spec.norm == "layer":
-        return nn.LayerNorm(width, spec.norm_eps, bias=spec.norm_bias)
+        return LayerNorm(width, spec.norm_eps, bias=spec.norm_bias)
     return RMSNorm(width, spec.norm_eps, offset={"rms": 0, "rms1": 1}[spec.norm])
 
 
@@ -96,7 +106,7 @@ class Layer(nn.Module):
         self.scale, self.cap = spec.attention_scale, spec.attention_cap
         for target in spec.targets:
             out_features, in_features = spec.shape(target, number)
-            setattr(self, target, nn.Linear(in_features, out_features, bias=target in spec.biases))
+            setattr(self, target, Linear(in_features, out_features, bias=target in spec.biases))
         for name in ("attention_norm", "attention_output_norm", "mlp_norm", "mlp_output_norm"):
             normed = name in PLACEMENTS[spec.placement] and (self.here.normed or name != "attention_norm")
             setattr(self, name, make_norm(spec, spec.width) if normed else nn.Identity())
@@ -166,7 +176,7 @@ class Base(nn.Module):
         self.ropes = nn.ModuleList(rope.Rotary(r) for r in spec.ropes)
         self.has_unembedding = unembedding
         if unembedding and not spec.tied:
-            self.unembedding = nn.Linear(spec.width, spec.vocabulary, bias=spec.unembed_bias)
+            self.unembedding = Linear(spec.width, spec.vocabulary, bias=spec.unembed_bias)
 
     def forward(self, ids, lengths, copies=1, prefix=0):
         """With `copies` K the rows are gone through K times, one pass after the other, but the first `prefix` layers
@@ -215,7 +225,7 @@ class Base(nn.Module):
     def unembed(self, hidden):
         """Logits float32 [..., V] of the next token from hidden states [..., D] of a decoder that was loaded with its
         unembedding."""
-        logits = F.linear(hidden, *self.unembedding_weights()).float()
+        logits = linear(hidden, *self.unembedding_weights()).float()
         cap = self.spec.final_cap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 

@@ -10,22 +10,33 @@ import torch
 
 from . import training
 from .console import say
-from .member import assemble, sizes_of
-from .population import Population
+from .member import Member, assemble, sizes_of
+from .population import Population, shared
+from .run import Run
 
 GAIN = 1.05  # of the rows a second, below which a larger population is not worth its memory
 SHARE = 0.8  # of the free memory that a population may take
+MOST = 256  # members that are measured together
 
 
 def split(members, most):
-    """`members` in populations of at most `most`: each starts at one step, and ends near one."""
-    order = sorted(members, key=lambda member: (member.meters["step"], member.schedule.steps))
-    chunks = []
-    for member in order:
-        if not chunks or len(chunks[-1]) == most or chunks[-1][0].meters["step"] != member.meters["step"]:
-            chunks.append([])
-        chunks[-1].append(member)
+    """`members` in populations of at most `most`, of which each ends near one step.
+
+    Members of one population that were stopped at different steps begin again.
+    """
+    order = sorted(members, key=lambda member: member.schedule.steps)
+    chunks = [order[i : i + most] for i in range(0, len(order), most)]
+    for chunk in chunks:
+        last = first_step(chunk)
+        if any(member.meters["step"] != min(last, member.schedule.steps) for member in chunk):
+            for member in chunk:
+                member.restart()
     return chunks
+
+
+def first_step(members):
+    """The step that the members of a population go on from."""
+    return max(member.meters["step"] for member in members)
 
 
 def size(members, base):
@@ -66,3 +77,39 @@ def trial(members, base, repeats=2):
 def free_memory(device):
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+# --- of a grid
+
+
+def settle(entries, size, settings):
+    """The entries of a grid in populations of at most `size`, in the grid's order.
+
+    Without a `size`: on a CPU each alone, for there it is seldom slower and always the same; on an accelerator as many
+    as is measured to be fastest.
+    """
+    groups = {}
+    for entry in entries:
+        groups.setdefault(shared(entry.cell), []).append(entry)
+    chunks = []
+    for group in groups.values():
+        most = size or measured(group, settings)
+        order = sorted(group, key=lambda entry: [
+            getattr(entry.cell, name) or 0 for name in ("steps", "epochs", "train_rows")
+        ])  # fmt: skip
+        chunks += [order[i : i + most] for i in range(0, len(order), most)]
+    places = {entry.name: number for number, entry in enumerate(entries)}
+    return sorted(chunks, key=lambda chunk: places[chunk[0].name])
+
+
+def measured(group, settings):
+    """The size of population that is fastest for the first entries of a group."""
+    if len(group) == 1 or training.pick_device(group[0].cell.device).type == "cpu":
+        return 1
+    members = [Member(entry.cell, Run(entry.name)) for entry in group[:MOST]]
+    for member in members:
+        member.prepare(settings.of(member.cell))
+    base = settings.load(members[0].cell, members[0].task.unembedding)
+    for member in members:
+        member.begin(base)
+    return size(members, base)

@@ -57,8 +57,8 @@ def test_gradcheck():
 
 def test_each_logit_is_formed_once_and_few_at_a_time(monkeypatch):
     formed = []
-    real = op.F.linear
-    monkeypatch.setattr(op.F, "linear", lambda h, *a: formed.append(len(h)) or real(h, *a))
+    real = op.product
+    monkeypatch.setattr(op, "product", lambda h, w, *a: (len(w) == 33 and formed.append(len(h))) or real(h, w, *a))
     outputs(op.linear_cross_entropy, *inputs(12, 8, 33, torch.float32), None, 5)
     assert formed == [5, 5, 2]
 

@@ -1,4 +1,4 @@
-"""RMSNorm against the equation, in values and gradients."""
+"""RMSNorm and LayerNorm against their equations, in values and gradients."""
 
 import pytest
 import torch
@@ -72,3 +72,76 @@ def test_compiles_without_graph_breaks():
         x, weight = inputs(shape, torch.float32)
         for one, other in zip(outputs(compiled, x, weight, 1e-6), outputs(op.rms_norm, x, weight, 1e-6), strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+
+
+def layer_inputs(shape, dtype, seed=0):
+    x, weight = inputs(shape, dtype, seed)
+    draw = torch.Generator().manual_seed(seed + 100)
+    signs = 1 - 2 * torch.randint(0, 2, (shape[-1],), generator=draw)
+    return x, weight * signs, torch.randn(shape[-1], generator=draw, dtype=torch.float64).to(dtype)
+
+
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-11), (torch.float32, 3e-5), (torch.bfloat16, 3e-2)])
+def test_layer_norm(dtype, tolerance, device):
+    cases = 0
+    for number, shape in enumerate(SHAPES[1:]):
+        for eps in (1e-12, 0.3):
+            for biased in (True, False):
+                x, weight, bias = (t.to(device) for t in layer_inputs(shape, dtype, number))
+                bias = bias if biased else None
+                found = outputs(lambda x, w, e, b=bias: op.layer_norm(x, w, b, e), x, weight, eps)
+                plain = 0 if bias is None else bias.double()
+                wanted = outputs(
+                    lambda x, w, e, b=plain: op.layer_reference(x, w, b, e), x.double(), weight.double(), eps
+                )
+                for one, other in zip(found, wanted, strict=True):
+                    assert one.dtype == dtype
+                    scale = max(1.0, other.abs().max().item())
+                    torch.testing.assert_close(one.double(), other, rtol=0, atol=tolerance * scale)
+                cases += 1
+    assert cases == 16
+
+
+def test_layer_norm_keeps_its_result_and_not_its_input():
+    x, weight, bias = layer_inputs((7, 33), torch.float32)
+    y = op.layer_norm(x.requires_grad_(), weight, bias, 1e-5)
+    saved = {t.data_ptr() for t in y.grad_fn.saved_tensors}
+    assert y.data_ptr() in saved and x.data_ptr() not in saved
+
+
+@pytest.mark.parametrize("weak", [0.0, 4.8e-33, 1e-3])
+def test_layer_norm_with_a_weight_that_cannot_be_undone(weak):
+    """A base's weight may be nothing in some place (all-MiniLM-L6-v2 has a 5e-33): torch's own takes it."""
+    x, weight, bias = layer_inputs((7, 33), torch.float32)
+    weight[5] = weak
+    found = outputs(lambda x, w, e: op.layer_norm(x, w, bias, e), x, weight, 1e-5)
+    wanted = outputs(lambda x, w, e: op.layer_reference(x, w, bias.double(), e), x.double(), weight.double(), 1e-5)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=0, atol=3e-6 * max(1.0, other.abs().max().item()))
+
+
+def test_layer_norm_of_a_row_without_variance():
+    _, weight, bias = layer_inputs((7, 33), torch.float64)
+    found = outputs(lambda x, w, e: op.layer_norm(x, w, bias, e), torch.ones(2, 33, dtype=torch.float64), weight, 0.1)
+    wanted = outputs(
+        lambda x, w, e: op.layer_reference(x, w, bias, e), torch.ones(2, 33, dtype=torch.float64), weight, 0.1
+    )
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_layer_norm_gradcheck():
+    for shape in SHAPES[1:4]:
+        x, weight, bias = layer_inputs(shape, torch.float64)
+        assert torch.autograd.gradcheck(lambda x, w=weight, b=bias: op.layer_norm(x, w, b, 0.2), x.requires_grad_())
+
+
+def test_layer_norm_trains_its_weights_where_asked():
+    x, weight, bias = layer_inputs((3, 5), torch.float64)
+    gradients = []
+    for function in (op.layer_norm, op.layer_reference):
+        leaves = weight.clone().requires_grad_(), bias.clone().requires_grad_()
+        function(x, *leaves, 1e-6).square().sum().backward()
+        gradients.append([leaf.grad for leaf in leaves])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)

@@ -1,0 +1,276 @@
+"""A grid: many cells from one TOML file.
+
+    title = "..."              what it is for; `source` names the table or figure that it follows
+    [cell]                     what all cells share: any field of a cell, and `preset`, a name of `presets.PRESETS`
+    [grid]                     crossed: each field with a list of its values; a field of `inject` as "inject.FIELD"
+    [zip]                      fields that move together: lists of one length, crossed with the rest
+    [[include]]                more cells: what they change of [cell]; a list of a field's values is crossed
+    [[exclude]]                cells to leave out: those that have all of these values (or one of each list)
+    [[claim]]                  what the grid is to decide, stated beforehand: see `claims.py`
+
+A field whose value is itself a list (`targets`, "inject.sources") takes lists of lists where others take lists.
+"""
+
+import difflib
+import itertools
+import re
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from . import options
+from .cell import Cell, Inject
+from .coverage import parse_targets
+from .errors import InputError
+from .presets import PRESETS
+
+SECTIONS = ("title", "source", "cell", "grid", "zip", "include", "exclude", "claim")
+FIELDS = {f.name: f for f in fields(Cell) if f.name != "inject"} | {f"inject.{f.name}": f for f in fields(Inject)}
+# Words for folder names, where the field's own is long.
+SHORT = {"inject.sources": "", "inject.proportion": "p", "inject.rows": "rows", "targets": ""}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A cell of a grid: its run folder's name, and {field: value} of what the grid varies."""
+
+    name: str
+    cell: Cell
+    varied: dict
+
+
+@dataclass(frozen=True)
+class Grid:
+    """`entries` in the order of the file; `axes` {field: its values, in order}, of the [grid] and [zip] tables;
+    `claims` as in the file; `text` the file's own."""
+
+    title: str
+    source: str
+    entries: tuple
+    axes: dict
+    claims: tuple
+    text: str
+
+    @property
+    def varied(self):
+        """The fields in which entries differ."""
+        return list(dict.fromkeys(name for entry in self.entries for name in entry.varied))
+
+
+def read(path):
+    """The `Grid` in a TOML file. Raises InputError, naming the file and the field."""
+    values = options.read_toml(path)
+    try:
+        return build(values, Path(path).read_text(encoding="utf-8-sig"), Path(path).stem)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def build(values, text="", title="grid"):
+    """The `Grid` of a dict, as TOML gives it. Raises InputError for unknown fields, values that no cell takes, an axis
+    with one value twice, an empty grid, fields that contradict each other, and two cells that are one experiment."""
+    for name in values:
+        if name not in SECTIONS:
+            raise InputError(f"unknown section {name!r}{near(name, SECTIONS)}")
+    for name in ("title", "source"):
+        if not isinstance(values.get(name, ""), str):
+            raise InputError(f"{name} is {values[name]!r}, but must be a string")
+    cell, crossed, zipped = (table(values, name) for name in ("cell", "grid", "zip"))
+    base = base_cell(cell)
+    crossed, zipped = flat(crossed, "grid"), flat(zipped, "zip")
+    for name, axis in (crossed | zipped).items():
+        check_axis(name, axis, twice=name in zipped)
+    if twice := crossed.keys() & zipped.keys():
+        raise InputError(f"{min(twice)} is in [grid] and in [zip]: drop one of them")
+    lengths = {len(axis) for axis in zipped.values()}
+    if len(lengths) > 1:
+        raise InputError(f"the lists of [zip] must have one length, but have {', '.join(map(str, sorted(lengths)))}")
+    together = [dict(zip(zipped, row, strict=True)) for row in zip(*zipped.values(), strict=True)]
+    if len({repr(row) for row in together}) < len(together):
+        raise InputError("[zip] has one combination of values twice: drop one")
+    changes = []
+    if crossed or zipped:
+        changes = [combined | row for combined in product(crossed) for row in together or [{}]]
+    for number, extra in enumerate(tables(values, "include"), 1):
+        changes += product(alternatives(flat(extra, f"include {number}")))
+    changes = changes or [{}]
+    excluded = [
+        alternatives(flat(rule, f"exclude {number}")) for number, rule in enumerate(tables(values, "exclude"), 1)
+    ]
+    cells, hits = [], [0] * len(excluded)
+    for change in changes:
+        try:
+            made = base.replace(**nested(change))
+        except InputError as error:
+            raise InputError(f"{described(change)}: {error}") from None
+        matched = [number for number, rule in enumerate(excluded) if matches(made, rule)]
+        for number in matched:
+            hits[number] += 1
+        if not matched:
+            cells.append((made, change))
+    if 0 in hits:
+        raise InputError(f"[[exclude]] {hits.index(0) + 1} matches no cell: mend or drop it")
+    if not cells:
+        raise InputError("the grid is empty: [[exclude]] drops every cell")
+    check_alike(cells)
+    return Grid(values.get("title", title), values.get("source", ""), named(cells), crossed | zipped,
+                tuple(tables(values, "claim")), text)  # fmt: skip
+
+
+def table(values, name):
+    found = values.get(name, {})
+    if not isinstance(found, dict):
+        raise InputError(f"[{name}] is {found!r}, but must be a table")
+    return found
+
+
+def tables(values, name):
+    found = values.get(name, [])
+    if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
+        raise InputError(f"[[{name}]] is {found!r}, but must be tables")
+    return found
+
+
+def base_cell(values):
+    values = dict(values)
+    preset = values.pop("preset", None)
+    if preset is not None and preset not in PRESETS:
+        raise InputError(f"[cell] preset is {preset!r}, but must be one of {', '.join(PRESETS)}")
+    changes = nested(flat(values, "cell"))
+    try:
+        return Cell().replace(**PRESETS.get(preset, {})).replace(**changes)
+    except InputError as error:
+        raise InputError(f"[cell]: {error}") from None
+
+
+def flat(values, where):
+    """{"inject.proportion": ...} of {"inject": {"proportion": ...}} or of itself; unknown fields are refused."""
+    found = {}
+    for name, value in values.items():
+        inner = (
+            {f"inject.{key}": item for key, item in value.items()}
+            if name == "inject" and isinstance(value, dict)
+            else {name: value}
+        )
+        for key, item in inner.items():
+            if key not in FIELDS:
+                raise InputError(f"[{where}]: unknown field {key!r}{near(key, FIELDS)}")
+            if key in found:
+                raise InputError(f"[{where}]: {key} is given twice")
+            found[key] = item
+    return found
+
+
+def near(name, known):
+    close = difflib.get_close_matches(name, known, n=1)
+    return f": did you mean {close[0]}?" if close else f" (there are: {', '.join(known)})"
+
+
+def nested(change):
+    """The inverse of `flat`."""
+    plain = {name: value for name, value in change.items() if not name.startswith("inject.")}
+    inject = {name.removeprefix("inject."): value for name, value in change.items() if name.startswith("inject.")}
+    return plain | ({"inject": inject} if inject else {})
+
+
+def takes_list(name):
+    return "tuple" in str(FIELDS[name].type)
+
+
+def check_axis(name, axis, twice=False):
+    if not isinstance(axis, list) or takes_list(name) and not all(isinstance(value, list) for value in axis):
+        wanted = "a list of lists, each of them one value" if takes_list(name) else "a list of values"
+        raise InputError(f"the axis {name} is {axis!r}, but must be {wanted}")
+    if not axis:
+        raise InputError(f"the grid is empty: the axis {name} has no values")
+    for number, value in enumerate(axis):
+        if not twice and value in axis[:number]:
+            raise InputError(f"the axis {name} has the value {value!r} twice: drop one")
+
+
+def alternatives(change):
+    """{field: list of its values} of a table in which a field may have one value or a list of them."""
+    axes = {}
+    for name, value in change.items():
+        several = isinstance(value, list) and (not takes_list(name) or any(isinstance(item, list) for item in value))
+        axes[name] = value if several else [value]
+        check_axis(name, axes[name])
+    return axes
+
+
+def product(axes):
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+
+
+def value_of(cell, name):
+    """The value of a field of `FIELDS`, as TOML has it."""
+    owner, _, leaf = name.rpartition(".")
+    value = getattr(cell.inject if owner else cell, leaf)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def matches(cell, rule):
+    return all(value_of(cell, name) in values for name, values in rule.items())
+
+
+def parse_only(texts, grid):
+    """["rank=4", "rank=8", "seed=0"] as {"rank": [4, 8], "seed": [0]}. Raises InputError for values of no cell."""
+    only = {}
+    for text in texts:
+        name, _, wanted = text.partition("=")
+        if name not in FIELDS:
+            raise InputError(f"--only {text}: unknown field {name!r}{near(name, FIELDS)}")
+        known = {str(word(value)): value for value in (value_of(entry.cell, name) for entry in grid.entries)}
+        if wanted not in known:
+            raise InputError(f"--only {text}: no cell has that value ({name} is one of {', '.join(known)})")
+        only.setdefault(name, []).append(known[wanted])
+    return only
+
+
+def described(change):
+    return ", ".join(f"{name} = {value!r}" for name, value in change.items()) or "[cell]"
+
+
+def check_alike(cells):
+    """Refuse two cells that are one experiment, whatever their fields are called."""
+    seen = {}
+    for cell, change in cells:
+        key = experiment(cell)
+        if key in seen:
+            other, before = seen[key]
+            what = "are the same" if cell == other else "differ only in name: they adapt the same with the same scales"
+            raise InputError(f"two cells {what} ({described(before)}; {described(change)}): drop one")
+        seen[key] = cell, change
+
+
+def experiment(cell):
+    """What a cell is, under whatever names: groups of targets as their members, alpha and rank as each one's scale."""
+    if cell.method != "lora":
+        return cell
+    slots = parse_targets(cell.targets, cell.rank, cell.alpha, cell.scaling)
+    own = tuple((target, slot.rank, slot.scale) for target, slot in slots.items())
+    plain = tuple(getattr(cell, f.name) for f in fields(cell) if f.name not in ("targets", "rank", "alpha", "scaling"))
+    return own, plain
+
+
+def named(cells):
+    """The `Entry`s of [(cell, change)], with what varies among them in their names."""
+    names = dict.fromkeys(name for _, change in cells for name in change)
+    varied = [name for name in names if len({repr(value_of(cell, name)) for cell, _ in cells}) > 1]
+    entries = []
+    for cell, _ in cells:
+        values = {name: value_of(cell, name) for name in varied}
+        words = [f"{SHORT.get(name, name.rpartition('.')[2])}{'' if SHORT.get(name) == '' else '-'}{word(value)}"
+                 for name, value in values.items() if value is not None]  # fmt: skip
+        slug = re.sub(r"[^\w.+-]+", "-", "_".join(words), flags=re.ASCII)[:100].strip("-_.")
+        entries.append(Entry(f"{slug}_{cell.id}" if slug else cell.id, cell, values))
+    return tuple(entries)
+
+
+def word(value):
+    return (
+        "-".join(map(str, value))
+        if isinstance(value, list)
+        else f"{value:g}"
+        if isinstance(value, float)
+        else str(value)
+    )
