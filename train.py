@@ -319,7 +319,7 @@ def main(argv=None):
                 f"a grid's file has all fields of its cells: put {next(iter(flags))} into its [cell] instead of a flag"
             )
         return main_of_grid(arguments)
-    for name in ("dry_run", "status", "only", "retry_failed"):
+    for name in ("scale", "dry_run", "status", "only", "retry_failed"):
         if getattr(arguments, name):
             raise errors.InputError(f"--{name.replace('_', '-')} is for grids: give --grid FILE too")
     if arguments.resume:
@@ -359,11 +359,11 @@ def main_of_grid(arguments):
 
     if Path(arguments.grid).is_dir():
         folder = GridFolder.find(arguments.grid)
-        if arguments.out and Path(arguments.out) != folder.path:
-            raise errors.InputError(f"{arguments.grid} is a grid's folder, and its --out: drop --out")
+        if arguments.out or arguments.scale:
+            raise errors.InputError(f"{arguments.grid} is a grid's folder already: drop --out and --scale")
     else:
-        source = grid.read(arguments.grid)
-        folder = GridFolder(arguments.out or Path("grids") / Path(arguments.grid).stem, source)
+        name = "-".join(filter(None, (Path(arguments.grid).stem, arguments.scale)))
+        folder = GridFolder(arguments.out or Path("grids") / name, grid.read(arguments.grid, arguments.scale))
         folder.check()
     only = grid.parse_only(arguments.only, folder.grid)
     if arguments.status:
