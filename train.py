@@ -101,7 +101,7 @@ def train_population(members, base, eval_every, save_every, merge_to, start):
     import torch
 
     from minilora import batches, compiling, console, planner, roof, training
-    from minilora.member import assemble, sizes_of
+    from minilora.member import assemble, shapes_of
     from minilora.population import Population
 
     say, cell, setting = console.say, members[0].cell, members[0].setting
@@ -114,7 +114,7 @@ def train_population(members, base, eval_every, save_every, merge_to, start):
     steps = max(member.schedule.steps for member in members)
     first = planner.first_step(members)
     compiled, reason = compiling.compiles(cell, device, steps - first)
-    sizes = sizes_of(members, compiled)
+    shapes = shapes_of(members, compiled)
     length = sum(member.lengths.sum() for member in members) / sum(len(member.lengths) for member in members)
     rate = roof.matmul_rate(int(len(members) * cell.batch_size * length), setting.spec, setting.dtype, device)
 
@@ -146,7 +146,7 @@ def train_population(members, base, eval_every, save_every, merge_to, start):
         rows_done = sum(member.schedule.rows_before(min(first, member.schedule.steps)) for member in members)
         rows_total = sum(member.schedule.rows_before(member.schedule.steps) for member in members)
         with console.Progress("training", rows_total, rows_done) as progress:
-            for step, micro_batches in batches.ahead(partial(assemble, members, sizes), first, steps, device):
+            for step, micro_batches in batches.ahead(partial(assemble, members, *shapes), first, steps, device):
                 log.add(step, *update(micro_batches, rates[step]))
                 last = step + 1 == steps
                 saving = (step + 1) % save_every == 0 or last
@@ -287,6 +287,7 @@ def main(argv=None):
     grids.add_argument(
         "--grid", metavar="FILE", help="TOML file with many cells, or the folder of a grid (see ablations/)"
     )
+    grids.add_argument("--scale", metavar="NAME", help="one of the file's scales, such as study (default: small)")
     grids.add_argument(
         "--dry-run", action="store_true", help="show the cells and what they will take, and train nothing"
     )
@@ -362,8 +363,9 @@ def main_of_grid(arguments):
         if arguments.out or arguments.scale:
             raise errors.InputError(f"{arguments.grid} is a grid's folder already: drop --out and --scale")
     else:
-        name = "-".join(filter(None, (Path(arguments.grid).stem, arguments.scale)))
-        folder = GridFolder(arguments.out or Path("grids") / name, grid.read(arguments.grid, arguments.scale))
+        found = grid.read(arguments.grid, arguments.scale)
+        name = "-".join(filter(None, (Path(arguments.grid).stem, found.scale)))
+        folder = GridFolder(arguments.out or Path("grids") / name, found)
         folder.check()
     only = grid.parse_only(arguments.only, folder.grid)
     if arguments.status:
