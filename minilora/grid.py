@@ -6,8 +6,8 @@
     [zip]                      fields that move together: lists of one length, crossed with the rest
     [[include]]                more cells: what they change of [cell]; a list of a field's values is crossed
     [[exclude]]                cells to leave out: those that have all of these values (or one of each list)
-    [scale.NAME]               what is so at one scale alone (`--scale NAME`, by default `small`): `preset`, a field of all
-                               cells, or with a list of its values the axis in the place of [grid]'s
+    [scale.NAME]               what is so at one scale alone (`--scale NAME`, by default `small`): `preset`, a field of
+                               all cells, or a list of its values: an axis in the place of [grid]'s, or of all cells
     [[claim]]                  what the grid is to decide, stated beforehand: see `claims.py`
 
 A field whose value is itself a list (`targets`, "inject.sources") takes lists of lists where others take lists.
@@ -80,8 +80,9 @@ def build(values, text="", title="grid", scale=None):
             raise InputError(f"{name} is {values[name]!r}, but must be a string")
     scale, preset, scaled, axes = scale_of(table(values, "scale"), scale)
     base = base_cell(table(values, "cell"), preset, scaled)
-    crossed, zipped = flat(table(values, "grid"), "grid") | axes, flat(table(values, "zip"), "zip")
-    for name, axis in (crossed | zipped).items():
+    crossed, zipped = flat(table(values, "grid"), "grid"), flat(table(values, "zip"), "zip")
+    crossed |= {name: axes.pop(name) for name in list(axes) if name in crossed}
+    for name, axis in (crossed | zipped | axes).items():
         check_axis(name, axis, twice=name in zipped)
     if twice := crossed.keys() & zipped.keys():
         raise InputError(f"{min(twice)} is in [grid] and in [zip]: drop one of them")
@@ -96,7 +97,7 @@ def build(values, text="", title="grid", scale=None):
         changes = [combined | row for combined in product(crossed) for row in together or [{}]]
     for number, extra in enumerate(tables(values, "include"), 1):
         changes += product(alternatives(flat(extra, f"include {number}")))
-    changes = changes or [{}]
+    changes = [extra | change for extra in product(axes) for change in changes or [{}]]
     excluded = [
         alternatives(flat(rule, f"exclude {number}")) for number, rule in enumerate(tables(values, "exclude"), 1)
     ]
@@ -116,7 +117,7 @@ def build(values, text="", title="grid", scale=None):
     if not cells:
         raise InputError("the grid is empty: [[exclude]] drops every cell")
     check_alike(cells)
-    return Grid(values.get("title", title), values.get("source", ""), named(cells), crossed | zipped,
+    return Grid(values.get("title", title), values.get("source", ""), named(cells), axes | crossed | zipped,
                 tuple(tables(values, "claim")), text, scale)  # fmt: skip
 
 

@@ -66,6 +66,13 @@ def test_scales():
     made = grid.build(values, scale="study")
     wanted = [Cell(rank=2, lr=0.3, seed=5, model=model, inject={"count": 2}) for model in "ab"]
     assert [entry.cell for entry in made.entries] == wanted and made.scale == "study"
+    # An axis of a scale is one of included cells too, where [grid] has none of that name.
+    values["include"] = [{"rank": 9}]
+    made = [entry.cell for entry in grid.build(values, scale="study").entries]
+    more = [Cell(rank=rank, lr=0.3, seed=seed, model=model, inject={"count": 2})
+            for model in "ab" for rank, seed in ((2, 5), (9, 0))]  # fmt: skip
+    assert made == more
+    del values["include"]
     values["scale"]["small"] = {"rank": 7, "preset": "study"}
     made = grid.build(values)  # small is what a file is read at
     assert made.scale == "small" and {(c.cell.rank, c.cell.lr, c.cell.optimizer) for c in made.entries} == {
