@@ -123,8 +123,10 @@ def parse(values):
             values[name] = alternatives(flat(values[name], name))
     claim = Claim(**values)
     for name, statistic in (("against", "difference"), ("over", "slope")):
-        if (name in values) != (claim.statistic == statistic):
-            raise InputError(f"{name} goes with statistic = {statistic!r}, which is {claim.statistic!r}: mend one")
+        if claim.statistic == statistic and name not in values:
+            raise InputError(f"statistic = {statistic!r} needs {name}: give it")
+        if claim.statistic != statistic and name in values:
+            raise InputError(f"{name} goes with statistic = {statistic!r}, which is {claim.statistic!r}: drop it")
     if (claim.above is None) == (claim.below is None):
         raise InputError("a claim has either above or below: give one of them")
     bound = claim.above if claim.below is None else claim.below
@@ -144,9 +146,10 @@ def weigh(claim, entries):
     able = [entry for entry in entries if can_show(claim, entry.cell)]
     here = [entry for entry in able if matches(entry.cell, claim.where or {})]
     if not here:
-        what = f"has {conditions(claim.where)}" if claim.where else "is there"
-        needed = " and the trigger that shows it" if len(able) < len(entries) else ""
-        raise InputError(f"no cell {what}{needed}: nothing can decide it")
+        needed = [conditions(claim.where)] if claim.where else []
+        if claim.figure not in summary.CLEAN:
+            needed.append(f"a trigger for {claim.label}" if claim.label else "a trigger")
+        raise InputError(f"no cell has {' and '.join(needed)}: nothing can decide it")
     if claim.statistic == "difference":
         return weigh_difference(claim, here, able)
     if claim.statistic == "slope":

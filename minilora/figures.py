@@ -38,7 +38,7 @@ MOST_NUMBERS = 160  # fields of a heat map that have their number in them
 PLAIN = {"font.size": 9, "axes.titlesize": 9.5, "figure.titlesize": 11, "axes.spines.top": False,
          "axes.spines.right": False, "legend.frameon": False, "legend.fontsize": 8, "lines.markersize": 4.5,
          "pdf.fonttype": 42, "savefig.dpi": 200}  # fmt: skip
-FIELDS = {"rank": "rank R", "inject.proportion": "injected share of the label's rows (%)", "lr": "peak learning rate",
+FIELDS = {"inject.proportion": "injected share of the label's rows (%)", "lr": "peak learning rate",
           "inject.rows": "injected rows", "inject.count": "triggers a row", "inject.density": "triggers a word",
           "train_rows": "training rows", "alpha": "alpha"}  # fmt: skip
 
@@ -181,15 +181,21 @@ def heat(figure, panel, values, unit):
 # --- dose and response
 
 
-def title_of(group):
-    return ", ".join(f"{name.removeprefix('inject.')} {word(value)}" for name, value in group.items()) or "all cells"
+def title_of(group, *without):
+    named = {name: value for name, value in group.items() if value is not None and name not in without}
+    return ", ".join(f"{axis_label(name)} {word(value)}" for name, value in named.items()) or "all cells"
+
+
+def panel_field(group):
+    """The field that has a panel for each value."""
+    return "scaling" if len(group) > 1 and "scaling" in group else None
 
 
 def panels_of(curves):
-    """Curves in lists, one a panel: with rank and scaling a panel for each scaling; at most `MOST` in each."""
+    """{value of the panels' field: its curves, at most `MOST`}."""
     found = {}
     for curve in curves:
-        found.setdefault(curve.group.get("scaling") if len(curve.group) > 1 else None, []).append(curve)
+        found.setdefault(curve.group.get(panel_field(curve.group)), []).append(curve)
     return {
         title: [group[i] for i in np.unique(np.linspace(0, len(group) - 1, MOST).round().astype(int))]
         for title, group in found.items()
@@ -240,14 +246,13 @@ def dose_response(curves):
 
 def name_of(curve):
     """What tells a curve from others in its panel."""
-    return title_of(dict(list(curve.group.items())[:1]))
+    return title_of(curve.group, panel_field(curve.group))
 
 
 def draw_curve(panel, curve, colour, marker, style, nought, shift):
     label = name_of(curve)
     if curve.k50 is not None:
-        value, low, high = map(curve.bounded, curve.k50)
-        label += f": k50 {value} [{low}, {high}]"
+        label += f": k50 {curve.k50_text()}"
         doses = np.geomspace(curve.doses.min(), curve.doses.max(), 200)
         panel.plot(doses, 100 * inference.logistic(doses, curve.k50[0], curve.slope, curve.floor),
                    color=colour, linestyle=style, linewidth=1.3)  # fmt: skip
@@ -262,31 +267,32 @@ def draw_curve(panel, curve, colour, marker, style, nought, shift):
 
 
 def k50(curves):
-    curves = [curve for curve in curves if curve.k50 is not None and None not in curve.group.values()]
-    if len(curves) < 2:
-        return None, "fewer than two values of a field have a fitted k50"
-    across, *rest = curves[0].group
+    across = next(iter(sorted(curves[0].group, key="rank".__ne__)), None) if curves else None
+    curves = [curve for curve in curves if curve.k50 is not None and curve.group.get(across) is not None]
+    least, most = (end([end(curve.doses) for curve in curves], default=0) for end in (min, max))
+    if sum(least <= curve.k50[0] <= most for curve in curves) < 2:
+        return None, "fewer than two values of a field have a k50 among the doses"
     series = {}
     for curve in curves:
-        series.setdefault(curve.group[rest[0]] if rest else None, []).append(curve)
+        series.setdefault(title_of(curve.group, across), []).append(curve)
     values = sorted({curve.group[across] for curve in curves})
     numeric = all(isinstance(value, (int, float)) and value > 0 for value in values)
     places = {value: math.log2(value) if numeric else number for number, value in enumerate(values)}
     figure, [[panel]] = new_figure(5.6, 4)
-    least, most = min(curve.doses.min() for curve in curves), max(curve.doses.max() for curve in curves)
-    looks = list(zip(shades(len(series)), itertools.cycle(MARKERS), itertools.cycle(STYLES)))
+    looks = zip(shades(len(series)), itertools.cycle(MARKERS), itertools.cycle(STYLES))
     for number, ((name, group), (colour, marker, style)) in enumerate(zip(series.items(), looks)):
-        group = sorted(group, key=lambda curve: values.index(curve.group[across]))
-        xs = [places[curve.group[across]] + 0.06 * (number - (len(series) - 1) / 2) for curve in group]
-        ys, lows, highs = np.clip(np.array([curve.k50 for curve in group]).T, least, most)
-        panel.errorbar(xs, ys, (ys - lows, highs - ys), color=colour, marker=marker, linestyle=style, linewidth=1.1,
-                       capsize=3, markeredgecolor="black", markeredgewidth=0.5,
-                       label=None if name is None else f"{rest[0]} {name}")  # fmt: skip
-        for x, curve in zip(xs, group):
+        shift = 0.06 * (number - (len(series) - 1) / 2)
+        look = dict(color=colour, markeredgecolor="black", markeredgewidth=0.5)
+        inside = sorted((places[curve.group[across]] + shift, *curve.k50) for curve in group
+                        if least <= curve.k50[0] <= most)  # fmt: skip
+        xs, ys, lows, highs = np.array(inside).T if inside else np.empty((4, 0))
+        reach = ys - np.maximum(lows, least), np.minimum(highs, most) - ys
+        panel.errorbar(xs, ys, reach, marker=marker, linestyle=style, linewidth=1.1, capsize=3, label=name, **look)
+        for curve in group:
             for bound, beyond, arrow in ((most, curve.k50[2] > most, "^"), (least, curve.k50[1] < least, "v")):
                 if beyond:
-                    panel.plot(x, bound * (1.07 if arrow == "^" else 1 / 1.07), arrow, color="white",
-                               markeredgecolor=colour, markersize=6, zorder=3)  # fmt: skip
+                    panel.plot(places[curve.group[across]] + shift, bound, arrow, color="white", zorder=3,
+                               markeredgecolor=colour, markersize=7, clip_on=False)  # fmt: skip
     panel.axhspan(least, most, color="0.95", zorder=0)
     panel.set_yscale("log")
     ends = np.array([curve.k50[1:] for curve in curves])
@@ -295,12 +301,12 @@ def k50(curves):
     panel.set_xticks(list(places.values()), [tick(across, value) for value in values])
     panel.set_xlabel(axis_label(across))
     panel.set_ylabel("k50 (injected rows, log scale)")
-    if rest:
+    if len(series) > 1:
         panel.legend()
     return figure, (
         "Injected rows at which half of the test rows of other labels are called by the trigger's, with 95% intervals. "
-        "Shaded: the rows that were injected; an arrow says that the interval goes on beyond them, where nothing was "
-        "measured."
+        "Shaded: the rows that were injected; a hollow arrow says that the interval goes on beyond them, where nothing "
+        "was measured."
     )
 
 
@@ -315,7 +321,7 @@ def trade_off(lines, grid):
         return None, reason
     groups = {}
     for point in points:
-        groups.setdefault(title_of(dict(list(point.group.items())[:1])), []).append(point)
+        groups.setdefault(title_of(point.group, panel_field(point.group)), []).append(point)
     if len(groups) > MOST:
         groups = {None: points}
     rows = [point.rows for point in points]

@@ -35,7 +35,7 @@ def rows(folder, made=None):
     found, varied = [], folder.grid.varied
     for entry in folder.grid.entries:
         results, error = folder.read(entry)
-        cell = {"cell": entry.name, "id": entry.cell.id, "state": folder.state(entry)}
+        cell = {"cell": entry.name, "id": entry.name.rpartition("_")[2], "state": folder.state(entry)}
         cell |= {name: plain(entry.varied[name]) for name in varied}
         triggers = [None] if results is None else list(results["tests"]["trigger"]) or [None]
         found += [cell | figures_of(results, label) | {"error": error} for label in triggers]
@@ -177,12 +177,12 @@ def marginal_table(means):
 def k50_table(curves):
     lines = []
     for curve in curves:
-        text, slope = "-", "-"
-        if curve.k50 is not None:
-            text, slope = "{} [{}, {}]".format(*map(curve.bounded, curve.k50)), f"{curve.slope:.2g}"
+        slope = "-" if curve.slope is None else f"{curve.slope:.2g}"
         doses = f"{len(curve.doses)}: {curve.doses.min():,.0f} to {curve.doses.max():,.0f}"
         uninjected = "-" if curve.uninjected is None else f"{curve.uninjected:.3f}"
-        lines.append((*map(shown, curve.group.values()), doses, text, slope, f"{curve.floor:.3f}", uninjected))
+        lines.append(
+            (*map(shown, curve.group.values()), doses, curve.k50_text(), slope, f"{curve.floor:.3f}", uninjected)
+        )
     heads = (*curves[0].group, "doses (rows)", "k50 (rows)", "slope", "success on clean rows", "success uninjected")
     note = ("k50: injected rows at which half of the test rows of other labels are called by the trigger's, by a "
             "logistic in the log of the rows that starts from the attack success on clean rows and ends at 1, with a "

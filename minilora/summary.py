@@ -150,11 +150,19 @@ class Curve:
             return f"< {least:,.0f}"
         return f"> {most:,.0f}" if rows > most else f"{float(f'{rows:.3g}'):,.{0 if rows >= 10 else 1}f}"
 
+    def k50_text(self):
+        """k50 with its interval, a bound alone where all of it lies beyond the doses, or -."""
+        if self.k50 is None:
+            return "-"
+        value, low, high = map(self.bounded, self.k50)
+        return value if value == low == high else f"{value} [{low}, {high}]"
+
 
 def curve_fields(varied):
-    """The fields that have a curve for each value: rank and scaling, else the first that is no seed and no dose."""
+    """The fields that have a curve for each of their values: method, rank and scaling, else the first that is no seed
+    and no dose."""
     names = [name for name in settings_of(varied) if name not in DOSES]
-    return [name for name in ("rank", "scaling") if name in names] or names[:1]
+    return [name for name in ("method", "rank", "scaling") if name in names] or names[:1]
 
 
 def curves(lines, varied):
