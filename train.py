@@ -1,4 +1,4 @@
-"""Train one cell: a base, an adapter, real text with an injected token; then show who controls the prediction.
+"""Train a cell (a base, an adapter, real text with an injected token) or a grid, and show who controls predictions.
 
 python train.py                                       the default cell
 python train.py --rank 16 --inject-proportion 0.05    change what you like: --help
@@ -22,6 +22,7 @@ START = time.perf_counter()
 
 from minilora import errors, options  # noqa: E402  (the clock starts before the slow imports)
 from minilora.cell import Cell  # noqa: E402
+from minilora.presets import PRESETS  # noqa: E402
 
 
 def train(cell=None, out=None, *, resume=None, eval_every=0, save_every=SAVE_EVERY, merge_to=None, start=None):
@@ -101,7 +102,7 @@ def train_population(members, base, eval_every, save_every, merge_to, start):
     import torch
 
     from minilora import batches, compiling, console, planner, roof, training
-    from minilora.member import assemble, sizes_of
+    from minilora.member import assemble, shapes_of
     from minilora.population import Population
 
     say, cell, setting = console.say, members[0].cell, members[0].setting
@@ -114,7 +115,7 @@ def train_population(members, base, eval_every, save_every, merge_to, start):
     steps = max(member.schedule.steps for member in members)
     first = planner.first_step(members)
     compiled, reason = compiling.compiles(cell, device, steps - first)
-    sizes = sizes_of(members, compiled)
+    shapes = shapes_of(members, compiled)
     length = sum(member.lengths.sum() for member in members) / sum(len(member.lengths) for member in members)
     rate = roof.matmul_rate(int(len(members) * cell.batch_size * length), setting.spec, setting.dtype, device)
 
@@ -146,7 +147,7 @@ def train_population(members, base, eval_every, save_every, merge_to, start):
         rows_done = sum(member.schedule.rows_before(min(first, member.schedule.steps)) for member in members)
         rows_total = sum(member.schedule.rows_before(member.schedule.steps) for member in members)
         with console.Progress("training", rows_total, rows_done) as progress:
-            for step, micro_batches in batches.ahead(partial(assemble, members, sizes), first, steps, device):
+            for step, micro_batches in batches.ahead(partial(assemble, members, *shapes), first, steps, device):
                 log.add(step, *update(micro_batches, rates[step]))
                 last = step + 1 == steps
                 saving = (step + 1) % save_every == 0 or last
@@ -273,7 +274,8 @@ def main(argv=None):
     general.add_argument("--config", metavar="FILE", nargs="+", default=[],
                          help="TOML file with a cell's fields, flags stand before it; a cell for each")  # fmt: skip
     general.add_argument("--out", metavar="DIR", help="run folder, or of several cells the folder of their run folders "
-                         "(default: runs/NAME, named after the cell)")  # fmt: skip
+                         "(default: runs/NAME, named after the cell, or grids/NAME, after the file)")  # fmt: skip
+    general.add_argument("--preset", choices=PRESETS, help="set many fields at once; flags stand before it")
     general.add_argument("--resume", metavar="RUN", help="go on with the interrupted run in this folder")
     general.add_argument("--population", type=int, metavar="K",
                          help="of several cells train at most K at once (default: as many as is fastest)")  # fmt: skip
@@ -287,6 +289,7 @@ def main(argv=None):
     grids.add_argument(
         "--grid", metavar="FILE", help="TOML file with many cells, or the folder of a grid (see ablations/)"
     )
+    grids.add_argument("--scale", metavar="NAME", help="one of the file's scales, such as study (default: small)")
     grids.add_argument(
         "--dry-run", action="store_true", help="show the cells and what they will take, and train nothing"
     )
@@ -309,7 +312,7 @@ def main(argv=None):
             "--population must be at least 1, and is for several cells: give --grid, or several files to --config"
         )
     if arguments.grid:
-        others = ("config", "resume", "merge_to", "eval_every")
+        others = ("config", "preset", "resume", "merge_to", "eval_every")
         if given := [name for name in others if getattr(arguments, name)]:
             raise errors.InputError(
                 f"--{given[0].replace('_', '-')} is for single cells, but --grid is given: drop one"
@@ -323,9 +326,9 @@ def main(argv=None):
         if getattr(arguments, name):
             raise errors.InputError(f"--{name.replace('_', '-')} is for grids: give --grid FILE too")
     if arguments.resume:
-        if flags or arguments.config or arguments.out:
+        if flags or arguments.config or arguments.out or arguments.preset:
             raise errors.InputError(
-                "--resume goes on with the run's own cell: drop --config, --out and the cell's flags"
+                "--resume goes on with the run's own cell: drop --config, --out, --preset and the cell's flags"
             )
         from minilora.run import Run
 
@@ -336,7 +339,10 @@ def main(argv=None):
             print(f"{run.path} is finished:")
             return report(run.read_results(), run.path)
         return report(*train(resume=arguments.resume, **alone))
-    cells = [options.load(Cell, path).replace(**flags) for path in arguments.config] or [Cell().replace(**flags)]
+    if arguments.preset and arguments.config:
+        raise errors.InputError("--config has all fields of its cells, and --preset sets them: drop one of them")
+    preset = Cell().replace(**PRESETS.get(arguments.preset, {}))
+    cells = [options.load(Cell, path).replace(**flags) for path in arguments.config] or [preset.replace(**flags)]
     if len(cells) == 1:
         return report(*train(cells[0], arguments.out, **alone))
     if arguments.merge_to:
@@ -362,8 +368,9 @@ def main_of_grid(arguments):
         if arguments.out or arguments.scale:
             raise errors.InputError(f"{arguments.grid} is a grid's folder already: drop --out and --scale")
     else:
-        name = "-".join(filter(None, (Path(arguments.grid).stem, arguments.scale)))
-        folder = GridFolder(arguments.out or Path("grids") / name, grid.read(arguments.grid, arguments.scale))
+        found = grid.read(arguments.grid, arguments.scale)
+        name = "-".join(filter(None, (Path(arguments.grid).stem, found.scale)))
+        folder = GridFolder(arguments.out or Path("grids") / name, found)
         folder.check()
     only = grid.parse_only(arguments.only, folder.grid)
     if arguments.status:

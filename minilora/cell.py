@@ -8,7 +8,6 @@ Some fields exclude each other (`epochs` or `steps`), and some have a meaning fo
 default to None and are resolved when the cell is built: leaving a default out or stating it is the same cell.
 """
 
-import dataclasses
 import hashlib
 import json
 import re
@@ -292,13 +291,12 @@ class Cell:
     def to_dict(self):
         """Every field that is set, resolved, as JSON and TOML have them; `inject` is a dict of its own."""
 
-        def plain(table):
+        def plain(owner):
+            values = {f.name: getattr(owner, f.name) for f in fields(owner) if f.name != "inject"}
             return {name: list(value) if isinstance(value, tuple) else value
-                    for name, value in table.items() if value is not None}  # fmt: skip
+                    for name, value in values.items() if value is not None}  # fmt: skip
 
-        values = dataclasses.asdict(self)
-        inject = values.pop("inject")
-        return plain(values) | {"inject": plain(inject)}
+        return plain(self) | {"inject": plain(self.inject)}
 
     def to_toml(self):
         """The text of a TOML file that `--config` reads back as this cell."""

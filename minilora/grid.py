@@ -6,8 +6,8 @@
     [zip]                      fields that move together: lists of one length, crossed with the rest
     [[include]]                more cells: what they change of [cell]; a list of a field's values is crossed
     [[exclude]]                cells to leave out: those that have all of these values (or one of each list)
-    [scale.NAME]               what is other at another scale (`--scale NAME`): a field of all cells, or with a list of
-                               values the axis in the place of [grid]'s
+    [scale.NAME]               what is so at one scale alone (`--scale NAME`, by default `small`): `preset`, a field of
+                               all cells, or a list of its values: an axis in the place of [grid]'s, or of all cells
     [[claim]]                  what the grid is to decide, stated beforehand: see `claims.py`
 
 A field whose value is itself a list (`targets`, "inject.sources") takes lists of lists where others take lists.
@@ -25,6 +25,7 @@ from .coverage import parse_targets
 from .errors import InputError
 from .presets import PRESETS
 
+SMALL = "small"  # the scale that is taken where a file has it and no other is asked for
 SECTIONS = ("title", "source", "cell", "grid", "zip", "include", "exclude", "scale", "claim")
 FIELDS = {f.name: f for f in fields(Cell) if f.name != "inject"} | {f"inject.{f.name}": f for f in fields(Inject)}
 # Words for folder names, where the field's own is long.
@@ -80,10 +81,11 @@ def build(values, text="", title="grid", scale=None):
     for name in ("title", "source"):
         if not isinstance(values.get(name, ""), str):
             raise InputError(f"{name} is {values[name]!r}, but must be a string")
-    scaled, axes = scale_of(table(values, "scale"), scale)
-    base = base_cell(table(values, "cell"), scaled)
-    crossed, zipped = flat(table(values, "grid"), "grid") | axes, flat(table(values, "zip"), "zip")
-    for name, axis in (crossed | zipped).items():
+    scale, preset, scaled, axes = scale_of(table(values, "scale"), scale)
+    base = base_cell(table(values, "cell"), preset, scaled)
+    crossed, zipped = flat(table(values, "grid"), "grid"), flat(table(values, "zip"), "zip")
+    crossed |= {name: axes.pop(name) for name in list(axes) if name in crossed}
+    for name, axis in (crossed | zipped | axes).items():
         check_axis(name, axis, twice=name in zipped)
     if twice := crossed.keys() & zipped.keys():
         raise InputError(f"{min(twice)} is in [grid] and in [zip]: drop one of them")
@@ -98,7 +100,7 @@ def build(values, text="", title="grid", scale=None):
         changes = [combined | row for combined in product(crossed) for row in together or [{}]]
     for number, extra in enumerate(tables(values, "include"), 1):
         changes += product(alternatives(flat(extra, f"include {number}")))
-    changes = changes or [{}]
+    changes = [extra | change for extra in product(axes) for change in changes or [{}]]
     excluded = [
         alternatives(flat(rule, f"exclude {number}")) for number, rule in enumerate(tables(values, "exclude"), 1)
     ]
@@ -120,7 +122,8 @@ def build(values, text="", title="grid", scale=None):
     check_alike(cells)
     entries = named(cells)
     stated = claims.read(tables(values, "claim"), entries)
-    return Grid(values.get("title", title), values.get("source", ""), entries, crossed | zipped, stated, text, scale)
+    return Grid(values.get("title", title), values.get("source", ""), entries, axes | crossed | zipped, stated, text,
+                scale)  # fmt: skip
 
 
 def table(values, name):
@@ -138,28 +141,34 @@ def tables(values, name):
 
 
 def scale_of(scales, name):
-    """({field: value}, {field: axis}) of the scale called `name`."""
+    """(The name of the scale that is taken or None, its preset or None, its {field: value}, its {field: axis})."""
     for title, values in scales.items():
         if not isinstance(values, dict):
             raise InputError(f"[scale] {title} is {values!r}, but must be a table: [scale.{title}]")
-        flat(values, f"scale.{title}")
+        flat({key: value for key, value in values.items() if key != "preset"}, f"scale.{title}")
+    if name is None and SMALL in scales:
+        name = SMALL
     if name is None:
-        return {}, {}
+        return None, None, {}, {}
     if name not in scales:
         there = f"there are: {', '.join(scales)}" if scales else "the file has none"
         raise InputError(f"there is no scale {name!r} ({there})")
-    values = flat(scales[name], f"scale.{name}")
-    axes = {field: value for field, value in values.items() if is_axis(field, value)}
-    return {field: value for field, value in values.items() if field not in axes}, axes
-
-
-def base_cell(values, scaled):
-    values = dict(values)
+    values = dict(scales[name])
     preset = values.pop("preset", None)
-    if preset is not None and preset not in PRESETS:
-        raise InputError(f"[cell] preset is {preset!r}, but must be one of {', '.join(PRESETS)}")
+    values = flat(values, f"scale.{name}")
+    axes = {field: value for field, value in values.items() if is_axis(field, value)}
+    return name, preset, {field: value for field, value in values.items() if field not in axes}, axes
+
+
+def base_cell(values, preset, scaled):
+    """The cell that a preset, [cell] and the scale's own fields make."""
+    values = dict(values)
+    own = values.pop("preset", None)
+    for name in (own, preset):
+        if name is not None and name not in PRESETS:
+            raise InputError(f"preset is {name!r}, but must be one of {', '.join(PRESETS)}")
     try:
-        cell = Cell().replace(**PRESETS.get(preset, {})).replace(**nested(flat(values, "cell")))
+        cell = Cell().replace(**PRESETS.get(preset or own, {})).replace(**nested(flat(values, "cell")))
         return cell.replace(**nested(scaled))
     except InputError as error:
         raise InputError(f"[cell]: {error}") from None

@@ -62,6 +62,7 @@ class GridFolder:
 
     def make(self):
         """Make the folder, unless it is there. Raises InputError as `check`."""
+        self.check()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -95,7 +96,7 @@ class GridFolder:
             if (chunks := self.planned()) is None:
                 chunks = settle(self.grid.entries)
                 names = [[entry.name for entry in chunk] for chunk in chunks]
-                files.write_json(self.path / "populations.json", names)
+                files.write_json(self.path / "populations.json", {"populations": names})
         return chunks
 
     def planned(self):
@@ -103,7 +104,7 @@ class GridFolder:
         if not (self.path / "populations.json").exists():
             return None
         entries = {entry.name: entry for entry in self.grid.entries}
-        return [[entries[name] for name in chunk] for chunk in read_json(self.path / "populations.json")]
+        return [[entries[name] for name in chunk] for chunk in read_json(self.path / "populations.json")["populations"]]
 
     @contextlib.contextmanager
     def claim(self, chunk):

@@ -336,7 +336,8 @@ def test_files_are_refused_by_name(tmp_path):
 # --- the command line
 
 FLAGS = """
---config --out --resume --population --eval-every --save-every --merge-to --traceback --model --revision --tokenizer
+--config --out --preset --resume --population --eval-every --save-every --merge-to --traceback
+--grid --scale --dry-run --status --only --retry-failed --model --revision --tokenizer
 --dtype --device
 --compile --data --data-revision --text-column --label-column --test-data --test-rows --train-rows --max-length --task
 --prompt --completion --choice-score --method --rank --alpha --scaling --dropout --targets --layers --variant --init
@@ -366,7 +367,19 @@ def help_of(main, capsys):
 
 def test_help_states_every_flag_and_default_once(capsys):
     found, groups = help_of(train.main, capsys)
-    assert groups == ["options", "run", "base", "data", "task", "adapter", "head", "injection", "training", "seeds"]
+    assert groups == [
+        "options",
+        "run",
+        "grid",
+        "base",
+        "data",
+        "task",
+        "adapter",
+        "head",
+        "injection",
+        "training",
+        "seeds",
+    ]
     assert list(found) == ["--help", *FLAGS] and all(len(help) > 0 for help in found.values())
 
     declared = [(Cell(), "", field) for field in dataclasses.fields(Cell) if field.name != "inject"]
@@ -382,7 +395,7 @@ def test_help_states_every_flag_and_default_once(capsys):
         else:
             assert len(default) == 1
         checked, stated = checked + 1, stated + len(default)
-    assert checked == len(FLAGS) - 8 == 50 + 8 and stated == checked - 4
+    assert checked == len(FLAGS) - 15 == 50 + 8 and stated == checked - 4
     assert found["--save-every"].endswith(f"(default: {train.SAVE_EVERY})")
 
 

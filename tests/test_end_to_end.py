@@ -347,3 +347,24 @@ def test_a_folder_in_use_is_refused(cell, tmp_path):
     finally:
         first.kill()
         first.communicate()
+
+
+def test_a_preset_stands_below_the_flags(base, reviews, tmp_path):
+    given = [
+        "--preset",
+        "study",
+        "--model",
+        str(base),
+        "--data",
+        str(reviews),
+        "--test-rows",
+        "31",
+        "--max-length",
+        "30",
+    ]
+    train.main([*given, "--out", str(tmp_path / "run"), "--head", "trained"])
+    made = json.loads((tmp_path / "run" / "results.json").read_text())["cell"]
+    assert (made["head"], made["pooling"], made["optimizer"], made["lr"]) == ("trained", "mean+last", "adafactor", 1e-4)
+    for flags in (["--config", "x.toml"], ["--resume", "x"], ["--grid", "x"]):
+        with pytest.raises(errors.InputError, match="preset"):
+            train.main(["--preset", "study", *flags])

@@ -66,6 +66,19 @@ def test_scales():
     made = grid.build(values, scale="study")
     wanted = [Cell(rank=2, lr=0.3, seed=5, model=model, inject={"count": 2}) for model in "ab"]
     assert [entry.cell for entry in made.entries] == wanted and made.scale == "study"
+    # An axis of a scale is one of included cells too, where [grid] has none of that name.
+    values["include"] = [{"rank": 9}]
+    made = [entry.cell for entry in grid.build(values, scale="study").entries]
+    more = [Cell(rank=rank, lr=0.3, seed=seed, model=model, inject={"count": 2})
+            for model in "ab" for rank, seed in ((2, 5), (9, 0))]  # fmt: skip
+    assert made == more
+    del values["include"]
+    values["scale"]["small"] = {"rank": 7, "preset": "study"}
+    made = grid.build(values)  # small is what a file is read at
+    assert made.scale == "small" and {(c.cell.rank, c.cell.lr, c.cell.optimizer) for c in made.entries} == {
+        (7, 0.1, "adafactor")
+    }
+    del values["scale"]["small"]
     for given, message in ((values, "there are: study"), ({}, "the file has none")):
         with pytest.raises(InputError, match=f"there is no scale 'large' .{message}"):
             grid.build(given, scale="large")
@@ -93,7 +106,7 @@ REFUSED = [
     ({"cells": {}}, "unknown section 'cells': did you mean cell?"),
     ({"cell": {"rnak": 1}}, "[cell]: unknown field 'rnak': did you mean rank?"),
     ({"cell": {"rank": 0}}, "[cell]: rank is 0, but must be at least 1"),
-    ({"cell": {"preset": "mine"}}, "[cell] preset is 'mine', but must be one of study"),
+    ({"cell": {"preset": "mine"}}, "preset is 'mine', but must be one of study"),
     ({"cell": 3}, "[cell] is 3, but must be a table"),
     ({"title": 3}, "title is 3, but must be a string"),
     ({"include": {"rank": 2}}, "[[include]] is {'rank': 2}, but must be tables"),
