@@ -67,7 +67,7 @@ def draw(folder, lines, grid, curves):
         ("heat_maps", "Means over two axes", lambda: heat_maps(lines, grid)),
         ("dose_response", "Attack success against injected rows", lambda: dose_response(curves)),
         ("k50", "Injected rows at which half of an attack succeeds", lambda: k50(curves)),
-        ("trade_off", "Attack success against clean-accuracy loss", lambda: trade_off(lines, grid)),
+        ("trade_off", "Attack success against clean accuracy", lambda: trade_off(lines, grid)),
     ):
         with matplotlib.rc_context(PLAIN):
             figure, text = make()
@@ -103,10 +103,11 @@ def tick(name, value):
 
 
 def log_ticks(axis):
-    """Ticks at 1, 2 and 5 of each power of ten, as whole numbers."""
+    """Ticks at round numbers, more of them where the axis is short; after its limits are set."""
     from matplotlib.ticker import LogLocator, NullLocator
 
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 20 * low else (1, 1.5, 2, 3, 4, 5, 7)))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(lambda value, _: f"{value:,.0f}")
 
@@ -181,21 +182,27 @@ def heat(figure, panel, values, unit):
 # --- dose and response
 
 
-def title_of(group, *without):
-    named = {name: value for name, value in group.items() if value is not None and name not in without}
+def title_of(group):
+    """The values of some fields in words; what a cell has no value of is left out."""
+    named = {name: value for name, value in group.items() if value is not None}
     return ", ".join(f"{axis_label(name)} {word(value)}" for name, value in named.items()) or "all cells"
 
 
-def panel_field(group):
-    """The field that has a panel for each value."""
-    return "scaling" if len(group) > 1 and "scaling" in group else None
+def first_of(group):
+    """What tells a curve from others in its panel: its first field."""
+    return title_of(dict(list(group.items())[:1]))
+
+
+def rest_of(group):
+    """What tells the panel of a curve from others: its further fields."""
+    return title_of(dict(list(group.items())[1:]))
 
 
 def panels_of(curves):
-    """{value of the panels' field: its curves, at most `MOST`}."""
+    """{title: its curves, at most `MOST`, evenly spread}."""
     found = {}
     for curve in curves:
-        found.setdefault(curve.group.get(panel_field(curve.group)), []).append(curve)
+        found.setdefault(rest_of(curve.group), []).append(curve)
     return {
         title: [group[i] for i in np.unique(np.linspace(0, len(group) - 1, MOST).round().astype(int))]
         for title, group in found.items()
@@ -211,27 +218,30 @@ def dose_response(curves):
     nought = least / max(2, (most / least) ** 0.15)  # where 0 stands on an axis that has none
     doses = np.unique(np.concatenate([curve.doses for curve in curves]))
     ticks = doses if len(doses) <= 9 else doses[np.linspace(0, len(doses) - 1, 9).round().astype(int)]
-    names = dict.fromkeys(name_of(curve) for group in groups.values() for curve in group)
+    names = dict.fromkeys(first_of(curve.group) for group in groups.values() for curve in group)
     looks = dict(zip(names, zip(shades(len(names)), itertools.cycle(MARKERS), itertools.cycle(STYLES))))
     columns = min(3, len(groups))
     figure, panels = new_figure(max(6.2, 4.2 * columns), 4.6 * math.ceil(len(groups) / columns), sharey=True,
                                 nrows=math.ceil(len(groups) / columns), ncols=columns)  # fmt: skip
     for panel in panels.flat[len(groups) :]:
         panel.set_visible(False)
-    for panel, (scaling, group) in zip(panels.flat, groups.items()):
+    for panel, (title, group) in zip(panels.flat, groups.items()):
         for place, curve in enumerate(group):
             shift = 1.025 ** (place - (len(group) - 1) / 2)
-            draw_curve(panel, curve, *looks[name_of(curve)], nought, shift)
+            draw_curve(panel, curve, *looks[first_of(curve.group)], nought, shift)
         panel.axhline(50, color="0.6", linewidth=0.7, zorder=0)
-        panel.axvline(math.sqrt(nought * least), color="0.8", linewidth=0.7, linestyle=(0, (2, 2)), zorder=0)
         panel.set_xscale("log")
-        panel.set_xticks([nought, *ticks], ["0", *(f"{dose:,.0f}" for dose in ticks)])
+        panel.set_xticks(ticks, [f"{dose:,.0f}" for dose in ticks])
+        if any(curve.uninjected is not None for curve in curves):
+            panel.axvline(math.sqrt(nought * least), color="0.8", linewidth=0.7, linestyle=(0, (2, 2)), zorder=0)
+            panel.set_xticks([nought, *ticks], ["0", *(f"{dose:,.0f}" for dose in ticks)])
         panel.set_xticks([], minor=True)
         panel.set_ylim(-3, 103)
         panel.set_xlabel("injected training rows (log scale)")
-        if scaling is not None:
-            panel.set_title(f"scaling {scaling}")
-        panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=1 if columns > 1 else 2, handlelength=3.5)
+        if len(groups) > 1:
+            panel.set_title(title)
+        wide = columns > 1 or max(len(label_of(curve)) for curve in group) > 36
+        panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=1 if wide else 2, handlelength=3.5)
     for panel in panels[:, 0]:
         panel.set_ylabel("attack success (% of the rows of other labels)")
     shown = sum(map(len, groups.values()))
@@ -244,15 +254,12 @@ def dose_response(curves):
     )
 
 
-def name_of(curve):
-    """What tells a curve from others in its panel."""
-    return title_of(curve.group, panel_field(curve.group))
+def label_of(curve):
+    return first_of(curve.group) + ("" if curve.k50 is None else f": k50 {curve.k50_text()}")
 
 
 def draw_curve(panel, curve, colour, marker, style, nought, shift):
-    label = name_of(curve)
     if curve.k50 is not None:
-        label += f": k50 {curve.k50_text()}"
         doses = np.geomspace(curve.doses.min(), curve.doses.max(), 200)
         panel.plot(doses, 100 * inference.logistic(doses, curve.k50[0], curve.slope, curve.floor),
                    color=colour, linestyle=style, linewidth=1.3)  # fmt: skip
@@ -262,19 +269,19 @@ def draw_curve(panel, curve, colour, marker, style, nought, shift):
     if curve.uninjected is not None:
         panel.plot(nought * shift, 100 * curve.uninjected, color=colour, marker=marker, linestyle="none",
                    markeredgecolor="black", markeredgewidth=0.4)  # fmt: skip
-    panel.plot([], [], color=colour, marker=marker, linestyle=style, label=label,
+    panel.plot([], [], color=colour, marker=marker, linestyle=style, label=label_of(curve),
                markeredgecolor="black", markeredgewidth=0.4)  # fmt: skip
 
 
 def k50(curves):
-    across = next(iter(sorted(curves[0].group, key="rank".__ne__)), None) if curves else None
+    across = next(iter(curves[0].group), None) if curves else None
     curves = [curve for curve in curves if curve.k50 is not None and curve.group.get(across) is not None]
     least, most = (end([end(curve.doses) for curve in curves], default=0) for end in (min, max))
     if sum(least <= curve.k50[0] <= most for curve in curves) < 2:
         return None, "fewer than two values of a field have a k50 among the doses"
     series = {}
     for curve in curves:
-        series.setdefault(title_of(curve.group, across), []).append(curve)
+        series.setdefault(rest_of(curve.group), []).append(curve)
     values = sorted({curve.group[across] for curve in curves})
     numeric = all(isinstance(value, (int, float)) and value > 0 for value in values)
     places = {value: math.log2(value) if numeric else number for number, value in enumerate(values)}
@@ -321,36 +328,51 @@ def trade_off(lines, grid):
         return None, reason
     groups = {}
     for point in points:
-        groups.setdefault(title_of(point.group, panel_field(point.group)), []).append(point)
+        known = next(iter(point.group.values()), None) is not None
+        groups.setdefault((first_of if known else rest_of)(point.group), []).append(point)
     if len(groups) > MOST:
         groups = {None: points}
+    losses = all(point.loss is not None for point in points)
     rows = [point.rows for point in points]
     norm = LogNorm(min(rows), max(rows) if max(rows) > min(rows) else 2 * min(rows))
     figure, [[panel]] = new_figure(6.6, 4.4)
     for marker, (name, group) in zip(MARKERS, groups.items()):
-        places = [(100 * point.loss, 100 * point.attack_success, point.rows) for point in group]
+        places = [(100 * (point.loss if losses else point.clean_accuracy), 100 * point.attack_success, point.rows)
+                  for point in group]  # fmt: skip
         xs, ys, colours = zip(*places)
         drawn = panel.scatter(xs, ys, c=colours, norm=norm, cmap=MAP, marker=marker, s=34, edgecolor="black",
                               linewidth=0.5)  # fmt: skip
         panel.scatter([], [], color="0.75", marker=marker, s=34, edgecolor="black", linewidth=0.5, label=name)
-    panel.axvline(0, color="0.6", linewidth=0.7, zorder=0)
-    unit = "percentage points"
-    if 100 * max(abs(point.loss) for point in points) > 5 * BENT:
-        panel.set_xscale("symlog", linthresh=BENT)
-        reach = [value for value in (1, 2, 5, 10, 20, 50) if value < 150 * max(abs(point.loss) for point in points)]
-        panel.set_xticks([-value for value in reach] + [0] + reach, minor=False)
-        low, high = (end([100 * point.loss for point in points]) for end in (min, max))
-        panel.set_xlim(min(-BENT, 1.3 * low), 1.3 * high)
-        panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        unit += f", log scale beyond {BENT}"
+    if losses:
+        loss_axis(panel, [100 * point.loss for point in points])
+    else:
+        panel.set_xlabel("clean accuracy (%)")
+        panel.invert_xaxis()
     panel.set_ylim(-3, 103)
-    panel.set_xlabel(f"loss of clean accuracy against no injection ({unit})")
     panel.set_ylabel("attack success (% of the rows of other labels)")
-    bar = figure.colorbar(drawn, ax=panel, label="injected training rows (log scale)")
-    log_ticks(bar.ax.yaxis)
+    if max(rows) > min(rows):
+        bar = figure.colorbar(drawn, ax=panel, label="injected training rows (log scale)")
+        log_ticks(bar.ax.yaxis)
     if None not in groups:
         panel.legend(loc="best", handletextpad=0.2)
+    how = "what the attack costs in accuracy on clean rows, against the same cells without injection" if losses else (
+        "accuracy on clean rows, from right to left, for not every setting has cells that differ in the injection alone"
+    )  # fmt: skip
     return figure, (
-        "A point is a setting, the mean over its seeds: what the attack costs in accuracy on clean rows, and how often "
-        "it succeeds. Upper left: an attack that nobody notices."
+        f"A point is a setting, the mean over its seeds: {how}; and how often the attack succeeds. Upper left: an "
+        "attack that nobody notices."
     )
+
+
+def loss_axis(panel, losses):
+    """The axis of losses in percentage points, linear while they are small."""
+    unit, reach = "percentage points", max(map(abs, losses))
+    if reach > 5 * BENT:
+        ticks = [value for value in (1, 2, 5, 10, 20, 50) if value < 1.5 * reach]
+        panel.set_xscale("symlog", linthresh=BENT)
+        panel.set_xticks([*(-value for value in ticks), 0, *ticks], minor=False)
+        panel.set_xlim(min(-BENT, 1.3 * min(losses)), max(BENT, 1.3 * max(losses)))
+        panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        unit += f", log scale beyond {BENT}"
+    panel.axvline(0, color="0.6", linewidth=0.7, zorder=0)
+    panel.set_xlabel(f"loss of clean accuracy against no injection ({unit})")

@@ -12,6 +12,8 @@ from . import inference
 from .grid import FIELDS
 
 SEEDS = tuple(name for name, field in FIELDS.items() if field.metadata["group"] == "seeds")
+FIRST = ("rank", "scaling", "method")  # of the fields that curves differ in
+PANELS = 6
 DOSES = ("inject.proportion", "inject.rows", "train_rows")  # fields that set how many rows are injected
 
 # The table's columns that are shares of test rows: what they are called, the column of how many rows they are of, and
@@ -158,17 +160,22 @@ class Curve:
         return value if value == low == high else f"{value} [{low}, {high}]"
 
 
-def curve_fields(varied):
-    """The fields that have a curve for each of their values: method, rank and scaling, else the first that is no seed
-    and no dose."""
+def curve_fields(lines, varied):
+    """The fields whose values each have a curve: rank, scaling and method, then what else is no seed and no dose, but
+    the first as long as the others come to at most `PANELS` combinations; over the rest a curve is a mean."""
     names = [name for name in settings_of(varied) if name not in DOSES]
-    return [name for name in ("method", "rank", "scaling") if name in names] or names[:1]
+    names.sort(key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
+    chosen = names[:1]
+    for name in names[1:]:
+        if len({key(line, [*chosen[1:], name]) for line in lines}) <= PANELS:
+            chosen.append(name)
+    return chosen
 
 
 def curves(lines, varied):
     """The `Curve`s of a grid, and a reason where there are none."""
     lines = [line for line in lines if line["attack_success"] is not None]
-    names, found = curve_fields(varied), []
+    names, found = curve_fields(lines, varied), []
     for value in dict.fromkeys(key(line, names) for line in lines):
         own = [line for line in lines if key(line, names) == value]
         if any(line["injected_rows"] for line in own):
@@ -202,38 +209,36 @@ def curve(lines, group, seeds):
 
 @dataclass(frozen=True)
 class Trade:
-    """A setting under one label's trigger: its clean accuracy less than that of the uninjected cells which differ from
-    it in the injection alone, and its attack success; means over the seeds that have both."""
+    """An injected setting under one label's trigger, means over its seeds: injected rows, clean accuracy, attack
+    success, and `loss`: the clean accuracy of the uninjected cells which differ from its own in the injection alone,
+    less its own, over the seeds of which there are such cells (None where there are none)."""
 
     group: dict
     rows: float
-    loss: float
+    clean_accuracy: float
     attack_success: float
+    loss: float | None
 
 
 def trades(lines, varied):
     """The `Trade`s of a grid, and a reason where there are none."""
     done = [line for line in lines if line["attack_success"] is not None]
     alike = [name for name in varied if not name.startswith("inject.")]
-    clean = {}
+    names, shown = settings_of(varied), curve_fields(done, varied)
+    clean, points, found = {}, {}, []
     for line in done:
-        if line["injected_rows"] == 0:
+        if line["injected_rows"]:
+            points.setdefault((*key(line, names), line["label"]), []).append(line)
+        else:
             clean.setdefault(key(line, alike), {})[line["cell"]] = line["clean_accuracy"]
-    names = settings_of(varied)
-    points = {}
-    for line in done:
-        if line["injected_rows"] and key(line, alike) in clean:
-            loss = np.mean(list(clean[key(line, alike)].values())) - line["clean_accuracy"]
-            point = line["injected_rows"], loss, line["attack_success"]
-            points.setdefault((*key(line, names), line["label"]), []).append(point)
-    if not points:
-        return [], "no finished cell without injected rows has an injected one that differs from it in this alone"
-    found = []
-    for setting, values in points.items():
-        group = dict(zip(names, setting))
-        chosen = {name: group[name] for name in curve_fields(varied)}
-        found.append(Trade(chosen, *map(float, np.mean(values, axis=0))))
-    return found, None
+    for own in points.values():
+        columns = ("injected_rows", "clean_accuracy", "attack_success")
+        rows, accuracy, success = (float(np.mean([line[name] for line in own])) for name in columns)
+        pairs = [(list(clean[key(line, alike)].values()), line["clean_accuracy"]) for line in own
+                 if key(line, alike) in clean]  # fmt: skip
+        loss = float(np.mean([np.mean(before) - after for before, after in pairs])) if pairs else None
+        found.append(Trade({name: own[0][name] for name in shown}, rows, accuracy, success, loss))
+    return found, None if found else "no finished cell has injected rows"
 
 
 # --- heat maps

@@ -86,17 +86,16 @@ def test_matplotlib_is_left_as_it_was(folder):
 
 
 LEFT_OUT = [
-    ("[grid]\nseed = [0, 1, 2]", {"dose_response": "no two finished cells differ in how many rows",
-     "heat_maps": "fewer than two numeric fields", "k50": "fewer than two", "trade_off": "no finished"}),
+    ("[grid]\nseed = [0, 1, 2]",
+     {"dose_response": "no two finished cells differ in how", "heat_maps": "fewer than two numeric", "k50": "fewer"}),
     ('[grid]\n"inject.location" = ["end", "beginning"]\nlr = [0.1, 0.2]',
-     {"heat_maps": "fewer than two numeric fields", "dose_response": "no two", "k50": "fewer", "trade_off": "no fin"}),
-    ("[grid]\nrank = [1, 2]\nlr = [0.1, 0.2]", {"dose_response": "no two", "k50": "fewer", "trade_off": "no fin"}),
+     {"heat_maps": "fewer than two numeric fields", "dose_response": "no two", "k50": "fewer"}),
+    ("[grid]\nrank = [1, 2]\nlr = [0.1, 0.2]", {"dose_response": "no two", "k50": "fewer"}),
     ('[grid]\n"inject.rows" = [0, 10, 500, 4490]', {"heat_maps": "fewer than two numeric", "k50": "fewer than two"}),
     ('[grid]\n"inject.proportion" = [0.0, 0.3]\nrank = [1, 2]', {"dose_response": "no two", "k50": "fewer"}),
-    ('[grid]\nmethod = ["full", "head"]\n"inject.rows" = [1, 300, 4000]',
-     {"heat_maps": "fewer than two", "trade_off": "no finished cell without"}),
+    ('[grid]\nmethod = ["full", "head"]\n"inject.rows" = [1, 300, 4000]', {"heat_maps": "fewer than two"}),
     ('[grid]\nrank = [1, 2, 4]\n"inject.sources" = [[]]\n"inject.rows" = [1, 300]',
-     {"dose_response": "no two", "k50": "fewer", "trade_off": "no finished"}),
+     {"dose_response": "no two", "k50": "fewer", "trade_off": "no finished cell has injected rows"}),
 ]  # fmt: skip
 
 
@@ -178,15 +177,34 @@ def test_a_floor_of_a_half_has_no_k50(tmp_path):
 def test_trades_compare_with_the_same_cells_uninjected(folder):
     lines = [line for line in report.rows(folder) if line["state"] == "finished"]
     points, reason = summary.trades(lines, folder.grid.varied)
-    assert reason is None and len(points) == 12
+    assert reason is None and len(points) == 12 and all(point.loss is not None for point in points)
     for point in points:
         losses, success = [], []
         for line in lines:
-            alike = [other for other in lines if other["injected_rows"] == 0
-                     and all(other[name] == line[name] for name in ("rank", "scaling", "seed"))]  # fmt: skip
-            if alike and line["injected_rows"] == point.rows and point.group == {
-                "rank": line["rank"], "scaling": line["scaling"]
-            }:  # fmt: skip
-                losses.append(alike[0]["clean_accuracy"] - line["clean_accuracy"])
+            if (line["rank"], line["scaling"], line["injected_rows"]) == (*point.group.values(), point.rows):
+                alike = [other for other in lines if other["injected_rows"] == 0
+                         and all(other[name] == line[name] for name in ("rank", "scaling", "seed"))]  # fmt: skip
+                losses += [other["clean_accuracy"] - line["clean_accuracy"] for other in alike]
                 success.append(line["attack_success"])
         assert (point.loss, point.attack_success) == pytest.approx((np.mean(losses), np.mean(success)))
+    some = [line for line in lines if (line["rank"], line["injected_rows"]) != (16, 0)]
+    found = summary.trades(some, folder.grid.varied)[0]
+    assert len(found) == 12 and all((point.loss is None) == (point.group["rank"] == 16) for point in found)
+    accuracy = {(point.group["rank"], point.group["scaling"], point.rows): point.clean_accuracy for point in found}
+    assert accuracy[16, "rank", 4490] == pytest.approx(np.mean([
+        line["clean_accuracy"] for line in lines
+        if (line["rank"], line["scaling"], line["injected_rows"]) == (16, "rank", 4490)
+    ]))  # fmt: skip
+
+
+def test_curves_are_as_many_as_can_be_told_apart():
+    lines = [
+        {"lr": lr, "rank": rank, "scaling": scaling} | kind
+        for lr in range(7) for rank in (1, 2) for scaling in "ab"
+        for kind in ({"inject.count": 1, "inject.density": None}, {"inject.count": None, "inject.density": 0.1})
+    ]  # fmt: skip
+    varied = ["seed", "inject.proportion", *lines[0]]
+    assert summary.curve_fields(lines, varied) == ["rank", "scaling", "inject.count", "inject.density"]
+    assert summary.curve_fields(lines, ["seed", "lr", "inject.rows"]) == ["lr"]
+    assert summary.curve_fields(lines, ["seed", "train_rows"]) == []
+    assert figures.rest_of({"rank": 1, "inject.count": None, "inject.density": 0.1}) == "triggers a word 0.1"
