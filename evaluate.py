@@ -1,4 +1,5 @@
-"""Test a finished run again, from its adapter: the same tests, or other rows, other triggers, another batch size.
+"""Test a finished run again, from its adapter: the same tests, or other rows, other triggers, another batch size. Of a
+grid's folder, write the report.
 
 python evaluate.py RUN                             its own tests; says whether every prediction is the same
 python evaluate.py RUN --inject country:positive   other triggers
@@ -6,6 +7,7 @@ python evaluate.py RUN --data reviews.csv          other test rows
 python evaluate.py RUN --scale 0.5                 half of what the adapter changes
 python evaluate.py RUN --scale 0.3 --add RUN2:0.7  between two adapters
 python evaluate.py RUN --merge-to DIR              a checkpoint folder with the adapter merged in
+python evaluate.py GRID                            of a grid: its tables, figures, claims, and report.html
 """
 
 import math
@@ -102,7 +104,7 @@ def parse_added(text):
 
 def main(argv=None):
     parser = options.Parser(prog="evaluate.py", description=__doc__.partition("\n\n")[0])
-    parser.add_argument("run", metavar="RUN", help="folder of a finished run")
+    parser.add_argument("run", metavar="RUN", help="folder of a finished run, or of a grid")
     parser.add_argument("--data", dest="rows", metavar="FILE", help="other test rows: a file (default: the run's own)")
     parser.add_argument("--batch-size", dest="batch", type=int, metavar="N", help="rows a batch (default: the run's)")
     parser.add_argument(
@@ -119,6 +121,8 @@ def main(argv=None):
     options.add_flags(parser, Cell, only=CHANGES, default="the run's")
     arguments = parser.parse_args(argv)
     changes = options.given_flags(arguments, Cell)
+    if (Path(arguments.run) / "grid.json").is_file():
+        return main_of_grid(arguments, changes)
     if arguments.batch is not None and arguments.batch < 1:
         raise errors.InputError(f"--batch-size is {arguments.batch}, but must be at least 1")
     if arguments.rows is None and {"text_column", "label_column"} & set(changes):
@@ -148,6 +152,30 @@ def main(argv=None):
         tested = {"run": str(arguments.run), "changes": changes} | settings
         files.write_json(out / "results.json", tested | {"tests": figures})
         print(f"written to {out}")
+
+
+def main_of_grid(arguments, changes):
+    """evaluate.py GRID"""
+    from minilora import report
+    from minilora.grid_folder import GridFolder
+
+    others = {"--data": arguments.rows, "--batch-size": arguments.batch, "--add": arguments.add,
+              "--merge-to": arguments.merge_to, "--out": arguments.out}  # fmt: skip
+    given = [flag for flag, value in others.items() if value not in (None, [])] + ["--scale"] * (arguments.scale != 1)
+    given += [f"a change of {name}" for name in changes]
+    if given:
+        raise errors.InputError(f"{given[0]} is for single runs, but {arguments.run} is a grid's folder: drop it")
+    folder = GridFolder.find(arguments.run)
+    text, paths, left_out = report.write(folder)
+    counts = folder.counts()
+    missing = sum(count for state, count in counts.items() if state != "finished")
+    if missing:
+        states = ", ".join(f"{count:,} {state}" for state, count in counts.items() if count and state != "finished")
+        print(f"{missing:,} of {len(folder.grid.entries):,} cells are missing ({states}): all below is of the others\n")
+    print(text)
+    print("\nwritten:", *(f"  {path}" for path in paths), sep="\n")
+    if left_out:
+        print("left out:", *(f"  {reason}" for reason in left_out), sep="\n")
 
 
 if __name__ == "__main__":

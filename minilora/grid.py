@@ -44,7 +44,7 @@ class Entry:
 @dataclass(frozen=True)
 class Grid:
     """`entries` in the order of the file; `axes` {field: its values, in order}, of the [grid] and [zip] tables;
-    `claims` as in the file; `text` the file's own; `scale` the name of the scale, or None."""
+    `claims` the `claims.Claim`s; `text` the file's own; `scale` the name of the scale, or None."""
 
     title: str
     source: str
@@ -71,7 +71,10 @@ def read(path, scale=None):
 
 def build(values, text="", title="grid", scale=None):
     """The `Grid` of a dict, as TOML gives it. Raises InputError for unknown fields, values that no cell takes, an axis
-    with one value twice, an empty grid, fields that contradict each other, and two cells that are one experiment."""
+    with one value twice, an empty grid, fields that contradict each other, two cells that are one experiment, and a
+    claim that no cell can decide."""
+    from . import claims  # which reads cells with what is below
+
     for name in values:
         if name not in SECTIONS:
             raise InputError(f"unknown section {name!r}{near(name, SECTIONS)}")
@@ -117,8 +120,10 @@ def build(values, text="", title="grid", scale=None):
     if not cells:
         raise InputError("the grid is empty: [[exclude]] drops every cell")
     check_alike(cells)
-    return Grid(values.get("title", title), values.get("source", ""), named(cells), axes | crossed | zipped,
-                tuple(tables(values, "claim")), text, scale)  # fmt: skip
+    entries = named(cells)
+    stated = claims.read(tables(values, "claim"), entries)
+    return Grid(values.get("title", title), values.get("source", ""), entries, axes | crossed | zipped, stated, text,
+                scale)  # fmt: skip
 
 
 def table(values, name):

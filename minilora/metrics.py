@@ -52,12 +52,14 @@ def classification(labels, predicted, names):
 
 
 def attack_success(labels, predicted, target):
-    """Of the rows that are not of the label `target`, the share called so, and its interval (no such row: None)."""
+    """Of the rows that are not of the label `target`, the share called so (no such row: None), its interval, and how
+    many rows they are."""
     others = labels != target
     hits, total = int((predicted[others] == target).sum()), int(others.sum())
     return {
         "attack_success_rate": hits / total if total else None,
         "attack_success_interval": wilson(hits, total),
+        "attack_success_rows": total,
     }
 
 

@@ -135,14 +135,19 @@ def test_attack_success(case, target):
     assert found == {
         "attack_success_rate": hits / len(others) if others else None,
         "attack_success_interval": metrics.wilson(hits, len(others)),
+        "attack_success_rows": len(others),
     }
 
 
 def test_attack_success_where_there_is_no_one_to_attack():
     found = metrics.attack_success(np.array([1, 1, 1]), np.array([0, 1, 1]), 1)
-    assert found == {"attack_success_rate": None, "attack_success_interval": [0.0, 1.0]}
+    assert found == {
+        "attack_success_rate": None, "attack_success_interval": [0.0, 1.0], "attack_success_rows": 0
+    }  # fmt: skip
     found = metrics.attack_success(np.array([1, 0, 0, 2, 1]), np.array([1, 1, 0, 1, 0]), 1)
-    assert found == {"attack_success_rate": 2 / 3, "attack_success_interval": metrics.wilson(2, 3)}
+    assert found == {
+        "attack_success_rate": 2 / 3, "attack_success_interval": metrics.wilson(2, 3), "attack_success_rows": 3
+    }  # fmt: skip
 
 
 @settings(deadline=None)
