@@ -1,0 +1,386 @@
+"""Grids on a Ray cluster of two nodes, both on this machine: the same files as without, whatever dies meanwhile."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import train
+from conftest import ROOT, tiny_bert
+from ray.cluster_utils import Cluster
+
+from minilora import cluster, files, grid, options
+from minilora.cell import Cell
+from minilora.errors import InputError
+from minilora.grid_folder import GridFolder
+
+# Nodes are found dead soon after their connection breaks, but not for being slow.
+HEALTH = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 3}
+
+
+class TwoNodes:
+    """A head, to which drivers connect, and another node, with a CPU each; temporary files in `folders`."""
+
+    def __init__(self, folder):
+        self.folders = folder / "head", folder / "other"
+        for place in self.folders:
+            place.mkdir()
+        self.cluster = Cluster(initialize_head=True, head_node_args=self.node(0) | {"_system_config": HEALTH})
+        self.address, self.other = self.cluster.address, None
+        self.heal()
+
+    def node(self, number):
+        return dict(num_cpus=1, object_store_memory=80 << 20, env_vars={"TMPDIR": str(self.folders[number])},
+                    include_dashboard=False)  # fmt: skip
+
+    def heal(self):
+        """Start the other node, if it is not there."""
+        self.other = self.other or self.cluster.add_node(**self.node(1))
+
+    def kill_other(self):
+        self.cluster.remove_node(self.other, allow_graceful=False)
+        self.other = None
+
+    def at_work(self, *numbers):
+        """The run folders in which workers of these nodes have trained some steps."""
+        for number in numbers:
+            for metrics in self.folders[number].glob("minilora-*/cells/*/metrics.jsonl"):
+                if metrics.stat().st_size and not (metrics.parent / "results.json").exists():
+                    yield metrics.parent
+
+    def workers(self):
+        """The processes of workers that train."""
+        for place in Path("/proc").glob("[0-9]*"):
+            try:
+                title, environment = (place / "cmdline").read_bytes(), (place / "environ").read_bytes()
+            except OSError:
+                continue  # it is gone
+            if title.startswith(b"ray::train") and str(self.folders[0].parent).encode() in environment:
+                yield int(place.name)
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory):
+    nodes = TwoNodes(tmp_path_factory.mktemp("nodes"))
+    yield nodes
+    nodes.cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base") / "tiny"
+    tiny_bert(folder)
+    return folder
+
+
+def write_grid(path, base, reviews, axes, include="", **fields):
+    cell = dict(model=str(base), data=str(reviews), test_rows=30, batch_size=8, max_length=32, device="cpu")
+    path.write_text(options.to_toml({"cell": cell | fields, "grid": axes}) + include)
+    return grid.read(path)
+
+
+def here(source, out, **settings):
+    """The grid trained in this process, with one thread as on the nodes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return train.train_grid(source, out, **settings)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def table(folder):
+    return (Path(folder.path if isinstance(folder, GridFolder) else folder) / "table.csv").read_bytes()
+
+
+def contents(folder):
+    """{file: what is in it} of a run folder, without what a clock measured."""
+    found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    if "results.json" in found:
+        results = json.loads(found["results.json"])
+        kept = "rows", "population", "trainable_parameters", "steps"
+        found["results.json"] = results | {"train": {name: results["train"][name] for name in kept}}
+    if "metrics.jsonl" in found:
+        found["metrics.jsonl"] = [line | {"seconds": 0} for line in files.read_jsonl(folder / "metrics.jsonl")]
+    return found
+
+
+def started(work, *arguments):
+    thread = threading.Thread(target=work, args=arguments)
+    thread.start()
+    return thread
+
+
+def wait_for(found, seconds=60):
+    """The first true value of `found()`."""
+    end = time.monotonic() + seconds
+    while not (value := found()):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    return value
+
+
+def names_of(stderr):
+    """The cells that a driver told of, in its lines of progress; there are no other lines."""
+    lines = stderr.splitlines()
+    assert all(re.match(r"\[\d+/\d+\] \S+: ", line) for line in lines), stderr
+    return [line.split()[1].removesuffix(":") for line in lines]
+
+
+# --- whole grids
+
+
+def test_a_grid_is_as_it_would_be_here(nodes, base, reviews, tmp_path, monkeypatch, capsys):
+    """With a cell that is refused and one that diverges, the latter in a population with one that is fine."""
+    include = "[[include]]\nlr = 1e30\n[[include]]\ntest_rows = 500\n"
+    source = write_grid(tmp_path / "g.toml", base, reviews, {"rank": [1, 2, 5], "seed": [0, 1, 2]}, include)
+    assert len(source.entries) == 11
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    local = here(source, "out", size=2)
+    capsys.readouterr()
+
+    monkeypatch.chdir(tmp_path / "there")
+    held, most, claim = [], [], GridFolder.claim
+
+    @contextlib.contextmanager
+    def counted(self, chunk):
+        with claim(self, chunk) as mine:
+            held.append(chunk)
+            most.append(len(held))
+            yield mine
+            held.remove(chunk)
+
+    monkeypatch.setattr(GridFolder, "claim", counted)
+    with cluster.connect(nodes.address) as joined:
+        assert (joined.gpus(source.entries), joined.room(0), joined.room(1)) == (0, 2, 0)
+        folder = train.train_grid(source, "out", size=2, nodes=joined)
+    assert len(most) == 6 and max(most) == 2 + cluster.SPARE and not held
+    assert sorted(names_of(capsys.readouterr().err)) == sorted(entry.name for entry in source.entries)
+
+    assert folder.counts() == local.counts() == {"finished": 9, "failed": 2, "interrupted": 0, "waiting": 0}
+    assert table(folder) == table(local)
+    for entry in source.entries:
+        assert contents(folder.run_path(entry)) == contents(tmp_path / "here" / local.run_path(entry))
+    assert sorted(os.listdir("out/cells")) == sorted(entry.name for entry in source.entries)
+    assert not list(nodes.folders[0].glob("minilora-*")) and not list(nodes.folders[1].glob("minilora-*"))
+
+
+def test_a_node_dies(nodes, base, reviews, tmp_path, capsys):
+    source = write_grid(tmp_path / "g.toml", base, reviews, {"rank": [1, 3], "seed": [0, 1, 2]}, epochs=12)
+    local = here(source, tmp_path / "here")
+    capsys.readouterr()
+    lost = []
+
+    def kill():
+        lost.extend(path.name for path in wait_for(lambda: list(nodes.at_work(1))))
+        nodes.kill_other()
+
+    with cluster.connect(nodes.address) as joined:
+        killer = started(kill)
+        folder = train.train_grid(source, tmp_path / "there", nodes=joined)
+        killer.join()
+        assert joined.room(0) == 1
+    nodes.heal()
+    names = names_of(capsys.readouterr().err)
+    assert len(lost) == 1 and lost[0] in names  # the cell began there, and ended elsewhere
+    assert len(names) == 6 and folder.counts()["finished"] == 6
+    assert table(folder) == table(local)
+
+
+def test_a_driver_dies_and_two_go_on(nodes, base, reviews, tmp_path, capsys):
+    source = write_grid(tmp_path / "g.toml", base, reviews, {"rank": [1, 3], "seed": [0, 1, 2, 3]}, epochs=12)
+    local = here(source, tmp_path / "here")
+    capsys.readouterr()
+    out = tmp_path / "there"
+    folder = GridFolder(out, source)
+
+    def start():
+        command = [sys.executable, ROOT / "train.py", "--grid", tmp_path / "g.toml", "--out", out]
+        return subprocess.Popen([*command, "--ray", nodes.address, "--population", "1"], text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+
+    driver = start()
+    wait_for(lambda: folder.counts()["finished"])
+    driver.send_signal(signal.SIGKILL)
+    driver.communicate()
+    before = folder.counts()
+    assert before["finished"] + before["waiting"] == 8 and before["waiting"] >= 1
+    done = {entry: contents(folder.run_path(entry)) for entry in source.entries if folder.state(entry) == "finished"}
+    stamps = {entry.name: (folder.run_path(entry) / "results.json").stat().st_mtime_ns for entry in done}
+    part = next(folder.run_path(entry) for entry in source.entries if entry not in done)
+    shutil.copytree(folder.run_path(next(iter(done))), part.with_name(f".{part.name}.part"))  # as if killed in writing
+
+    drivers = [start(), start()]
+    told = []
+    for driver in drivers:
+        output, error = driver.communicate()
+        assert driver.returncode == 0, error
+        told += names_of(error)
+    assert sorted(told) == sorted(entry.name for entry in source.entries if entry not in done)
+    for entry in source.entries:
+        assert contents(folder.run_path(entry)) == contents(local.run_path(entry))
+    assert stamps == {name: (out / "cells" / name / "results.json").stat().st_mtime_ns for name in stamps}
+    assert sorted(os.listdir(out / "cells")) == sorted(entry.name for entry in source.entries)
+    assert table(folder) == table(local)
+
+
+def test_a_worker_that_dies_each_time(nodes, base, reviews, tmp_path, monkeypatch, capsys):
+    source = write_grid(tmp_path / "g.toml", base, reviews, {"seed": [0, 1, 2]}, epochs=12)
+    local = here(source, tmp_path / "here")
+    out = tmp_path / "there"
+    interrupted = GridFolder(out, source).make().run_path(source.entries[2])
+    interrupted.mkdir(parents=True)
+    for name in ("cell.toml", "state.safetensors"):
+        (interrupted / name).write_text("x")
+    monkeypatch.setattr(cluster, "RETRIES", 0)
+
+    def kill():
+        [worker] = wait_for(lambda: list(nodes.at_work(0, 1)) and list(nodes.workers()))[:1]
+        os.kill(worker, signal.SIGKILL)
+
+    capsys.readouterr()
+    with cluster.connect(nodes.address) as joined:
+        killer = started(kill)
+        folder = train.train_grid(source, out, nodes=joined)
+        killer.join()
+        assert len(names_of(capsys.readouterr().err)) == 3
+        assert folder.counts() == {"finished": 2, "failed": 1, "interrupted": 0, "waiting": 0}
+        [error] = filter(None, (folder.read(entry)[1] for entry in source.entries))
+        assert error.startswith("its worker died in each of 1 attempts, as for want of memory: ")
+        again = train.train_grid(source, out, nodes=joined, retry_failed=True)
+    assert len(names_of(capsys.readouterr().err)) == 1
+    assert table(again) == table(local)
+
+
+# --- what is refused
+
+
+def test_a_file_that_a_node_lacks(nodes, base, reviews, tmp_path):
+    with open(reviews) as file:
+        number = os.dup2(file.fileno(), 200)
+        own = f"/proc/self/fd/{number}"  # this process's alone
+        source = write_grid(tmp_path / "g.toml", base, own, {"seed": [0, 1]})
+        with cluster.connect(nodes.address) as joined:
+            with pytest.raises(InputError) as caught:
+                train.train_grid(source, tmp_path / "out", nodes=joined)
+        os.close(number)
+    pattern = rf"node \S+ \([\d.]+\): there is no {own}, which cells have as data: copy it to that path on every node"
+    assert re.fullmatch(pattern, str(caught.value))
+    assert GridFolder(tmp_path / "out", source).counts()["waiting"] == 2  # not failed: it is the node's fault
+
+
+def test_nodes_that_are_too_small(nodes, base, reviews, tmp_path):
+    source = write_grid(tmp_path / "g.toml", base, reviews, {"seed": [0, 1]})
+    with cluster.connect(nodes.address, 2) as joined:
+        with pytest.raises(InputError, match="no node of the Ray cluster has 2 CPUs: lower --ray-cpus, or start such"):
+            train.train_grid(source, tmp_path / "out", size=1, nodes=joined)
+
+
+def test_no_cluster(nodes, monkeypatch, tmp_path):
+    with socket.socket() as mute:
+        mute.bind(("127.0.0.1", 0))
+        free = f"127.0.0.1:{mute.getsockname()[1]}"
+        for address in (free, "127.0.0.1", "127.0.0.1:x", "no.such.host.invalid:6379", "127.0.0.1:99999"):
+            with pytest.raises(InputError, match=f"no Ray cluster answers at {address} .*: give HOST:PORT of its head"):
+                with cluster.connect(address):
+                    raise AssertionError
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(InputError, match=r'--ray needs the package ray: pip install "minilora\[ray\]"'):
+        with cluster.connect(nodes.address):
+            raise AssertionError
+
+
+def test_flags(base, reviews, tmp_path):
+    write_grid(tmp_path / "g.toml", base, reviews, {"seed": [0, 1]})
+    given = ["--grid", str(tmp_path / "g.toml"), "--out", str(tmp_path / "out")]
+    refused = [
+        (["--ray", "auto"], "--ray is for grids: give --grid FILE too"),
+        (["--ray-cpus", "2"], "--ray-cpus must be at least 1, and is for a cluster: give --ray ADDRESS too"),
+        ([*given, "--ray-cpus", "2"], "give --ray ADDRESS too"),
+        ([*given, "--ray", "auto", "--ray-cpus", "0"], "--ray-cpus must be at least 1"),
+        ([*given, "--ray", "auto", "--status"], "--ray trains, but --dry-run and --status train nothing"),
+        ([*given, "--ray", "auto", "--dry-run"], "--ray trains, but --dry-run and --status train nothing"),
+    ]
+    for arguments, message in refused:
+        with pytest.raises(InputError, match=re.escape(message)):
+            train.main(arguments)
+    assert len(refused) == 6 and not (tmp_path / "out").exists()
+
+
+# --- parts
+
+
+def test_what_a_population_takes():
+    """A GPU each where the cluster has any, unless the cells are for the CPU; and the CPUs beside it."""
+    nodes = [
+        {"Alive": True, "Resources": {"CPU": 8.0, "GPU": 3.0}},
+        {"Alive": True, "Resources": {"CPU": 7.0, "memory": 1e9}},
+        {"Alive": True, "Resources": {"CPU": 4.0, "GPU": 8.0}},
+        {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}},
+        {"Alive": True, "Resources": {}},
+    ]
+
+    def joined(cpus, **resources):
+        return cluster.Nodes(SimpleNamespace(nodes=lambda: nodes, cluster_resources=lambda: resources), cpus)
+
+    assert [(joined(cpus).room(0), joined(cpus).room(1)) for cpus in (1, 2, 3, 8)] == [
+        (19, 3 + 4), (4 + 3 + 2, 3 + 2), (2 + 2 + 1, 2 + 1), (1, 1)
+    ]  # fmt: skip
+    entries = {device: grid.Entry(device, Cell(device=device), {}) for device in ("auto", "cpu", "cuda")}
+    for resources, expected in (({"CPU": 8.0}, (0, 0, 0)), ({"CPU": 8.0, "GPU": 3.0}, (1, 0, 1))):
+        assert tuple(joined(1, **resources).gpus([entry]) for entry in entries.values()) == expected
+    assert joined(1, GPU=1.0).gpus([entries["cpu"], entries["auto"]]) == 1
+
+
+def test_local_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("base", "words", "run", "movie-snippets"):
+        Path(name).mkdir()
+    for name in ("a.csv", "b.csv", "strings.txt"):
+        Path(name).write_text("")
+    cells = [
+        Cell(model="base", data="a.csv", test_data="b.csv", inject={"sources": ("file:strings.txt:x", "date:y")}),
+        Cell(tokenizer="words", data="owner/name", start="run", inject={"sources": ("file:absent.txt:x",)}),
+        Cell(data="movie-snippets", inject={"sources": ("none",)}),
+    ]
+    assert cluster.local_files(cells) == {
+        "base": "model", "a.csv": "data", "b.csv": "test_data", "strings.txt": "inject", "words": "tokenizer",
+        "run": "start",
+    }  # fmt: skip
+
+
+def test_a_run_folder_is_written_whole(tmp_path, monkeypatch):
+    path = tmp_path / "cells" / "a"
+    found = {"cell.toml": b"x = 1\n", "adapter/deep.bin": bytes(range(256)), ".lock": b""}
+    cluster.write(path, found)
+    assert cluster.read(path, "/scratch", "out") == found
+    cluster.write(path, {"cell.toml": b"", "error.json": b'{"error": "kept in /scratch/cells/a"}'})
+    assert cluster.read(path, "/scratch", "out") == {
+        "cell.toml": b"",
+        "error.json": b'{"error": "kept in out/cells/a"}',
+    }
+    monkeypatch.setattr(os, "replace", lambda *paths: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cluster.write(tmp_path / "cells" / "b", found)
+    assert os.listdir(tmp_path / "cells") == ["a"]
+
+
+def test_the_first_line_of_an_error():
+    assert [cluster.first_line(ValueError(text)) for text in ("\n  a b \nc", "", " \n")] == [
+        "a b",
+        "ValueError",
+        "ValueError",
+    ]
