@@ -102,7 +102,7 @@ def train_population(members, base, eval_every, save_every, merge_to, start):
     import torch
 
     from minilora import batches, compiling, console, planner, roof, training
-    from minilora.member import assemble, sizes_of
+    from minilora.member import assemble, shapes_of
     from minilora.population import Population
 
     say, cell, setting = console.say, members[0].cell, members[0].setting
@@ -115,7 +115,7 @@ def train_population(members, base, eval_every, save_every, merge_to, start):
     steps = max(member.schedule.steps for member in members)
     first = planner.first_step(members)
     compiled, reason = compiling.compiles(cell, device, steps - first)
-    sizes = sizes_of(members, compiled)
+    shapes = shapes_of(members, compiled)
     length = sum(member.lengths.sum() for member in members) / sum(len(member.lengths) for member in members)
     rate = roof.matmul_rate(int(len(members) * cell.batch_size * length), setting.spec, setting.dtype, device)
 
@@ -147,7 +147,7 @@ def train_population(members, base, eval_every, save_every, merge_to, start):
         rows_done = sum(member.schedule.rows_before(min(first, member.schedule.steps)) for member in members)
         rows_total = sum(member.schedule.rows_before(member.schedule.steps) for member in members)
         with console.Progress("training", rows_total, rows_done) as progress:
-            for step, micro_batches in batches.ahead(partial(assemble, members, sizes), first, steps, device):
+            for step, micro_batches in batches.ahead(partial(assemble, members, *shapes), first, steps, device):
                 log.add(step, *update(micro_batches, rates[step]))
                 last = step + 1 == steps
                 saving = (step + 1) % save_every == 0 or last
@@ -291,6 +291,7 @@ def main(argv=None):
     grids.add_argument(
         "--grid", metavar="FILE", help="TOML file with many cells, or the folder of a grid (see ablations/)"
     )
+    grids.add_argument("--scale", metavar="NAME", help="one of the file's scales, such as study (default: small)")
     grids.add_argument(
         "--dry-run", action="store_true", help="show the cells and what they will take, and train nothing"
     )
@@ -329,7 +330,7 @@ def main(argv=None):
                 f"a grid's file has all fields of its cells: put {next(iter(flags))} into its [cell] instead of a flag"
             )
         return main_of_grid(arguments)
-    for name in ("dry_run", "status", "only", "retry_failed", "ray"):
+    for name in ("scale", "dry_run", "status", "only", "retry_failed", "ray"):
         if getattr(arguments, name):
             raise errors.InputError(f"--{name.replace('_', '-')} is for grids: give --grid FILE too")
     if arguments.resume:
@@ -371,11 +372,12 @@ def main_of_grid(arguments):
         raise errors.InputError("--ray trains, but --dry-run and --status train nothing: drop one")
     if Path(arguments.grid).is_dir():
         folder = GridFolder.find(arguments.grid)
-        if arguments.out and Path(arguments.out) != folder.path:
-            raise errors.InputError(f"{arguments.grid} is a grid's folder, and its --out: drop --out")
+        if arguments.out or arguments.scale:
+            raise errors.InputError(f"{arguments.grid} is a grid's folder already: drop --out and --scale")
     else:
-        source = grid.read(arguments.grid)
-        folder = GridFolder(arguments.out or Path("grids") / Path(arguments.grid).stem, source)
+        found = grid.read(arguments.grid, arguments.scale)
+        name = "-".join(filter(None, (Path(arguments.grid).stem, found.scale)))
+        folder = GridFolder(arguments.out or Path("grids") / name, found)
         folder.check()
     only = grid.parse_only(arguments.only, folder.grid)
     if arguments.status:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 SIZES = 32  # different padded lengths at most
+TOKENS = 1024  # of a pass on a CPU: with more, products are no faster, and what the backward needs grows
 AHEAD = 4  # steps whose batches are made before they are asked for
 
 
@@ -60,6 +61,15 @@ def epoch(lengths, batch_size, window, seed, number):
             part = part[np.argsort(lengths[part], kind="stable")]
         batches += [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
     return [batches[i] for i in random.permutation(len(batches))]
+
+
+def passes(rows, lengths, most):
+    """The index array `rows` of a batch in 1, 2, 4, ... parts of about as many rows, so that none has over `most`
+    tokens once it is padded, if it can be helped. `lengths` [all rows] in tokens."""
+    longest, count = int(lengths[rows].max()), 1
+    while -(-len(rows) // count) * longest > most and count < len(rows):
+        count *= 2
+    return np.array_split(rows, min(count, len(rows)))
 
 
 def padded_sizes(lengths, most=SIZES):

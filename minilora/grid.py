@@ -6,6 +6,8 @@
     [zip]                      fields that move together: lists of one length, crossed with the rest
     [[include]]                more cells: what they change of [cell]; a list of a field's values is crossed
     [[exclude]]                cells to leave out: those that have all of these values (or one of each list)
+    [scale.NAME]               what is so at one scale alone (`--scale NAME`, by default `small`): `preset`, a field of
+                               all cells, or a list of its values: an axis in the place of [grid]'s, or of all cells
     [[claim]]                  what the grid is to decide, stated beforehand: see `claims.py`
 
 A field whose value is itself a list (`targets`, "inject.sources") takes lists of lists where others take lists.
@@ -23,7 +25,8 @@ from .coverage import parse_targets
 from .errors import InputError
 from .presets import PRESETS
 
-SECTIONS = ("title", "source", "cell", "grid", "zip", "include", "exclude", "claim")
+SMALL = "small"  # the scale that is taken where a file has it and no other is asked for
+SECTIONS = ("title", "source", "cell", "grid", "zip", "include", "exclude", "scale", "claim")
 FIELDS = {f.name: f for f in fields(Cell) if f.name != "inject"} | {f"inject.{f.name}": f for f in fields(Inject)}
 # Words for folder names, where the field's own is long.
 SHORT = {"inject.sources": "", "inject.proportion": "p", "inject.rows": "rows", "targets": ""}
@@ -41,7 +44,7 @@ class Entry:
 @dataclass(frozen=True)
 class Grid:
     """`entries` in the order of the file; `axes` {field: its values, in order}, of the [grid] and [zip] tables;
-    `claims` as in the file; `text` the file's own."""
+    `claims` as in the file; `text` the file's own; `scale` the name of the scale, or None."""
 
     title: str
     source: str
@@ -49,6 +52,7 @@ class Grid:
     axes: dict
     claims: tuple
     text: str
+    scale: str | None = None
 
     @property
     def varied(self):
@@ -56,16 +60,16 @@ class Grid:
         return list(dict.fromkeys(name for entry in self.entries for name in entry.varied))
 
 
-def read(path):
-    """The `Grid` in a TOML file. Raises InputError, naming the file and the field."""
+def read(path, scale=None):
+    """The `Grid` in a TOML file, at one of its scales or as it stands. Raises InputError, naming the file and field."""
     values = options.read_toml(path)
     try:
-        return build(values, Path(path).read_text(encoding="utf-8-sig"), Path(path).stem)
+        return build(values, Path(path).read_text(encoding="utf-8-sig"), Path(path).stem, scale)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
 
 
-def build(values, text="", title="grid"):
+def build(values, text="", title="grid", scale=None):
     """The `Grid` of a dict, as TOML gives it. Raises InputError for unknown fields, values that no cell takes, an axis
     with one value twice, an empty grid, fields that contradict each other, and two cells that are one experiment."""
     for name in values:
@@ -74,10 +78,11 @@ def build(values, text="", title="grid"):
     for name in ("title", "source"):
         if not isinstance(values.get(name, ""), str):
             raise InputError(f"{name} is {values[name]!r}, but must be a string")
-    cell, crossed, zipped = (table(values, name) for name in ("cell", "grid", "zip"))
-    base = base_cell(cell)
-    crossed, zipped = flat(crossed, "grid"), flat(zipped, "zip")
-    for name, axis in (crossed | zipped).items():
+    scale, preset, scaled, axes = scale_of(table(values, "scale"), scale)
+    base = base_cell(table(values, "cell"), preset, scaled)
+    crossed, zipped = flat(table(values, "grid"), "grid"), flat(table(values, "zip"), "zip")
+    crossed |= {name: axes.pop(name) for name in list(axes) if name in crossed}
+    for name, axis in (crossed | zipped | axes).items():
         check_axis(name, axis, twice=name in zipped)
     if twice := crossed.keys() & zipped.keys():
         raise InputError(f"{min(twice)} is in [grid] and in [zip]: drop one of them")
@@ -92,7 +97,7 @@ def build(values, text="", title="grid"):
         changes = [combined | row for combined in product(crossed) for row in together or [{}]]
     for number, extra in enumerate(tables(values, "include"), 1):
         changes += product(alternatives(flat(extra, f"include {number}")))
-    changes = changes or [{}]
+    changes = [extra | change for extra in product(axes) for change in changes or [{}]]
     excluded = [
         alternatives(flat(rule, f"exclude {number}")) for number, rule in enumerate(tables(values, "exclude"), 1)
     ]
@@ -112,8 +117,8 @@ def build(values, text="", title="grid"):
     if not cells:
         raise InputError("the grid is empty: [[exclude]] drops every cell")
     check_alike(cells)
-    return Grid(values.get("title", title), values.get("source", ""), named(cells), crossed | zipped,
-                tuple(tables(values, "claim")), text)  # fmt: skip
+    return Grid(values.get("title", title), values.get("source", ""), named(cells), axes | crossed | zipped,
+                tuple(tables(values, "claim")), text, scale)  # fmt: skip
 
 
 def table(values, name):
@@ -130,14 +135,36 @@ def tables(values, name):
     return found
 
 
-def base_cell(values):
-    values = dict(values)
+def scale_of(scales, name):
+    """(The name of the scale that is taken or None, its preset or None, its {field: value}, its {field: axis})."""
+    for title, values in scales.items():
+        if not isinstance(values, dict):
+            raise InputError(f"[scale] {title} is {values!r}, but must be a table: [scale.{title}]")
+        flat({key: value for key, value in values.items() if key != "preset"}, f"scale.{title}")
+    if name is None and SMALL in scales:
+        name = SMALL
+    if name is None:
+        return None, None, {}, {}
+    if name not in scales:
+        there = f"there are: {', '.join(scales)}" if scales else "the file has none"
+        raise InputError(f"there is no scale {name!r} ({there})")
+    values = dict(scales[name])
     preset = values.pop("preset", None)
-    if preset is not None and preset not in PRESETS:
-        raise InputError(f"[cell] preset is {preset!r}, but must be one of {', '.join(PRESETS)}")
-    changes = nested(flat(values, "cell"))
+    values = flat(values, f"scale.{name}")
+    axes = {field: value for field, value in values.items() if is_axis(field, value)}
+    return name, preset, {field: value for field, value in values.items() if field not in axes}, axes
+
+
+def base_cell(values, preset, scaled):
+    """The cell that a preset, [cell] and the scale's own fields make."""
+    values = dict(values)
+    own = values.pop("preset", None)
+    for name in (own, preset):
+        if name is not None and name not in PRESETS:
+            raise InputError(f"preset is {name!r}, but must be one of {', '.join(PRESETS)}")
     try:
-        return Cell().replace(**PRESETS.get(preset, {})).replace(**changes)
+        cell = Cell().replace(**PRESETS.get(preset or own, {})).replace(**nested(flat(values, "cell")))
+        return cell.replace(**nested(scaled))
     except InputError as error:
         raise InputError(f"[cell]: {error}") from None
 
@@ -189,12 +216,15 @@ def check_axis(name, axis, twice=False):
 
 def alternatives(change):
     """{field: list of its values} of a table in which a field may have one value or a list of them."""
-    axes = {}
-    for name, value in change.items():
-        several = isinstance(value, list) and (not takes_list(name) or any(isinstance(item, list) for item in value))
-        axes[name] = value if several else [value]
-        check_axis(name, axes[name])
+    axes = {name: value if is_axis(name, value) else [value] for name, value in change.items()}
+    for name, axis in axes.items():
+        check_axis(name, axis)
     return axes
+
+
+def is_axis(name, value):
+    """Whether it is a list of a field's values, and not one of them."""
+    return isinstance(value, list) and (not takes_list(name) or any(isinstance(item, list) for item in value))
 
 
 def product(axes):

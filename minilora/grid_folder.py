@@ -1,7 +1,7 @@
 """The folder of a grid: what its cells leave on disk, who is at work on which, and what is left to do.
 
 grid.toml           the grid's file, as given
-grid.json           version, and each cell's folder
+grid.json           version, scale, and each cell's folder
 populations.json    which cells are trained together: settled once, so that a killed grid ends as it would have
 cells/NAME/         a run folder each (`run.py`), with error.json in it where the cell failed
 table.csv           a line a cell and trigger, once all are done (`evaluate.py` writes it with the rest)
@@ -36,7 +36,7 @@ class GridFolder:
         path = Path(path)
         if not (path / "grid.json").is_file():
             raise InputError(f"{path} is not a grid's folder: it has no grid.json")
-        folder = cls(path, grid.read(path / "grid.toml"))
+        folder = cls(path, grid.read(path / "grid.toml", read_json(path / "grid.json")["scale"]))
         folder.check()
         return folder
 
@@ -62,6 +62,7 @@ class GridFolder:
 
     def make(self):
         """Make the folder, unless it is there. Raises InputError as `check`."""
+        self.check()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -71,7 +72,9 @@ class GridFolder:
             if not (self.path / "grid.json").exists():
                 files.write_text(self.path / "grid.toml", self.grid.text)
                 names = [entry.name for entry in self.grid.entries]
-                files.write_json(self.path / "grid.json", {"minilora": __version__, "cells": names})
+                files.write_json(
+                    self.path / "grid.json", {"minilora": __version__, "scale": self.grid.scale, "cells": names}
+                )
         return self
 
     @contextlib.contextmanager
@@ -93,7 +96,7 @@ class GridFolder:
             if (chunks := self.planned()) is None:
                 chunks = settle(self.grid.entries)
                 names = [[entry.name for entry in chunk] for chunk in chunks]
-                files.write_json(self.path / "populations.json", names)
+                files.write_json(self.path / "populations.json", {"populations": names})
         return chunks
 
     def planned(self):
@@ -101,7 +104,7 @@ class GridFolder:
         if not (self.path / "populations.json").exists():
             return None
         entries = {entry.name: entry for entry in self.grid.entries}
-        return [[entries[name] for name in chunk] for chunk in read_json(self.path / "populations.json")]
+        return [[entries[name] for name in chunk] for chunk in read_json(self.path / "populations.json")["populations"]]
 
     @contextlib.contextmanager
     def claim(self, chunk):

@@ -162,14 +162,13 @@ class Member:
             self.run.start_metrics(self.meters["step"])
             yield self
 
-    def micro_batches(self, step, sizes):
-        """The batches of a step, for the CPU; none once all steps are done."""
+    def micro_batches(self, step, sizes, most):
+        """The batches of a step, for the CPU, of at most `most` tokens; none once all steps are done."""
         if step >= self.schedule.steps:
             return []
+        parts = [part for rows in self.schedule.rows_at(step) for part in batches.passes(rows, self.lengths, most)]
         pad_id = self.setting.tokenizer.pad_id
-        return [
-            batches.collate(self.encoded, rows, sizes, pad_id, self.answers) for rows in self.schedule.rows_at(step)
-        ]
+        return [batches.collate(self.encoded, part, sizes, pad_id, self.answers) for part in parts]
 
     def dropout_key(self, step, number):
         """31 bits that dropout follows in micro-batch `number` of a step."""
@@ -251,17 +250,21 @@ class Member:
         console.say(f"merged     {folder}: {export.describe(merged)}")
 
 
-def sizes_of(members, few):
-    """The padded lengths of the members' batches: `few` for a compiled step, else all that rows have."""
+def shapes_of(members, few):
+    """(Padded lengths, most tokens of a pass) of the members' batches: for a compiled step `few` lengths, and all rows
+    in one pass, as on accelerators; else all lengths that rows have, and long batches in several passes."""
     lengths = np.concatenate([member.lengths for member in members])
-    return batches.padded_sizes(lengths) if few else np.unique(lengths)
+    if few:
+        return batches.padded_sizes(lengths), math.inf
+    device = members[0].setting.device
+    return np.unique(lengths), batches.TOKENS if device.type == "cpu" else math.inf
 
 
-def assemble(members, sizes, step):
-    """The micro-batches of a step, each one `Batch` of all members' own."""
+def assemble(members, sizes, most, step):
+    """The micro-batches of a step, each one `Batch` of all members' own; `sizes`, `most`: see `shapes_of`."""
     filler = population.IGNORED if members[0].cell.task == "classification" else 0
     drops = any(member.cell.dropout for member in members)
-    parts = zip_longest(*(member.micro_batches(step, sizes) for member in members))
+    parts = zip_longest(*(member.micro_batches(step, sizes, most) for member in members))
     return [
         population.join(
             own,

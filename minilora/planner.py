@@ -10,7 +10,7 @@ import torch
 
 from . import training
 from .console import say
-from .member import Member, assemble, sizes_of
+from .member import Member, assemble, shapes_of
 from .population import Population, shared
 from .run import Run
 
@@ -60,7 +60,7 @@ def trial(members, base, repeats=2):
     device = members[0].setting.device
     flat = training.Flat([member.parameters for member in members])
     population = Population([member.model for member in members], [member.layers for member in members], flat).train()
-    batch = assemble(members, sizes_of(members, False), members[0].meters["step"])[0].to(device)
+    batch = assemble(members, *shapes_of(members, False), members[0].meters["step"])[0].to(device)
     cuda = device.type == "cuda"
     before = torch.cuda.memory_allocated(device) if cuda else 0
     best = float("inf")

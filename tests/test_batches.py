@@ -272,3 +272,20 @@ def test_batches_for_a_gpu_are_pinned_in_the_background_and_copied_without_waiti
     ):
         found = [batch for _, [batch] in batches.ahead(lambda _: [Recorder()], 0, 6, torch.device(kind))]
         assert [batch.done for batch in found] == [wanted] * 6
+
+
+def test_passes_hold_every_row_once_and_few_tokens():
+    draw, cases = np.random.default_rng(3), 0
+    lengths = draw.integers(1, 60, 200)
+    for count in (1, 2, 7, 32):
+        for most in (1, 50, 300, 1024, np.inf):
+            rows = draw.choice(200, count, replace=False)
+            parts = batches.passes(rows, lengths, most)
+            np.testing.assert_array_equal(np.concatenate(parts), rows)
+            sizes = [len(part) for part in parts]
+            assert min(sizes) > 0 and max(sizes) - min(sizes) <= 1
+            assert max(sizes) == 1 or max(sizes) * lengths[rows].max() <= most
+            if len(parts) > 1 and len(parts) < count:  # no more than it takes
+                assert -(-count // (len(parts) // 2)) * lengths[rows].max() > most
+            cases += 1
+    assert cases == 20

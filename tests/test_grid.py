@@ -1,0 +1,191 @@
+"""A grid's file: which cells it makes, under which names, and what is refused before anything is trained."""
+
+import itertools
+
+import pytest
+from conftest import ROOT
+
+from minilora import grid, options
+from minilora.cell import Cell
+from minilora.errors import InputError
+
+
+def cells(**values):
+    return [entry.cell for entry in grid.build(values).entries]
+
+
+def test_crossed_axes_in_order():
+    made = cells(cell={"lr": 0.5}, grid={"rank": [2, 1], "inject.proportion": [0.0, 0.3, 1], "seed": [4, 0]})
+    wanted = [Cell(lr=0.5, rank=rank, seed=seed, inject={"proportion": proportion})
+              for rank, proportion, seed in itertools.product([2, 1], [0.0, 0.3, 1.0], [4, 0])]  # fmt: skip
+    assert made == wanted and len(made) == 12
+
+
+def test_both_spellings_of_an_injection():
+    made = cells(cell={"inject": {"location": "end"}}, grid={"inject": {"count": [1, 2]}, "inject.rows": [3, 4]})
+    assert made == [Cell(inject=dict(location="end", count=c, rows=n)) for c in (1, 2) for n in (3, 4)]
+
+
+def test_fields_that_move_together():
+    made = cells(grid={"seed": [0, 1]}, zip={"rank": [1, 8, 8], "alpha": [2.0, 4, 9]})
+    assert [(c.seed, c.rank, c.alpha) for c in made] == [(s, *pair) for s in (0, 1)
+                                                        for pair in ((1, 2.0), (8, 4.0), (8, 9.0))]  # fmt: skip
+
+
+def test_lists_as_values():
+    made = cells(grid={"targets": [["q"], ["q", "mlp"]]}, include=[{"targets": ["o"]},
+                 {"targets": [["k"], ["v", "up"]], "rank": [2, 3]}])  # fmt: skip
+    assert [(c.targets, c.rank) for c in made] == [
+        (("q",), 1), (("q", "mlp"), 1), (("o",), 1), (("k",), 2), (("k",), 3), (("v", "up"), 2), (("v", "up"), 3)
+    ]  # fmt: skip
+
+
+def test_included_and_excluded_cells():
+    made = cells(grid={"rank": [1, 2, 4], "seed": [0, 1]}, include=[{"method": "head", "seed": [0, 1]}, {"rank": 64}],
+                 exclude=[{"rank": [2, 4], "seed": 1}])  # fmt: skip
+    found = [(c.method, c.rank, c.seed) for c in made]
+    assert found == [("lora", 1, 0), ("lora", 1, 1), ("lora", 2, 0), ("lora", 4, 0), ("head", None, 0),
+                     ("head", None, 1), ("lora", 64, 0)]  # fmt: skip
+
+
+def test_without_axes_a_file_is_one_cell():
+    assert cells(cell={"rank": 3}) == [Cell(rank=3)]
+    assert cells(include=[{"rank": 3}]) == [Cell(rank=3)]
+
+
+def test_a_preset_is_below_the_files_own_fields():
+    [made] = cells(cell={"preset": "study", "lr": 0.25})
+    assert (made.optimizer, made.scaling, made.alpha, made.batch_size, made.lr) == ("adafactor", "rank", None, 64, 0.25)
+    assert (made.warmup, made.weight_decay, made.dropout, made.pooling) == (0.05, 1e-5, 0.05, "mean+last")
+
+
+def test_scales():
+    values = {"cell": {"rank": 2, "lr": 0.1}, "grid": {"seed": [0, 1]},
+              "scale": {"study": {"lr": 0.3, "seed": [5], "model": ["a", "b"], "inject": {"count": 2}}}}  # fmt: skip
+    assert [entry.cell for entry in grid.build(values).entries] == [Cell(rank=2, lr=0.1, seed=seed) for seed in (0, 1)]
+    made = grid.build(values, scale="study")
+    wanted = [Cell(rank=2, lr=0.3, seed=5, model=model, inject={"count": 2}) for model in "ab"]
+    assert [entry.cell for entry in made.entries] == wanted and made.scale == "study"
+    # An axis of a scale is one of included cells too, where [grid] has none of that name.
+    values["include"] = [{"rank": 9}]
+    made = [entry.cell for entry in grid.build(values, scale="study").entries]
+    more = [Cell(rank=rank, lr=0.3, seed=seed, model=model, inject={"count": 2})
+            for model in "ab" for rank, seed in ((2, 5), (9, 0))]  # fmt: skip
+    assert made == more
+    del values["include"]
+    values["scale"]["small"] = {"rank": 7, "preset": "study"}
+    made = grid.build(values)  # small is what a file is read at
+    assert made.scale == "small" and {(c.cell.rank, c.cell.lr, c.cell.optimizer) for c in made.entries} == {
+        (7, 0.1, "adafactor")
+    }
+    del values["scale"]["small"]
+    for given, message in ((values, "there are: study"), ({}, "the file has none")):
+        with pytest.raises(InputError, match=f"there is no scale 'large' .{message}"):
+            grid.build(given, scale="large")
+
+
+def test_names_say_what_varies_and_are_unique():
+    made = grid.build({"grid": {"rank": [1, 16], "targets": [["q", "v"], ["all"]], "inject.proportion": [0.05, 1.0],
+                                "scaling": ["constant"]}, "cell": {"inject": {"sources": ["date:a b/c"]}}})  # fmt: skip
+    names = [entry.name for entry in made.entries]
+    assert names[0] == f"rank-1_q-v_p-0.05_{made.entries[0].cell.id}" and len(set(names)) == 8
+    assert names[-1] == f"rank-16_all_p-1_{made.entries[-1].cell.id}"
+    assert made.varied == ["rank", "targets", "inject.proportion"]
+    assert made.entries[0].varied == {"rank": 1, "targets": ["q", "v"], "inject.proportion": 0.05}
+    [alone] = grid.build({}).entries
+    assert alone.name == Cell().id
+
+
+def test_long_and_strange_values_make_short_names():
+    made = grid.build({"grid": {"inject.sources": [[f"text:{'x/ ' * 90}{i}:a"] for i in range(3)]}})
+    assert len({entry.name for entry in made.entries}) == 3
+    assert all(len(entry.name) < 120 and "/" not in entry.name and " " not in entry.name for entry in made.entries)
+
+
+REFUSED = [
+    ({"cells": {}}, "unknown section 'cells': did you mean cell?"),
+    ({"cell": {"rnak": 1}}, "[cell]: unknown field 'rnak': did you mean rank?"),
+    ({"cell": {"rank": 0}}, "[cell]: rank is 0, but must be at least 1"),
+    ({"cell": {"preset": "mine"}}, "preset is 'mine', but must be one of study"),
+    ({"cell": 3}, "[cell] is 3, but must be a table"),
+    ({"title": 3}, "title is 3, but must be a string"),
+    ({"include": {"rank": 2}}, "[[include]] is {'rank': 2}, but must be tables"),
+    ({"grid": {"inject.proportoin": [1]}}, "[grid]: unknown field 'inject.proportoin': did you mean inject.proporti"),
+    ({"scale": {"rank": 3}}, "[scale] rank is 3, but must be a table: [scale.rank]"),
+    ({"scale": {"big": {"rnak": 3}}}, "[scale.big]: unknown field 'rnak': did you mean rank?"),
+    ({"grid": {"rank": 3}}, "the axis rank is 3, but must be a list of values"),
+    ({"grid": {"targets": ["q", "v"]}}, "but must be a list of lists, each of them one value"),
+    ({"grid": {"rank": []}}, "the grid is empty: the axis rank has no values"),
+    ({"grid": {"rank": [1, 2, 1]}}, "the axis rank has the value 1 twice: drop one"),
+    ({"grid": {"lr": [0.1, 0.10]}}, "the axis lr has the value 0.1 twice: drop one"),
+    ({"grid": {"seed": [1, 1.0]}}, "the axis seed has the value 1.0 twice: drop one"),
+    ({"grid": {"inject": {"rows": [1]}, "inject.rows": [2]}}, "[grid]: inject.rows is given twice"),
+    ({"grid": {"rank": [1]}, "zip": {"rank": [2]}}, "rank is in [grid] and in [zip]: drop one of them"),
+    ({"zip": {"rank": [1, 2], "lr": [0.1]}}, "the lists of [zip] must have one length, but have 1, 2"),
+    ({"zip": {"rank": [1, 1], "lr": [0.1, 0.1]}}, "[zip] has one combination of values twice: drop one"),
+    ({"grid": {"rank": [1, -2]}}, "rank = -2: rank is -2, but must be at least 1"),
+    ({"grid": {"epochs": [1], "steps": [5]}}, "epochs = 1, steps = 5: epochs and steps are both given"),
+    ({"grid": {"alpha": [1.0, 2.0], "scaling": ["constant", "rank"]}}, "alpha = 1.0, scaling = 'rank': alpha is given"),
+    ({"grid": {"rank": [1]}, "exclude": [{"rank": 2}]}, "[[exclude]] 1 matches no cell: mend or drop it"),
+    ({"grid": {"rank": [1]}, "exclude": [{"rank": 1}]}, "the grid is empty: [[exclude]] drops every cell"),
+    ({"grid": {"rank": [1]}, "include": [{"rank": 1}]}, "two cells are the same (rank = 1; rank = 1): drop one"),
+    ({"grid": {"targets": [["attn"], ["o", "v", "k", "q"]]}}, "two cells differ only in name"),
+    ({"grid": {"targets": [["q:4"], ["q"]]}, "cell": {"rank": 4}}, "two cells differ only in name"),
+    ({"grid": {"scaling": ["constant", "rank"]}, "cell": {"rank": 8}}, "two cells differ only in name"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("values,message", REFUSED)
+def test_refusals(values, message):
+    with pytest.raises(InputError) as caught:
+        grid.build(values)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_files(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text('[grid]\nrank = [1, 2]\n"inject.proportion" = [0.5]\n', encoding="utf-8")
+    made = grid.read(path)
+    assert (
+        [entry.cell.rank for entry in made.entries] == [1, 2] and made.text == path.read_text() and made.title == "mine"
+    )
+    path.write_text("[grid]\nrank = [1, 2,, 3]\n")
+    with pytest.raises(InputError, match="mine.toml is not readable TOML .*line 2"):
+        grid.read(path)
+    path.write_text("[grid]\nrnak = [1]\n")
+    with pytest.raises(InputError, match=r"mine.toml: \[grid\]: unknown field 'rnak'"):
+        grid.read(path)
+    with pytest.raises(InputError, match="does not exist"):
+        grid.read(tmp_path / "none.toml")
+
+
+def test_every_cell_goes_through_its_own_file():
+    """A run folder's cell.toml gives the cell of the grid back, whatever was crossed."""
+    made = grid.build({
+        "cell": {"preset": "study"}, "grid": {"inject.density": [0.1, 0.5], "head": ["frozen", "trained"]},
+        "include": [{"method": "head", "head": "trained"}, {"scaling": "rslora", "alpha": 3.0}],
+    })  # fmt: skip
+    for entry in made.entries:
+        assert options.build(Cell, options.tomllib.loads(entry.cell.to_toml())) == entry.cell
+    assert len(made.entries) == 6
+
+
+def test_only():
+    made = grid.build({"grid": {"rank": [1, 2], "targets": [["q"], ["k", "v"]], "lr": [0.1, 0.25]}})
+    only = grid.parse_only(["rank=2", "targets=k-v", "targets=q", "lr=0.25"], made)
+    assert only == {"rank": [2], "targets": [["k", "v"], ["q"]], "lr": [0.25]}
+    found = [entry.cell for entry in made.entries if grid.matches(entry.cell, only)]
+    assert [(c.rank, c.targets, c.lr) for c in found] == [(2, ("q",), 0.25), (2, ("k", "v"), 0.25)]
+    for text, message in (("rnak=2", "did you mean rank"), ("rank=3", "rank is one of 1, 2"), ("rank", "no cell has")):
+        with pytest.raises(InputError, match=message):
+            grid.parse_only([text], made)
+
+
+GRIDS = sorted((ROOT / "ablations").glob("**/*.toml"))
+
+
+@pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("scale", [None, "study"])
+def test_published_grids_are_whole(path, scale):
+    made = grid.read(path, scale)
+    assert made.title and made.source and made.entries and made.claims

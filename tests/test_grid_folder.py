@@ -1,0 +1,304 @@
+"""The folder of a grid: whole grids of a tiny base, killed, shared by processes, failing, and found again."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import train
+from conftest import ROOT, tiny_bert
+
+from minilora import errors, files, grid
+from minilora.errors import InputError
+from minilora.grid_folder import GridFolder, is_full
+
+STATES = ("finished", "failed", "interrupted", "waiting")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base") / "tiny"
+    tiny_bert(folder)
+    return folder
+
+
+@pytest.fixture
+def text(base, reviews):
+    """A grid's file: 6 cells of about 15 steps."""
+    return f"""
+title = "a tiny grid"
+source = "none"
+[cell]
+model = "{base}"
+data = "{reviews}"
+test_rows = 31
+max_length = 30
+batch_size = 6
+lr = 0.02
+dropout = 0.1
+[grid]
+rank = [2, 3]
+"inject.proportion" = [0.0, 0.5]
+[[include]]
+rank = 1
+seed = [0, 1]
+"""
+
+
+def write(folder, text, name="grid.toml"):
+    (folder / name).write_text(text, encoding="utf-8")
+    return folder / name
+
+
+def script(*arguments, **settings):
+    command = [sys.executable, ROOT / "train.py", *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **settings
+    )
+
+
+def outcome(process):
+    out, err = process.communicate()
+    return process.returncode, out, err
+
+
+def results_of(folder):
+    """Everything that the cells of a grid's folder came to, but what a clock says."""
+    found = {}
+    for path in sorted((folder / "cells").iterdir()):
+        for name in ("adapter/adapter_model.safetensors", "predictions.jsonl", "injected.jsonl"):
+            found[path.name, name] = (path / name).read_bytes()
+        found[path.name, "tests"] = json.loads((path / "results.json").read_text())["tests"]
+    return found
+
+
+def test_a_whole_grid(text, tmp_path):
+    out = tmp_path / "out"
+    code, shown, err = outcome(script("--grid", write(tmp_path, text), "--out", out))
+    assert code == 0, err
+    assert f"{out}: 6 cells, 6 finished" in shown and err.count("left\n") == 6 and "[6/6]" in err
+    names = sorted(path.name for path in (out / "cells").iterdir())
+    assert len(names) == 6 and (out / "grid.toml").read_text() == text
+    table = (out / "table.csv").read_text().splitlines()
+    assert len(table) == 7 and table[0].startswith("cell,id,state,rank,inject.proportion,seed,label,")
+    for line, entry in zip(table[1:], grid.read(tmp_path / "grid.toml").entries, strict=True):
+        name, id, state, rank, proportion, seed, label, *_ = line.split(",")
+        assert (name, id, state, label) == (entry.name, entry.cell.id, "finished", "positive")
+        assert (int(rank), float(proportion), int(seed)) == (
+            entry.cell.rank,
+            entry.cell.inject.proportion,
+            entry.cell.seed,
+        )
+        results = json.loads((out / "cells" / name / "results.json").read_text())
+        assert repr(results["tests"]["trigger"]["positive"]["attack_success_rate"]) in line.split(",")
+    # Cells come out as when they are trained alone.
+    entry = grid.read(tmp_path / "grid.toml").entries[3]
+    train.train(entry.cell, tmp_path / "alone")
+    for name in ("adapter/adapter_model.safetensors", "predictions.jsonl"):
+        assert (tmp_path / "alone" / name).read_bytes() == (out / "cells" / entry.name / name).read_bytes()
+    # Once more changes nothing, and says so.
+    before = results_of(out) | {"table": (out / "table.csv").stat().st_mtime_ns}
+    code, shown, err = outcome(script("--grid", out))
+    assert code == 0 and "6 finished" in shown and "[" not in err
+    assert before == results_of(out) | {"table": before["table"]}
+
+
+def test_killed_at_random_moments(text, tmp_path):
+    path = write(tmp_path, text)
+    train.train_grid(grid.read(path), tmp_path / "whole")
+    kills, states, draw = 0, set(), random.Random(3)
+    out = tmp_path / "killed"
+    while kills < 20:
+        process = script("--grid", path, "--out", out, start_new_session=True)
+        deadline = time.monotonic() + draw.uniform(0.5, 4.0)
+        while process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if process.poll() is not None:  # it got to the end: kill other grids until there were 20
+            assert outcome(process)[0] == 0
+            out = tmp_path / f"killed-{kills}"
+            continue
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        kills += 1
+        if out.exists() and (out / "grid.json").exists():
+            states |= {state for state, count in GridFolder.find(out).counts().items() if count}
+    assert kills == 20 and {"finished", "waiting"} <= states
+    for folder in sorted(tmp_path.glob("killed*")):
+        code, _, err = outcome(script("--grid", path, "--out", folder))
+        assert code == 0, err
+        assert (folder / "table.csv").read_bytes() == (tmp_path / "whole" / "table.csv").read_bytes()
+        assert results_of(folder) == results_of(tmp_path / "whole")
+
+
+def test_a_killed_population_ends_as_it_would_have(text, tmp_path, monkeypatch):
+    """Populations of three, stopped between the saves of two members, and again after one of them was finished."""
+    made = grid.read(write(tmp_path, text))
+    train.train_grid(made, tmp_path / "whole", size=3)
+    settled = json.loads((tmp_path / "whole" / "populations.json").read_text())["populations"]
+    assert settled == [[entry.name for entry in made.entries[i : i + 3]] for i in (0, 3)]
+
+    from minilora.member import Member
+
+    monkeypatch.setattr(train, "SAVE_EVERY", 4)
+    for method, number in (("save_state", 5), ("finish", 2)):
+        real, calls = getattr(Member, method), []
+
+        def stop(self, *arguments, real=real, calls=calls, number=number):
+            calls.append(self)
+            if len(calls) == number:
+                raise KeyboardInterrupt
+            return real(self, *arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Member, method, stop)
+            with pytest.raises(KeyboardInterrupt):
+                train.train_grid(made, tmp_path / "killed", size=3)
+        assert len(calls) == number
+    train.train_grid(made, tmp_path / "killed", size=2)  # the size was settled when it began
+    assert results_of(tmp_path / "killed") == results_of(tmp_path / "whole")
+    assert (tmp_path / "killed" / "table.csv").read_bytes() == (tmp_path / "whole" / "table.csv").read_bytes()
+
+
+def test_two_processes_share_the_work(text, tmp_path):
+    path, out = write(tmp_path, text), tmp_path / "out"
+    with ThreadPoolExecutor() as pool:
+        first, second = pool.map(outcome, [script("--grid", path, "--out", out) for _ in range(2)])
+    assert first[0] == second[0] == 0, first[2] + second[2]
+    done = [re.findall(r"\] (\S+): clean", err) for _, _, err in (first, second)]
+    assert sorted(done[0] + done[1]) == sorted(entry.name for entry in grid.read(path).entries)  # none twice
+    assert (out / "table.csv").exists()
+
+
+def test_a_cell_that_fails_is_recorded_and_the_rest_go_on(text, tmp_path):
+    made = grid.read(write(tmp_path, text + "[[include]]\nlr = 1e30\nclip = 0.0\n[[include]]\nmax_length = 900\n"))
+    folder = train.train_grid(made, tmp_path / "out", size=3)
+    assert folder.counts() == {"finished": 6, "failed": 2, "interrupted": 0, "waiting": 0}
+    errors_found = [folder.read(entry)[1] for entry in made.entries]
+    assert errors_found[:6] == [None] * 6 and "the loss is" in errors_found[6] and "37 positions" in errors_found[7]
+    table = (tmp_path / "out" / "table.csv").read_text().splitlines()
+    assert [line.split(",")[2] for line in table[1:]] == ["finished"] * 6 + ["failed"] * 2
+    before = results_of_finished = [
+        (folder.run_path(entry) / "results.json").stat().st_mtime_ns for entry in made.entries[:6]
+    ]
+    code, shown, _ = outcome(script("--grid", tmp_path / "out", "--status"))
+    assert (
+        code == 0 and "8 cells, 6 finished, 2 failed" in shown and "--retry-failed" in shown and "37 positions" in shown
+    )
+    train.train_grid(made, tmp_path / "out")  # failed ones are left alone
+    assert folder.counts()["failed"] == 2
+    folder = train.train_grid(made, tmp_path / "out", retry_failed=True)
+    assert folder.counts()["failed"] == 2
+    after = [(folder.run_path(entry) / "results.json").stat().st_mtime_ns for entry in made.entries[:6]]
+    assert before == after == results_of_finished
+
+
+def test_a_population_that_fails_as_a_whole_is_trained_one_by_one(text, tmp_path, monkeypatch):
+    real, sizes = train.train_all, []
+
+    def short_of_memory(members, *arguments, **settings):
+        sizes.append(len(members))
+        if len(members) > 1:
+            raise RuntimeError("out of memory")
+        return real(members, *arguments, **settings)
+
+    monkeypatch.setattr(train, "train_all", short_of_memory)
+    folder = train.train_grid(grid.read(write(tmp_path, text)), tmp_path / "out", size=3)
+    assert sizes == [3, 1, 1, 1, 3, 1, 1, 1] and folder.counts()["finished"] == 6
+
+
+def test_a_full_disk_stops_all_and_loses_nothing(text, tmp_path, monkeypatch):
+    made, real, calls = grid.read(write(tmp_path, text)), files.write_json, []
+
+    def full(path, value):
+        if path.name == "results.json":
+            calls.append(path)
+            if len(calls) == 3:
+                raise OSError(28, "No space left on device", str(path))
+        real(path, value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write_json", full)
+        with pytest.raises(InputError, match="no space is left for .*: make some and start again"):
+            train.train_grid(made, tmp_path / "out")
+    assert GridFolder(tmp_path / "out", made).counts() == {"finished": 2, "failed": 0, "interrupted": 1, "waiting": 3}
+    train.train_grid(made, tmp_path / "whole")
+    train.train_grid(made, tmp_path / "out")
+    assert results_of(tmp_path / "out") == results_of(tmp_path / "whole")
+
+
+def test_causes_of_a_full_disk():
+    inner = OSError(28, "No space left on device")
+    outer = RuntimeError("while saving")
+    outer.__cause__ = inner
+    assert is_full(inner) and is_full(outer) and not is_full(OSError(2, "none")) and not is_full(ValueError())
+
+
+def test_only_some(text, tmp_path):
+    made = grid.read(write(tmp_path, text))
+    folder = train.train_grid(made, tmp_path / "out", only={"rank": [3], "inject.proportion": [0.5]})
+    assert [folder.state(entry) for entry in made.entries] == ["waiting"] * 3 + ["finished"] + ["waiting"] * 2
+    assert not (tmp_path / "out" / "table.csv").exists()
+
+
+def test_a_dry_run_and_the_status_write_nothing(text, tmp_path):
+    path, out = write(tmp_path, text), tmp_path / "out"
+    code, shown, err = outcome(script("--grid", path, "--out", out, "--dry-run", "--population", 4))
+    assert code == 0, err
+    made = grid.read(path)
+    lines = [line.split() for line in shown.splitlines()[1:7]]
+    assert [line[0] for line in lines] == [entry.name for entry in made.entries]
+    assert [line[1] for line in lines] == ["1", "1", "1", "1", "2", "2"]
+    counts = [3 * 3 * rank * (24 + 24) + 2 * 24 + 2 for rank in (2, 2, 3, 3, 1, 1)]
+    assert [int(line[2].replace(",", "")) for line in lines] == counts
+    assert "6 cells in 2 populations, 6 of them left" in shown and all(len(line) <= 100 for line in shown.splitlines())
+    code, shown, _ = outcome(script("--grid", path, "--out", out, "--status"))
+    assert code == 0 and "6 cells, 6 waiting" in shown and not out.exists()
+
+
+def test_folders_that_hold_something_else(text, tmp_path):
+    made = grid.read(write(tmp_path, text))
+    folder = GridFolder(tmp_path / "out", made).make()
+    assert folder.counts() == dict(zip(STATES, (0, 0, 0, 6), strict=True))
+    assert GridFolder.find(tmp_path / "out").grid.entries == made.entries
+    other = grid.read(write(tmp_path, text.replace("[2, 3]", "[2, 5]"), "other.toml"))
+    with pytest.raises(InputError, match="was made by another grid: 4 cells differ, such as rank-"):
+        train.train_grid(other, tmp_path / "out")
+    record = json.loads((tmp_path / "out" / "grid.json").read_text())
+    files.write_json(tmp_path / "out" / "grid.json", record | {"minilora": "0.0.0"})
+    with pytest.raises(InputError, match="was made by minilora 0.0.0"):
+        train.train_grid(made, tmp_path / "out")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match="exists and is no grid's folder"):
+        train.train_grid(made, tmp_path / "mine")
+    with pytest.raises(InputError, match="cannot make the folder"):
+        train.train_grid(made, tmp_path / "mine" / "thesis.txt" / "deep")
+    with pytest.raises(InputError, match="is not a grid's folder"):
+        GridFolder.find(tmp_path / "mine")
+    assert os.listdir(tmp_path / "mine") == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("arguments,message", [
+    (["--grid", "grid.toml", "--rank", "3"], "put rank into its [cell] instead of a flag"),
+    (["--grid", "grid.toml", "--resume", "x"], "--resume is for single cells, but --grid is given"),
+    (["--grid", "grid.toml", "--merge-to", "x"], "--merge-to is for single cells, but --grid is given"),
+    (["--dry-run"], "--dry-run is for grids: give --grid FILE too"),
+    (["--retry-failed"], "--retry-failed is for grids"),
+    (["--grid", "grid.toml", "--only", "rank=9"], "no cell has that value (rank is one of 2, 3, 1)"),
+    (["--grid", "grid.toml", "--population", "0"], "--population must be at least 1"),
+    (["--grid", "none.toml"], "none.toml does not exist"),
+    (["--grid", "."], "is not a grid's folder"),
+])  # fmt: skip
+def test_refused_flags(arguments, message, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, text)
+    with pytest.raises(errors.InputError) as caught:
+        train.main(arguments)
+    assert message in str(caught.value) and os.listdir(tmp_path) == ["grid.toml"]
