@@ -16,6 +16,8 @@ import logging
 import os
 import shutil
 import socket
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -27,7 +29,14 @@ from .triggers import parse_all
 
 RETRIES = 2  # of a population whose worker or node died
 SPARE = 2  # populations that wait beside those at work, so that no node does
-PATIENCE = 5  # seconds that an address has to answer
+PATIENCE = 20  # seconds that a cluster has to answer
+PROBE = """
+import sys, ray
+try:
+    ray.init(sys.argv[1], log_to_driver=False, logging_level="ERROR")
+except Exception as error:
+    sys.exit(" ".join(str(error).split()))
+"""
 
 
 # --- the driver
@@ -44,27 +53,33 @@ def connect(address, cpus=1):
         import ray
     except ImportError as error:
         raise InputError('--ray needs the package ray: pip install "minilora[ray]"') from error
-    if address != "auto":
-        host, _, port = address.rpartition(":")
-        try:  # Ray itself would try for minutes
-            socket.create_connection((host, int(port)), PATIENCE).close()
-        except (OSError, ValueError, OverflowError) as error:
-            raise InputError(
-                f"no Ray cluster answers at {address} ({error}): give HOST:PORT of its head, or auto"
-            ) from error
+    check_answers(address)
     with tempfile.TemporaryDirectory() as code:
         copy_code(Path(code))
-        try:
-            ray.init(address, runtime_env={"working_dir": code}, log_to_driver=False, logging_level=logging.ERROR)
-        except Exception as error:
-            raise InputError(
-                f"cannot join the Ray cluster at {address} ({first_line(error)}): this machine must be a node of it, "
-                "see ray start --address"
-            ) from error
+        ray.init(address, runtime_env={"working_dir": code}, log_to_driver=False, logging_level=logging.ERROR)
     try:
         yield Nodes(ray, cpus)
     finally:
         ray.shutdown()
+
+
+def check_answers(address):
+    """Raise InputError for a cluster that cannot be joined. A process of its own tries, for Ray may do so for ever."""
+    command = [sys.executable, "-c", PROBE, address]
+    try:
+        subprocess.run(
+            command, timeout=PATIENCE, check=True, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
+    except subprocess.TimeoutExpired:
+        raise InputError(
+            f"no Ray cluster answers at {address} within {PATIENCE} s: give HOST:PORT of its head, or auto on a "
+            "machine that is a node of one that runs"
+        ) from None
+    except subprocess.CalledProcessError as error:
+        raise InputError(
+            f"cannot join the Ray cluster at {address}: {error.stderr.strip().splitlines()[-1]} (this machine must be "
+            "a node of it: see ray start --address)"
+        ) from None
 
 
 def copy_code(folder):
