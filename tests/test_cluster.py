@@ -49,25 +49,46 @@ class TwoNodes:
         self.other = self.other or self.cluster.add_node(**self.node(1))
 
     def kill_other(self):
+        """Kill the other node, all of its processes, once it trains; returns the names of the cells that it was at."""
+
+        def caught():
+            workers = list(self.workers(1))
+            for worker in workers:
+                signal_to(worker, signal.SIGSTOP)  # so that none ends before its node
+            if names := [path.name for path in self.at_work()]:
+                return workers, names
+            for worker in workers:
+                signal_to(worker, signal.SIGCONT)
+
+        workers, names = wait_for(caught)
         self.cluster.remove_node(self.other, allow_graceful=False)
+        for worker in workers:
+            signal_to(worker, signal.SIGKILL)
         self.other = None
+        assert names == [path.name for path in self.at_work()]
+        return names
 
-    def at_work(self, *numbers):
-        """The run folders in which workers of these nodes have trained some steps."""
-        for number in numbers:
-            for metrics in self.folders[number].glob("minilora-*/cells/*/metrics.jsonl"):
-                if metrics.stat().st_size and not (metrics.parent / "results.json").exists():
-                    yield metrics.parent
+    def at_work(self):
+        """The run folders on the other node in which a worker has trained some steps."""
+        for metrics in self.folders[1].glob("minilora-*/cells/*/metrics.jsonl"):
+            if metrics.stat().st_size and not (metrics.parent / "results.json").exists():
+                yield metrics.parent
 
-    def workers(self):
-        """The processes of workers that train."""
+    def workers(self, *numbers):
+        """The processes in which these nodes train."""
         for place in Path("/proc").glob("[0-9]*"):
             try:
                 title, environment = (place / "cmdline").read_bytes(), (place / "environ").read_bytes()
             except OSError:
                 continue  # it is gone
-            if title.startswith(b"ray::train") and str(self.folders[0].parent).encode() in environment:
+            own = any(f"TMPDIR={self.folders[number]}\0".encode() in environment for number in numbers)
+            if own and title.startswith(b"ray::train"):
                 yield int(place.name)
+
+
+def signal_to(process, number):
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process, number)
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +96,12 @@ def nodes(tmp_path_factory):
     nodes = TwoNodes(tmp_path_factory.mktemp("nodes"))
     yield nodes
     nodes.cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def joined(nodes):
+    with cluster.connect(nodes.address) as joined:
+        yield joined
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +176,7 @@ def names_of(stderr):
 # --- whole grids
 
 
-def test_a_grid_is_as_it_would_be_here(nodes, base, reviews, tmp_path, monkeypatch, capsys):
+def test_a_grid_is_as_it_would_be_here(nodes, joined, base, reviews, tmp_path, monkeypatch, capsys):
     """With a cell that is refused and one that diverges, the latter in a population with one that is fine."""
     include = "[[include]]\nlr = 1e30\n[[include]]\ntest_rows = 500\n"
     source = write_grid(tmp_path / "g.toml", base, reviews, {"rank": [1, 2, 5], "seed": [0, 1, 2]}, include)
@@ -172,9 +199,8 @@ def test_a_grid_is_as_it_would_be_here(nodes, base, reviews, tmp_path, monkeypat
             held.remove(chunk)
 
     monkeypatch.setattr(GridFolder, "claim", counted)
-    with cluster.connect(nodes.address) as joined:
-        assert (joined.gpus(source.entries), joined.room(0), joined.room(1)) == (0, 2, 0)
-        folder = train.train_grid(source, "out", size=2, nodes=joined)
+    assert (joined.gpus(source.entries), joined.room(0), joined.room(1)) == (0, 2, 0)
+    folder = train.train_grid(source, "out", size=2, nodes=joined)
     assert len(most) == 6 and max(most) == 2 + cluster.SPARE and not held
     assert sorted(names_of(capsys.readouterr().err)) == sorted(entry.name for entry in source.entries)
 
@@ -186,19 +212,14 @@ def test_a_grid_is_as_it_would_be_here(nodes, base, reviews, tmp_path, monkeypat
     assert not list(nodes.folders[0].glob("minilora-*")) and not list(nodes.folders[1].glob("minilora-*"))
 
 
-def test_a_node_dies(nodes, long, tmp_path, capsys):
+def test_a_node_dies(nodes, joined, long, tmp_path, capsys):
     local, lost = long[1], []
     capsys.readouterr()
 
-    def kill():
-        lost.extend(path.name for path in wait_for(lambda: list(nodes.at_work(1))))
-        nodes.kill_other()
-
-    with cluster.connect(nodes.address) as joined:
-        killer = started(kill)
-        folder = train.train_grid(local.grid, tmp_path / "there", nodes=joined)
-        killer.join()
-        assert joined.room(0) == 1
+    killer = started(lambda: lost.extend(nodes.kill_other()))
+    folder = train.train_grid(local.grid, tmp_path / "there", nodes=joined)
+    killer.join()
+    assert joined.room(0) == 1
     nodes.heal()
     names = names_of(capsys.readouterr().err)
     assert len(lost) == 1 and lost[0] in names  # the cell began there, and ended elsewhere
@@ -241,7 +262,7 @@ def test_a_driver_dies_and_two_go_on(nodes, long, tmp_path):
     assert sorted(os.listdir(cells)) == sorted(names) and table(folder) == table(local)
 
 
-def test_a_worker_that_dies_each_time(nodes, long, tmp_path, monkeypatch, capsys):
+def test_a_worker_that_dies_each_time(nodes, joined, long, tmp_path, monkeypatch, capsys):
     local, out = long[1], tmp_path / "there"
     interrupted = GridFolder(out, local.grid).make().run_path(local.grid.entries[2])
     interrupted.mkdir(parents=True)
@@ -250,19 +271,17 @@ def test_a_worker_that_dies_each_time(nodes, long, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(cluster, "RETRIES", 0)
 
     def kill():
-        [worker] = wait_for(lambda: list(nodes.at_work(0, 1)) and list(nodes.workers()))[:1]
-        os.kill(worker, signal.SIGKILL)
+        signal_to(wait_for(lambda: list(nodes.workers(0, 1)))[0], signal.SIGKILL)
 
     capsys.readouterr()
-    with cluster.connect(nodes.address) as joined:
-        killer = started(kill)
-        folder = train.train_grid(local.grid, out, nodes=joined)
-        killer.join()
-        assert len(names_of(capsys.readouterr().err)) == 6
-        assert folder.counts() == {"finished": 5, "failed": 1, "interrupted": 0, "waiting": 0}
-        [error] = filter(None, (folder.read(entry)[1] for entry in local.grid.entries))
-        assert error.startswith("its worker died in each of 1 attempts, as for want of memory: ")
-        again = train.train_grid(local.grid, out, nodes=joined, retry_failed=True)
+    killer = started(kill)
+    folder = train.train_grid(local.grid, out, nodes=joined)
+    killer.join()
+    assert len(names_of(capsys.readouterr().err)) == 6
+    assert folder.counts() == {"finished": 5, "failed": 1, "interrupted": 0, "waiting": 0}
+    [error] = filter(None, (folder.read(entry)[1] for entry in local.grid.entries))
+    assert error.startswith("its worker died in each of 1 attempts, as for want of memory: ")
+    again = train.train_grid(local.grid, out, nodes=joined, retry_failed=True)
     assert len(names_of(capsys.readouterr().err)) == 1
     assert table(again) == table(local)
 
@@ -270,25 +289,24 @@ def test_a_worker_that_dies_each_time(nodes, long, tmp_path, monkeypatch, capsys
 # --- what is refused
 
 
-def test_a_file_that_a_node_lacks(nodes, base, reviews, tmp_path):
+def test_a_file_that_a_node_lacks(joined, base, reviews, tmp_path):
     with open(reviews) as file:
         number = os.dup2(file.fileno(), 200)
         own = f"/proc/self/fd/{number}"  # this process's alone
         source = write_grid(tmp_path / "g.toml", base, own, {"seed": [0, 1]})
-        with cluster.connect(nodes.address) as joined:
-            with pytest.raises(InputError) as caught:
-                train.train_grid(source, tmp_path / "out", nodes=joined)
+        with pytest.raises(InputError) as caught:
+            train.train_grid(source, tmp_path / "out", nodes=joined)
         os.close(number)
     pattern = rf"node \S+ \([\d.]+\): there is no {own}, which cells have as data: copy it to that path on every node"
     assert re.fullmatch(pattern, str(caught.value))
     assert GridFolder(tmp_path / "out", source).counts()["waiting"] == 2  # not failed: it is the node's fault
 
 
-def test_nodes_that_are_too_small(nodes, base, reviews, tmp_path):
+def test_nodes_that_are_too_small(joined, base, reviews, tmp_path):
     source = write_grid(tmp_path / "g.toml", base, reviews, {"seed": [0, 1]})
-    with cluster.connect(nodes.address, 2) as joined:
-        with pytest.raises(InputError, match="no node of the Ray cluster has 2 CPUs: lower --ray-cpus, or start such"):
-            train.train_grid(source, tmp_path / "out", size=1, nodes=joined)
+    joined = cluster.Nodes(joined.ray, 2)
+    with pytest.raises(InputError, match="no node of the Ray cluster has 2 CPUs: lower --ray-cpus, or start such"):
+        train.train_grid(source, tmp_path / "out", size=1, nodes=joined)
 
 
 def test_no_cluster(nodes, monkeypatch):
