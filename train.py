@@ -6,6 +6,7 @@ python train.py --config FILE.toml                    a cell from a file, flags 
 python train.py --config A.toml B.toml ...            several cells, those that can be in one population
 python train.py --resume RUN                          go on with an interrupted run
 python train.py --grid FILE.toml --out DIR            many cells from one file; killed, the same line goes on
+python train.py --grid FILE.toml --out DIR --ray auto    the same on the Ray cluster that this machine is a node of
 """
 
 import contextlib
@@ -177,13 +178,13 @@ def train_population(members, base, eval_every, save_every, merge_to, start):
     together.detach()
 
 
-def train_grid(grid, out, *, size=None, only=None, retry_failed=False):
+def train_grid(grid, out, *, size=None, only=None, retry_failed=False, nodes=None):
     """Train the cells of a `grid.Grid` in the folder `out`, those that are left there; returns the `GridFolder`.
 
     `size` is how many cells a population has at most (default: see `planner.settle`). `only` {field: values} leaves
     the populations without such a cell for later. A cell that fails is recorded, and the others go on; `retry_failed`
-    tries those of before again. Other processes may be at work in the same folder. Raises InputError before any
-    training for a folder that holds something else.
+    tries those of before again. `nodes`: a `cluster.Nodes` to train on, instead of this machine. Other processes may
+    be at work in the same folder. Raises InputError before any training for a folder that holds something else.
     """
     from minilora import console, planner, report
     from minilora.grid import matches
@@ -194,14 +195,17 @@ def train_grid(grid, out, *, size=None, only=None, retry_failed=False):
     if retry_failed:
         folder.forget_failures()
     with console.quiet():
-        chunks = folder.populations(lambda entries: planner.settle(entries, size, settings))
+        chunks = folder.populations(lambda entries: (nodes or planner).settle(entries, size, settings))
     chunks = [chunk for chunk in chunks if any(matches(entry.cell, only or {}) for entry in chunk)]
     entries = [entry for chunk in chunks for entry in chunk]
     with console.Cells(len(entries), len(entries) - len(folder.left(entries))) as progress:
-        for chunk in chunks:
-            with folder.claim(chunk) as held:
-                if held:
-                    train_chunk(folder, folder.left(chunk), settings, progress)
+        if nodes:
+            nodes.train(folder, chunks, progress)
+        else:
+            for chunk in chunks:
+                with folder.claim(chunk) as held:
+                    if held:
+                        train_chunk(folder, folder.left(chunk), settings, progress)
     if not folder.left(grid.entries):
         report.write_table(folder)
     return folder
@@ -297,6 +301,10 @@ def main(argv=None):
     grids.add_argument("--only", metavar="FIELD=VALUE", nargs="+", default=[],
                        help="populations with a cell of these values alone")  # fmt: skip
     grids.add_argument("--retry-failed", action="store_true", help="train cells that failed again")
+    grids.add_argument("--ray", metavar="ADDRESS", help="train on the Ray cluster at HOST:PORT (auto: that which this "
+                       "machine is a node of), each population on a GPU, or on CPUs where there is none")  # fmt: skip
+    grids.add_argument("--ray-cpus", type=int, metavar="N",
+                       help="CPUs of a node for each population, and its threads (default: 1)")  # fmt: skip
     general.add_argument("--traceback", action="store_true", help="show the full trace of an error")
     options.add_flags(parser, Cell)
     arguments = parser.parse_args(argv)
@@ -311,18 +319,22 @@ def main(argv=None):
         raise errors.InputError(
             "--population must be at least 1, and is for several cells: give --grid, or several files to --config"
         )
+    if arguments.ray_cpus is not None and (arguments.ray_cpus < 1 or not arguments.ray):
+        raise errors.InputError("--ray-cpus must be at least 1, and is for a cluster: give --ray ADDRESS too")
     if arguments.grid:
         others = ("config", "preset", "resume", "merge_to", "eval_every")
         if given := [name for name in others if getattr(arguments, name)]:
             raise errors.InputError(
                 f"--{given[0].replace('_', '-')} is for single cells, but --grid is given: drop one"
             )
+        if arguments.save_every != SAVE_EVERY:
+            raise errors.InputError(f"--save-every is for single cells, and those of a grid take {SAVE_EVERY}: drop it")
         if flags:
             raise errors.InputError(
                 f"a grid's file has all fields of its cells: put {next(iter(flags))} into its [cell] instead of a flag"
             )
         return main_of_grid(arguments)
-    for name in ("scale", "dry_run", "status", "only", "retry_failed"):
+    for name in ("scale", "dry_run", "status", "only", "retry_failed", "ray"):
         if getattr(arguments, name):
             raise errors.InputError(f"--{name.replace('_', '-')} is for grids: give --grid FILE too")
     if arguments.resume:
@@ -363,6 +375,8 @@ def main_of_grid(arguments):
     from minilora import console, grid
     from minilora.grid_folder import GridFolder
 
+    if arguments.ray and (arguments.status or arguments.dry_run):
+        raise errors.InputError("--ray trains, but --dry-run and --status train nothing: drop one")
     if Path(arguments.grid).is_dir():
         folder = GridFolder.find(arguments.grid)
         if arguments.out or arguments.scale:
@@ -377,8 +391,13 @@ def main_of_grid(arguments):
         return print(console.grid_status(folder))
     if arguments.dry_run:
         return print("\n".join(console.grid_plan(folder, arguments.population, only)))
+    from minilora import cluster
+
+    joined = cluster.connect(arguments.ray, arguments.ray_cpus or 1) if arguments.ray else contextlib.nullcontext()
     try:
-        train_grid(folder.grid, folder.path, size=arguments.population, only=only, retry_failed=arguments.retry_failed)
+        with joined as nodes:
+            train_grid(folder.grid, folder.path, size=arguments.population, only=only,
+                       retry_failed=arguments.retry_failed, nodes=nodes)  # fmt: skip
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"go on with python train.py --grid {folder.path}") from None
     print(console.grid_status(folder))
