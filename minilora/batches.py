@@ -13,6 +13,8 @@ from itertools import islice
 import numpy as np
 import torch
 
+from . import parallel
+
 SIZES = 32  # different padded lengths at most
 AHEAD = 4  # steps whose batches are made before they are asked for
 
@@ -21,7 +23,8 @@ AHEAD = 4  # steps whose batches are made before they are asked for
 class Batch:
     """`ids` int64 [B, T] padded on the right, `lengths` int64 [B] in tokens, `index` [B] of the rows.
 
-    `answers` int64 [B], where given, are what the model is to answer. A population's batch (`population.join`) has the
+    `answers` int64 [B], where given, are what the model is to answer. Rows behind those of `index` fill up: see
+    `part_of`. A population's batch (`population.join`) has the
     rows of its K members one after the other, `index` is a list of K, and
 
     weights  float32 [K], how many terms each member's loss is a sum of
@@ -114,13 +117,29 @@ def collate(encoded, index, sizes, pad_id, answers=None):
     return Batch(torch.from_numpy(ids), torch.from_numpy(lengths.astype(np.int64)), index, answers)
 
 
-def by_length(encoded, batch_size, pad_id):
-    """Yield all rows of `encoded` as batches, the longest rows first: for prediction, where the order has no effect."""
+def part_of(encoded, rows, own, sizes, pad_id, answers=None, filler=None):
+    """As `collate`, of the part `own` (a slice) of `rows`, that of this process.
+
+    Where there is none, of the first of `rows`, which fills up: its answer is `filler`, if that is given. For all
+    processes make the same passes, as a sharded base has to be gathered by all.
+    """
+    own = rows[own]
+    if len(own):
+        return collate(encoded, own, sizes, pad_id, answers)
+    batch = collate(encoded, rows[:1], sizes, pad_id, answers)
+    return replace(batch, index=own, answers=batch.answers if filler is None else torch.tensor([filler]))
+
+
+def by_length(encoded, batch_size, pad_id, answers=None):
+    """Yield all rows of `encoded` as batches, the longest rows first: for prediction, where the order has no effect.
+
+    Several processes take the batches in turn.
+    """
     lengths = np.diff(encoded.offsets)
     sizes = padded_sizes(lengths)
     order = np.argsort(-lengths, kind="stable")
-    for start in range(0, len(order), batch_size):
-        yield collate(encoded, order[start : start + batch_size], sizes, pad_id)
+    for turn, own in parallel.turns(len(order), batch_size):
+        yield part_of(encoded, order[turn], own, sizes, pad_id, answers)
 
 
 def ahead(make, start, stop, device):
