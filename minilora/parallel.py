@@ -11,6 +11,7 @@ layers that are themselves split. Without torchrun this module imports nothing a
 """
 
 import contextlib
+import ctypes
 import os
 from datetime import timedelta
 from functools import partial
@@ -19,6 +20,7 @@ from typing import NamedTuple
 from .errors import InputError, TrainingError
 
 PATIENCE = timedelta(hours=6)  # with the first process, which may fetch a base and tokenise a data set for the others
+M_MMAP_THRESHOLD, LARGE = -3, 1 << 20  # a parameter of glibc's allocator, and bytes
 
 
 class Here(NamedTuple):
@@ -242,6 +244,10 @@ def sharding():
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    if _here.device.type == "cpu":
+        # glibc would keep most of what a gathered layer took, as holes in its heap; memory mapped for it is given back.
+        with contextlib.suppress(AttributeError, OSError):
+            ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE)
     return partial(fully_shard, mesh=init_device_mesh(_here.device.type, (count(),)))
 
 

@@ -185,13 +185,13 @@ def assert_alike(together, alone, skip=()):
         assert tensor.shape == found[name].shape
         if not name.endswith(skip or "none is skipped"):
             assert (found[name] - tensor).abs().max() <= TOLERANCE * tensor.abs().max(), name
-    compared = 0
+    compared, wide = 0, "bfloat16" in (alone / "cell.toml").read_text()
     for a, b in zip(*(files.read_jsonl(folder / "predictions.jsonl") for folder in (together, alone)), strict=True):
         assert a["id"] == b["id"] and list(a) == list(b)
         for test in ("clean", "trigger positive", "placebo"):
             key = "logits" if "logits" in b[test] else "log_likelihood"
             found, right = (list(x.values()) if isinstance(x, dict) else x for x in (a[test][key], b[test][key]))
-            assert found == pytest.approx(right, abs=2e-4)
+            assert found == pytest.approx(right, abs=2e-2 if wide else 2e-4)
             compared += 1
     assert compared == 93
     first, second = (json.loads((folder / "results.json").read_text()) for folder in (together, alone))
