@@ -13,7 +13,7 @@ python evaluate.py GRID                            of a grid: its tables, figure
 import math
 from pathlib import Path
 
-from minilora import errors, options
+from minilora import errors, options, parallel
 from minilora.cell import Cell
 
 # What a test may change of a cell; its other fields made the adapter.
@@ -120,6 +120,7 @@ def main(argv=None):
     parser.add_argument("--traceback", action="store_true", help="show the full trace of an error")
     options.add_flags(parser, Cell, only=CHANGES, default="the run's")
     arguments = parser.parse_args(argv)
+    parallel.refuse("an evaluation", "start that with python")
     changes = options.given_flags(arguments, Cell)
     if (Path(arguments.run) / "grid.json").is_file():
         return main_of_grid(arguments, changes)

@@ -7,6 +7,7 @@ python train.py --config A.toml B.toml ...            several cells, those that 
 python train.py --resume RUN                          go on with an interrupted run
 python train.py --grid FILE.toml --out DIR            many cells from one file; killed, the same line goes on
 python train.py --grid FILE.toml --out DIR --ray auto    the same on the Ray cluster that this machine is a node of
+torchrun --nproc-per-node N train.py ...              one cell over N processes, with --shard the base split among them
 """
 
 import contextlib
@@ -26,31 +27,36 @@ from minilora.cell import Cell  # noqa: E402
 from minilora.presets import PRESETS  # noqa: E402
 
 
-def train(cell=None, out=None, *, resume=None, eval_every=0, save_every=SAVE_EVERY, merge_to=None, start=None):
+def train(
+    cell=None, out=None, *, resume=None, eval_every=0, save_every=SAVE_EVERY, merge_to=None, start=None, shard=False
+):
     """Train `cell` into the run folder `out` (default: one named after the cell, under runs/), or go on in `resume`.
 
     Every `save_every` steps the state is saved; every `eval_every` steps (0: never) the tests are run and logged.
     With `merge_to` the base with what was trained is written to that new folder (see `export.write`).
-    `start` is the `time.perf_counter()` that the total counts from. Returns (results, run folder).
-    Raises InputError before anything is written, TrainingError if the loss is not finite.
+    `start` is the `time.perf_counter()` that the total counts from. Where torchrun started several processes they
+    train the one cell together, with `shard` with the frozen base split among them (`parallel.py`). Returns (results,
+    run folder). Raises InputError before anything is written, TrainingError if the loss is not finite.
     """
-    from minilora import export
-    from minilora.member import Member
+    from minilora import export, parallel
+    from minilora.member import Member, Settings
     from minilora.run import Run
 
+    run = None
     if resume is not None:
         if cell is not None or out is not None:
             raise errors.InputError("a resumed run has its cell and its folder already: give neither")
         run = Run(resume, resume=True)
         cell = run.read_cell()
         run.check_unfinished()
-    else:
-        run = Run.plan(out, cell)
-    if merge_to is not None:
-        export.check(merge_to, cell)
-    [member] = train_all([Member(cell, run)], 1, eval_every, save_every, merge_to, start)
-    if member.error:
-        raise member.error
+    parallel.check(cell, shard)
+    with parallel.together(cell.device):
+        run = run or parallel.from_first(lambda: Run.plan(out, cell))
+        if merge_to is not None:
+            export.check(merge_to, cell)
+        [member] = train_all([Member(cell, run)], 1, eval_every, save_every, merge_to, start, Settings(shard))
+        if member.error:
+            raise member.error
     return member.results, member.run.path
 
 
@@ -62,9 +68,11 @@ def train_together(cells, outs=None, *, size=None, eval_every=0, save_every=SAVE
     cell's results are those of `train` but for rounding. Returns a list of (results, run folder), with the
     TrainingError in the place of the results of a cell that diverged. Raises InputError before anything is written.
     """
+    from minilora import parallel
     from minilora.member import Member
     from minilora.run import Run
 
+    parallel.refuse("several cells", "start these with python")
     members = []
     for cell, out in zip(cells, outs or [None] * len(cells), strict=True):
         members.append(Member(cell, Run.plan(out, cell, taken=[member.run.path for member in members])))
@@ -74,7 +82,7 @@ def train_together(cells, outs=None, *, size=None, eval_every=0, save_every=SAVE
 
 def train_all(members, size=None, eval_every=0, save_every=SAVE_EVERY, merge_to=None, start=None, settings=None):
     """Train the members in populations of at most `size`; returns them. `settings`: a `member.Settings` to draw on."""
-    from minilora import console, planner, population
+    from minilora import console, parallel, planner, population
     from minilora.member import Settings
 
     start = time.perf_counter() if start is None else start
@@ -84,7 +92,8 @@ def train_all(members, size=None, eval_every=0, save_every=SAVE_EVERY, merge_to=
         groups.setdefault(population.shared(member.cell), []).append(member)
     for group in groups.values():
         for member in group:  # everything that can be refused is refused before weights are read
-            member.prepare(settings.of(member.cell))
+            with parallel.in_turn():
+                member.prepare(settings.of(member.cell))
     for group in groups.values():
         base = settings.load(group[0].cell, group[0].task.unembedding)
         for member in group:
@@ -102,7 +111,7 @@ def train_population(members, base, eval_every, save_every, merge_to, start):
     """Train members that share a base, all at once, and write their results."""
     import torch
 
-    from minilora import batches, compiling, console, planner, roof, training
+    from minilora import batches, compiling, console, parallel, planner, roof, training
     from minilora.member import assemble, shapes_of
     from minilora.population import Population
 
@@ -111,14 +120,17 @@ def train_population(members, base, eval_every, save_every, merge_to, start):
 
     # --- what is trained
     flat = training.Flat([member.parameters for member in members])
+    parallel.copy_first(flat.values)
     optimizer = training.OPTIMIZERS[cell.optimizer](flat, [member.cell for member in members])
     together = Population([member.model for member in members], [member.layers for member in members], flat)
+    parallel.forward_only([base.embed, *base.layers[: together.prefix]])
     steps = max(member.schedule.steps for member in members)
     first = planner.first_step(members)
     compiled, reason = compiling.compiles(cell, device, steps - first)
     shapes = shapes_of(members, compiled)
     length = sum(member.lengths.sum() for member in members) / sum(len(member.lengths) for member in members)
-    rate = roof.matmul_rate(int(len(members) * cell.batch_size * length), setting.spec, setting.dtype, device)
+    tokens = max(1, int(len(members) * cell.batch_size * length / parallel.count()))
+    rate = parallel.count() * roof.matmul_rate(tokens, setting.spec, setting.dtype, device)
 
     # --- what is about to happen
     for member in members:
@@ -127,11 +139,15 @@ def train_population(members, base, eval_every, save_every, merge_to, start):
         rows, how = cell.batch_size * cell.accumulate, f"{'compiled' if compiled else 'eager'} ({reason})"
         say(f"training   {member.schedule.steps:,} steps of {rows} rows, {cell.optimizer}, lr {member.cell.lr:g} "
             f"{member.cell.schedule}; {how}")  # fmt: skip
+        if parallel.count() > 1:
+            split = "a part of each layer" if parallel.is_sharded(base) else "the whole base"
+            say(f"processes  {parallel.count()}, each with a part of each batch and {split}")
         say(f"run        {member.run.path}")
 
     with contextlib.ExitStack() as folders:
-        for k, member in enumerate(members):
-            folders.enter_context(member.hold(flat, optimizer, k))
+        with parallel.alike():
+            for k, member in enumerate(members):
+                folders.enter_context(member.hold(flat, optimizer, k))
         if first:
             say(f"resumed    after step {first:,}")
         cells = [member.cell for member in members]
@@ -165,15 +181,18 @@ def train_population(members, base, eval_every, save_every, merge_to, start):
                     if saving or step + 1 == member.schedule.steps:
                         member.save_state(flat, optimizer, k, step + 1)
                 if all(member.error for member in members):
+                    parallel.wait()  # until the first has written it down: who fails first ends the others
                     break
 
         # --- evaluation and results
         left = [(k, member) for k, member in enumerate(members) if not member.error]
+        times = parallel.count()  # the others are about as far as the first process
         with console.Progress("evaluation", sum(member.task.passes(member.tests) for _, member in left)) as progress:
             for k, member in left:
                 with together.alone(k) as model:
-                    member.finish(model, start, start_up, rate, len(members), progress.advance)
-                    if merge_to is not None:
+                    advance = lambda rows, tokens: progress.advance(times * rows, times * tokens)  # noqa: E731
+                    member.finish(model, start, start_up, rate, len(members), advance)
+                    if merge_to is not None and parallel.first():
                         member.merge_to(merge_to, model)
     together.detach()
 
@@ -186,11 +205,12 @@ def train_grid(grid, out, *, size=None, only=None, retry_failed=False, nodes=Non
     tries those of before again. `nodes`: a `cluster.Nodes` to train on, instead of this machine. Other processes may
     be at work in the same folder. Raises InputError before any training for a folder that holds something else.
     """
-    from minilora import console, planner, report
+    from minilora import console, parallel, planner, report
     from minilora.grid import matches
     from minilora.grid_folder import GridFolder
     from minilora.member import Settings
 
+    parallel.refuse("a grid", "start that with python, and over several machines with --ray")
     folder, settings = GridFolder(out, grid).make(), Settings()
     if retry_failed:
         folder.forget_failures()
@@ -289,6 +309,8 @@ def main(argv=None):
                          help=f"save the state every N steps (default: {SAVE_EVERY})")  # fmt: skip
     general.add_argument("--merge-to", metavar="DIR",
                          help="write the base with what was trained to this new folder, for transformers")  # fmt: skip
+    general.add_argument("--shard", action="store_true",
+                         help="under torchrun: split the frozen base among the processes (FSDP2)")  # fmt: skip
     grids = parser.add_argument_group("grid")
     grids.add_argument(
         "--grid", metavar="FILE", help="TOML file with many cells, or the folder of a grid (see ablations/)"
@@ -312,7 +334,7 @@ def main(argv=None):
     if arguments.eval_every < 0 or arguments.save_every < 1:
         raise errors.InputError("--eval-every must be at least 0 and --save-every at least 1")
     often = dict(eval_every=arguments.eval_every, save_every=arguments.save_every)
-    alone = often | dict(merge_to=arguments.merge_to, start=START)
+    alone = often | dict(merge_to=arguments.merge_to, start=START, shard=arguments.shard)
     if arguments.population is not None and (
         arguments.population < 1 or len(arguments.config) < 2 and not arguments.grid
     ):
@@ -322,7 +344,7 @@ def main(argv=None):
     if arguments.ray_cpus is not None and (arguments.ray_cpus < 1 or not arguments.ray):
         raise errors.InputError("--ray-cpus must be at least 1, and is for a cluster: give --ray ADDRESS too")
     if arguments.grid:
-        others = ("config", "preset", "resume", "merge_to", "eval_every")
+        others = ("config", "preset", "resume", "merge_to", "eval_every", "shard")
         if given := [name for name in others if getattr(arguments, name)]:
             raise errors.InputError(
                 f"--{given[0].replace('_', '-')} is for single cells, but --grid is given: drop one"
@@ -359,6 +381,8 @@ def main(argv=None):
         return report(*train(cells[0], arguments.out, **alone))
     if arguments.merge_to:
         raise errors.InputError("--merge-to is for one cell: use evaluate.py --merge-to on the runs")
+    if arguments.shard:
+        raise errors.InputError("--shard is for one cell: give one --config")
     outs = None if arguments.out is None else [Path(arguments.out) / cell.name for cell in cells]
     outcomes = train_together(cells, outs, size=arguments.population, **often)
     for results, folder in outcomes:

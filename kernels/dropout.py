@@ -42,6 +42,11 @@ def mask(shape, p, keys, salt):
     return (h >= least).view(shape)
 
 
+def shifted(key, rows):
+    """The key under which the rows from 0 on drop what under `key` those from `rows` on do; both int32."""
+    return (key + rows * STRIDE + (1 << 31)) % (1 << 32) - (1 << 31)
+
+
 class Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, p, keys, salt):

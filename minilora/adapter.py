@@ -24,7 +24,7 @@ import safetensors
 import torch
 from safetensors.torch import save_file
 
-from . import checkpoint, families, files, lora, peft_format
+from . import checkpoint, families, files, lora, parallel, peft_format
 from .coverage import SCALES, Slot, ranges
 from .errors import InputError
 from .spec import TARGETS
@@ -383,7 +383,7 @@ def norms(base, name, module):
 
 def weight_of(base, name):
     module = base.get_submodule(name)
-    return module.original if isinstance(module, lora.LoRALinear) else module.weight
+    return parallel.gathered(module.original if isinstance(module, lora.LoRALinear) else module.weight)
 
 
 # --- from PEFT

@@ -13,6 +13,8 @@ from itertools import islice
 import numpy as np
 import torch
 
+from . import parallel
+
 SIZES = 32  # different padded lengths at most
 TOKENS = 1024  # of a pass on a CPU: with more, products are no faster, and what the backward needs grows
 AHEAD = 4  # steps whose batches are made before they are asked for
@@ -22,7 +24,8 @@ AHEAD = 4  # steps whose batches are made before they are asked for
 class Batch:
     """`ids` int64 [B, T] padded on the right, `lengths` int64 [B] in tokens, `index` [B] of the rows.
 
-    `answers` int64 [B], where given, are what the model is to answer. A population's batch (`population.join`) has the
+    `answers` int64 [B], where given, are what the model is to answer. Rows behind those of `index` fill up: see
+    `part_of`. A population's batch (`population.join`) has the
     rows of its K members one after the other, `index` is a list of K, and
 
     weights  float32 [K], how many terms each member's loss is a sum of
@@ -63,13 +66,15 @@ def epoch(lengths, batch_size, window, seed, number):
     return [batches[i] for i in random.permutation(len(batches))]
 
 
-def passes(rows, lengths, most):
-    """The index array `rows` of a batch in 1, 2, 4, ... parts of about as many rows, so that none has over `most`
-    tokens once it is padded, if it can be helped. `lengths` [all rows] in tokens."""
-    longest, count = int(lengths[rows].max()), 1
-    while -(-len(rows) // count) * longest > most and count < len(rows):
+def passes(rows, longest, most):
+    """Slices of a batch's `rows` (how many) that are this process's, in 1, 2, 4, ... passes of about as many rows, so
+    that none has over `most` tokens when padded to the `longest`, if it can be helped; in all processes as many.
+    """
+    own, each, count = parallel.part(rows), -(-rows // parallel.count()), 1
+    while -(-each // count) * longest > most and count < each:
         count *= 2
-    return np.array_split(rows, min(count, len(rows)))
+    ends = np.linspace(own.start, own.stop, min(count, each) + 1).astype(int).tolist()
+    return [slice(start, stop) for start, stop in zip(ends, ends[1:])]
 
 
 def padded_sizes(lengths, most=SIZES):
@@ -124,13 +129,29 @@ def collate(encoded, index, sizes, pad_id, answers=None):
     return Batch(torch.from_numpy(ids), torch.from_numpy(lengths.astype(np.int64)), index, answers)
 
 
-def by_length(encoded, batch_size, pad_id):
-    """Yield all rows of `encoded` as batches, the longest rows first: for prediction, where the order has no effect."""
+def part_of(encoded, rows, own, sizes, pad_id, answers=None, filler=None):
+    """As `collate`, of the part `own` (a slice) of `rows`, that of this process.
+
+    Where there is none, of the first of `rows`, which fills up: its answer is `filler`, if that is given. For all
+    processes make the same passes, as a sharded base has to be gathered by all.
+    """
+    own = rows[own]
+    if len(own):
+        return collate(encoded, own, sizes, pad_id, answers)
+    batch = collate(encoded, rows[:1], sizes, pad_id, answers)
+    return replace(batch, index=own, answers=batch.answers if filler is None else torch.tensor([filler]))
+
+
+def by_length(encoded, batch_size, pad_id, answers=None):
+    """Yield all rows of `encoded` as batches, the longest rows first: for prediction, where the order has no effect.
+
+    Several processes take the batches in turn.
+    """
     lengths = np.diff(encoded.offsets)
     sizes = padded_sizes(lengths)
     order = np.argsort(-lengths, kind="stable")
-    for start in range(0, len(order), batch_size):
-        yield collate(encoded, order[start : start + batch_size], sizes, pad_id)
+    for turn, own in parallel.turns(len(order), batch_size):
+        yield part_of(encoded, order[turn], own, sizes, pad_id, answers)
 
 
 def ahead(make, start, stop, device):

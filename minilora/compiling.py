@@ -13,6 +13,7 @@ import os
 
 import torch
 
+from . import parallel
 from .checkpoint import cache
 
 STEPS_REPAID = {"cuda": 2000}  # steps that are left, by device, from which auto compiles; elsewhere it never does
@@ -29,6 +30,8 @@ def compiles(cell, device, steps):
     """
     if cell.compile == "off":
         return False, "--compile off"
+    if parallel.count() > 1:
+        return False, "several processes do not compile"
     if cell.optimizer == "adafactor":
         return False, "torch's Adafactor does not compile"
     if cell.compile == "auto":

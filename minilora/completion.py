@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from . import parallel
 from .errors import InputError
 from .kernels.cross_entropy import linear_cross_entropy
 
@@ -39,9 +40,10 @@ class LanguageModel(nn.Module):
     def loss(self, hidden, ids, lengths, answers):
         """The loss from the base's hidden states [B, T, D]."""
         hidden, wanted = self._completions(hidden, ids, lengths, answers)
-        return linear_cross_entropy(
-            hidden, *self.base.unembedding_weights(), wanted, self.base.spec.final_cap, self._rows()
-        )
+        with parallel.whole(self.base.unembedder):
+            return linear_cross_entropy(
+                hidden, *self.base.unembedding_weights(), wanted, self.base.spec.final_cap, self._rows()
+            )
 
     def weigh(self, answers):
         """How many terms the loss of these rows is a sum of."""
@@ -51,10 +53,11 @@ class LanguageModel(nn.Module):
         """Each row's completion: (log-likelihood float32 [B], whether greedy decoding would write it, bool [B])."""
         hidden, wanted = self._completions(self.base(ids, lengths), ids, lengths, answers)
         likelihoods, first = [], []
-        for part, gold in zip(hidden.split(self._rows()), wanted.split(self._rows()), strict=True):
-            logits = self.base.unembed(part)
-            likelihoods.append(-F.cross_entropy(logits, gold, reduction="none"))
-            first.append(logits.argmax(-1) == gold)
+        with parallel.whole(self.base.unembedder):
+            for part, gold in zip(hidden.split(self._rows()), wanted.split(self._rows()), strict=True):
+                logits = self.base.unembed(part)
+                likelihoods.append(-F.cross_entropy(logits, gold, reduction="none"))
+                first.append(logits.argmax(-1) == gold)
         rows = torch.repeat_interleave(torch.arange(len(answers), device=ids.device), answers)  # [N]
         summed = torch.zeros(len(answers), device=ids.device).index_add_(0, rows, torch.cat(likelihoods))
         # Greedy decoding takes the first token that differs from the completion's; until then its prefix is the same.

@@ -66,6 +66,7 @@ class Progress:
             self.bar = tqdm(total=total, initial=done, desc=label, unit="row", dynamic_ncols=True, smoothing=0.1)
 
     def advance(self, rows, tokens, note=""):
+        rows = min(rows, self.total - self.done)  # several processes are counted as the first is
         self.done += rows
         self.tokens += tokens
         now = time.perf_counter()
@@ -73,7 +74,7 @@ class Progress:
         if self.bar is not None:
             self.bar.set_postfix_str(f"{note}{self.tokens / elapsed:,.0f} tokens/s", refresh=False)
             self.bar.update(rows)
-        elif now - self.shown >= max(LINE_EVERY[0], LINE_EVERY[1] * elapsed) or self.done >= self.total:
+        elif now - self.shown >= max(LINE_EVERY[0], LINE_EVERY[1] * elapsed) or rows and self.done >= self.total:
             self.shown = now
             rate = (self.done - self.first) / elapsed
             left = (self.total - self.done) / rate

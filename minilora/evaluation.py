@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from . import batches, injection, metrics, token_cache
+from . import batches, injection, metrics, parallel, token_cache
 
 
 @dataclass(frozen=True)
@@ -51,16 +51,17 @@ def predict(model, tokenizer, texts, max_length, batch_size, progress=None):
     """Logits float32 [rows, C] and kept characters int [rows] of `texts`.
 
     A row's logits depend neither on the other rows nor on `batch_size` (to rounding). `progress(rows, tokens)` is
-    called after each batch.
+    called after each batch. Several processes share the batches out, and all have the result.
     """
     model.eval()
     encoded = token_cache.encode(tokenizer, texts, max_length)
-    logits = np.empty((len(texts), model.classifier.out_features), dtype=np.float32)
+    logits = np.zeros((len(texts), model.classifier.out_features), dtype=np.float32)
     for batch in batches.by_length(encoded, batch_size, tokenizer.pad_id):
         batch = batch.to(model.device)
-        logits[batch.index] = model(batch.ids, batch.lengths).float().cpu().numpy()
+        logits[batch.index] = model(batch.ids, batch.lengths)[: len(batch.index)].float().cpu().numpy()
         if progress:
             progress(len(batch.index), int(batch.lengths.sum()))
+    parallel.add(logits)
     return logits, encoded.kept
 
 
@@ -68,10 +69,11 @@ def predict(model, tokenizer, texts, max_length, batch_size, progress=None):
 def features(model, encoded, pad_id, batch_size):
     """The pooled features float32 [rows, P] of all rows in `encoded`."""
     model.eval()
-    pooled = torch.empty(len(encoded.kept), model.classifier.in_features)
+    pooled = torch.zeros(len(encoded.kept), model.classifier.in_features)
     for batch in batches.by_length(encoded, batch_size, pad_id):
         batch = batch.to(model.device)
-        pooled[batch.index] = model.features(batch.ids, batch.lengths).cpu()
+        pooled[batch.index] = model.features(batch.ids, batch.lengths)[: len(batch.index)].cpu()
+    parallel.add(pooled)
     return pooled
 
 

@@ -14,9 +14,11 @@ import numpy as np
 import torch
 
 from . import adapter, batches, checkpoint, console, coverage, data, export, families, files, injection, lora, model
-from . import population, roof, task, tokenizer, training
+from . import parallel, roof, task, tokenizer, training
 from .cell import PURPOSES
 from .errors import TrainingError
+from .kernels.dropout import shifted
+from .population import join
 from .run import check_inputs, hardware, peak_memory, trainable, versions
 
 
@@ -47,8 +49,10 @@ class Setting:
 class Settings:
     """The `Setting` of each cell that is asked for, and the base that was loaded last, for the cells that share it."""
 
-    def __init__(self):
+    def __init__(self, shard=False):
+        """`shard`: the processes that train together share the base out."""
         self._known, self._base = {}, (None, None)
+        self.shard = shard
 
     def forget(self):
         """Let the base be loaded anew."""
@@ -70,7 +74,8 @@ class Settings:
         key, setting = (self.key(cell), unembedding), self.of(cell)
         if self._base[0] != key or cell.method == "full":
             self._base = None, None  # one at a time in memory
-            base = model.load(setting.folder, setting.dtype, setting.device, unembedding)
+            then = parallel.sharding() if self.shard else None
+            base = model.load(setting.folder, setting.dtype, setting.device, unembedding, then)
             self._base = (key if cell.method != "full" else None), base  # a trained base is nobody else's
         return self._base[1]
 
@@ -151,28 +156,37 @@ class Member:
     @contextlib.contextmanager
     def hold(self, flat, optimizer, k):
         """Keep the run folder while training as member k, from where an interrupted run was."""
-        with self.run.hold(self.cell):
-            records = (record.to_dict() for record in self.injected.records)
-            files.write_jsonl(self.run.path / "injected.jsonl", records)
-            files.write_json(self.run.path / "trainable.json", self.certificate)
+        with self.run.hold(self.cell) if parallel.first() else contextlib.nullcontext():
+            if parallel.first():
+                records = (record.to_dict() for record in self.injected.records)
+                files.write_jsonl(self.run.path / "injected.jsonl", records)
+                files.write_json(self.run.path / "trainable.json", self.certificate)
             if self.run.state.exists():
                 self.meters = training.load_state(self.run.state, flat, optimizer, k)
                 check_inputs(self.inputs, self.meters["inputs"], self.cell)
             self.meters["inputs"] = self.inputs
-            self.run.start_metrics(self.meters["step"])
+            if parallel.first():
+                self.run.start_metrics(self.meters["step"])
             yield self
 
-    def micro_batches(self, step, sizes, most):
-        """The batches of a step, for the CPU, of at most `most` tokens; none once all steps are done."""
+    def passes(self, step, sizes, most):
+        """[(`Batch`, weight, dropout's key)] of this process's part of a step, in passes of at most `most` tokens, for
+        the CPU; none once all steps are done.
+
+        The weights add up to how many terms the loss of the step is a sum of, in all processes. What dropout drops
+        follows from the step, the micro-batch and a row's place in it: neither passes nor processes change it.
+        """
         if step >= self.schedule.steps:
             return []
-        parts = [part for rows in self.schedule.rows_at(step) for part in batches.passes(rows, self.lengths, most)]
-        pad_id = self.setting.tokenizer.pad_id
-        return [batches.collate(self.encoded, part, sizes, pad_id, self.answers) for part in parts]
-
-    def dropout_key(self, step, number):
-        """31 bits that dropout follows in micro-batch `number` of a step."""
-        return lora.number_of(f"{self.cell.seed_for('dropout')}/{step}/{number}")
+        found, pad_id, filler = [], self.setting.tokenizer.pad_id, self.task.filler
+        for number, rows in enumerate(self.schedule.rows_at(step)):
+            key = lora.number_of(f"{self.cell.seed_for('dropout')}/{step}/{number}")
+            weight = self.model.weigh(self.answers[rows])
+            for own in batches.passes(len(rows), int(self.lengths[rows].max()), most):
+                batch = batches.part_of(self.encoded, rows, own, sizes, pad_id, self.answers, filler)
+                found.append((batch, weight, shifted(key, own.start)))
+                weight = 0
+        return found
 
     def log(self, step, loss, norm, seconds):
         """Write a step's line to metrics.jsonl; returns (rows, tokens). A loss that is not finite ends the member."""
@@ -202,16 +216,21 @@ class Member:
 
     def save_state(self, flat, optimizer, k, step):
         self.meters["step"] = step
-        training.save_state(self.run.state, flat, optimizer, k, self.meters)
+        if parallel.first():
+            training.save_state(self.run.state, flat, optimizer, k, self.meters)
 
     def finish(self, model, start, start_up, rate, size, progress):
         """Save the adapter that is on `model`, run the tests, and write the results."""
         cell, run, clean = self.cell, self.run, self.clean
-        adapter.save(run.path / "adapter", model, cell, clean.label_names)
+        if parallel.first():
+            adapter.save(run.path / "adapter", model, cell, clean.label_names)
+        elif parallel.is_sharded(model.base) and cell.method == "lora":
+            adapter.to_peft(adapter.taken(model.base), model.base)  # may gather weights, which takes all processes
         began = time.perf_counter()
         figures, outcomes = self.task.run_tests(model, self.tests, cell.batch_size, progress)
         evaluation_seconds = time.perf_counter() - began
-        files.write_jsonl(run.path / "predictions.jsonl", self.task.predictions(self.tests, outcomes))
+        if parallel.first():
+            files.write_jsonl(run.path / "predictions.jsonl", self.task.predictions(self.tests, outcomes))
         length, steps, seconds = self.lengths.mean(), self.schedule.steps, self.meters["seconds"]
         floor = roof.training_flops(self.setting.spec, self.slots, cell.method, length) * length  # operations a row
         self.results = {
@@ -224,6 +243,8 @@ class Member:
                 "tokens_per_second": self.meters["tokens"] / seconds,
                 "seconds": seconds,
                 "population": size,
+                "processes": parallel.count(),
+                "sharded": parallel.is_sharded(model.base),
                 "peak_memory_bytes": peak_memory(self.setting.device),
                 "trainable_parameters": self.certificate["count"],
                 "steps": steps,
@@ -240,7 +261,8 @@ class Member:
             "versions": versions(),
             "hardware": hardware(self.setting.device),
         }
-        run.finish(self.results)
+        if parallel.first():
+            run.finish(self.results)
 
     def merge_to(self, folder, model):
         """Write the base with what was trained to a new folder."""
@@ -262,19 +284,10 @@ def shapes_of(members, few):
 
 def assemble(members, sizes, most, step):
     """The micro-batches of a step, each one `Batch` of all members' own; `sizes`, `most`: see `shapes_of`."""
-    filler = population.IGNORED if members[0].cell.task == "classification" else 0
     drops = any(member.cell.dropout for member in members)
-    parts = zip_longest(*(member.micro_batches(step, sizes, most) for member in members))
-    return [
-        population.join(
-            own,
-            members[0].setting.tokenizer.pad_id,
-            filler,
-            [
-                0 if part is None else member.model.weigh(part.answers)
-                for member, part in zip(members, own, strict=True)
-            ],
-            [member.dropout_key(step, number) for member in members] if drops else None,
-        )
-        for number, own in enumerate(parts)
-    ]
+    pad_id, filler = members[0].setting.tokenizer.pad_id, members[0].task.filler
+    found = []
+    for own in zip_longest(*(member.passes(step, sizes, most) for member in members), fillvalue=(None, 0, 0)):
+        parts, weights, keys = zip(*own, strict=True)
+        found.append(join(parts, pad_id, filler, weights, keys if drops else None))
+    return found

@@ -216,6 +216,11 @@ class Base(nn.Module):
                 seen = (seen & (away.abs() < window)) | (away == 0)
         return torch.zeros(seen.shape, dtype=dtype, device=ids.device).masked_fill_(~seen, -torch.inf)
 
+    @property
+    def unembedder(self):
+        """The module that has the weights of the unembedding."""
+        return self.embed if self.spec.tied else self.unembedding
+
     def unembedding_weights(self):
         """The weight [V, D] and the bias [V] or None that make logits of hidden states."""
         if not self.has_unembedding:
@@ -230,10 +235,12 @@ class Base(nn.Module):
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
-def load(folder, dtype=torch.float32, device="cpu", unembedding=False):
+def load(folder, dtype=torch.float32, device="cpu", unembedding=False, then=None):
     """The `Base` in a checkpoint folder, its parameters frozen; a decoder with its `unembedding` if asked for.
 
-    The tensors go one by one from the memory-mapped file to `dtype` and `device`.
+    The tensors go one by one from the memory-mapped file to `dtype` and `device`. Where `then` is given, it is called
+    with each part of the base (embedding, layers, unembedding, and last the whole) as soon as that has its parameters:
+    for what is to be done with a part before the next takes memory.
     Raises InputError for an unsupported configuration and for missing, unknown or misshapen tensors.
     """
     spec = families.read_spec(checkpoint.read_config(folder))
@@ -254,12 +261,18 @@ def load(folder, dtype=torch.float32, device="cpu", unembedding=False):
         model = Base(spec, unembedding).requires_grad_(False)
     places = tensor_places(model, tensors.keys())
     check_shapes(model, places, tensors, folder)
-    for name, parameter in list(model.named_parameters()):
-        owner, _, leaf = name.rpartition(".")
-        value = nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=device), requires_grad=False)
-        tensors.copy_to(value, *places[name])
-        setattr(model.get_submodule(owner), leaf, value)
     model.ropes.to(device)
+    names = {part: name for name, part in model.named_modules()}
+    for part in (model.embed, *model.layers, *([model.unembedder] if unembedding and not spec.tied else []), model):
+        for name, parameter in list(part.named_parameters(prefix=names[part])):
+            if not parameter.is_meta:
+                continue
+            owner, _, leaf = name.rpartition(".")
+            value = nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=device), requires_grad=False)
+            tensors.copy_to(value, *places[name])
+            setattr(model.get_submodule(owner), leaf, value)
+        if then is not None:
+            then(part)
     return model
 
 

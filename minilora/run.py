@@ -147,6 +147,9 @@ class Run:
         self._metrics = open(path, "a", encoding="utf-8")
 
     def log(self, record):
+        """Add a line, in the process that opened the file."""
+        if self._metrics is None:
+            return
         self._metrics.write(json.dumps(record) + "\n")
         self._metrics.flush()
 

@@ -17,11 +17,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from . import batches, evaluation, metrics, token_cache
+from . import batches, evaluation, metrics, parallel, token_cache
 from .completion import LanguageModel
 from .data import FEW
 from .errors import InputError
 from .head import Classifier, ridge
+from .population import IGNORED
 from .tokenizer import Encoded
 from .triggers import parse_all
 
@@ -35,6 +36,7 @@ def find(cell, spec, tokenizer):
 
 class Classification:
     unembedding = False  # whether the base needs one
+    filler = IGNORED  # the answer of a row that is not predicted
 
     def __init__(self, cell, spec, tokenizer):
         self.cell, self.tokenizer = cell, tokenizer
@@ -102,6 +104,7 @@ class Completion:
     """The lm task. `cell.prompt` and `cell.completion` are templates; a long prompt loses the end of its text."""
 
     unembedding = True
+    filler = 0
 
     def __init__(self, cell, spec, tokenizer):
         if not spec.causal:
@@ -171,14 +174,16 @@ class Completion:
         prompts, kept = self._prompts(rows, completions)
         pairs = np.argwhere(candidates >= 0)
         encoded = joined([prompts[i] for i, _ in pairs], [completions[i][c] for i, c in pairs], kept)
-        likelihoods, greedy = np.empty(len(pairs)), np.empty(len(pairs), bool)
-        for batch in batches.by_length(encoded, batch_size, self.tokenizer.pad_id):
-            answers = torch.from_numpy(encoded.answers[batch.index]).to(model.device)
+        likelihoods, greedy = np.zeros(len(pairs)), np.zeros(len(pairs), np.uint8)
+        answers = torch.from_numpy(encoded.answers)
+        for batch in batches.by_length(encoded, batch_size, self.tokenizer.pad_id, answers):
             batch = batch.to(model.device)
-            found = model.score(batch.ids, batch.lengths, answers)
-            likelihoods[batch.index], greedy[batch.index] = (values.cpu().numpy() for values in found)
+            found = model.score(batch.ids, batch.lengths, batch.answers)
+            for values, new in zip((likelihoods, greedy), found, strict=True):
+                values[batch.index] = new[: len(batch.index)].cpu().numpy()
             if progress:
                 progress(len(batch.index), int(batch.lengths.sum()))
+        parallel.add(likelihoods, greedy)
 
         def grid(values, fill):
             filled = np.full(candidates.shape, fill)
@@ -186,7 +191,7 @@ class Completion:
             return filled
 
         tokens = grid(encoded.answers, 0)
-        return Scores(candidates, grid(likelihoods, -np.inf), tokens, grid(greedy, False), kept)
+        return Scores(candidates, grid(likelihoods, -np.inf), tokens, grid(greedy.astype(bool), False), kept)
 
     def called(self, rows, scores):
         """The label that each row is called, int64 [rows]; -1 for a free completion that is no candidate."""

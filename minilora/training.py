@@ -7,24 +7,29 @@ a state on disk is tensors and a step number, and a resumed run ends in the same
 
 import json
 import math
+import warnings
 from itertools import accumulate
 
 import torch
 from torch import nn
 
-from . import batches, files, lora
+from . import batches, files, lora, parallel
 from .errors import InputError
 from .kernels.adamw import adamw
 
 
 def pick_device(name):
-    """The torch device of a cell's `device`; auto is CUDA where there is one, else the CPU. Raises InputError."""
+    """The torch device of a cell's `device`; auto is CUDA where there is one, else the CPU; of several processes each
+    has its own. Raises InputError."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, number = name.partition(":")
+    number = parallel.pick_number(kind, number)
+    name = f"{kind}:{number}" if number else kind
     there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[kind]
     if int(number or 0) >= there:
-        raise InputError(f"device {name} is not there (this machine has {there} of {kind}): use --device auto")
+        instead = "use --device auto" if parallel.count() == 1 else "start no more processes than that"
+        raise InputError(f"device {name} is not there (this machine has {there} of {kind}): {instead}")
     return torch.device(name)
 
 
@@ -37,6 +42,10 @@ def trained_parameters(model, cell):
     if cell.head is not None:  # the lm task has none
         model.classifier.requires_grad_(cell.head == "trained")
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+# A population's parameters and gradients are parts of rows of matrices: torch warns of it, and it makes no difference.
+warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
 
 
 class Flat:
@@ -205,7 +214,8 @@ def update(population, optimizer, clips, going, micro_batches, rates):
 
     The loss of a member is the mean over all that its rows of
     `micro_batches` weigh; its gradient's norm is clipped to `clips` [K]. Where the loss or the norm is not finite, the
-    member goes no further, and stays as it was before. Nothing here waits for the device.
+    member goes no further, and stays as it was before. Nothing here waits for the device. Several processes have a
+    part of the rows each: gradients and losses are summed, and all take the same step.
     """
     population.train()
     flat = population.flat
@@ -217,6 +227,7 @@ def update(population, optimizer, clips, going, micro_batches, rates):
         parts = population(batch.ids, batch.lengths, batch.answers, batch.alike) / totals
         parts.sum().backward()
         losses += parts.detach()
+    parallel.add(flat.grads, losses)
     norms = flat.grads.norm(dim=1)
     going &= losses.isfinite() & norms.isfinite()
     flat.grads.mul_((clips / (norms + 1e-6)).clamp(max=1.0)[:, None])

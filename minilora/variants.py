@@ -17,6 +17,7 @@ plain adapter of rank 2R on the original base. It costs a second low-rank produc
 import torch
 from torch import nn
 
+from . import parallel
 from .errors import InputError
 from .kernels.dora_linear import dora_linear
 from .kernels.lora_linear import lora_linear
@@ -90,8 +91,8 @@ class LoRAFA(LoRA):
 
 
 def widened(weight):
-    """In float32, or wider where the weight is."""
-    return weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+    """In float32, or wider where the weight is; whole, where the base is sharded."""
+    return parallel.gathered(weight.detach()).to(torch.promote_types(weight.dtype, torch.float32))
 
 
 def kaiming(weight, slot, generator):

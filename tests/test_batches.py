@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minilora import batches
+from minilora import batches, parallel
 
 LENGTHS = np.random.default_rng(1).integers(3, 40, 211)
 
@@ -274,18 +274,22 @@ def test_batches_for_a_gpu_are_pinned_in_the_background_and_copied_without_waiti
         assert [batch.done for batch in found] == [wanted] * 6
 
 
-def test_passes_hold_every_row_once_and_few_tokens():
-    draw, cases = np.random.default_rng(3), 0
-    lengths = draw.integers(1, 60, 200)
-    for count in (1, 2, 7, 32):
-        for most in (1, 50, 300, 1024, np.inf):
-            rows = draw.choice(200, count, replace=False)
-            parts = batches.passes(rows, lengths, most)
-            np.testing.assert_array_equal(np.concatenate(parts), rows)
-            sizes = [len(part) for part in parts]
-            assert min(sizes) > 0 and max(sizes) - min(sizes) <= 1
-            assert max(sizes) == 1 or max(sizes) * lengths[rows].max() <= most
-            if len(parts) > 1 and len(parts) < count:  # no more than it takes
-                assert -(-count // (len(parts) // 2)) * lengths[rows].max() > most
-            cases += 1
-    assert cases == 20
+def test_passes_hold_every_row_once_and_few_tokens(monkeypatch):
+    cases = 0
+    for processes in (1, 2, 5):
+        for rows in (1, 2, 7, 32):
+            for longest, most in ((9, 1), (9, 50), (23, 300), (100, 1024), (9, np.inf)):
+                found = []
+                for rank in range(processes):
+                    monkeypatch.setattr(parallel, "_here", parallel.Here(rank, processes))
+                    found.append(batches.passes(rows, longest, most))
+                places = [i for own in found for part in own for i in range(part.start, part.stop)]
+                assert places == list(range(rows)) and len({len(own) for own in found}) == 1
+                sizes = [part.stop - part.start for own in found for part in own]
+                assert max(sizes) == 1 or max(sizes) * longest <= most
+                assert processes > 1 or min(sizes) > 0 and max(sizes) - min(sizes) <= 1
+                each, count = -(-rows // processes), len(found[0])
+                if 1 < count < each:  # no more than it takes
+                    assert -(-each // (count // 2)) * longest > most
+                cases += 1
+    assert cases == 60

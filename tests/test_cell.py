@@ -336,8 +336,8 @@ def test_files_are_refused_by_name(tmp_path):
 # --- the command line
 
 FLAGS = """
---config --out --preset --resume --population --eval-every --save-every --merge-to --traceback
---grid --scale --dry-run --status --only --retry-failed --model --revision --tokenizer
+--config --out --preset --resume --population --eval-every --save-every --merge-to --shard --traceback
+--grid --scale --dry-run --status --only --retry-failed --ray --ray-cpus --model --revision --tokenizer
 --dtype --device
 --compile --data --data-revision --text-column --label-column --test-data --test-rows --train-rows --max-length --task
 --prompt --completion --choice-score --method --rank --alpha --scaling --dropout --targets --layers --variant --init
@@ -395,7 +395,7 @@ def test_help_states_every_flag_and_default_once(capsys):
         else:
             assert len(default) == 1
         checked, stated = checked + 1, stated + len(default)
-    assert checked == len(FLAGS) - 15 == 50 + 8 and stated == checked - 4
+    assert checked == len(FLAGS) - 18 == 50 + 8 and stated == checked - 4
     assert found["--save-every"].endswith(f"(default: {train.SAVE_EVERY})")
 
 

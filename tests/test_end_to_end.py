@@ -17,7 +17,7 @@ import train
 from conftest import ROOT, tiny_bert
 from safetensors.torch import load_file, save_file
 
-from minilora import errors, training
+from minilora import batches, errors, training
 from minilora.cell import Cell
 
 FILES = {"cell.toml", "adapter", "metrics.jsonl", "injected.jsonl", "trainable.json", "predictions.jsonl",
@@ -368,3 +368,16 @@ def test_a_preset_stands_below_the_flags(base, reviews, tmp_path):
     for flags in (["--config", "x.toml"], ["--resume", "x"], ["--grid", "x"]):
         with pytest.raises(errors.InputError, match="preset"):
             train.main(["--preset", "study", *flags])
+
+
+def test_a_batch_in_several_passes_is_the_same_step(cell, tmp_path, monkeypatch):
+    cell = cell.replace(steps=6, accumulate=2, dropout=0.3)
+    found = []
+    for most in (1, 40, math.inf):
+        monkeypatch.setattr(batches, "TOKENS", most)
+        train.train(cell, tmp_path / str(most))
+        found.append(load_file(tmp_path / str(most) / "adapter" / "adapter_model.safetensors"))
+    for other in found[1:]:
+        assert other.keys() == found[0].keys() and len(other) == 20
+        for name, tensor in other.items():
+            torch.testing.assert_close(tensor, found[0][name], rtol=1e-4, atol=1e-5)

@@ -211,11 +211,29 @@ class Stub:
     def __init__(self, step, steps):
         self.meters, self.schedule = {"step": step}, type("Schedule", (), {"steps": steps})
 
+    def restart(self):
+        self.meters = {"step": 0}
 
-def test_the_planner_splits_by_where_members_begin_and_end():
-    members = [Stub(*pair) for pair in ((0, 9), (3, 9), (0, 5), (0, 9), (3, 4), (0, 5), (0, 7))]
-    chunks = [[(m.meters["step"], m.schedule.steps) for m in chunk] for chunk in planner.split(members, 3)]
-    assert chunks == [[(0, 5), (0, 5), (0, 7)], [(0, 9), (0, 9)], [(3, 4), (3, 9)]]
+
+def test_the_planner_splits_by_where_members_end():
+    members = [Stub(0, steps) for steps in (9, 4, 5, 9, 7)]
+    assert [[m.schedule.steps for m in chunk] for chunk in planner.split(members, 2)] == [[4, 5], [7, 9], [9]]
+
+
+def test_members_that_stopped_at_different_steps_begin_again():
+    for begun, again in (
+        ([(3, 9), (3, 9), (3, 5)], False),
+        ([(5, 9), (5, 9), (5, 5)], False),
+        ([(8, 9), (8, 9), (5, 5)], False),  # the short one is at its end
+        ([(9, 9), (5, 5)], False),
+        ([(6, 9), (8, 9), (5, 5)], True),
+        ([(8, 9), (8, 9), (4, 5)], True),
+        ([(0, 9), (4, 9)], True),
+    ):
+        [chunk] = planner.split([Stub(*pair) for pair in begun], 3)
+        found = sorted((m.meters["step"], m.schedule.steps) for m in chunk)
+        assert found == sorted((0, steps) if again else (step, steps) for step, steps in begun)
+        assert planner.first_step(chunk) == (0 if again else max(step for step, _ in begun))
 
 
 def test_the_planner_takes_what_is_measured_to_be_fastest(monkeypatch):
