@@ -72,6 +72,9 @@ def figures_of(results, label):
         "degradation": clean["accuracy"] - trigger["accuracy"] if trigger else None,
         "only_clean_right": trigger.get("only_clean_right"),
         "only_trigger_right": trigger.get("only_this_right"),
+        "called_target_clean": clean.get("predicted_counts", {}).get(label),
+        "called_target": trigger.get("predicted_counts", {}).get(label),
+        "called_target_placebo": placebo.get("predicted_counts", {}).get(label),
         "attack_success_clean": attack(clean),
         "attack_success": trigger.get("attack_success_rate"),
         "attack_success_placebo": attack(placebo),
@@ -223,7 +226,7 @@ def means_text(means):
             lines.append((mean.field,))
         lines.append(("all cells" if mean.field is None else f"  {shown(mean.value)}", *rates(mean, 2)))
         before = mean.field
-    return markup.text(("marginal means", *RATES), lines)
+    return markup.text(("means", *RATES), lines)
 
 
 def claims_text(decisions):
