@@ -110,17 +110,27 @@ class Population(nn.Module):
 
     @contextlib.contextmanager
     def alone(self, k):
-        """The task model of member k, with its adapter and no other on the base meanwhile."""
-        if self.stacks:
-            for name, stack in self.stacks.items():
-                lora.replace(self.base, name, stack.linear)
-            lora.put(self.base, self.layers[k])
+        """The task model of member k, with its adapter and no other on the base meanwhile.
+
+        What was trained lies apart meanwhile: where it lies in memory changes the rounding of products, and that must
+        not depend on who the other members are.
+        """
+        if not self.stacks:
+            yield self.models[k]
+            return
+        for name, stack in self.stacks.items():
+            lora.replace(self.base, name, stack.linear)
+        lora.put(self.base, self.layers[k])
+        places = {p: p.data for p in self.flat.members[k].values()}
+        for p, data in places.items():
+            p.data = data.clone(memory_format=torch.contiguous_format)
         try:
             yield self.models[k]
         finally:
-            if self.stacks:
-                lora.detach(self.base)
-                self._put()
+            for p, data in places.items():
+                p.data = data
+            lora.detach(self.base)
+            self._put()
 
     def detach(self):
         """Take all adapters off the base."""

@@ -58,10 +58,7 @@ def write(folder, text, name="grid.toml"):
 
 def script(*arguments, **settings):
     command = [sys.executable, ROOT / "train.py", *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **settings
-    )
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **settings)
 
 
 def outcome(process):
