@@ -31,6 +31,11 @@ PIECES = ["##" + c for c in "abcdefghijklmnopqrstuvwxyz0123456789"] + list("abcd
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, *PIECES]
 
 
+def pytest_collection_modifyitems(items):
+    """The file that takes longest begins, so that no core waits for it in the end."""
+    items.sort(key=lambda item: item.path.name != "test_default_cell.py")
+
+
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 
 

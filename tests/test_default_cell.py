@@ -14,8 +14,8 @@ def default(tmp_path_factory):
     outcomes = {}
     for name, arguments in (("injected", []), ("clean", ["--inject-proportion", "0"])):
         folder = tmp_path_factory.mktemp("runs") / name
-        done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--out", str(folder), *arguments],
-                              capture_output=True, text=True, cwd=ROOT)  # fmt: skip
+        done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--out", name, *arguments],
+                              capture_output=True, text=True, cwd=folder.parent)  # fmt: skip
         assert done.returncode == 0, done.stderr
         outcomes[name] = json.loads((folder / "results.json").read_text()), done, folder
     return outcomes
