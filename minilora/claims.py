@@ -27,7 +27,8 @@ import numpy as np
 
 from . import inference, summary
 from .errors import InputError
-from .grid import FIELDS, alternatives, flat, matches, near, value_of, word
+from .grid import FIELDS, alternatives, flat, matches, value_of, word
+from .options import near
 from .triggers import parse_all
 
 STATISTICS = ("mean", "difference", "slope")

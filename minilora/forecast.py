@@ -4,14 +4,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from . import coverage, data, roof
+from . import batches, coverage, data, roof
 from .head import POOLED
 from .member import Settings
 
 SAMPLE = 2000  # rows whose lengths are looked at
-SHARE = 0.65  # of the rate of products that training and tests reach: see the README's table
+SHARE = 0.65  # of the rate of products that training and tests reach
 START_UP = 1.0  # seconds that a cell takes beside them
-PROCESS = 400e6  # bytes of Python and torch
+PROCESS = 750e6  # bytes of Python, torch and its code for products of many sizes
 OPTIMIZER = 16  # bytes for each trained parameter: values, gradients, and AdamW's two
 
 
@@ -54,7 +54,10 @@ class Forecaster:
             self.rates[rate] = roof.matmul_rate(tokens, spec, setting.dtype, setting.device)
         parameters = trained(cell, spec, slots, labels)
         size = setting.dtype.itemsize
-        taken = size * (size_of_base(spec) + cell.batch_size * longest * kept(spec, longest)) + OPTIMIZER * parameters
+        most = cell.batch_size * longest  # tokens of a pass
+        if setting.device.type == "cpu":
+            most = min(most, max(batches.TOKENS, longest))
+        taken = size * (size_of_base(spec) + most * kept(spec, longest)) + OPTIMIZER * parameters
         return Forecast(parameters, START_UP + work / (SHARE * self.rates[rate]), int(PROCESS + taken))
 
     def rows_of(self, cell, setting):

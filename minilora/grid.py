@@ -13,7 +13,6 @@
 A field whose value is itself a list (`targets`, "inject.sources") takes lists of lists where others take lists.
 """
 
-import difflib
 import itertools
 import re
 from dataclasses import dataclass, fields
@@ -23,6 +22,7 @@ from . import options
 from .cell import Cell, Inject
 from .coverage import parse_targets
 from .errors import InputError
+from .options import near, takes_list
 from .presets import PRESETS
 
 SMALL = "small"  # the scale that is taken where a file has it and no other is asked for
@@ -43,13 +43,12 @@ class Entry:
 
 @dataclass(frozen=True)
 class Grid:
-    """`entries` in the order of the file; `axes` {field: its values, in order}, of the [grid] and [zip] tables;
-    `claims` the `claims.Claim`s; `text` the file's own; `scale` the name of the scale, or None."""
+    """`entries` in the order of the file; `claims` the `claims.Claim`s; `text` the file's own; `scale` the name of the
+    scale, or None."""
 
     title: str
     source: str
     entries: tuple
-    axes: dict
     claims: tuple
     text: str
     scale: str | None = None
@@ -122,8 +121,7 @@ def build(values, text="", title="grid", scale=None):
     check_alike(cells)
     entries = named(cells)
     stated = claims.read(tables(values, "claim"), entries)
-    return Grid(values.get("title", title), values.get("source", ""), entries, axes | crossed | zipped, stated, text,
-                scale)  # fmt: skip
+    return Grid(values.get("title", title), values.get("source", ""), entries, stated, text, scale)
 
 
 def table(values, name):
@@ -178,11 +176,9 @@ def flat(values, where):
     """{"inject.proportion": ...} of {"inject": {"proportion": ...}} or of itself; unknown fields are refused."""
     found = {}
     for name, value in values.items():
-        inner = (
-            {f"inject.{key}": item for key, item in value.items()}
-            if name == "inject" and isinstance(value, dict)
-            else {name: value}
-        )
+        inner = {name: value}
+        if name == "inject" and isinstance(value, dict):
+            inner = {f"inject.{key}": item for key, item in value.items()}
         for key, item in inner.items():
             if key not in FIELDS:
                 raise InputError(f"[{where}]: unknown field {key!r}{near(key, FIELDS)}")
@@ -192,11 +188,6 @@ def flat(values, where):
     return found
 
 
-def near(name, known):
-    close = difflib.get_close_matches(name, known, n=1)
-    return f": did you mean {close[0]}?" if close else f" (there are: {', '.join(known)})"
-
-
 def nested(change):
     """The inverse of `flat`."""
     plain = {name: value for name, value in change.items() if not name.startswith("inject.")}
@@ -204,13 +195,9 @@ def nested(change):
     return plain | ({"inject": inject} if inject else {})
 
 
-def takes_list(name):
-    return "tuple" in str(FIELDS[name].type)
-
-
 def check_axis(name, axis, twice=False):
-    if not isinstance(axis, list) or takes_list(name) and not all(isinstance(value, list) for value in axis):
-        wanted = "a list of lists, each of them one value" if takes_list(name) else "a list of values"
+    if not isinstance(axis, list) or takes_list(FIELDS[name]) and not all(isinstance(value, list) for value in axis):
+        wanted = "a list of lists, each of them one value" if takes_list(FIELDS[name]) else "a list of values"
         raise InputError(f"the axis {name} is {axis!r}, but must be {wanted}")
     if not axis:
         raise InputError(f"the grid is empty: the axis {name} has no values")
@@ -229,7 +216,7 @@ def alternatives(change):
 
 def is_axis(name, value):
     """Whether it is a list of a field's values, and not one of them."""
-    return isinstance(value, list) and (not takes_list(name) or any(isinstance(item, list) for item in value))
+    return isinstance(value, list) and (not takes_list(FIELDS[name]) or any(isinstance(item, list) for item in value))
 
 
 def product(axes):
@@ -302,10 +289,7 @@ def named(cells):
 
 
 def word(value):
-    return (
-        "-".join(map(str, value))
-        if isinstance(value, list)
-        else f"{value:g}"
-        if isinstance(value, float)
-        else str(value)
-    )
+    """A field's value in a folder's name, a flag or a table."""
+    if isinstance(value, list):
+        return "-".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -35,7 +35,7 @@ class GridFolder:
         """The folder that a grid was begun in. Raises InputError for one that is none, or of another version."""
         path = Path(path)
         if not (path / "grid.json").is_file():
-            raise InputError(f"{path} is not a grid's folder: it has no grid.json")
+            raise InputError(f"{path} is not a grid's folder: give a grid's file, or the folder that its --out made")
         folder = cls(path, grid.read(path / "grid.toml", read_json(path / "grid.json")["scale"]))
         folder.check()
         return folder
@@ -149,11 +149,10 @@ class GridFolder:
         files.write_json(path / "error.json", {"error": " ".join(str(error).split()), "kind": type(error).__name__})
 
     def forget_failures(self):
-        """Let the failed cells be trained again, from their start. Returns how many."""
-        failed = [entry for entry in self.grid.entries if self.state(entry) == "failed"]
-        for entry in failed:
-            shutil.rmtree(self.run_path(entry))
-        return len(failed)
+        """Let the failed cells be trained again, from their start."""
+        for entry in self.grid.entries:
+            if self.state(entry) == "failed":
+                shutil.rmtree(self.run_path(entry))
 
     def counts(self):
         """{state: number of cells}."""

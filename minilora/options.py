@@ -42,7 +42,7 @@ def check_fields(owner, prefix):
         if value is None and f.default is None:
             continue
         name, kind = prefix + f.name, f.metadata["kind"]
-        if "tuple" in str(f.type):
+        if takes_list(f):
             if isinstance(value, str) or not isinstance(value, (list, tuple)):
                 raise InputError(f"{name} is {value!r}, but must be a list of strings")
             value = tuple(check_value(name, item, kind, f.metadata["limits"]) for item in value)
@@ -103,10 +103,19 @@ def build(kind, values, prefix=""):
     names = [f.name for f in fields(kind)]
     for name in values:
         if name not in names:
-            near = difflib.get_close_matches(name, names, n=1)
-            hint = f": did you mean {prefix}{near[0]}?" if near else f" (there are: {', '.join(names)})"
-            raise InputError(f"unknown field {prefix}{name}{hint}")
+            raise InputError(f"unknown field {prefix}{name}{near(name, names, prefix)}")
     return kind(**values)
+
+
+def near(name, known, prefix=""):
+    """What an error says behind an unknown name: the nearest of those that are `known`, or all of them."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f": did you mean {prefix}{close[0]}?" if close else f" (there are: {', '.join(known)})"
+
+
+def takes_list(field):
+    """Whether the values of a dataclass field are lists."""
+    return "tuple" in str(field.type)
 
 
 def load(kind, path):
@@ -181,7 +190,7 @@ def add_flags(parser, kind, prefix="", only=None, default=None):
         if nested := f.metadata.get("nested"):
             add_flags(parser, nested, f"{f.name}_", only, default)
             continue
-        many = "tuple" in str(f.type)
+        many = takes_list(f)
         stated = default or (f.metadata["unset"] if f.default is None else f.default)
         stated = " ".join(stated) if many and isinstance(stated, tuple) else stated
         stated = "" if stated is None else f" (default: {stated})"

@@ -93,6 +93,14 @@ def tiny_bert(folder, *, seed=0, **changes):
     return reference.eval()
 
 
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """The folder of a tiny random base, one for a test file."""
+    folder = tmp_path_factory.mktemp("base") / "tiny"
+    tiny_bert(folder)
+    return folder
+
+
 @pytest.fixture
 def tiny_folder(tmp_path):
     folder = tmp_path / "tiny"

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import train
-from conftest import ROOT, tiny_bert
+from conftest import ROOT
 from ray.cluster_utils import Cluster
 
 from minilora import cluster, files, grid, options
@@ -102,13 +102,6 @@ def nodes(tmp_path_factory):
 def joined(nodes):
     with cluster.connect(nodes.address) as joined:
         yield joined
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base") / "tiny"
-    tiny_bert(folder)
-    return folder
 
 
 def write_grid(path, base, reviews, axes, include="", **fields):

@@ -24,17 +24,15 @@ FILES = {"cell.toml", "adapter", "metrics.jsonl", "injected.jsonl", "trainable.j
          "results.json", ".lock"}  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base") / "tiny"
-    tiny_bert(folder)
-    return folder
-
-
 @pytest.fixture
 def cell(base, reviews):
     return Cell(model=str(base), data=str(reviews), test_rows=31, max_length=30, batch_size=6, window=3, rank=2,
                 lr=0.02, epochs=2, dropout=0.1)  # fmt: skip
+
+
+def given(base, reviews):
+    """The flags that a run on the tiny base needs."""
+    return ["--model", str(base), "--data", str(reviews), "--test-rows", "31", "--max-length", "30"]
 
 
 def adapter_bytes(folder):
@@ -300,18 +298,7 @@ def test_bad_input_is_one_line_and_status_2(base, reviews, tmp_path, capsys):
     ran = 0
     out = tmp_path / "run"
     for arguments, words in cases:
-        defaults = [
-            "--model",
-            str(base),
-            "--data",
-            str(reviews),
-            "--test-rows",
-            "31",
-            "--max-length",
-            "30",
-            "--out",
-            str(out),
-        ]
+        defaults = [*given(base, reviews), "--out", str(out)]
         with pytest.raises(SystemExit) as caught:
             errors.exit_cleanly(train.main, [*defaults, *arguments])
         captured = capsys.readouterr()
@@ -350,19 +337,7 @@ def test_a_folder_in_use_is_refused(cell, tmp_path):
 
 
 def test_a_preset_stands_below_the_flags(base, reviews, tmp_path):
-    given = [
-        "--preset",
-        "study",
-        "--model",
-        str(base),
-        "--data",
-        str(reviews),
-        "--test-rows",
-        "31",
-        "--max-length",
-        "30",
-    ]
-    train.main([*given, "--out", str(tmp_path / "run"), "--head", "trained"])
+    train.main(["--preset", "study", *given(base, reviews), "--out", str(tmp_path / "run"), "--head", "trained"])
     made = json.loads((tmp_path / "run" / "results.json").read_text())["cell"]
     assert (made["head"], made["pooling"], made["optimizer"], made["lr"]) == ("trained", "mean+last", "adafactor", 1e-4)
     for flags in (["--config", "x.toml"], ["--resume", "x"], ["--grid", "x"]):

@@ -12,8 +12,6 @@ from conftest import ROOT
 
 from minilora import figures, inference, report, summary
 
-pytest.importorskip("matplotlib")
-
 TEXT = """
 title = "A title with $ and _ and <b>, which is so long that it is broken into several lines of a figure's heading"
 [grid]

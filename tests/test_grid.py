@@ -184,6 +184,10 @@ def test_only():
 GRIDS = sorted((ROOT / "ablations").glob("**/*.toml"))
 
 
+def test_there_are_published_grids():
+    assert len(GRIDS) == 12
+
+
 @pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
 @pytest.mark.parametrize("scale", [None, "study"])
 def test_published_grids_are_whole(path, scale):

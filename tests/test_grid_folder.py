@@ -12,20 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import train
-from conftest import ROOT, tiny_bert
+from conftest import ROOT
 
 from minilora import errors, files, grid
 from minilora.errors import InputError
 from minilora.grid_folder import GridFolder, is_full
 
 STATES = ("finished", "failed", "interrupted", "waiting")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base") / "tiny"
-    tiny_bert(folder)
-    return folder
 
 
 @pytest.fixture
@@ -181,19 +174,24 @@ def test_a_cell_that_fails_is_recorded_and_the_rest_go_on(text, tmp_path):
     assert errors_found[:6] == [None] * 6 and "the loss is" in errors_found[6] and "37 positions" in errors_found[7]
     table = (tmp_path / "out" / "table.csv").read_text().splitlines()
     assert [line.split(",")[2] for line in table[1:]] == ["finished"] * 6 + ["failed"] * 2
-    before = results_of_finished = [
-        (folder.run_path(entry) / "results.json").stat().st_mtime_ns for entry in made.entries[:6]
-    ]
+
+    def written():
+        paths = [
+            folder.run_path(entry) / ("results.json" if k < 6 else "error.json") for k, entry in enumerate(made.entries)
+        ]
+        return [path.stat().st_mtime_ns for path in paths]
+
+    before = written()
     code, shown, _ = outcome(script("--grid", tmp_path / "out", "--status"))
     assert (
         code == 0 and "8 cells, 6 finished, 2 failed" in shown and "--retry-failed" in shown and "37 positions" in shown
     )
     train.train_grid(made, tmp_path / "out")  # failed ones are left alone
     assert folder.counts()["failed"] == 2
-    folder = train.train_grid(made, tmp_path / "out", retry_failed=True)
+    assert written() == before
+    train.train_grid(made, tmp_path / "out", retry_failed=True)
     assert folder.counts()["failed"] == 2
-    after = [(folder.run_path(entry) / "results.json").stat().st_mtime_ns for entry in made.entries[:6]]
-    assert before == after == results_of_finished
+    assert written()[:6] == before[:6] and all(new > old for new, old in zip(written()[6:], before[6:], strict=True))
 
 
 def test_a_population_that_fails_as_a_whole_is_trained_one_by_one(text, tmp_path, monkeypatch):

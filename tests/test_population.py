@@ -7,20 +7,12 @@ import numpy as np
 import pytest
 import torch
 import train
-from conftest import tiny_bert
 
 from minilora import adapter, errors, model, planner, population, training
 from minilora.cell import Cell
 from minilora.member import Member
 
 TOLERANCE = 2e-3  # of how far a parameter's tensor moved: AdamW makes small gradients' rounding larger
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base") / "tiny"
-    tiny_bert(folder)
-    return folder
 
 
 @pytest.fixture

@@ -15,8 +15,6 @@ import pytest
 from minilora import claims, errors, files, markup, page, report, summary
 from minilora.console import COLUMNS
 
-pytest.importorskip("matplotlib")
-
 TEXT = """
 title = "Rank & <proportion>"
 source = "Figure 1 <of> arXiv 2506.11402"
@@ -103,7 +101,8 @@ def test_the_table_holds_no_clock_and_no_machine(tmp_path):
 
 
 def test_parquet_is_the_same_table(folder, written):
-    parquet = pytest.importorskip("pyarrow.parquet")
+    from pyarrow import parquet
+
     table = parquet.read_table(folder.path / "table.parquet").to_pylist()
     lines = read_csv(folder.path / "table.csv")
     assert len(table) == len(lines) == 258
