@@ -44,7 +44,10 @@ class GridFolder:
         """Raise InputError for a folder that holds anything but this grid, of this version."""
         path = self.path
         if not (path / "grid.json").exists():
-            if path.exists() and (not path.is_dir() or set(os.listdir(path)) - {".lock", "grid.toml"}):
+            # Another process may be at it at this moment: its lock and its unfinished files begin with a dot.
+            if path.exists() and (
+                not path.is_dir() or any(name != "grid.toml" and name[0] != "." for name in os.listdir(path))
+            ):
                 raise InputError(f"{path} exists and is no grid's folder: choose another --out")
             return
         made = read_json(path / "grid.json")

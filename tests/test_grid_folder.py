@@ -262,6 +262,10 @@ def test_folders_that_hold_something_else(text, tmp_path):
     folder = GridFolder(tmp_path / "out", made).make()
     assert folder.counts() == dict(zip(STATES, (0, 0, 0, 6), strict=True))
     assert GridFolder.find(tmp_path / "out").grid.entries == made.entries
+    (tmp_path / "begun").mkdir()
+    for name in (".lock", "grid.toml", ".grid.json.0a1b"):  # what another process leaves while it makes the folder
+        (tmp_path / "begun" / name).touch()
+    GridFolder(tmp_path / "begun", made).check()
     other = grid.read(write(tmp_path, text.replace("[2, 3]", "[2, 5]"), "other.toml"))
     with pytest.raises(InputError, match="was made by another grid: 4 cells differ, such as rank-"):
         train.train_grid(other, tmp_path / "out")
