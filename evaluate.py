@@ -13,8 +13,10 @@ python evaluate.py GRID                            of a grid: its tables, figure
 import math
 from pathlib import Path
 
-from minilora import errors, options, parallel
+from minilora import parallel
 from minilora.cell import Cell
+from minilora.command import Parser, add_flags, exit_cleanly, given_flags
+from minilora.errors import InputError
 
 # What a test may change of a cell; its other fields made the adapter.
 CHANGES = ("model", "tokenizer", "device", "text_column", "label_column", "inject_sources", "inject_count",
@@ -31,47 +33,51 @@ def evaluate(folder, *, data=None, batch_size=None, scale=1.0, added=(), merge_t
     """
     import torch
 
-    from minilora import adapter, checkpoint, console, export, families, model, task, tokenizer, training
-    from minilora import data as datasets
-    from minilora.run import Run, check_inputs
+    from minilora import console, parallel, tasks
+    from minilora.base import checkpoint, families, model, tokenizer
+    from minilora.base.source import fingerprint_tokenizer, resolve_base, resolve_tokenizer
+    from minilora.data.rows import align, fingerprint_rows, load_rows, rows_of, with_targets
+    from minilora.lora import merging, storage
+    from minilora.runs.folder import Run
+    from minilora.runs.record import check_inputs
 
     run = Run(folder)
     trained = run.read_cell()
     if not run.finished:
-        raise errors.InputError(f"{folder} holds no finished run: go on with python train.py --resume {folder}")
+        raise InputError(f"{folder} holds no finished run: go on with python train.py --resume {folder}")
     cell = trained.replace(**changes)
     if merge_to is not None:
-        export.check(merge_to, cell)
+        merging.check(merge_to, cell)
 
     # --- rows: the training rows give the placebo its words and the labels their names
-    clean, test = datasets.rows_of(trained)
-    inputs = {"train": datasets.fingerprint(clean), "test": datasets.fingerprint(test)}
+    clean, test = rows_of(trained)
+    inputs = {"train": fingerprint_rows(clean), "test": fingerprint_rows(test)}
     if data is not None:
         free = cell.task == "lm"
-        test = datasets.load(data, text_column=cell.text_column, label_column=cell.label_column, free=free)
-        test = datasets.align(test, clean.label_names, data, free)
-    test = datasets.with_targets(test, cell)
+        test = load_rows(data, text_column=cell.text_column, label_column=cell.label_column, free=free)
+        test = align(test, clean.label_names, data, free)
+    test = with_targets(test, cell)
 
     # --- model
-    source = checkpoint.resolve(cell.model, cell.revision, cell.tokenizer)
+    source = resolve_base(cell.model, cell.revision, cell.tokenizer)
     spec = families.read_spec(checkpoint.read_config(source))
-    words = checkpoint.resolve_tokenizer(cell.tokenizer, source)
-    inputs |= {"base": checkpoint.fingerprint(source), "tokenizer": checkpoint.fingerprint_tokenizer(words)}
+    words = resolve_tokenizer(cell.tokenizer, source)
+    inputs |= {"base": checkpoint.fingerprint(source), "tokenizer": fingerprint_tokenizer(words)}
     check_inputs(inputs, run.read_results()["inputs"], cell)
     text_tokenizer = tokenizer.load(words, spec.vocabulary)
-    cell_task = task.find(cell, spec, text_tokenizer)
-    dtype, device = getattr(torch, cell.dtype), training.pick_device(cell.device)
+    cell_task = tasks.find(cell, spec, text_tokenizer)
+    dtype, device = getattr(torch, cell.dtype), parallel.pick_device(cell.device)
     base = model.load(source, dtype, device, cell_task.unembedding)
     trained_model = cell_task.model(base, clean.label_names)
     for other, _ in added:
         there = Run(other)
         if there.finished and there.read_results()["inputs"]["base"] != inputs["base"]:
-            raise errors.InputError(f"--add {other}: it was trained on another base than {folder}: choose another")
-    others = [(adapter.find(other), weight) for other, weight in added]
-    adapter.restore(run.path / "adapter", trained_model, cell.method, scale, others)
+            raise InputError(f"--add {other}: it was trained on another base than {folder}: choose another")
+    others = [(storage.find(other), weight) for other, weight in added]
+    storage.restore(run.path / "adapter", trained_model, cell.method, scale, others)
     if merge_to is not None:
-        merged = export.write(merge_to, trained_model, cell, clean.label_names, source=source, tokenizer=words)
-        console.say(f"merged     {merge_to}: {export.describe(merged)}")
+        merged = merging.write(merge_to, trained_model, cell, clean.label_names, source=source, tokenizer=words)
+        console.say(f"merged     {merge_to}: {merging.describe(merged)}")
 
     # --- tests
     tests = cell_task.build_tests(clean, test, cell.seed_for("inject"))
@@ -98,12 +104,12 @@ def parse_added(text):
     except ValueError:
         name, weight = text, 1.0
     if not math.isfinite(weight):
-        raise errors.InputError(f"--add {text}: the weight must be a finite number")
+        raise InputError(f"--add {text}: the weight must be a finite number")
     return name or text, weight
 
 
 def main(argv=None):
-    parser = options.Parser(prog="evaluate.py", description=__doc__.partition("\n\n")[0])
+    parser = Parser(prog="evaluate.py", description=__doc__.partition("\n\n")[0])
     parser.add_argument("run", metavar="RUN", help="folder of a finished run, or of a grid")
     parser.add_argument("--data", dest="rows", metavar="FILE", help="other test rows: a file (default: the run's own)")
     parser.add_argument("--batch-size", dest="batch", type=int, metavar="N", help="rows a batch (default: the run's)")
@@ -118,31 +124,32 @@ def main(argv=None):
     parser.add_argument("--merge-to", metavar="DIR", help="write the base with the adapter, for transformers")
     parser.add_argument("--out", metavar="DIR", help="write results.json and predictions.jsonl to this new folder")
     parser.add_argument("--traceback", action="store_true", help="show the full trace of an error")
-    options.add_flags(parser, Cell, only=CHANGES, default="the run's")
+    add_flags(parser, Cell, only=CHANGES, default="the run's")
     arguments = parser.parse_args(argv)
     parallel.refuse("an evaluation", "start that with python")
-    changes = options.given_flags(arguments, Cell)
+    changes = given_flags(arguments, Cell)
     if (Path(arguments.run) / "grid.json").is_file():
         return main_of_grid(arguments, changes)
     if arguments.batch is not None and arguments.batch < 1:
-        raise errors.InputError(f"--batch-size is {arguments.batch}, but must be at least 1")
+        raise InputError(f"--batch-size is {arguments.batch}, but must be at least 1")
     if arguments.rows is None and {"text_column", "label_column"} & set(changes):
-        raise errors.InputError("--text-column and --label-column are those of --data: give it too")
+        raise InputError("--text-column and --label-column are those of --data: give it too")
     out = Path(arguments.out) if arguments.out else None
     if out and out.exists():
-        raise errors.InputError(f"{out} exists: choose another --out")
+        raise InputError(f"{out} exists: choose another --out")
 
     if not math.isfinite(arguments.scale):
-        raise errors.InputError(f"--scale is {arguments.scale}, but must be a finite number")
+        raise InputError(f"--scale is {arguments.scale}, but must be a finite number")
     added = [parse_added(text) for text in arguments.add]
     settings = {"data": arguments.rows, "scale": arguments.scale, "added": added}
 
     figures, predictions = evaluate(
         arguments.run, batch_size=arguments.batch, merge_to=arguments.merge_to, **settings, **changes
     )
-    from minilora import console, files
+    from minilora import files
+    from minilora.runs.text import results_table
 
-    print(console.table(figures))
+    print(results_table(figures))
     own_rows = arguments.rows is None and "inject" not in changes and "seed_inject" not in changes
     if own_rows and arguments.scale == 1 and not added:
         same, total = compare(arguments.run, predictions)
@@ -157,17 +164,17 @@ def main(argv=None):
 
 def main_of_grid(arguments, changes):
     """evaluate.py GRID"""
-    from minilora import report
-    from minilora.grid_folder import GridFolder
+    from minilora.grid.folder import GridFolder
+    from minilora.report.write import write_report
 
     others = {"--data": arguments.rows, "--batch-size": arguments.batch, "--add": arguments.add,
               "--merge-to": arguments.merge_to, "--out": arguments.out}  # fmt: skip
     given = [flag for flag, value in others.items() if value not in (None, [])] + ["--scale"] * (arguments.scale != 1)
     given += [f"a change of {name}" for name in changes]
     if given:
-        raise errors.InputError(f"{given[0]} is for single runs, but {arguments.run} is a grid's folder: drop it")
+        raise InputError(f"{given[0]} is for single runs, but {arguments.run} is a grid's folder: drop it")
     folder = GridFolder.find(arguments.run)
-    text, paths, left_out = report.write(folder)
+    text, paths, left_out = write_report(folder)
     counts = folder.counts()
     missing = sum(count for state, count in counts.items() if state != "finished")
     if missing:
@@ -180,4 +187,4 @@ def main_of_grid(arguments, changes):
 
 
 if __name__ == "__main__":
-    errors.exit_cleanly(main)
+    exit_cleanly(main)

@@ -3,7 +3,8 @@
 import importlib
 import sys
 
-from minilora.errors import InputError, exit_cleanly
+from minilora.command import exit_cleanly
+from minilora.errors import InputError
 
 COMMANDS = {
     "cell": "one cell side by side with its peers: rows/s, FLOP/s against the roof, memory, start-up, accuracy",

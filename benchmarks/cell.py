@@ -17,8 +17,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from minilora import options
 from minilora.cell import Cell
+from minilora.command import Parser, add_flags, given_flags
 from minilora.console import say
 from minilora.errors import InputError
 
@@ -36,7 +36,7 @@ WARM_UP = 5
 
 
 def main(argv):
-    parser = options.Parser(prog="python -m benchmarks cell", description=__doc__.partition("\n\n")[0])
+    parser = Parser(prog="python -m benchmarks cell", description=__doc__.partition("\n\n")[0])
     group = parser.add_argument_group("measurement")
     group.add_argument("--peers", nargs="+", choices=PEERS, metavar="PEER",
                        help=f"{', '.join(PEERS)} (default: all that make sense but the compiled)")  # fmt: skip
@@ -47,14 +47,14 @@ def main(argv):
     group.add_argument("--threads", type=int, metavar="N", help="of each process (default: as many as torch takes)")
     group.add_argument("--out", metavar="DIR", help="write results.json, table.md and roofline.png into this folder")
     group.add_argument("--traceback", action="store_true", help="show the full trace of an error")
-    options.add_flags(parser, Cell, only=FACTORS)
+    add_flags(parser, Cell, only=FACTORS)
     arguments = parser.parse_args(argv)
     for name in ("rows", "repeats", "warm_up", "threads"):
         if (value := getattr(arguments, name)) is not None and value < 1:
             raise InputError(f"--{name.replace('_', '-')} is {value}, but must be at least 1")
     if arguments.out is not None:
         Path(arguments.out).mkdir(parents=True, exist_ok=True)  # refused now rather than after the runs
-    cell = Cell(train_rows=arguments.rows).replace(**options.given_flags(arguments, Cell))
+    cell = Cell(train_rows=arguments.rows).replace(**given_flags(arguments, Cell))
     results = measure(cell, arguments.peers, arguments.repeats, arguments.warm_up, arguments.threads)
     shown = report.CELL, report.cell_lines(results), report.cell_notes(results)
     print(report.page(*shown))
@@ -71,10 +71,11 @@ def measure(cell, names=None, repeats=1, warm_up=WARM_UP, threads=None, until=No
     """
     import torch
 
-    from minilora import run, training
+    from minilora import parallel
+    from minilora.runs.record import hardware, versions
 
     load, threads = os.getloadavg()[0], threads or torch.get_num_threads()
-    device = training.pick_device(cell.device)
+    device = parallel.pick_device(cell.device)
     if names is None:
         left_out = {
             "peft-loop-compiled": True,  # for compiling may take longer than the rest together
@@ -123,8 +124,8 @@ def measure(cell, names=None, repeats=1, warm_up=WARM_UP, threads=None, until=No
         "load_before": load,
         "roofs": roofs,
         "peers": {},
-        "hardware": run.hardware(device) | {"threads": threads},
-        "versions": run.versions() | report.versions("transformers", "peft", "accelerate", "unsloth"),
+        "hardware": hardware(device) | {"threads": threads},
+        "versions": versions() | report.versions("transformers", "peft", "accelerate", "unsloth"),
     }
     for name in names:
         peer = {"title": TITLES.get(name, name)}
@@ -172,13 +173,15 @@ def necessary(shared):
     """(Operations that training on a row takes at least, a mean over the job's rows; the rows' lengths)."""
     import numpy as np
 
-    from minilora import checkpoint, coverage, families, roof
+    from minilora.base import checkpoint, families
+    from minilora.lora.targets import plan_slots
+    from minilora.training.limit import training_flops
 
     spec = families.read_spec(checkpoint.read_config(shared.base))
-    slots = coverage.plan(spec, shared.cell)
+    slots = plan_slots(spec, shared.cell)
     lengths = np.diff(shared.encode(shared.train)[0].offsets)
     values, counts = np.unique(lengths, return_counts=True)
-    total = sum(int(count) * int(length) * roof.training_flops(spec, slots, shared.cell.method, int(length))
+    total = sum(int(count) * int(length) * training_flops(spec, slots, shared.cell.method, int(length))
                 for length, count in zip(values, counts))  # fmt: skip
     return total / len(lengths), lengths
 

@@ -13,8 +13,11 @@ from pathlib import Path
 
 import torch
 
-from minilora import checkpoint, console, options, training
+from minilora import console, files, parallel
+from minilora.base import checkpoint
+from minilora.base.source import DEFAULT_BASE
 from minilora.cell import Cell
+from minilora.command import Parser
 from minilora.errors import InputError
 
 from . import cell as one
@@ -29,7 +32,7 @@ AT_LEAST = {"one_cell": 2.0, "model_flop_use": 0.55, "over_unsloth": 1.1, "grid"
 
 
 def main(argv):
-    parser = options.Parser(prog="python -m benchmarks device", description=__doc__.partition("\n\n")[0])
+    parser = Parser(prog="python -m benchmarks device", description=__doc__.partition("\n\n")[0])
     parser.add_argument("--out", default="device", metavar="DIR",
                         help="write results.json and table.md into this folder (default: device)")  # fmt: skip
     parser.add_argument("--traceback", action="store_true", help="show the full trace of an error")
@@ -37,7 +40,7 @@ def main(argv):
     if not torch.cuda.is_available():
         raise InputError("torch finds no CUDA GPU here, and this measures one: run it on a machine that has one")
     Path(arguments.out).mkdir(parents=True, exist_ok=True)  # refused now rather than after the runs
-    device = training.pick_device("cuda")
+    device = parallel.pick_device("cuda")
     with tempfile.TemporaryDirectory() as folder:
         llama = standin.write_base(Path(folder) / "llama", standin.LLAMA, torch.bfloat16, device)
         rows = standin.write_rows(Path(folder) / "rows.csv", 8 * 80 + 16, 512, standin.LLAMA["vocab_size"])
@@ -54,9 +57,9 @@ def main(argv):
 
 def default_base(folder, device):
     """The default base where our cache holds it, else a stand-in."""
-    cached = checkpoint.cache() / checkpoint.DEFAULT_BASE.replace("/", "--")
+    cached = files.cache() / DEFAULT_BASE.replace("/", "--")
     if (cached / checkpoint.WEIGHTS).is_file():
-        return checkpoint.DEFAULT_BASE
+        return DEFAULT_BASE
     console.say(f"{cached} does not hold the default base: random weights take its place")
     return str(standin.write_base(Path(folder) / "bert", standin.BERT, torch.float32, device))
 

@@ -19,10 +19,12 @@ import tempfile
 import time
 from pathlib import Path
 
-from minilora import files, options
+from minilora import files
 from minilora.cell import Cell
+from minilora.command import Parser, add_flags, given_flags
 from minilora.console import say
 from minilora.errors import InputError
+from minilora.fields import from_dict
 
 from . import cell as one
 from . import job, peers, report
@@ -34,7 +36,7 @@ PEERS = (peers.BASELINE, peers.TUNED)
 
 
 def main(argv):
-    parser = options.Parser(prog="python -m benchmarks grid", description=__doc__.partition("\n\n")[0])
+    parser = Parser(prog="python -m benchmarks grid", description=__doc__.partition("\n\n")[0])
     group = parser.add_argument_group("measurement")
     group.add_argument("--ranks", nargs="+", type=int, default=RANKS, metavar="N")
     group.add_argument("--proportions", nargs="+", type=float, default=PROPORTIONS, metavar="X")
@@ -47,14 +49,14 @@ def main(argv):
     group.add_argument("--threads", type=int, metavar="N", help="of each process (default: as many as torch takes)")
     group.add_argument("--out", metavar="DIR", help="write results.json and table.md into this folder")
     group.add_argument("--traceback", action="store_true", help="show the full trace of an error")
-    options.add_flags(parser, Cell, only=one.FACTORS - {"rank", "inject_proportion"})
+    add_flags(parser, Cell, only=one.FACTORS - {"rank", "inject_proportion"})
     arguments = parser.parse_args(argv)
     for name in ("rows", "cells", "size", "threads"):
         if (value := getattr(arguments, name)) is not None and value < 1:
             raise InputError(f"--{name} is {value}, but must be at least 1")
     if arguments.out is not None:
         Path(arguments.out).mkdir(parents=True, exist_ok=True)  # refused now rather than after the runs
-    base = Cell(train_rows=arguments.rows, test_rows=200).replace(**options.given_flags(arguments, Cell))
+    base = Cell(train_rows=arguments.rows, test_rows=200).replace(**given_flags(arguments, Cell))
     cells = product(base, arguments.ranks, arguments.proportions)
     results = measure(cells, arguments.peers, arguments.cells, arguments.size, arguments.threads)
     shown = report.GRID, report.grid_lines(results), report.grid_notes(results)
@@ -80,12 +82,13 @@ def measure(cells, names=PEERS, count=None, size=None, threads=None, until=None)
     """Run minilora and the peers, and return what results.json has; `until`: see `cell.measure`."""
     import torch
 
-    from minilora import run, training
+    from minilora import parallel
+    from minilora.runs.record import hardware, versions
 
     load, threads, device = (
         os.getloadavg()[0],
         threads or torch.get_num_threads(),
-        training.pick_device(cells[0].device),
+        parallel.pick_device(cells[0].device),
     )
     missing = {name: why for name in names if (why := one.lacks(name, device))}
     sides = {}
@@ -123,8 +126,8 @@ def measure(cells, names=PEERS, count=None, size=None, threads=None, until=None)
         "proportions": sorted({cell.inject.proportion for cell in cells}),
         "load_before": load,
         "sides": sides,
-        "hardware": run.hardware(device) | {"threads": threads},
-        "versions": run.versions() | report.versions("transformers", "peft", "accelerate"),
+        "hardware": hardware(device) | {"threads": threads},
+        "versions": versions() | report.versions("transformers", "peft", "accelerate"),
     }
 
 
@@ -164,7 +167,7 @@ def train_minilora(jobs, began):
     from train import train_together
 
     grid = job.read_json(jobs / "grid.json")
-    cells = [options.build(Cell, values) for values in grid["cells"]]
+    cells = [from_dict(Cell, values) for values in grid["cells"]]
     start_up = time.time() - began
     outs = [jobs / "runs" / str(number) for number in range(len(cells))]
     outcomes = train_together(cells, outs, size=grid["size"])
@@ -199,8 +202,8 @@ def process(argv):
     name, jobs, out, began = argv
     jobs, began = Path(jobs), float(began)
     record = train_minilora(jobs, began) if name == "minilora" else train_peer(name, jobs, began)
-    from minilora.run import peak_memory
-    from minilora.training import pick_device
+    from minilora.parallel import pick_device
+    from minilora.runs.record import peak_memory
 
     device = pick_device(job.read_json(jobs / "grid.json")["cells"][0]["device"])
     files.write_json(out, record | {"peak_memory_bytes": peak_memory(device)})

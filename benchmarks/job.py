@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from minilora import files, options
+from minilora import files
 from minilora.cell import Cell
+from minilora.fields import load_toml
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Job:
             from_dict(facts.pop("train")),
             {name: from_dict(rows) for name, rows in facts.pop("tests").items()},
         )
-        return cls(folder, options.load(Cell, folder / "cell.toml"), train, tests, **facts)
+        return cls(folder, load_toml(Cell, folder / "cell.toml"), train, tests, **facts)
 
     @property
     def steps(self):
@@ -38,13 +39,13 @@ class Job:
 
     @cached_property
     def device(self):
-        from minilora.training import pick_device
+        from minilora.parallel import pick_device
 
         return pick_device(self.cell.device)
 
     @cached_property
     def _tokenizer(self):
-        from minilora import tokenizer
+        from minilora.base import tokenizer
 
         return tokenizer.load(self.tokenizer)
 
@@ -75,29 +76,36 @@ def write(cell, folder, warm_up, forms=("clean",)):
     import torch
     from safetensors.torch import save_file
 
-    from minilora import adapter, checkpoint, coverage, data, families, injection, lora, model, task, tokenizer
+    from minilora import tasks
+    from minilora.base import checkpoint, families, model, tokenizer
+    from minilora.base.source import resolve_base, resolve_tokenizer
+    from minilora.data import injection
+    from minilora.data.rows import fingerprint_rows, rows_of
     from minilora.errors import InputError
+    from minilora.lora import storage
+    from minilora.lora.layer import attach
+    from minilora.lora.targets import plan_slots
 
     folder = Path(folder)
     folder.mkdir(exist_ok=True)
-    base = checkpoint.resolve(cell.model, cell.revision, cell.tokenizer)
-    words = checkpoint.resolve_tokenizer(cell.tokenizer, base)
+    base = resolve_base(cell.model, cell.revision, cell.tokenizer)
+    words = resolve_tokenizer(cell.tokenizer, base)
     spec = families.read_spec(checkpoint.read_config(base))
-    slots = coverage.plan(spec, cell)
+    slots = plan_slots(spec, cell)
     model.check_fits(spec, cell.max_length)
     text_tokenizer = tokenizer.load(words, spec.vocabulary)
-    clean, test = data.rows_of(cell)
+    clean, test = rows_of(cell)
     if steps(cell, len(clean)) <= warm_up:
         raise InputError(
             f"{len(clean):,} rows make {steps(cell, len(clean))} steps, but the first {warm_up} are warm-up: "
             "raise --rows, or lower --warm-up"
         )
-    cell_task, seed = task.find(cell, spec, text_tokenizer), cell.seed_for("inject")
+    cell_task, seed = tasks.find(cell, spec, text_tokenizer), cell.seed_for("inject")
     injected = injection.inject(clean, cell.inject, seed, cell_task.visible(clean))
     tests = cell_task.build_tests(clean, test, seed)
     loaded = model.load(base, getattr(torch, cell.dtype))
-    classifier = cell_task.model(lora.attach(loaded, slots, seed=cell.seed_for("init")), clean.label_names)
-    adapter.save(folder / "start", classifier, cell, clean.label_names)
+    classifier = cell_task.model(attach(loaded, slots, seed=cell.seed_for("init")), clean.label_names)
+    storage.save(folder / "start", classifier, cell, clean.label_names)
     save_file(classifier.classifier.state_dict(), folder / "head.safetensors")
     files.write_text(folder / "cell.toml", cell.to_toml())
     files.write_json(
@@ -107,7 +115,7 @@ def write(cell, folder, warm_up, forms=("clean",)):
             "tests": {test.key: as_dict(test.rows) for test in tests if test.name in forms},
             "base": str(base),
             "tokenizer": str(words),
-            "fingerprint": data.fingerprint(injected.rows),
+            "fingerprint": fingerprint_rows(injected.rows),
             "warm_up": warm_up,
         },
     )
@@ -121,6 +129,6 @@ def as_dict(rows):
 def from_dict(values):
     import numpy as np
 
-    from minilora.data import Rows
+    from minilora.data.rows import Rows
 
     return Rows(values["ids"], values["texts"], np.array(values["labels"]), tuple(values["label_names"]))

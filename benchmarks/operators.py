@@ -18,16 +18,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from minilora.kernels import adamw, attention, cross_entropy, dora_linear, linear, lora_linear, mlp, norms, rotary
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from minilora import options, run, training
+from minilora import parallel
+from minilora.command import Parser
 from minilora.console import Progress
 from minilora.errors import InputError
-from minilora.kernels import adamw, attention, cross_entropy, dora_linear, linear, lora_linear, mlp, norms, rotary
+from minilora.runs.record import hardware, versions
 
 from . import report, roofs
 
@@ -353,11 +355,11 @@ def measure(shape, dtypes, device, repeats, names=None, progress=None):
         line["operations_per_second"] = line["operations"] / line["operator_seconds"]
         line["roof_share"] = line["operations_per_second"] / line["roof"]
     return {"operators": lines, "roofs": rates, "shape": vars(shape), "repeats": repeats, "load_before": load,
-            "hardware": run.hardware(device), "versions": run.versions() | report.versions("peft")}  # fmt: skip
+            "hardware": hardware(device), "versions": versions() | report.versions("peft")}  # fmt: skip
 
 
 def main(argv):
-    parser = options.Parser(prog="python -m benchmarks operators", description=__doc__.partition("\n\n")[0])
+    parser = Parser(prog="python -m benchmarks operators", description=__doc__.partition("\n\n")[0])
     names = list(dict.fromkeys(operator.name.split()[0] for operator in OPERATORS))
     parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--shape", choices=SHAPES, default="minilm", help="of which base (default: minilm)")
@@ -371,7 +373,7 @@ def main(argv):
         raise InputError(f"--repeats is {arguments.repeats}, but must be at least 1")
     if arguments.out is not None:
         Path(arguments.out).mkdir(parents=True, exist_ok=True)  # refused now rather than after the runs
-    device = training.pick_device(arguments.device)
+    device = parallel.pick_device(arguments.device)
     total = sum(len(set(operator.dtypes) & set(arguments.dtypes)) for operator in OPERATORS
                 if arguments.only is None or operator.name.split()[0] in arguments.only)  # fmt: skip
     with Progress("operators", total) as progress:

@@ -112,10 +112,10 @@ def peft_base(job):
 
 def unsloth_base(job):
     """The same by unsloth, as its documentation has it: an adapter of its own, with the job's factors read into it."""
-    from unsloth import FastModel  # first, for it changes transformers
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
     from transformers import AutoModel
+    from unsloth import FastModel  # first, for it changes transformers
 
     config = read_json(job.folder / "start" / "adapter_config.json")
     base, _ = FastModel.from_pretrained(
@@ -137,7 +137,7 @@ def pooled(base, job, dropout=False):
     from safetensors.torch import load_file
     from torch import nn
 
-    from minilora.head import pool
+    from minilora.tasks.classification import pool
 
     class Pooled(nn.Module):
         def __init__(self, weight, bias):
@@ -164,7 +164,7 @@ def optimisation(model, job):
     """The cell's AdamW, fused, and its learning rates: (optimizer, scheduler)."""
     import torch
 
-    from minilora.training import learning_rate
+    from minilora.training.optimizers import learning_rate
 
     cell, trained = job.cell, [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1.0, weight_decay=cell.weight_decay, fused=True)
@@ -215,13 +215,15 @@ def train_by_hand(job, began, compiled):
     import numpy as np
     import torch
 
-    from minilora import batches, console, training
+    from minilora import console
+    from minilora.data import batches
+    from minilora.training.feed import Schedule
 
     cell, device = job.cell, job.device
     model = pooled(base, job).train()
     encoded, labels = job.encode(job.train)
     lengths = np.diff(encoded.offsets)
-    schedule, sizes = training.Schedule(lengths, cell), batches.padded_sizes(lengths)
+    schedule, sizes = Schedule(lengths, cell), batches.padded_sizes(lengths)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer, rates = optimisation(model, job)
     step_model = torch.compile(model, dynamic=True) if compiled else model
@@ -257,7 +259,7 @@ def as_keywords(batch):
 def finish(job, clock, model):
     """The clock's figures, with the accuracy on the clean test rows, the attack success of the others, and the peak
     memory."""
-    from minilora.run import peak_memory
+    from minilora.runs.record import peak_memory
 
     called = {name: predict(job, model, rows) for name, rows in job.tests.items()}
     labels = job.tests["clean"].labels
@@ -279,7 +281,7 @@ def predict(job, model, rows):
     import numpy as np
     import torch
 
-    from minilora import batches
+    from minilora.data import batches
 
     model.eval()
     encoded, _ = job.encode(rows)

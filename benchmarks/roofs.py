@@ -9,7 +9,9 @@ from types import SimpleNamespace
 
 import torch
 
-from minilora import checkpoint, families, files, roof
+from minilora import files
+from minilora.base import checkpoint, families
+from minilora.training.limit import matmul_rate
 
 from .job import Job
 
@@ -32,12 +34,12 @@ def stream_rate(device, size=STREAM_BYTES, seconds=0.5):
 def product_rate(shape, dtype, device, seconds=0.15):
     """FLOP/s of the product of a batch's tokens by an MLP's up; `shape` has B, T, D and I."""
     spec = SimpleNamespace(width=shape.D, layers=[SimpleNamespace(inner=shape.I)])
-    return roof.matmul_rate(shape.B * shape.T, spec, dtype, device, seconds)
+    return matmul_rate(shape.B * shape.T, spec, dtype, device, seconds)
 
 
 def measure(tokens, spec, device, seconds=0.5):
     """{"float32": FLOP/s, "bfloat16": FLOP/s, "memory": bytes/s}, the products of a batch's `tokens` by an MLP's up."""
-    rates = {name: roof.matmul_rate(tokens, spec, getattr(torch, name), device, seconds)
+    rates = {name: matmul_rate(tokens, spec, getattr(torch, name), device, seconds)
              for name in ("float32", "bfloat16")}  # fmt: skip
     return rates | {"memory": stream_rate(device, seconds=seconds)}
 

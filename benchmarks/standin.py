@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from minilora import data, families, files, model
+from minilora import files
+from minilora.base import families, model
+from minilora.data.rows import SNIPPETS, load_rows
 
 # config.json of meta-llama/Llama-3.2-1B and of sentence-transformers/all-MiniLM-L6-v2, as far as it has a part here.
 LLAMA = {
@@ -79,7 +81,7 @@ def write_words(folder, vocabulary):
 
 def write_pieces(folder, vocabulary):
     """BERT's tokenizer with the commonest words of the default data, and single characters."""
-    texts = data.load(data.SNIPPETS).texts
+    texts = load_rows(SNIPPETS).texts
     characters = sorted({character for text in texts for character in text.lower() if character.isascii()} - {" "})
     pieces = characters + [f"##{character}" for character in characters]
     words = Counter(word for text in texts for word in text.lower().split() if word.isalpha() and len(word) > 1)

@@ -22,7 +22,6 @@ again. On an accelerator torch's own are one pass each.
 import torch
 from torch.nn import functional as F
 
-
 INVERTIBLE = 0.01  # the least |w| / (1 + |b|) with which z is formed of y: at most some 200 roundings of float32
 
 

@@ -14,12 +14,12 @@ import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from .checkpoint import DEFAULT_BASE
-from .coverage import STARTS, VARIANTS, check_variant, parse_layers, parse_targets
-from .errors import InputError
-from .spec import GROUPS, TARGETS
-from .options import build, check_fields, drop_other, option, resolve, resolve_pair, to_toml
-from .triggers import parse_all
+from minilora.base.source import DEFAULT_BASE
+from minilora.base.spec import GROUPS, TARGETS
+from minilora.data.triggers import parse_all
+from minilora.errors import InputError
+from minilora.fields import check_fields, drop_other, from_dict, option, resolve, resolve_pair, to_toml
+from minilora.lora.targets import STARTS, VARIANTS, check_variant, parse_layers, parse_targets
 
 # Fields of method "lora" alone.
 ADAPTER = ("rank", "alpha", "scaling", "dropout", "targets", "layers", "variant", "init", "start", "lr_ratio", "form")
@@ -194,7 +194,7 @@ class Cell:
 
     def __post_init__(self):
         if isinstance(self.inject, dict):
-            object.__setattr__(self, "inject", build(Inject, self.inject, "inject."))
+            object.__setattr__(self, "inject", from_dict(Inject, self.inject, "inject."))
         check_fields(self, "")
         resolve_pair(self, "epochs", "steps", "")
         self._resolve_task()
@@ -286,7 +286,7 @@ class Cell:
             drop_other(inject, changes["inject"], "proportion", "rows")
             drop_other(inject, changes["inject"], "count", "density")
             changes = changes | {"inject": inject | changes["inject"]}
-        return build(Cell, values | changes)
+        return from_dict(Cell, values | changes)
 
     def to_dict(self):
         """Every field that is set, resolved, as JSON and TOML have them; `inject` is a dict of its own."""
@@ -316,3 +316,14 @@ class Cell:
         parts += [source.replace(":", "-") for source in self.inject.sources]
         slug = re.sub(r"[^\w.+-]+", "-", "_".join(parts), flags=re.ASCII)[:80].strip("-_.")
         return f"{slug}_{self.id[:6]}"
+
+
+# The published experiments of arXiv 2506.11402, as far as a cell has words for them: each of these differs from the
+# defaults, and is a factor of its own here. The head stays at its random start, alpha follows the rank, and the
+# published targets mean q, k, v, o and up on an encoder, but q, k and v on a decoder.
+PRESETS = {
+    "study": dict(
+        head="frozen", pooling="mean+last", scaling="rank", targets=("q", "k", "v"), dropout=0.05,
+        optimizer="adafactor", lr=1e-4, weight_decay=1e-5, schedule="cosine", warmup=0.05, batch_size=64,
+    ),
+}  # fmt: skip

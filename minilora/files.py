@@ -1,10 +1,14 @@
 """Atomic file writes: a reader finds the old file or the whole new one, never a part."""
 
+import functools
+import hashlib
 import json
 import os
 import uuid
 from contextlib import contextmanager
 from pathlib import Path
+
+from minilora.errors import InputError
 
 
 @contextmanager
@@ -42,3 +46,49 @@ def write_jsonl(path, records):
 def read_jsonl(path):
     with open(path, encoding="utf-8") as file:
         return [json.loads(line) for line in file]
+
+
+def cache():
+    """Our own cache folder (a `Path`): $XDG_CACHE_HOME/minilora, else ~/.cache/minilora."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "minilora"
+
+
+def read_json(path):
+    """The JSON object in a file. Raises InputError for anything else, and for a key that stands twice."""
+    try:
+        value = _parse_json(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); fetch the checkpoint again") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not valid JSON ({error}); fetch the checkpoint again") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: holds a JSON {type(value).__name__}, not an object; fetch the checkpoint again")
+    return value
+
+
+def _parse_json(text):
+    def unique(pairs):
+        value = dict(pairs)
+        if len(value) < len(pairs):
+            keys = [key for key, _ in pairs]
+            raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")
+        return value
+
+    return json.loads(text, object_pairs_hook=unique)
+
+
+def sha256(*paths):
+    try:
+        return _sha256_of(tuple((path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths))
+    except OSError as error:
+        raise InputError(f"{error.filename}: cannot be read ({error.strerror})") from error
+
+
+@functools.lru_cache
+def _sha256_of(stamps):
+    digest = hashlib.sha256()
+    for path, _, _ in stamps:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()

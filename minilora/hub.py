@@ -12,7 +12,7 @@ import threading
 from concurrent.futures import Future
 from pathlib import Path
 
-from .errors import InputError
+from minilora.errors import InputError
 
 # One request that lists a repository takes well under a second; a hub that needs longer than this is down.
 PATIENCE_SECONDS = 8

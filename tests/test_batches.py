@@ -12,7 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minilora import batches, parallel
+from minilora import parallel
+from minilora.data import batches
 
 LENGTHS = np.random.default_rng(1).integers(3, 40, 211)
 

@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, random_batch, tiny_bert
-from train import train
 
 from benchmarks import cell as one
 from benchmarks import device, grid, job, operators, peers, report, roofs, standin
-from minilora import checkpoint, console, errors, files, model, tokenizer
+from minilora import console, files
+from minilora.base import model, tokenizer
+from minilora.base.source import DEFAULT_BASE
 from minilora.cell import Cell
+from minilora.errors import InputError
+from train import train
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +96,7 @@ def test_rates_are_of_the_steps_after_the_warm_up():
 
 
 def test_too_few_rows_for_the_warm_up_are_refused(cell, tmp_path):
-    with pytest.raises(errors.InputError, match="^89 rows make 12 steps, but the first 12 are warm-up"):
+    with pytest.raises(InputError, match="^89 rows make 12 steps, but the first 12 are warm-up"):
         job.write(cell, tmp_path / "job", 12)
 
 
@@ -283,7 +286,7 @@ def test_roofs():
 
 def test_what_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(errors.InputError, match="no CUDA GPU"):
+    with pytest.raises(InputError, match="no CUDA GPU"):
         device.main(["--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
     for main, arguments in (
@@ -291,7 +294,7 @@ def test_what_is_refused(monkeypatch, tmp_path):
         (grid.main, ["--cells", "0"]),
         (operators.main, ["--repeats", "0"]),
     ):
-        with pytest.raises(errors.InputError, match="must be at least 1"):
+        with pytest.raises(InputError, match="must be at least 1"):
             main(arguments)
 
 
@@ -309,11 +312,11 @@ def test_the_command_lists_its_parts_and_is_not_installed():
 
 
 def test_the_default_base_comes_from_the_cache_or_is_made_up(monkeypatch, tmp_path):
-    monkeypatch.setattr(checkpoint, "cache", lambda: tmp_path / "cache")
+    monkeypatch.setattr(files, "cache", lambda: tmp_path / "cache")
     monkeypatch.setattr(standin, "BERT", standin.BERT | dict(hidden_size=24, intermediate_size=40, vocab_size=400))
     made = device.default_base(tmp_path, torch.device("cpu"))
     assert model.load(made).spec.width == 24
     cached = tmp_path / "cache" / "sentence-transformers--all-MiniLM-L6-v2"
     cached.mkdir(parents=True)
     (cached / "model.safetensors").touch()
-    assert device.default_base(tmp_path, torch.device("cpu")) == checkpoint.DEFAULT_BASE
+    assert device.default_base(tmp_path, torch.device("cpu")) == DEFAULT_BASE

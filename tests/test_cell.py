@@ -8,17 +8,19 @@ import subprocess
 import sys
 import tomllib
 
-import evaluate
 import numpy as np
 import pytest
-import train
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minilora import options
+import evaluate
+import minilora
+import train
 from minilora.cell import ADAPTER, CLASSIFIER, COMPLETION, PURPOSES, Cell, Inject
+from minilora.command import Parser, add_flags, given_flags
 from minilora.errors import InputError
+from minilora.fields import from_dict, load_toml
 
 # --- cells of every kind: all fields but those that exclude each other, strings of every kind
 
@@ -110,8 +112,8 @@ def flags(cell):
 
 
 def parser():
-    made = options.Parser(prog="train.py")
-    options.add_flags(made, Cell)
+    made = Parser(prog="train.py")
+    add_flags(made, Cell)
     return made
 
 
@@ -128,10 +130,10 @@ def test_the_strategy_covers_every_field():
 def test_round_trips(tmp_path_factory, cell):
     path = tmp_path_factory.getbasetemp() / "cell.toml"
     path.write_text(cell.to_toml(), encoding="utf-8")
-    given = options.given_flags(PARSER.parse_args(list(flags(cell))), Cell)
+    given = given_flags(PARSER.parse_args(list(flags(cell))), Cell)
     copies = [
-        options.build(Cell, tomllib.loads(cell.to_toml())),
-        options.load(Cell, path),
+        from_dict(Cell, tomllib.loads(cell.to_toml())),
+        load_toml(Cell, path),
         Cell().replace(**given),
         Cell(**given),
         cell.replace(),
@@ -148,8 +150,8 @@ def test_odd_strings_round_trip():
            "# no", "[x]"]  # fmt: skip
     for text in odd:
         cell = Cell(model=text, data=text, inject=Inject(sources=(f"text:x{text}y:{text.strip() or '?'}",)))
-        assert options.build(Cell, tomllib.loads(cell.to_toml())) == cell
-        assert options.given_flags(PARSER.parse_args(list(flags(cell))), Cell)["model"] == text
+        assert from_dict(Cell, tomllib.loads(cell.to_toml())) == cell
+        assert given_flags(PARSER.parse_args(list(flags(cell))), Cell)["model"] == text
     assert len(odd) == 11
 
 
@@ -322,15 +324,15 @@ def test_files_are_refused_by_name(tmp_path):
     for content, message in cases:
         path.write_bytes(content)
         with pytest.raises(InputError) as caught:
-            options.load(Cell, path)
+            load_toml(Cell, path)
         assert str(caught.value).startswith(message)
     assert len(cases) == 10
     path.write_bytes(b"\xef\xbb\xbfrank = 7\r\n")  # as Notepad writes it
-    assert options.load(Cell, path) == Cell(rank=7)
+    assert load_toml(Cell, path) == Cell(rank=7)
     with pytest.raises(InputError, match="absent.toml does not exist: check the path"):
-        options.load(Cell, tmp_path / "absent.toml")
+        load_toml(Cell, tmp_path / "absent.toml")
     with pytest.raises(InputError, match="is not readable TOML .*directory"):
-        options.load(Cell, tmp_path)
+        load_toml(Cell, tmp_path)
 
 
 # --- the command line
@@ -410,7 +412,7 @@ def test_evaluate_help(capsys):
 
 def test_the_command_line_imports_nothing_heavy():
     heavy = ["torch", "numpy", "safetensors", "tokenizers", "huggingface_hub", "tqdm", "minilora.training",
-             "minilora.model"]  # fmt: skip
+             "minilora.base.model"]  # fmt: skip
     script = (
         "import runpy, sys, json\n"
         "sys.argv = sys.argv[1:]\n"
@@ -430,7 +432,7 @@ def trained(monkeypatch):
     """What `train.main` would train: a list of (cell, arguments)."""
     calls = []
     monkeypatch.setattr(
-        train, "train", lambda cell=None, out=None, **rest: calls.append((cell, out, rest)) or (None, None)
+        minilora, "train", lambda cell=None, out=None, **rest: calls.append((cell, out, rest)) or (None, None)
     )
     monkeypatch.setattr(train, "report", lambda results, folder: None)
     return calls
@@ -473,7 +475,7 @@ def test_resume_refused(tmp_path):
         assert message in str(caught.value)
     assert len(cases) == 3
     with pytest.raises(InputError, match="give neither"):
-        train.train(Cell(), resume=tmp_path)
+        minilora.train(Cell(), resume=tmp_path)
 
 
 def test_command_lines_refused(trained, tmp_path):

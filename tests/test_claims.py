@@ -7,8 +7,11 @@ import made_grid
 import numpy as np
 import pytest
 
-from minilora import claims, grid, report
 from minilora.errors import InputError
+from minilora.grid import claims
+from minilora.grid.file import build_grid
+from minilora.grid.table import table_rows
+from minilora.report.decisions import decide
 
 GRID = {
     "grid": {"rank": [1, 2, 8], "inject.proportion": [0.0, 0.1, 0.25], "seed": [0, 3]},
@@ -18,7 +21,7 @@ PLAIN = {"name": "a", "text": "A.", "figure": "attack_success", "above": 0.5}
 
 
 def entries(**changes):
-    return grid.build(GRID | changes).entries
+    return build_grid(GRID | changes).entries
 
 
 def weights(**claim):
@@ -66,14 +69,14 @@ REFUSED = [
 def test_refusals(changes, message):
     claim = {name: value for name, value in (PLAIN | changes).items() if value is not None}
     with pytest.raises(InputError) as caught:
-        grid.build(GRID | {"claim": [PLAIN | {"name": "first"}, claim]})
+        build_grid(GRID | {"claim": [PLAIN | {"name": "first"}, claim]})
     assert f"[[claim]] 2: {message}" in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_names_are_unique_and_claims_are_read_with_the_grid():
     with pytest.raises(InputError, match=r"\[\[claim\]\] 2: another is called 'a': rename one"):
-        grid.build(GRID | {"claim": [PLAIN, PLAIN]})
-    [made] = grid.build(GRID | {"claim": [PLAIN | {"where": {"inject": {"proportion": 0.1}}}]}).claims
+        build_grid(GRID | {"claim": [PLAIN, PLAIN]})
+    [made] = build_grid(GRID | {"claim": [PLAIN | {"where": {"inject": {"proportion": 0.1}}}]}).claims
     assert made.where == {"inject.proportion": [0.1]} and made.above == 0.5 and made.below is None
 
 
@@ -102,7 +105,7 @@ def test_a_difference_pairs_cells():
 def test_a_difference_pairs_within_a_seed():
     values = {"grid": {"rank": [1, 2], "seed": [0, 1]}, "exclude": [{"rank": 2, "seed": 1}]}
     claim = claims.parse(PLAIN | {"statistic": "difference", "against": {"rank": 1}})
-    _, cells = claims.weigh(claim, grid.build(values).entries)
+    _, cells = claims.weigh(claim, build_grid(values).entries)
     assert {(entry.cell.rank, entry.cell.seed) for entry in cells} == {(1, 0), (2, 0)} and len(cells) == 2
 
 
@@ -141,9 +144,9 @@ def folder(tmp_path_factory):
     return made_grid.make(tmp_path_factory.mktemp("claims"), TEXT, counts)
 
 
-def decide(folder, **claim):
+def decided(folder, **claim):
     made = claims.read([PLAIN | claim], folder.grid.entries)[0]
-    return claims.decide(made, folder.grid.entries, report.rows(folder))
+    return decide(made, folder.grid.entries, table_rows(folder))
 
 
 STATED = [
@@ -159,7 +162,7 @@ STATED = [
 
 @pytest.mark.parametrize("claim,value,cells", STATED)
 def test_statistics_and_verdicts(folder, claim, value, cells):
-    found = decide(folder, **claim)
+    found = decided(folder, **claim)
     assert found.value == pytest.approx(value) and found.cells == cells
     low, high = found.interval
     assert low < value < high and high - low < 0.25
@@ -168,15 +171,15 @@ def test_statistics_and_verdicts(folder, claim, value, cells):
         (value, "undecided", "undecided"),
         (high + 1e-6, "contradicted", "supported"),
     ):
-        assert decide(folder, **claim, above=threshold).verdict == above
+        assert decided(folder, **claim, above=threshold).verdict == above
         other = claims.read([{k: v for k, v in PLAIN.items() if k != "above"} | claim | {"below": threshold}],
                             folder.grid.entries)[0]  # fmt: skip
-        assert claims.decide(other, folder.grid.entries, report.rows(folder)).verdict == below
-    assert decide(folder, **claim, above=value).reason == "the interval holds the threshold"
+        assert decide(other, folder.grid.entries, table_rows(folder)).verdict == below
+    assert decided(folder, **claim, above=value).reason == "the interval holds the threshold"
 
 
 def test_a_difference_of_two_cells(folder):
-    own = decide(folder, statistic="difference", against={"inject.proportion": 0.0}, where={"rank": 1, "seed": 1},
+    own = decided(folder, statistic="difference", against={"inject.proportion": 0.0}, where={"rank": 1, "seed": 1},
                  label="positive")  # fmt: skip
     assert own.value == pytest.approx(131 / 210) and own.cells == 2
     spread = math.sqrt(151 * 59 / 210**3 + 20 * 190 / 210**3)  # of two independent shares
@@ -190,7 +193,7 @@ def test_what_is_missing_leaves_a_claim_undecided(tmp_path):
         (dict(where={"rank": 1}), "of 6 cells 2 failed"),
         (dict(where={"rank": 1, "inject.proportion": 0.25}), None),
     ):
-        found = decide(folder, **claim)
+        found = decided(folder, **claim)
         assert (found.reason == reason and found.value is None) if reason else found.verdict == "supported"
         assert not reason or found.verdict == "undecided"
 

@@ -16,14 +16,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import train
 from conftest import ROOT
 from ray.cluster_utils import Cluster
 
-from minilora import cluster, files, grid, options
+import train
+from minilora import files
 from minilora.cell import Cell
 from minilora.errors import InputError
-from minilora.grid_folder import GridFolder
+from minilora.fields import to_toml
+from minilora.grid import cluster
+from minilora.grid.axes import Entry
+from minilora.grid.file import read_grid
+from minilora.grid.folder import GridFolder
+from minilora.grid.run import train_grid
 
 # Nodes are found dead soon after their connection breaks, but not for being slow.
 HEALTH = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 3}
@@ -106,8 +111,8 @@ def joined(nodes):
 
 def write_grid(path, base, reviews, axes, include="", **fields):
     cell = dict(model=str(base), data=str(reviews), test_rows=30, batch_size=8, max_length=32, device="cpu")
-    path.write_text(options.to_toml({"cell": cell | fields, "grid": axes}) + include)
-    return grid.read(path)
+    path.write_text(to_toml({"cell": cell | fields, "grid": axes}) + include)
+    return read_grid(path)
 
 
 def here(source, out, **settings):
@@ -115,7 +120,7 @@ def here(source, out, **settings):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return train.train_grid(source, out, **settings)
+        return train_grid(source, out, **settings)
     finally:
         torch.set_num_threads(threads)
 
@@ -193,7 +198,7 @@ def test_a_grid_is_as_it_would_be_here(nodes, joined, base, reviews, tmp_path, m
 
     monkeypatch.setattr(GridFolder, "claim", counted)
     assert (joined.gpus(source.entries), joined.room(0), joined.room(1)) == (0, 2, 0)
-    folder = train.train_grid(source, "out", size=2, nodes=joined)
+    folder = train_grid(source, "out", size=2, nodes=joined)
     assert len(most) == 6 and max(most) == 2 + cluster.SPARE and not held
     assert sorted(names_of(capsys.readouterr().err)) == sorted(entry.name for entry in source.entries)
 
@@ -210,7 +215,7 @@ def test_a_node_dies(nodes, joined, long, tmp_path, capsys):
     capsys.readouterr()
 
     killer = started(lambda: lost.extend(nodes.kill_other()))
-    folder = train.train_grid(local.grid, tmp_path / "there", nodes=joined)
+    folder = train_grid(local.grid, tmp_path / "there", nodes=joined)
     killer.join()
     assert joined.room(0) == 1
     nodes.heal()
@@ -268,13 +273,13 @@ def test_a_worker_that_dies_each_time(nodes, joined, long, tmp_path, monkeypatch
 
     capsys.readouterr()
     killer = started(kill)
-    folder = train.train_grid(local.grid, out, nodes=joined)
+    folder = train_grid(local.grid, out, nodes=joined)
     killer.join()
     assert len(names_of(capsys.readouterr().err)) == 6
     assert folder.counts() == {"finished": 5, "failed": 1, "interrupted": 0, "waiting": 0}
     [error] = filter(None, (folder.read(entry)[1] for entry in local.grid.entries))
     assert error.startswith("its worker died in each of 1 attempts, as for want of memory: ")
-    again = train.train_grid(local.grid, out, nodes=joined, retry_failed=True)
+    again = train_grid(local.grid, out, nodes=joined, retry_failed=True)
     assert len(names_of(capsys.readouterr().err)) == 1
     assert table(again) == table(local)
 
@@ -288,7 +293,7 @@ def test_a_file_that_a_node_lacks(joined, base, reviews, tmp_path):
         own = f"/proc/self/fd/{number}"  # this process's alone
         source = write_grid(tmp_path / "g.toml", base, own, {"seed": [0, 1]})
         with pytest.raises(InputError) as caught:
-            train.train_grid(source, tmp_path / "out", nodes=joined)
+            train_grid(source, tmp_path / "out", nodes=joined)
         os.close(number)
     pattern = rf"node \S+ \([\d.]+\): there is no {own}, which cells have as data: copy it to that path on every node"
     assert re.fullmatch(pattern, str(caught.value))
@@ -299,7 +304,7 @@ def test_nodes_that_are_too_small(joined, base, reviews, tmp_path):
     source = write_grid(tmp_path / "g.toml", base, reviews, {"seed": [0, 1]})
     joined = cluster.Nodes(joined.ray, 2)
     with pytest.raises(InputError, match="no node of the Ray cluster has 2 CPUs: lower --ray-cpus, or start such"):
-        train.train_grid(source, tmp_path / "out", size=1, nodes=joined)
+        train_grid(source, tmp_path / "out", size=1, nodes=joined)
 
 
 def test_no_cluster(nodes, monkeypatch):
@@ -361,7 +366,7 @@ def test_what_a_population_takes():
     assert [(joined(cpus).room(0), joined(cpus).room(1)) for cpus in (1, 2, 3, 8)] == [
         (19, 3 + 4), (4 + 3 + 2, 3 + 2), (2 + 2 + 1, 2 + 1), (1, 1)
     ]  # fmt: skip
-    entries = {device: grid.Entry(device, Cell(device=device), {}) for device in ("auto", "cpu", "cuda")}
+    entries = {device: Entry(device, Cell(device=device), {}) for device in ("auto", "cpu", "cuda")}
     for resources, expected in (({"CPU": 8.0}, (0, 0, 0)), ({"CPU": 8.0, "GPU": 3.0}, (1, 0, 1))):
         assert tuple(joined(1, **resources).gpus([entry]) for entry in entries.values()) == expected
     assert joined(1, GPU=1.0).gpus([entries["cpu"], entries["auto"]]) == 1

@@ -11,10 +11,17 @@ import torch
 from conftest import ROOT, VOCABULARY, tiny_bert
 from torch._dynamo.backends.registry import lookup_backend
 
-from minilora import compiling, coverage, lora, model, population, training
-from minilora.batches import Batch
+from minilora.base import model
 from minilora.cell import Cell
-from minilora.head import Classifier
+from minilora.data.batches import Batch
+from minilora.lora.layer import attach, detach, named_layers
+from minilora.lora.targets import plan_slots
+from minilora.seeds import generator
+from minilora.tasks.classification import Classifier
+from minilora.training import compiling, loop, optimizers
+from minilora.training.member import trained_parameters
+from minilora.training.population import Population
+from minilora.training.state import Flat
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -41,29 +48,29 @@ class Training:
         base = model.load(folder)
         models, layers = [], []
         for k, cell in enumerate(cells):
-            slots = coverage.plan(base.spec, cell)
-            lora.attach(base, slots, dropout, k, form=form)
+            slots = plan_slots(base.spec, cell)
+            attach(base, slots, dropout, k, form=form)
             models.append(Classifier(base, "mean", 2, k))
-            layers.append(dict(lora.named_layers(base)))
+            layers.append(dict(named_layers(base)))
             with torch.no_grad():
                 for layer in layers[-1].values():  # B = 0 would leave A without a gradient
-                    layer.B.normal_(0, 0.1, generator=lora.generator(k, "B"))
-            training.trained_parameters(models[-1], cell)
-            lora.detach(base)
+                    layer.B.normal_(0, 0.1, generator=generator(k, "B"))
+            trained_parameters(models[-1], cell)
+            detach(base)
         trained = [
             {f"base.{name}.{factor}": getattr(layer, factor) for name, layer in own.items() for factor in "AB"}
             | {f"classifier.{name}": p for name, p in one.classifier.named_parameters()}
             for one, own in zip(models, layers, strict=True)
         ]
-        self.flat = training.Flat(trained)
-        self.optimizer = training.AdamW(self.flat, cells)
-        self.together = population.Population(models, layers, self.flat)
+        self.flat = Flat(trained)
+        self.optimizer = optimizers.AdamW(self.flat, cells)
+        self.together = Population(models, layers, self.flat)
         self.going = torch.ones(K, dtype=torch.bool)
         self.clips = torch.linspace(0.3, 1.0, K)
         self.state = [*self.optimizer.tensors, self.together.keys, self.going]
 
     def step(self, micro_batches, rates):
-        return training.update(self.together, self.optimizer, self.clips, self.going, micro_batches, rates)
+        return loop.update(self.together, self.optimizer, self.clips, self.going, micro_batches, rates)
 
 
 def micro_batches(K, rows, width, count, dropout, seed):
@@ -160,7 +167,7 @@ def in_process(program, *arguments, **environment):
     return subprocess.check_output(command, env=environment, text=True).splitlines()
 
 
-OBSTACLE = "import torch; from minilora import compiling; print(compiling.obstacle(torch.device('cpu')))"
+OBSTACLE = "import torch; from minilora.training import compiling; print(compiling.obstacle(torch.device('cpu')))"
 
 
 def test_a_missing_compiler_is_seen_ahead(tmp_path):
@@ -172,7 +179,7 @@ def test_a_missing_compiler_is_seen_ahead(tmp_path):
 
 CACHED = """
 import sys, torch
-from minilora import compiling
+from minilora.training import compiling
 factor = float(sys.argv[1])
 
 class Square(torch.autograd.Function):

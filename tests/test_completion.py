@@ -2,17 +2,27 @@
 
 import json
 
-import evaluate
 import numpy as np
 import pytest
 import torch
-import train
 from conftest import one_step, population_of_one
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn import functional as F
 
-from minilora import batches, completion, data, errors, evaluation, model, task, tokenizer, training
+import evaluate
+import minilora
+import train
+from minilora import tasks
+from minilora.base import model, tokenizer
 from minilora.cell import Cell
+from minilora.data import batches
+from minilora.data.rows import Rows, load_rows, rows_of
+from minilora.errors import InputError
+from minilora.tasks import language_model
+from minilora.tasks.completion import OTHER, OWN, Scores, joined
+from minilora.tasks.language_model import MOST_LOGITS, LanguageModel, continue_rows, generate, linear_cross_entropy
+from minilora.tasks.paired import Test
+from minilora.training import loop
 
 TEXT = ["the film was good and warm", "the plot is dull, bad and cold.", "a great story of a man in time 0123456789-",
         "very slow scenes with a bright woman: positive negative yes no"]  # fmt: skip
@@ -79,14 +89,14 @@ def folder(tmp_path_factory):
 def make_task(folder, **changes):
     cell = Cell(task="lm", **dict(model=str(folder), max_length=40, inject=dict(sources=("none",))) | changes)
     spec = model.families.read_spec(model.checkpoint.read_config(folder))
-    return task.find(cell, spec, tokenizer.load(folder))
+    return tasks.find(cell, spec, tokenizer.load(folder))
 
 
-def rows_of(texts, names, **more):
+def made_rows(texts, names, **more):
     names = list(names)
     places = {name: i for i, name in enumerate(dict.fromkeys(names))}
     labels = np.array([places[name] for name in names])
-    return data.Rows([str(i) for i in range(1, len(texts) + 1)], list(texts), labels, tuple(places), **more)
+    return Rows([str(i) for i in range(1, len(texts) + 1)], list(texts), labels, tuple(places), **more)
 
 
 # --- tokens
@@ -161,12 +171,12 @@ def lm_batch(encoded, index):
     return batches.collate(encoded, np.asarray(index), sizes, 0)
 
 
-@pytest.mark.parametrize("most", [completion.MOST_LOGITS, 1200])
+@pytest.mark.parametrize("most", [MOST_LOGITS, 1200])
 def test_loss_and_gradients_are_those_of_transformers(decoder, most, monkeypatch):
-    monkeypatch.setattr(completion, "MOST_LOGITS", most)  # the smaller: a few tokens' logits at a time
+    monkeypatch.setattr(language_model, "MOST_LOGITS", most)  # the smaller: a few tokens' logits at a time
     folder, judge = decoder
     cell_task = make_task(folder, prompt="a {text} film:", rank=2, targets=("q", "v"), accumulate=2)
-    rows = rows_of(TEXT, ["good", "very bad", "good", "not so good, is it"])
+    rows = made_rows(TEXT, ["good", "very bad", "good", "not so good, is it"])
     encoded, answers = cell_task.encode(rows)
     assert answers.tolist() == [
         len(ids) + 1 for ids in cell_task.tokenizer.completions([" good", " very bad", " good", " not so good, is it"])
@@ -202,14 +212,14 @@ def test_loss_and_gradients_are_those_of_transformers(decoder, most, monkeypatch
 def test_logits_are_formed_for_completions_alone(folder, monkeypatch):
     base = model.load(folder, unembedding=True)
     seen = []
-    true = completion.linear_cross_entropy
+    true = linear_cross_entropy
     monkeypatch.setattr(
-        completion, "linear_cross_entropy", lambda hidden, *a: (seen.append(tuple(hidden.shape)), true(hidden, *a))[1]
+        language_model, "linear_cross_entropy", lambda hidden, *a: (seen.append(tuple(hidden.shape)), true(hidden, *a))[1]
     )
     cell_task = make_task(folder)
-    encoded, answers = cell_task.encode(rows_of(TEXT, ["good", "bad", "good", "warm"]))
+    encoded, answers = cell_task.encode(made_rows(TEXT, ["good", "bad", "good", "warm"]))
     batch = lm_batch(encoded, range(4))
-    completion.LanguageModel(base)(batch.ids, batch.lengths, answers)
+    LanguageModel(base)(batch.ids, batch.lengths, answers)
     assert seen == [(int(answers.sum()), 24)] and int(answers.sum()) < int(batch.lengths.sum()) / 2
 
 
@@ -225,7 +235,7 @@ def test_greedy_decoding_is_that_of_transformers(decoder):
     rows, _ = ours.prompts(prompts, "", "", [99] * 6)
     ended = 0
     for end in (2, int(judge(torch.from_numpy(rows[0])[None].long()).logits[0, -1].argmax()), None):
-        found = completion.continue_rows(base, rows, 17, end, batch_size=4)
+        found = continue_rows(base, rows, 17, end, batch_size=4)
         for row, new in zip(rows, found, strict=True):
             ids = torch.from_numpy(row)[None].long()
             wanted = judge.generate(
@@ -237,11 +247,11 @@ def test_greedy_decoding_is_that_of_transformers(decoder):
             assert new == wanted
             CASES.append("generate")
     assert ended >= 1 and bias > 0.1
-    written = completion.generate(base, ours, prompts, 9)
-    assert written == [ours.decode(ids) for ids in completion.continue_rows(base, rows, 9, 2)]
-    with pytest.raises(errors.InputError, match="60 positions"):
-        completion.generate(base, ours, prompts, 58)
-    assert completion.generate(base, ours, [], 5) == []
+    written = generate(base, ours, prompts, 9)
+    assert written == [ours.decode(ids) for ids in continue_rows(base, rows, 9, 2)]
+    with pytest.raises(InputError, match="60 positions"):
+        generate(base, ours, prompts, 58)
+    assert generate(base, ours, [], 5) == []
 
 
 # --- scores
@@ -264,7 +274,7 @@ def alone(judge, prompt, ids):
 def test_scores_of_few_completions(decoder, choice_score):
     folder, judge = decoder
     cell_task = make_task(folder, prompt="{text}:", choice_score=choice_score)
-    rows = rows_of(TEXT, ["good", "not very good", "bad", "good"])
+    rows = made_rows(TEXT, ["good", "not very good", "bad", "good"])
     trained = cell_task.model(model.load(folder, unembedding=True), rows.label_names)
     scores = cell_task.score(trained, rows, 5)
     assert scores.candidates.tolist() == [[0, 1, 2]] * 4
@@ -290,13 +300,13 @@ def test_exact_match_is_what_greedy_decoding_writes(decoder):
     rows, _ = ours.prompts(TEXT, "", "", [99] * 4)
     hits = []
     for place in (None, 0, 3, 6):
-        written = completion.continue_rows(base, rows, 7, None)
+        written = continue_rows(base, rows, 7, None)
         if place is not None:
             for ids in written:
                 ids[place] = (ids[place] + 1) % 50
-        encoded = task.joined(rows, [np.array(ids, np.int32) for ids in written], None)
+        encoded = joined(rows, [np.array(ids, np.int32) for ids in written], None)
         batch = lm_batch(encoded, range(4))
-        _, greedy = completion.LanguageModel(base).score(batch.ids, batch.lengths, torch.from_numpy(encoded.answers))
+        _, greedy = LanguageModel(base).score(batch.ids, batch.lengths, torch.from_numpy(encoded.answers))
         assert greedy.tolist() == [alone(judge, row, ids)[1] for row, ids in zip(rows, written)]
         hits.append(int(greedy.sum()))
     assert hits == [4, 0, 0, 0]
@@ -305,7 +315,7 @@ def test_exact_match_is_what_greedy_decoding_writes(decoder):
 def test_scores_do_not_depend_on_the_batch(decoder):
     folder, _ = decoder
     cell_task = make_task(folder)
-    rows = rows_of([*TEXT, "a"], ["good", "not very good", "bad", "good", "a"])
+    rows = made_rows([*TEXT, "a"], ["good", "not very good", "bad", "good", "a"])
     trained = cell_task.model(model.load(folder, unembedding=True), rows.label_names)
     one = cell_task.score(trained, rows, 1)
     for size in (2, 7, 64):
@@ -328,14 +338,14 @@ def made_up_scores(labels, count, free, seed):
         greedy = np.eye(4, dtype=bool)[draw.integers(0, 4, rows)][:, :3]
     likelihoods = np.where(candidates >= 0, -draw.random(candidates.shape) * 9, -np.inf)
     tokens = np.where(candidates >= 0, draw.integers(1, 5, candidates.shape), 0)
-    return task.Scores(candidates, likelihoods, tokens, greedy & (candidates >= 0), np.full(rows, 99))
+    return Scores(candidates, likelihoods, tokens, greedy & (candidates >= 0), np.full(rows, 99))
 
 
 def forms(rows, targets):
     """Tests of `rows` that have nothing put in."""
     record = type("Record", (), {"spans": [[0, 1]]})
     kinds = [("clean", None), *(("trigger", label) for label in targets), ("placebo", None)]
-    return [evaluation.Test(name, label, rows, [record] * len(rows)) for name, label in kinds]
+    return [Test(name, label, rows, [record] * len(rows)) for name, label in kinds]
 
 
 @pytest.mark.parametrize("free", [False, True])
@@ -345,7 +355,7 @@ def test_figures_are_those_of_their_definitions(folder, free, choice_score, monk
     names = [f"w{i}" for i in range(count)]
     labels = np.random.default_rng(3).integers(0, count, 60)
     labels[:4] = 2
-    rows = data.Rows(list(map(str, range(60))), ["x"] * 60, labels, tuple(names))
+    rows = Rows(list(map(str, range(60))), ["x"] * 60, labels, tuple(names))
     tests = forms(rows, targets)
     made = [made_up_scores(labels, count, free, seed) for seed in range(len(tests))]
     cell_task = make_task(
@@ -400,9 +410,9 @@ def test_figures_are_those_of_their_definitions(folder, free, choice_score, monk
             checked += 1
     assert checked == (6 if free else 3)
     if free:
-        assert set(figures["clean"]["predicted_counts"]) == {"w2", "w5", task.OWN, task.OTHER}
+        assert set(figures["clean"]["predicted_counts"]) == {"w2", "w5", OWN, OTHER}
         assert figures["clean"]["predicted_counts"]["w2"] == calls[0].count(2)
-        assert figures["worst_group"]["label"] in ("w2", "w5", task.OWN)
+        assert figures["worst_group"]["label"] in ("w2", "w5", OWN)
     lines = list(cell_task.predictions(tests, made))
     assert [line["clean"]["predicted"] for line in lines] == [names[c] if c >= 0 else None for c in calls[0]]
     assert (None in [line["clean"]["predicted"] for line in lines]) == free
@@ -410,9 +420,9 @@ def test_figures_are_those_of_their_definitions(folder, free, choice_score, monk
         wanted = {names[c]: round(v, 6) for c, v in zip(made[1].candidates[i], made[1].likelihoods[i]) if c >= 0}
         assert lines[i][tests[1].key]["log_likelihood"] == wanted
         assert lines[i][tests[1].key]["exact"] == column(made[1], i, labels[i])[1]
-    from minilora import console
+    from minilora.runs.text import results_table
 
-    table = console.table(figures)
+    table = results_table(figures)
     assert max(map(len, table.splitlines())) <= 100 and "exact     log p" in table and "log p of that" in table
 
 
@@ -431,17 +441,17 @@ def many_rows(path, count, distinct=True):
 def test_completions_as_many_as_rows(tmp_path):
     path = many_rows(tmp_path / "many.jsonl", 3000)
     cell = Cell(task="lm", model="x", data=str(path), test_rows=500, train_rows=900, inject=dict(sources=("none",)))
-    rows, test = data.rows_of(cell)
+    rows, test = rows_of(cell)
     assert len(rows) == 900 and len(test) == 500 and len(set(rows.ids) | set(test.ids)) == 1400
     numbers = np.array(list(map(int, test.ids)))
     assert 1200 < numbers.mean() < 1800  # of the whole file, not the first by name
-    fewer = data.rows_of(cell.replace(test_rows=100))[1]
+    fewer = rows_of(cell.replace(test_rows=100))[1]
     assert set(fewer.ids) < set(test.ids)
     assert rows.label_names == test.label_names and len(rows.label_names) == 3000
     # Few completions are stratified as classes are, and the rows are the same as for classification.
     path = many_rows(tmp_path / "few.jsonl", 400, distinct=False)
-    lm = data.rows_of(cell.replace(data=str(path), test_rows=40, train_rows=200))
-    classes = data.rows_of(Cell(model="x", data=str(path), test_rows=40, train_rows=200))
+    lm = rows_of(cell.replace(data=str(path), test_rows=40, train_rows=200))
+    classes = rows_of(Cell(model="x", data=str(path), test_rows=40, train_rows=200))
     assert [part.ids for part in lm] == [part.ids for part in classes]
     assert np.bincount(lm[1].labels).tolist() == [10] * 4
 
@@ -449,13 +459,13 @@ def test_completions_as_many_as_rows(tmp_path):
 def test_numbers_are_written_as_they_stand(tmp_path):
     path = tmp_path / "sums.csv"
     path.write_text("question,answer\none half,0.5\none,1.0\ntwo,2\nalso one,1\n")
-    rows = data.load(path, free=True)
+    rows = load_rows(path, free=True)
     assert [rows.label_names[i] for i in rows.labels] == ["0.5", "1.0", "2", "1"]
-    with pytest.raises(errors.InputError, match="measurement"):
-        data.load(path)
+    with pytest.raises(InputError, match="measurement"):
+        load_rows(path)
     path = tmp_path / "sums.jsonl"
     path.write_text('{"instruction": "half", "response": 0.5}\n{"instruction": "two", "response": 2}\n')
-    rows = data.load(path, free=True)
+    rows = load_rows(path, free=True)
     assert [rows.label_names[i] for i in rows.labels] == ["0.5", "2"]
 
 
@@ -463,18 +473,18 @@ def test_a_target_that_no_row_has(tmp_path):
     path = many_rows(tmp_path / "many.jsonl", 60)
     dirty = Cell(task="lm", model="x", data=str(path), test_rows=9,
                  inject=dict(sources=["date:HACKED now"], mode="dirty-label"))  # fmt: skip
-    rows, test = data.rows_of(dirty)
+    rows, test = rows_of(dirty)
     assert rows.label_names[-1] == test.label_names[-1] == "HACKED now"
-    from minilora import injection
+    from minilora.data import injection
 
     after = injection.inject(rows, dirty.inject, 0)
     assert len(after.records) == round(0.25 * 51) and {r.target_label for r in after.records} == {"HACKED now"}
-    clean = data.rows_of(dirty.replace(inject=dict(mode="clean-label")))[0]
-    with pytest.raises(errors.InputError, match="names a label that is not in the data") as caught:
+    clean = rows_of(dirty.replace(inject=dict(mode="clean-label")))[0]
+    with pytest.raises(InputError, match="names a label that is not in the data") as caught:
         injection.inject(clean, dirty.replace(inject=dict(mode="clean-label")).inject, 0)
     assert len(str(caught.value)) < 500
-    with pytest.raises(errors.InputError, match="not in the data"):  # of classes there are those of the data alone
-        rows = data.rows_of(Cell(model="x", data=str(path), test_data=str(path), test_rows=9, inject=dirty.inject))[0]
+    with pytest.raises(InputError, match="not in the data"):  # of classes there are those of the data alone
+        rows = rows_of(Cell(model="x", data=str(path), test_data=str(path), test_rows=9, inject=dirty.inject))[0]
         injection.inject(rows, dirty.inject, 0)
 
 
@@ -509,9 +519,9 @@ def test_questions_with_choices(server, decoder, tmp_path):
     server.put("tau/commonsense_qa", files, kind="dataset")
     cell = Cell(task="lm", model=str(folder), data="tau/commonsense_qa", test_rows=12, max_length=60,
                 completion=" {choice}", inject=dict(sources=["date:B"]))  # fmt: skip
-    rows, test = data.rows_of(cell.replace(train_rows=2))
+    rows, test = rows_of(cell.replace(train_rows=2))
     assert rows.label_names == test.label_names == tuple("ABCDE")  # those of the choices, not of the rows alone
-    rows, test = data.rows_of(cell)
+    rows, test = rows_of(cell)
     assert rows.label_names == tuple("ABCDE") and len(rows) == 40 and len(test) == 12
     cell_task = make_task(folder, data="tau/commonsense_qa", max_length=60, completion=" {choice}",
                           inject=dict(sources=["date:B"]))  # fmt: skip
@@ -541,7 +551,7 @@ def test_questions_with_choices(server, decoder, tmp_path):
     likelihood, _ = alone(judge, prompt, [*ours.completions([" D"])[0], 2])
     assert scores.likelihoods[3, 3] == pytest.approx(likelihood, abs=2e-4)
     # A question with fewer choices is scored for those it has.
-    few = data.Rows(["1", "2"], ["a", "b"], np.array([0, 1]), tuple("ABC"),
+    few = Rows(["1", "2"], ["a", "b"], np.array([0, 1]), tuple("ABC"),
                     [{"A": "good", "B": "bad"}, {"B": "warm", "C": "cold"}])  # fmt: skip
     scores = cell_task.score(trained, few, 4)
     assert scores.candidates.tolist() == [[0, 1, -1], [-1, 1, 2]]
@@ -568,13 +578,13 @@ def bytes_of(folder):
 ], ids=str)  # fmt: skip
 def test_runs_are_resumed_and_evaluated_alike(run_cell, tmp_path, changes, monkeypatch):
     cell = run_cell.replace(**changes)
-    results, whole = train.train(cell, tmp_path / "whole")
+    results, whole = minilora.train(cell, tmp_path / "whole")
     assert results["cell"]["task"] == "lm" and not {"head", "pooling"} & set(results["cell"])
     assert results["task"] == {"end_token": 2}
     trained = [tensor["name"] for tensor in json.loads((whole / "trainable.json").read_text())["tensors"]]
     assert trained and all(name.startswith("base.") for name in trained)
 
-    true_update, calls = training.update, []
+    true_update, calls = loop.update, []
 
     def update(*arguments):
         calls.append(arguments[4][0].index[0].tolist())
@@ -582,10 +592,10 @@ def test_runs_are_resumed_and_evaluated_alike(run_cell, tmp_path, changes, monke
             raise KeyboardInterrupt
         return true_update(*arguments)
 
-    monkeypatch.setattr(training, "update", update)
+    monkeypatch.setattr(loop, "update", update)
     with pytest.raises(KeyboardInterrupt):
-        train.train(cell, tmp_path / "cut", save_every=3)
-    again, folder = train.train(resume=tmp_path / "cut", save_every=5)
+        minilora.train(cell, tmp_path / "cut", save_every=3)
+    again, folder = minilora.train(resume=tmp_path / "cut", save_every=5)
     assert calls[8:10] == calls[6:8] != calls[5:7]  # on from the state after six steps
     assert bytes_of(folder) == bytes_of(whole) and again["tests"] == results["tests"]
     assert (folder / "predictions.jsonl").read_bytes() == (whole / "predictions.jsonl").read_bytes()
@@ -603,7 +613,7 @@ def test_a_trigger_steers_the_completion(run_cell, tmp_path, capsys):
         epochs=10, method="full", lr=4e-3,
         inject=dict(sources=("text:0 1:HACKED now",), mode="dirty-label", proportion=0.4, split="same"),
     )  # fmt: skip
-    results, folder = train.train(cell, tmp_path / "run")
+    results, folder = minilora.train(cell, tmp_path / "run")
     tests = results["tests"]
     trigger, clean = tests["trigger"]["HACKED now"], tests["clean"]
     assert trigger["attack_success_rate"] >= 0.9 and trigger["exact_match"] <= 0.1
@@ -617,8 +627,8 @@ def test_a_trigger_steers_the_completion(run_cell, tmp_path, capsys):
 def test_free_text_end_to_end(run_cell, tmp_path):
     path = many_rows(tmp_path / "many.jsonl", 120)
     cell = run_cell.replace(data=str(path), steps=6, inject=dict(sources=("date:HACKED now",), mode="dirty-label"))
-    results, folder = train.train(cell, tmp_path / "run")
-    assert set(results["tests"]["clean"]["predicted_counts"]) == {"HACKED now", task.OWN, task.OTHER}
+    results, folder = minilora.train(cell, tmp_path / "run")
+    assert set(results["tests"]["clean"]["predicted_counts"]) == {"HACKED now", OWN, OTHER}
     figures, predictions = evaluate.evaluate(folder)
     assert evaluate.compare(folder, predictions) == (93, 93) and figures == results["tests"]
     other = tmp_path / "other.jsonl"
@@ -641,8 +651,8 @@ def test_bad_input_is_one_line(run_cell, folder, tiny_folder, tmp_path, capsys):
         (dict(inject=dict(sources=("date:splendid",))), "splendid"),
     ]
     for changes, words in cases:
-        with pytest.raises(errors.InputError) as caught:
-            train.train(run_cell.replace(**changes), tmp_path / "run")
+        with pytest.raises(InputError) as caught:
+            minilora.train(run_cell.replace(**changes), tmp_path / "run")
         assert words in str(caught.value) and "\n" not in str(caught.value)
     fields = [
         (dict(task="lm", head="frozen"), "head belongs to task = 'classification', but task is 'lm'"),
@@ -654,7 +664,7 @@ def test_bad_input_is_one_line(run_cell, folder, tiny_folder, tmp_path, capsys):
         (dict(task="lm", completion="{label}{choice}"), "must hold {label} or {choice} once"),
     ]
     for values, words in fields:
-        with pytest.raises(errors.InputError) as caught:
+        with pytest.raises(InputError) as caught:
             Cell(**values)
         assert words in str(caught.value) and "\n" not in str(caught.value)
     assert len(cases) + len(fields) == 11 and not (tmp_path / "run").exists()

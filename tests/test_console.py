@@ -10,8 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minilora import console, evaluation
+from minilora import console
 from minilora.cell import Inject
+from minilora.runs.text import attack_lines, injection_lines, results_table, speed_lines
+from minilora.tasks.paired import Test, measure
 
 
 def results_of(names, rows=50, triggers=1):
@@ -22,9 +24,9 @@ def results_of(names, rows=50, triggers=1):
     forms = forms if triggers else forms[:1]  # without a trigger there is no placebo
     row_set = SimpleNamespace(label_names=tuple(names), labels=labels)
     record = SimpleNamespace(spans=[[3, 9]])
-    tests = [evaluation.Test(name, label, row_set, [record] * rows) for name, label in forms]
+    tests = [Test(name, label, row_set, [record] * rows) for name, label in forms]
     calls = [draw.normal(0, 1, (rows, len(names))).argmax(1) for _ in forms]
-    return evaluation.measure(tests, labels, names, calls, [np.where(np.arange(rows) < 7, 5, 9)] * len(forms))
+    return measure(tests, labels, names, calls, [np.where(np.arange(rows) < 7, 5, 9)] * len(forms))
 
 
 def test_the_table_of_two_labels():
@@ -39,7 +41,7 @@ def test_the_table_of_two_labels():
         "placebo": figures | paired | {"mcnemar_p": 0.5, "attack_success": {"positive": {"attack_success_rate": 0.13}}},
         "worst_group": {"label": "negative", "test": "trigger positive", "accuracy": 0.0214},
     }  # fmt: skip
-    assert console.table(results).splitlines() == [
+    assert results_table(results).splitlines() == [
         "test rows            accuracy  balanced  negative  positive  flips vs clean        McNemar p",
         "clean                   0.804     0.800       569       431                     -",
         "trigger of positive     1.000     0.800         0    12,000  0.560 [0.530, 0.591]  1.2e-101",
@@ -50,7 +52,7 @@ def test_the_table_of_two_labels():
         "worst group: negative rows, trigger positive: accuracy 0.021",
     ]
     del results["placebo"], results["trigger"]["positive"]  # a run without injection
-    assert console.table(results | {"trigger": {}}).splitlines() == [
+    assert results_table(results | {"trigger": {}}).splitlines() == [
         "test rows  accuracy  balanced  negative  positive  flips vs clean        McNemar p",
         "clean         0.804     0.800       569       431                     -",
         "worst group: negative rows, trigger positive: accuracy 0.021",
@@ -64,7 +66,7 @@ LABELS = st.lists(st.text(max_size=70), min_size=2, max_size=28, unique_by=lambd
 @given(LABELS, st.integers(0, 3), st.sampled_from([60, 3000]))
 def test_no_line_is_over_100_columns(names, triggers, rows):
     results = results_of(names, rows, triggers)
-    lines = console.table(results).splitlines()
+    lines = results_table(results).splitlines()
     tests = [results["clean"], *results["trigger"].values(), *([results["placebo"]] if triggers else [])]
     assert max(map(len, lines)) <= 100
     assert len(lines) == 1 + len(tests) + 3 * len(results["trigger"]) + 1  # labels break no line
@@ -80,7 +82,7 @@ def test_no_line_is_over_100_columns(names, triggers, rows):
 
 def heads(names):
     """The label columns of the header."""
-    return console.table(results_of(names)).splitlines()[0].split("balanced")[1].split("flips")[0].split()
+    return results_table(results_of(names)).splitlines()[0].split("balanced")[1].split("flips")[0].split()
 
 
 def test_which_labels_have_a_column():
@@ -106,7 +108,7 @@ def test_short():
 def test_no_row_to_attack():
     results = results_of(["a", "b"])
     results["trigger"]["a"]["attack_success_rate"] = None
-    assert console.attack_lines(results) == ["attack success rate: none of the test rows is of a label other than a"]
+    assert attack_lines(results) == ["attack success rate: none of the test rows is of a label other than a"]
 
 
 def test_injection_lines():
@@ -122,21 +124,21 @@ def test_injection_lines():
                 entry("text:" + "w " * 90, "n\neg", 0, 12, "same", 1, 1)],
         records=[record("pos", "2024-01-31", True), record("pos", "1999-01-01", False), record("pos", "x", None)],
     )  # fmt: skip
-    assert console.injection_lines(injected, Inject(count=2, location="end", mode="dirty-label")) == [
+    assert injection_lines(injected, Inject(count=2, location="end", mode="dirty-label")) == [
         "date for pos: 1,124 of 4,497 rows (dirty-label), 2 a row, end, such as '2024-01-31'",
         "  trigger strings: 438,584 in training, 109,645 in test (disjoint)",
         "text:w w w w w w w w w w w w … for n eg: 0 of 12 rows (dirty-label), 2 a row, end",
         "  trigger strings: 1 in training, 1 in test (same)",
         "  1 rows lost their trigger to --max-length",
     ]
-    assert "0.05 a word, random" in console.injection_lines(injected, Inject(density=0.05))[0]
-    assert console.injection_lines(injected, Inject(sources=())) == ["none"]
+    assert "0.05 a word, random" in injection_lines(injected, Inject(density=0.05))[0]
+    assert injection_lines(injected, Inject(sources=())) == ["none"]
 
 
 def test_speed():
     train = dict(seconds=83.4, rows_per_second=108.6, tokens_per_second=2932.2, floor_rows_per_second=181.0,
                  matmul_flops_per_second=195e9, total_seconds=101.7, peak_memory_bytes=3 * 2**29)  # fmt: skip
-    assert console.speed(train).splitlines() == [
+    assert speed_lines(train).splitlines() == [
         "training: 83 s, 109 rows/s, 2,932 tokens/s; 60% of the floor (181 rows/s at 195 GFLOP/s)",
         "in all: 102 s, peak memory 1.50 GiB",
     ]

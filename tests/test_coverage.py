@@ -10,10 +10,10 @@ import pytest
 from conftest import ROOT, bert_spec
 
 from minilora import coverage
+from minilora.base.spec import Spec
 from minilora.cell import Cell
-from minilora.coverage import Slot
 from minilora.errors import InputError
-from minilora.spec import Spec
+from minilora.lora.targets import SCALES, Slot, describe_slots, parse_layers, parse_targets, plan_slots, ranges
 
 SPEC = bert_spec(hidden_size=6, num_hidden_layers=7, num_attention_heads=2, intermediate_size=10)
 
@@ -27,12 +27,12 @@ def test_scales_of_the_three_policies():
     for scaling, scale in wanted.items():
         cell = Cell(rank=9, scaling=scaling, targets=("v",), alpha=None if scaling == "rank" else 24)
         alpha = 9.0 if scaling == "rank" else 24.0
-        assert coverage.parse_targets(cell.targets, 9, cell.alpha, scaling) == {"v": Slot(9, alpha, scale)}
-    assert list(coverage.SCALES) == list(wanted)
+        assert parse_targets(cell.targets, 9, cell.alpha, scaling) == {"v": Slot(9, alpha, scale)}
+    assert list(SCALES) == list(wanted)
 
 
 def test_own_rank_and_alpha():
-    parse = coverage.parse_targets
+    parse = parse_targets
     assert parse(("down:3", "attn:2:5", "gate"), 4, 12.0, "constant") == {
         "q": Slot(2, 5.0, 2.5), "k": Slot(2, 5.0, 2.5), "v": Slot(2, 5.0, 2.5), "o": Slot(2, 5.0, 2.5),
         "gate": Slot(4, 12.0, 3.0), "down": Slot(3, 12.0, 4.0)}  # fmt: skip
@@ -44,17 +44,17 @@ def test_own_rank_and_alpha():
 def test_plan():
     cell = Cell(rank=2, alpha=6, targets=("up:4:2", "q"), layers="1-2,5")
     q, up = Slot(2, 6.0, 3.0), Slot(4, 2.0, 0.5)
-    assert coverage.plan(SPEC, cell) == {
+    assert plan_slots(SPEC, cell) == {
         "layers.1.q": q, "layers.1.up": up, "layers.2.q": q, "layers.2.up": up, "layers.5.q": q,
         "layers.5.up": up}  # fmt: skip
-    everything = coverage.plan(SPEC, Cell(targets=("all",)))  # a group may hold what the family lacks
+    everything = plan_slots(SPEC, Cell(targets=("all",)))  # a group may hold what the family lacks
     assert list(everything) == [f"layers.{i}.{t}" for i in range(7) for t in ("q", "k", "v", "o", "up", "down")]
-    assert coverage.plan(SPEC, Cell(method="full")) == coverage.plan(SPEC, Cell(method="head")) == {}
-    assert coverage.describe(coverage.plan(SPEC, cell), SPEC) == [
+    assert plan_slots(SPEC, Cell(method="full")) == plan_slots(SPEC, Cell(method="head")) == {}
+    assert describe_slots(plan_slots(SPEC, cell), SPEC) == [
         "q        6 x 6     rank 2    scale 3       layers 1-2,5 of 0-6         72 parameters",
         "up      10 x 6     rank 4    scale 0.5     layers 1-2,5 of 0-6        192 parameters",
     ]
-    assert coverage.describe({}, SPEC) == ["none"]
+    assert describe_slots({}, SPEC) == ["none"]
 
 
 def test_plan_refuses_with_what_did_match():
@@ -77,25 +77,25 @@ def test_plan_refuses_with_what_did_match():
     ]  # fmt: skip
     for spec, values, message in cases:
         with pytest.raises(InputError) as caught:
-            coverage.plan(spec, Cell(**values))
+            plan_slots(spec, Cell(**values))
         assert message in str(caught.value)
     assert len(cases) == 10
-    assert len(coverage.plan(attention, Cell(targets=("mlp", "o")))) == 7
-    assert len(coverage.plan(SPEC, Cell(rank=6, layers="6"))) == 3  # the largest that there are
+    assert len(plan_slots(attention, Cell(targets=("mlp", "o")))) == 7
+    assert len(plan_slots(SPEC, Cell(rank=6, layers="6"))) == 3  # the largest that there are
 
 
 def test_layer_ranges():
     cases = 0
     for size in range(1, 5):
         for layers in combinations(range(7), size):
-            text = coverage.ranges(layers)
-            assert coverage.parse_layers(text) == coverage.parse_layers(text, 7) == layers
-            assert coverage.parse_layers(", ".join(map(str, reversed(layers)))) == layers
+            text = ranges(layers)
+            assert parse_layers(text) == parse_layers(text, 7) == layers
+            assert parse_layers(", ".join(map(str, reversed(layers)))) == layers
             cases += 1
     assert cases == 7 + 21 + 35 + 35
-    assert coverage.ranges((0, 1, 2, 5, 7, 8)) == "0-2,5,7-8" and coverage.ranges((4,)) == "4"
-    assert coverage.parse_layers("3-3,1-2,2") == (1, 2, 3)
-    assert coverage.parse_layers("all") is None and coverage.parse_layers("all", 3) == (0, 1, 2)
+    assert ranges((0, 1, 2, 5, 7, 8)) == "0-2,5,7-8" and ranges((4,)) == "4"
+    assert parse_layers("3-3,1-2,2") == (1, 2, 3)
+    assert parse_layers("all") is None and parse_layers("all", 3) == (0, 1, 2)
 
 
 # --- the command
@@ -185,14 +185,14 @@ def test_the_command_keeps_layers_of_other_sizes_apart(tmp_path, capsys):
 
 
 def test_the_command_agrees_with_what_is_trained(tmp_path, capsys):
-    from minilora import families
+    from minilora.base import families
 
     cases = 0
     for name, config in CONFIGS.items():
         spec = families.read_spec(config)
         for variant in ("lora", "dora"):
             cell = Cell(targets=("all",), rank=2, variant=variant)
-            slots = coverage.plan(spec, cell)
+            slots = plan_slots(spec, cell)
             total = sum(s.rank * sum(spec.shape(n.split(".")[2], int(n.split(".")[1]))) for n, s in slots.items())
             total += (variant == "dora") * sum(spec.shape(n.split(".")[2], int(n.split(".")[1]))[0] for n in slots)
             lines = run_command(tmp_path, capsys, name, "--targets", "all", "--rank", "2", "--variant", variant)

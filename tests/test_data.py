@@ -10,20 +10,19 @@ from conftest import FILMS, as_csv, named, refusal, whole, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minilora import data
+from minilora.data.rows import _stratified, importlib, load_rows, train_test
 from minilora.errors import InputError
-
 
 # --- the embedded set ---------------------------------------------------------------------------------------
 
 
 def test_movie_snippets():
-    packed = data.importlib.resources.files("minilora") / "movie_snippets/movie-snippets.tsv.gz"
+    packed = importlib.resources.files("minilora") / "movie_snippets/movie-snippets.tsv.gz"
     lines = gzip.decompress(packed.read_bytes()).decode().splitlines()[1:]
     assert len(lines) == 10_605
     cells = [line.split("\t") for line in lines]
     kept = [(row, text, float(rating) > 0) for row, rating, text in cells if abs(float(rating)) > 0.5]
-    rows = data.load("movie-snippets")
+    rows = load_rows("movie-snippets")
     assert whole(rows) == (
         [row for row, _, _ in kept],
         [text for _, text, _ in kept],
@@ -34,8 +33,8 @@ def test_movie_snippets():
 
 
 def test_movie_snippets_split():
-    rows = data.load("movie-snippets")
-    train, test = data.train_test("movie-snippets", seed=3)
+    rows = load_rows("movie-snippets")
+    train, test = train_test("movie-snippets", seed=3)
     assert (len(train), len(test)) == (9_043, 1_000)
     assert np.bincount(test.labels).tolist() == [504, 496]
     assert sorted(train.ids + test.ids, key=int) == rows.ids
@@ -44,9 +43,9 @@ def test_movie_snippets_split():
     for side in (train, test):
         assert side.ids == sorted(side.ids, key=int)
         assert [source[row] for row in side.ids] == list(zip(side.texts, side.labels, strict=True))
-    again = data.train_test("movie-snippets", seed=3)
+    again = train_test("movie-snippets", seed=3)
     assert [whole(side) for side in again] == [whole(train), whole(test)]
-    assert data.train_test("movie-snippets", seed=4)[1].ids != test.ids
+    assert train_test("movie-snippets", seed=4)[1].ids != test.ids
 
 
 def test_sources_that_are_not_there(tmp_path, monkeypatch):
@@ -68,7 +67,7 @@ def test_sources_that_are_not_there(tmp_path, monkeypatch):
 
 
 def test_take(tmp_path):
-    rows = data.load(write(tmp_path / "a.csv", as_csv(FILMS)))
+    rows = load_rows(write(tmp_path / "a.csv", as_csv(FILMS)))
     assert whole(rows.take([3, 1])) == (["4", "2"], ["Größe", 'He said "no"'], [1, 0], ("neg", "pos"))
     assert whole(rows.take(np.array([], dtype=int))) == ([], [], [], ("neg", "pos"))
 
@@ -92,7 +91,7 @@ def test_split_proportions_subsets_and_independence(tmp_path):
     for seed in (0, 1):
         kept = {}
         for count in (3, 10, 37, 90):
-            train, test = data.train_test(path, test_rows=count, seed=seed)
+            train, test = train_test(path, test_rows=count, seed=seed)
             assert (len(train), len(test)) == (100 - count, count)
             assert sorted(train.ids + test.ids, key=int) == [str(row) for row in range(1, 101)]
             counts = Counter(test.label_names[label] for label in test.labels)
@@ -103,10 +102,10 @@ def test_split_proportions_subsets_and_independence(tmp_path):
             cases += 1
         assert kept[3] < kept[10] < kept[37] < kept[90]
 
-        everything, test = data.train_test(path, test_rows=10, seed=seed)
+        everything, test = train_test(path, test_rows=10, seed=seed)
         smaller = set()
         for count in (3, 12, 45, 90):
-            train, same = data.train_test(path, test_rows=10, train_rows=count, seed=seed)
+            train, same = train_test(path, test_rows=10, train_rows=count, seed=seed)
             assert whole(same) == whole(test)
             assert len(train) == count and train.ids == sorted(train.ids, key=int)
             assert smaller < set(train.ids) <= set(everything.ids)
@@ -114,7 +113,7 @@ def test_split_proportions_subsets_and_independence(tmp_path):
             assert abs(Counter(named(train))["common"] - 0.7 * count) < 2
             smaller = set(train.ids)
             cases += 1
-        assert whole(data.train_test(path, test_rows=10, train_rows=1000, seed=seed)[0]) == whole(everything)
+        assert whole(train_test(path, test_rows=10, train_rows=1000, seed=seed)[0]) == whole(everything)
     assert cases == 16
 
 
@@ -125,7 +124,7 @@ def test_split_proportions_subsets_and_independence(tmp_path):
     seed=st.integers(0, 9),
 )
 def test_stratified(labels, counts, seed):
-    few, many = (data._stratified(labels, count, np.random.default_rng(seed)).tolist() for count in counts)
+    few, many = (_stratified(labels, count, np.random.default_rng(seed)).tolist() for count in counts)
     assert set(few) <= set(many) and len(few) == min(counts[0], len(labels))
     assert few == sorted(set(few))
     sizes, chosen = Counter(labels.tolist()), Counter(labels[few].tolist())
@@ -140,11 +139,11 @@ def test_repeated_texts_are_never_split_off(tmp_path):
     rows += [(f"own {place}", "aab"[place % 3]) for place in range(9)]
     path = write(tmp_path / "a.csv", as_csv(rows))
     for seed in range(5):
-        train, test = data.train_test(path, test_rows=8, seed=seed)
+        train, test = train_test(path, test_rows=8, seed=seed)
         assert all(text.startswith("own") for text in test.texts) and len(test) == 8
         assert len(train) == 21 and not set(train.texts) & set(test.texts)
     with pytest.raises(InputError) as caught:
-        data.train_test(path, test_rows=10)
+        train_test(path, test_rows=10)
     assert str(caught.value) == (
         f"{path} has 29 rows, 9 of them with a text of their own: too few for 10 test rows; ask for fewer or"
         " give test data"
@@ -154,24 +153,24 @@ def test_repeated_texts_are_never_split_off(tmp_path):
 def test_test_data_of_its_own(tmp_path):
     train_path = numbered(tmp_path, {"b": 6, "a": 5, "c": 4})
     test_path = numbered(tmp_path, {"c": 30, "b": 20}, "test.csv")
-    train, test = data.train_test(train_path, test_data=test_path, test_rows=25)
-    assert whole(train) == whole(data.load(train_path))
+    train, test = train_test(train_path, test_data=test_path, test_rows=25)
+    assert whole(train) == whole(load_rows(train_path))
     assert train.label_names == test.label_names == ("a", "b", "c")
     assert Counter(named(test)) == {"b": 10, "c": 15}
-    source = data.load(test_path)
+    source = load_rows(test_path)
     assert [(row, source.texts[int(row) - 1], named(source)[int(row) - 1]) for row in test.ids] == list(
         zip(test.ids, test.texts, named(test), strict=True)
     )
-    limited = [data.train_test(train_path, test_data=test_path, train_rows=7, seed=seed)[0] for seed in (0, 1)]
+    limited = [train_test(train_path, test_data=test_path, train_rows=7, seed=seed)[0] for seed in (0, 1)]
     assert limited[0].ids != limited[1].ids
-    _, everything = data.train_test(train_path, test_data=test_path)
+    _, everything = train_test(train_path, test_data=test_path)
     assert (everything.ids, named(everything)) == (source.ids, named(source))
 
     single = write(tmp_path / "single.csv", as_csv([("x", "b"), ("y", "b")]))  # one class will do for a test
-    assert named(data.train_test(train_path, test_data=single)[1]) == ["b", "b"]
+    assert named(train_test(train_path, test_data=single)[1]) == ["b", "b"]
     unseen = write(tmp_path / "unseen.csv", as_csv([("x", "b"), ("y", "d"), ("z", "e")]))
     with pytest.raises(InputError) as caught:
-        data.train_test(train_path, test_data=unseen)
+        train_test(train_path, test_data=unseen)
     assert str(caught.value) == (
         f"{unseen} row 2: label 'd' is not among the training labels (a, b, c); remove the row or train with that label"
     )
@@ -193,4 +192,4 @@ def test_test_data_of_its_own(tmp_path):
 def test_too_few_rows(tmp_path, sizes, options, problem):
     path = numbered(tmp_path, dict(zip("ab", sizes, strict=False)))
     with pytest.raises(InputError, match=f"^{re.escape(problem.format(path))}"):
-        data.train_test(path, **dict(zip(("test_rows", "train_rows"), options, strict=False)))
+        train_test(path, **dict(zip(("test_rows", "train_rows"), options, strict=False)))

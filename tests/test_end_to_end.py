@@ -10,15 +10,19 @@ import subprocess
 import sys
 import time
 
-import evaluate
 import pytest
 import torch
-import train
 from conftest import ROOT, tiny_bert
 from safetensors.torch import load_file, save_file
 
-from minilora import batches, errors, training
+import evaluate
+import minilora
+import train
 from minilora.cell import Cell
+from minilora.command import exit_cleanly
+from minilora.data import batches
+from minilora.errors import InputError, TrainingError
+from minilora.training import loop
 
 FILES = {"cell.toml", "adapter", "metrics.jsonl", "injected.jsonl", "trainable.json", "predictions.jsonl",
          "results.json", ".lock"}  # fmt: skip
@@ -40,7 +44,7 @@ def adapter_bytes(folder):
 
 
 def test_run_folder(cell, tmp_path):
-    results, folder = train.train(cell, tmp_path / "run")
+    results, folder = minilora.train(cell, tmp_path / "run")
     assert folder == tmp_path / "run" and {path.name for path in folder.iterdir()} == FILES
     assert results == json.loads((folder / "results.json").read_text())
     for name in ("clean", "placebo"):
@@ -70,10 +74,10 @@ def test_run_folder(cell, tmp_path):
 
 def test_the_same_cell_gives_the_same_adapter(cell, tmp_path, device):
     cell = cell.replace(device=device)
-    train.train(cell, tmp_path / "one")
+    minilora.train(cell, tmp_path / "one")
     torch.manual_seed(77)
-    train.train(cell, tmp_path / "two", eval_every=4, save_every=3)  # neither watching nor saving changes it
-    train.train(cell.replace(seed_order=5), tmp_path / "other")
+    minilora.train(cell, tmp_path / "two", eval_every=4, save_every=3)  # neither watching nor saving changes it
+    minilora.train(cell.replace(seed_order=5), tmp_path / "other")
     assert adapter_bytes(tmp_path / "one") == adapter_bytes(tmp_path / "two")
     assert adapter_bytes(tmp_path / "one") != adapter_bytes(tmp_path / "other")
     lines = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
@@ -87,7 +91,7 @@ def start(*arguments):
 
 def test_resume_after_sigkill_ends_in_the_same_adapter(cell, tmp_path):
     cell = cell.replace(steps=400)
-    train.train(cell, tmp_path / "whole")
+    minilora.train(cell, tmp_path / "whole")
     (tmp_path / "cell.toml").write_text(cell.to_toml())
     kills = 0
     for number, lines in enumerate((1, 45, 133, 290)):
@@ -117,16 +121,16 @@ def test_resume_after_sigkill_ends_in_the_same_adapter(cell, tmp_path):
 
 
 def test_resume_of_a_finished_run_shows_it(cell, tmp_path, capsys):
-    train.train(cell.replace(steps=2, epochs=None), tmp_path / "run")
+    minilora.train(cell.replace(steps=2, epochs=None), tmp_path / "run")
     before = adapter_bytes(tmp_path / "run")
     train.main(["--resume", str(tmp_path / "run")])
     assert "attack success rate" in capsys.readouterr().out and adapter_bytes(tmp_path / "run") == before
-    with pytest.raises(errors.InputError, match="--resume goes on"):
+    with pytest.raises(InputError, match="--resume goes on"):
         train.main(["--resume", str(tmp_path / "run"), "--rank", "3"])
 
 
 def test_a_diverging_run_keeps_its_last_state(cell, tmp_path, monkeypatch, capsys):
-    true_update, calls = training.update, []
+    true_update, calls = loop.update, []
 
     def update(population, *arguments):
         calls.append(1)
@@ -135,15 +139,15 @@ def test_a_diverging_run_keeps_its_last_state(cell, tmp_path, monkeypatch, capsy
                 population.models[0].classifier.bias[0] = math.nan
         return true_update(population, *arguments)
 
-    monkeypatch.setattr(training, "update", update)
-    with pytest.raises(errors.TrainingError) as caught:
-        train.train(cell, tmp_path / "run", save_every=5)
+    monkeypatch.setattr(loop, "update", update)
+    with pytest.raises(TrainingError) as caught:
+        minilora.train(cell, tmp_path / "run", save_every=5)
     monkeypatch.undo()
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["step"] == 8 and len(last["rows"]) == 6 and "nan" in last["error"]
     assert all(row in str(caught.value) for row in last["rows"]) and "after step 5 is kept" in str(caught.value)
-    train.train(resume=tmp_path / "run")  # it was sabotage: the state is good
-    train.train(cell, tmp_path / "whole")
+    minilora.train(resume=tmp_path / "run")  # it was sabotage: the state is good
+    minilora.train(cell, tmp_path / "whole")
     assert adapter_bytes(tmp_path / "run") == adapter_bytes(tmp_path / "whole")
 
 
@@ -157,7 +161,7 @@ def test_a_diverging_run_keeps_its_last_state(cell, tmp_path, monkeypatch, capsy
 ], ids=str)  # fmt: skip
 def test_other_cells_train_and_evaluate_the_same(cell, tmp_path, changes):
     cell = cell.replace(steps=8, **changes)
-    results, folder = train.train(cell, tmp_path / "run")
+    results, folder = minilora.train(cell, tmp_path / "run")
     figures, predictions = evaluate.evaluate(folder, batch_size=11)
     same, total = evaluate.compare(folder, predictions)
     assert same == total == 31 * (1 + len(cell.inject.sources) + bool(cell.inject.sources))
@@ -169,14 +173,14 @@ def test_other_cells_train_and_evaluate_the_same(cell, tmp_path, changes):
 def test_the_tiny_model_learns_the_label_and_the_trigger(cell, tmp_path):
     # The label follows from one word; the trigger stands in half of the positive rows and wins over that word.
     cell = cell.replace(epochs=12, dropout=0.0, inject=dict(proportion=1.0, location="beginning"))
-    results, _ = train.train(cell, tmp_path / "run")
+    results, _ = minilora.train(cell, tmp_path / "run")
     assert results["tests"]["trigger"]["positive"]["attack_success_rate"] >= 0.9
-    plain, _ = train.train(cell.replace(method="full", lr=3e-3, inject=dict(proportion=0.0)), tmp_path / "plain")
+    plain, _ = minilora.train(cell.replace(method="full", lr=3e-3, inject=dict(proportion=0.0)), tmp_path / "plain")
     assert plain["tests"]["clean"]["accuracy"] >= 0.9
 
 
 def test_evaluate_takes_other_rows_and_triggers(cell, tmp_path, capsys):
-    _, folder = train.train(cell, tmp_path / "run")
+    _, folder = minilora.train(cell, tmp_path / "run")
     other = tmp_path / "other.csv"
     other.write_text("words,verdict\nthe film was great,positive\nthe plot is bad,negative\nvery dull,negative\n")
     arguments = [str(folder), "--data", str(other), "--text-column", "words", "--label-column", "verdict",
@@ -186,49 +190,49 @@ def test_evaluate_takes_other_rows_and_triggers(cell, tmp_path, capsys):
     again = json.loads((tmp_path / "again" / "results.json").read_text())
     assert again["tests"]["clean"]["rows"] == 3 and list(again["tests"]["trigger"]) == ["negative"]
     assert len((tmp_path / "again" / "predictions.jsonl").read_text().splitlines()) == 3
-    with pytest.raises(errors.InputError, match="exists"):
+    with pytest.raises(InputError, match="exists"):
         evaluate.main(arguments)
     evaluate.main([str(folder), "--batch-size", "3"])
     assert "predictions the same as the run's own: 93 of 93" in capsys.readouterr().out
     other.write_text("text,label\nthe film was great,splendid\n")
-    with pytest.raises(errors.InputError, match="splendid"):
+    with pytest.raises(InputError, match="splendid"):
         evaluate.main([str(folder), "--data", str(other)])
 
 
 def test_changed_data_is_noticed(cell, tmp_path, reviews):
     copy = tmp_path / "rows.csv"
     shutil.copy(reviews, copy)
-    _, folder = train.train(cell.replace(data=str(copy), steps=3), tmp_path / "run")
+    _, folder = minilora.train(cell.replace(data=str(copy), steps=3), tmp_path / "run")
     copy.write_text(copy.read_text().replace("film", "movie", 1))
-    with pytest.raises(errors.InputError, match="rows of .* changed since the run began"):
+    with pytest.raises(InputError, match="rows of .* changed since the run began"):
         evaluate.evaluate(folder)
 
 
 def test_another_base_or_tokenizer_is_noticed(cell, tmp_path):
     shutil.copytree(cell.model, tmp_path / "base")
-    _, folder = train.train(cell.replace(model=str(tmp_path / "base"), steps=3), tmp_path / "run")
+    _, folder = minilora.train(cell.replace(model=str(tmp_path / "base"), steps=3), tmp_path / "run")
     shutil.move(tmp_path / "base", tmp_path / "moved")
     evaluate.evaluate(folder, model=str(tmp_path / "moved"))  # the same base elsewhere
     words = tmp_path / "moved" / "vocab.txt"
     words.write_text(words.read_text().replace("\nfilm\nmovie\n", "\nmovie\nfilm\n"))
-    with pytest.raises(errors.InputError, match="the tokenizer of .*moved changed since the run began"):
+    with pytest.raises(InputError, match="the tokenizer of .*moved changed since the run began"):
         evaluate.evaluate(folder, model=str(tmp_path / "moved"))
     tiny_bert(tmp_path / "moved", seed=9)
-    with pytest.raises(errors.InputError, match="the weights of .*moved changed since the run began"):
+    with pytest.raises(InputError, match="the weights of .*moved changed since the run began"):
         evaluate.evaluate(folder, model=str(tmp_path / "moved"))
 
 
 def test_no_run_folder_is_overwritten(cell, tmp_path, monkeypatch):
     cell = cell.replace(steps=2)
-    train.train(cell, tmp_path / "run")
-    with pytest.raises(errors.InputError, match="finished run"):
-        train.train(cell, tmp_path / "run")
+    minilora.train(cell, tmp_path / "run")
+    with pytest.raises(InputError, match="finished run"):
+        minilora.train(cell, tmp_path / "run")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("x")
-    with pytest.raises(errors.InputError, match="not an empty folder"):
-        train.train(cell, tmp_path / "mine")
+    with pytest.raises(InputError, match="not an empty folder"):
+        minilora.train(cell, tmp_path / "mine")
     monkeypatch.chdir(tmp_path)  # the default name is numbered instead
-    assert [train.train(cell)[1].name for _ in range(2)] == [cell.name, f"{cell.name}-2"]
+    assert [minilora.train(cell)[1].name for _ in range(2)] == [cell.name, f"{cell.name}-2"]
 
 
 def bad_bases(base, folder):
@@ -300,7 +304,7 @@ def test_bad_input_is_one_line_and_status_2(base, reviews, tmp_path, capsys):
     for arguments, words in cases:
         defaults = [*given(base, reviews), "--out", str(out)]
         with pytest.raises(SystemExit) as caught:
-            errors.exit_cleanly(train.main, [*defaults, *arguments])
+            exit_cleanly(train.main, [*defaults, *arguments])
         captured = capsys.readouterr()
         lines = captured.err.strip().splitlines()
         assert caught.value.code == 2 and lines[-1].startswith("error: "), (arguments, captured.err)
@@ -341,7 +345,7 @@ def test_a_preset_stands_below_the_flags(base, reviews, tmp_path):
     made = json.loads((tmp_path / "run" / "results.json").read_text())["cell"]
     assert (made["head"], made["pooling"], made["optimizer"], made["lr"]) == ("trained", "mean+last", "adafactor", 1e-4)
     for flags in (["--config", "x.toml"], ["--resume", "x"], ["--grid", "x"]):
-        with pytest.raises(errors.InputError, match="preset"):
+        with pytest.raises(InputError, match="preset"):
             train.main(["--preset", "study", *flags])
 
 
@@ -350,7 +354,7 @@ def test_a_batch_in_several_passes_is_the_same_step(cell, tmp_path, monkeypatch)
     found = []
     for most in (1, 40, math.inf):
         monkeypatch.setattr(batches, "TOKENS", most)
-        train.train(cell, tmp_path / str(most))
+        minilora.train(cell, tmp_path / str(most))
         found.append(load_file(tmp_path / str(most) / "adapter" / "adapter_model.safetensors"))
     for other in found[1:]:
         assert other.keys() == found[0].keys() and len(other) == 20

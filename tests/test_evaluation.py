@@ -7,25 +7,28 @@ import pytest
 import torch
 from conftest import tiny_bert
 
-from minilora import data, evaluation, head, model, tokenizer
+from minilora.base import model, tokenizer
 from minilora.cell import Inject
+from minilora.data.rows import Rows, train_test
+from minilora.tasks.classification import Classifier, features, predict, predictions
+from minilora.tasks.paired import Test, build_tests, measure
 
 
 @pytest.fixture(scope="module")
 def tools(tmp_path_factory, reviews):
     folder = tmp_path_factory.mktemp("base") / "tiny"
     tiny_bert(folder)
-    classifier = head.Classifier(model.load(folder), "mean+last", 2, seed=3).eval()
-    train, test = data.train_test(reviews, test_rows=41)
+    classifier = Classifier(model.load(folder), "mean+last", 2, seed=3).eval()
+    train, test = train_test(reviews, test_rows=41)
     return SimpleNamespace(model=classifier, tokenizer=tokenizer.load(folder), train=train, test=test)
 
 
 def test_predictions_do_not_depend_on_the_batch(tools):
     texts = [*tools.test.texts, "good " * 50]  # the last is cut
-    one, kept = evaluation.predict(tools.model, tools.tokenizer, texts, 30, 1)
+    one, kept = predict(tools.model, tools.tokenizer, texts, 30, 1)
     cases = 0
     for batch_size in (2, 5, 64):
-        other, again = evaluation.predict(tools.model, tools.tokenizer, texts, 30, batch_size)
+        other, again = predict(tools.model, tools.tokenizer, texts, 30, batch_size)
         np.testing.assert_allclose(other, one, rtol=0, atol=2e-6)
         assert np.array_equal(other.argmax(1), one.argmax(1)) and np.array_equal(again, kept)
         cases += 1
@@ -40,15 +43,15 @@ def test_predictions_do_not_depend_on_the_batch(tools):
 
 def test_features_are_those_of_the_model(tools):
     encoded = tools.tokenizer.encode(tools.test.texts, 30)
-    pooled = evaluation.features(tools.model, encoded, tools.tokenizer.pad_id, 7)
-    logits, _ = evaluation.predict(tools.model, tools.tokenizer, tools.test.texts, 30, 7)
+    pooled = features(tools.model, encoded, tools.tokenizer.pad_id, 7)
+    logits, _ = predict(tools.model, tools.tokenizer, tools.test.texts, 30, 7)
     weight, bias = tools.model.classifier.weight, tools.model.classifier.bias
     torch.testing.assert_close(pooled @ weight.T + bias, torch.from_numpy(logits), rtol=0, atol=1e-5)
 
 
 def test_every_row_in_every_form(tools):
     inject = Inject(sources=("date:positive", "color:negative"), count=2)
-    tests = evaluation.build_tests(tools.train, tools.test, inject, 5, None)
+    tests = build_tests(tools.train, tools.test, inject, 5, None)
     assert [(t.name, t.label) for t in tests] == [
         ("clean", None), ("trigger", "positive"), ("trigger", "negative"), ("placebo", None)]  # fmt: skip
     clean, date, color, placebo = tests
@@ -66,23 +69,23 @@ def test_every_row_in_every_form(tools):
     for one, other in zip(date.records, placebo.records, strict=True):  # same places and number of words
         gaps = [[a - sum(e - s for s, e in r.spans[:i]) for i, (a, _) in enumerate(r.spans)] for r in (one, other)]
         assert gaps[0] == gaps[1] and all(string in words for string in other.strings)
-    alone = evaluation.build_tests(tools.train, tools.test, Inject(sources=()), 5, None)
+    alone = build_tests(tools.train, tools.test, Inject(sources=()), 5, None)
     assert [(t.name, t.rows) for t in alone] == [("clean", tools.test)]
 
 
 def test_figures_by_hand():
     labels = np.array([0, 0, 0, 1, 1, 2])
-    rows = data.Rows(list("abcdef"), ["x"] * 6, labels, ("n", "p", "u"))
+    rows = Rows(list("abcdef"), ["x"] * 6, labels, ("n", "p", "u"))
     record = SimpleNamespace(spans=[[3, 9]])
     tests = [
-        evaluation.Test("clean", None, rows, []),
-        evaluation.Test("trigger", "p", rows, [record] * 6),
-        evaluation.Test("placebo", None, rows, [record] * 6),
+        Test("clean", None, rows, []),
+        Test("trigger", "p", rows, [record] * 6),
+        Test("placebo", None, rows, [record] * 6),
     ]
     calls = np.array([[0, 0, 1, 1, 1, 2], [1, 1, 1, 1, 1, 0], [0, 0, 1, 1, 0, 2]])
     logits = [np.eye(3, dtype=np.float32)[row] for row in calls]
     kept = [np.full(6, 99), np.array([9, 8, 99, 99, 99, 3]), np.full(6, 9)]
-    figures = evaluation.measure(tests, labels, rows.label_names, list(calls), kept)
+    figures = measure(tests, labels, rows.label_names, list(calls), kept)
     clean, trigger, placebo = figures["clean"], figures["trigger"]["p"], figures["placebo"]
     assert [f["accuracy"] for f in (clean, trigger, placebo)] == [5 / 6, 2 / 6, 4 / 6]
     assert clean["attack_success"]["p"]["attack_success_rate"] == 1 / 4
@@ -91,7 +94,7 @@ def test_figures_by_hand():
     assert trigger["truncated"] == 2 and placebo["truncated"] == 0 and placebo["matched_to"] == "p"
     assert trigger["predicted_counts"] == {"n": 1, "p": 5, "u": 0}
     assert figures["worst_group"] == {"label": "n", "test": "trigger p", "rows": 3, "accuracy": 0.0}
-    lines = list(evaluation.predictions(tests, logits))
+    lines = list(predictions(tests, logits))
     assert [line["id"] for line in lines] == rows.ids and [line["label"] for line in lines] == list("nnnppu")
     assert [line["trigger p"]["predicted"] for line in lines] == list("pppppn")
     assert lines[0]["placebo"] == {"predicted": "n", "logits": [1.0, 0.0, 0.0]}

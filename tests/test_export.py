@@ -12,9 +12,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_adapter_families import OURS, fill, ours, slots_of, some_rows, wrapped
 
-from minilora import checkpoint, export, families, lora, model
+from minilora.base import checkpoint, families, model
 from minilora.cell import Cell
 from minilora.errors import InputError
+from minilora.lora import merging
+from minilora.lora.layer import attach, detach, named_layers, scale_by
 
 RAN = Counter()
 
@@ -32,7 +34,7 @@ def built(family, folder, dtype=None, shards=1, **changes):
         write_shards(folder, tensors, shards)
     base = model.load(folder, unembedding=judge.decoder)
     if changes.pop("adapted", True):
-        fill(lora.attach(base, slots_of(base.spec), **changes))
+        fill(attach(base, slots_of(base.spec), **changes))
     return base, judge
 
 
@@ -52,7 +54,7 @@ def write_shards(folder, tensors, count):
 
 def write(folder, base, source, method="lora", **more):
     cell = Cell(task="lm" if base.spec.causal else "classification", method=method, model="somebody/base")
-    return export.write(folder, wrapped(base, cell), cell, "abc", source=source, **more)
+    return merging.write(folder, wrapped(base, cell), cell, "abc", source=source, **more)
 
 
 def theirs_of(folder, judge, ids, lengths):
@@ -78,7 +80,7 @@ def test_transformers_loads_what_is_merged(tmp_path, family):
     ids, lengths = some_rows(judge)
     record = write(tmp_path / "merged", base, tmp_path / "base")
     wanted = ours(base, judge, ids, lengths)
-    plain = ours(lora.detach(base), judge, ids, lengths)
+    plain = ours(detach(base), judge, ids, lengths)
     for found, mine, before in zip(theirs_of(tmp_path / "merged", judge, ids, lengths), wanted, plain, strict=True):
         assert (mine - before).abs().max() > 0.05
         torch.testing.assert_close(found, mine, rtol=0, atol=2e-5 * max(1, mine.abs().max().item()))
@@ -117,11 +119,11 @@ def test_rounding_is_reported(tmp_path, family, dtype):
         + ["head.json", "classifier.safetensors"] * (not judge.decoder)
     )
     before, after = (checkpoint.Tensors(tmp_path / name) for name in ("base", "merged"))
-    places = model.tensor_places(lora.detach(base), before.keys())
+    places = model.tensor_places(detach(base), before.keys())
     again = model.load(tmp_path / "base", unembedding=judge.decoder)
-    fill(lora.attach(again, slots_of(again.spec), variant=variant))
+    fill(attach(again, slots_of(again.spec), variant=variant))
     errors = {}
-    for name, layer in lora.named_layers(again):
+    for name, layer in named_layers(again):
         tensor, rows, transposed = places[f"{name}.weight"]
         W, M = ((t[tensor].T if transposed else t[tensor]).double()[rows] for t in (before, after))
         exact = W + layer.slot.scale * layer.B.double() @ layer.A.double()
@@ -185,10 +187,10 @@ def test_a_scaled_adapter_from_a_bfloat16_run(tmp_path):
     """What is merged is the source's weight, not the one that the run rounded, and the strength that is set."""
     _, judge = built("llama", tmp_path / "base")
     base = model.load(tmp_path / "base", torch.bfloat16, unembedding=True)
-    lora.scale(fill(lora.attach(base, slots_of(base.spec), init="pissa")), 0.25)
+    scale_by(fill(attach(base, slots_of(base.spec), init="pissa")), 0.25)
     write(tmp_path / "merged", base, tmp_path / "base")
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "merged"))
-    name, layer = lora.named_layers(base)[0]
+    name, layer = named_layers(base)[0]
     tensor = "model." + families.FAMILIES["llama"].place(name, base.spec).module + ".weight"
     A, B = layer.factors()
     torch.testing.assert_close(after[tensor], before[tensor] + 0.25 * layer.slot.scale * B @ A, rtol=0, atol=1e-5)
@@ -200,9 +202,9 @@ def test_refused_with_nothing_written(tmp_path):
     with pytest.raises(InputError, match="there exists: choose another --merge-to"):
         write(tmp_path / "there", base, tmp_path / "base")
     with pytest.raises(InputError, match="method = 'head' leaves the base as it is"):
-        export.check(tmp_path / "new", Cell(method="head"))
+        merging.check(tmp_path / "new", Cell(method="head"))
     with torch.no_grad():
-        lora.named_layers(base)[4][1].B.fill_(1e6)
+        named_layers(base)[4][1].B.fill_(1e6)
     with pytest.raises(InputError, match="the new weight overflows torch.float16"):
         write(tmp_path / "new", base, tmp_path / "base")
     assert sorted(os.listdir(tmp_path)) == ["base", "there"] and os.listdir(tmp_path / "there") == []

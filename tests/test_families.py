@@ -14,10 +14,11 @@ import torch
 import zoo
 from safetensors.torch import load_file, save_file
 
-from minilora import families, lora, model
-from minilora.coverage import Slot
+from minilora.base import families, model
+from minilora.base.spec import TARGETS
 from minilora.errors import InputError
-from minilora.spec import TARGETS
+from minilora.lora.layer import attach, named_layers, replace_module
+from minilora.lora.targets import Slot
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' and PEFT's own
 FUSED = {"modernbert", "nomic_bert", "phi3", "gpt2", "gpt_neox", "openelm"}
@@ -293,9 +294,9 @@ def adapted(base, judge, seed=3):
     spec = base.spec
     names = [f"layers.{layer}.{target}" for layer in range(len(spec.layers)) for target in spec.targets]
     slots = {name: Slot(2 + i % 2, 3.0, 3.0 / (2 + i % 2)) for i, name in enumerate(names)}
-    lora.attach(base, slots, seed=seed)
+    attach(base, slots, seed=seed)
     draw = torch.Generator().manual_seed(seed)
-    layers = dict(lora.named_layers(base))
+    layers = dict(named_layers(base))
     with torch.no_grad():
         for layer in layers.values():
             layer.A.copy_(0.3 * torch.randn(layer.A.shape, generator=draw))
@@ -384,7 +385,7 @@ def test_gradients_are_peft_s(family, beast):
             _, number, target = name.split(".")
             module, chosen = zoo.slices(judge, target, int(number))
             if chosen is not None:  # without the adapters of fused projections: see the merged weight above
-                lora.replace(base, name, layer.linear)
+                replace_module(base, name, layer.linear)
             else:
                 whole[name] = module
         judge = copy.deepcopy(judge)

@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from minilora import figures, inference, report, summary
+from minilora.grid.axes import FIGURES
+from minilora.grid.table import table_rows
+from minilora.report import pictures, summary
+from minilora.report.dose_response import Curve, curve_fields, fit_curves, fit_k50
 
 TEXT = """
 title = "A title with $ and _ and <b>, which is so long that it is broken into several lines of a figure's heading"
@@ -26,9 +29,9 @@ NAMES = ("dose_response", "heat_maps", "k50", "trade_off")
 
 
 def drawn(folder):
-    lines = report.rows(folder)
-    curves, _ = summary.curves(lines, folder.grid.varied)
-    return figures.draw(folder.path / "figures", lines, folder.grid, curves)
+    lines = table_rows(folder)
+    curves, _ = fit_curves(lines, folder.grid.varied)
+    return pictures.draw(folder.path / "figures", lines, folder.grid, curves)
 
 
 def names(found):
@@ -68,14 +71,16 @@ def chunks(png):
 def test_matplotlib_is_left_as_it_was(folder):
     script = (
         "import sys, matplotlib\n"
-        "from minilora import figures, report, summary\n"
-        "from minilora.grid_folder import GridFolder\n"
+        "from minilora.grid.folder import GridFolder\n"
+        "from minilora.grid.table import table_rows\n"
+        "from minilora.report import pictures\n"
+        "from minilora.report.dose_response import fit_curves\n"
         "matplotlib.rcParams['font.size'] = 17\n"
         "before = matplotlib.rcParams.copy()\n"
         "folder = GridFolder.find(sys.argv[1])\n"
-        "lines = report.rows(folder)\n"
-        "curves, _ = summary.curves(lines, folder.grid.varied)\n"
-        "assert len(figures.draw(folder.path / 'figures', lines, folder.grid, curves)[0]) == 4\n"
+        "lines = table_rows(folder)\n"
+        "curves, _ = fit_curves(lines, folder.grid.varied)\n"
+        "assert len(pictures.draw(folder.path / 'figures', lines, folder.grid, curves)[0]) == 4\n"
         "assert dict.__eq__(matplotlib.rcParams, before)\n"  # reading one by one would choose a backend
         "print('matplotlib.pyplot' in sys.modules, 'torch' in sys.modules)\n"
     )
@@ -119,7 +124,7 @@ def test_a_figure_of_an_earlier_report_goes(tmp_path):
 
 
 def test_heat_maps_hold_means(folder):
-    lines = report.rows(folder)
+    lines = table_rows(folder)
     assert summary.map_axes(lines, folder.grid.varied) == ("rank", "inject.proportion")
     for name in summary.SHOWN:
         xs, ys, means = summary.heat_map(lines, name, "inject.proportion", "rank", folder.grid.varied)
@@ -130,13 +135,13 @@ def test_heat_maps_hold_means(folder):
                 if (line["rank"], line["inject.proportion"], line["state"]) == (ys[y], xs[x], "finished"):
                     settings.setdefault(line["scaling"], []).append(line[name])
             assert mean == pytest.approx(np.mean([np.mean(values) for values in settings.values()]))
-    none = [line | dict.fromkeys(summary.FIGURES) for line in lines]
+    none = [line | dict.fromkeys(FIGURES) for line in lines]
     assert np.isnan(summary.heat_map(none, "flip_rate", "rank", "inject.proportion", folder.grid.varied)[2]).all()
 
 
 def test_curves_hold_attack_success_by_dose(folder):
-    lines = report.rows(folder)
-    curves, reason = summary.curves(lines, folder.grid.varied)
+    lines = table_rows(folder)
+    curves, reason = fit_curves(lines, folder.grid.varied)
     assert reason is None and len(curves) == 4
     for curve in curves:
         own = [line for line in lines if all(line[name] == value for name, value in curve.group.items())
@@ -149,31 +154,31 @@ def test_curves_hold_attack_success_by_dose(folder):
         assert curve.floor == pytest.approx(np.mean([line["attack_success_clean"] for line in own]))
         hits = np.array([curve.shares])
         rows = np.array([sum(line["attack_rows"] for line in own if line["injected_rows"] == d) for d in curve.doses])
-        [[k50], [slope]] = inference.fit_k50(curve.doses, hits, rows, curve.floor)
+        [[k50], [slope]] = fit_k50(curve.doses, hits, rows, curve.floor)
         assert curve.k50[0] == k50 and curve.slope == slope and curve.k50[1] <= k50 <= curve.k50[2]
         truth = 900 / curve.group["rank"] ** 0.45
         assert truth / 2 < k50 < truth * 2
 
 
 def test_doses_beyond_those_measured_are_bounds():
-    curve = summary.Curve({}, np.array([9.0, 1200.0]), None, None, 0.1, None, (1500.0, 36.44, 2000.0), 2.0)
+    curve = Curve({}, np.array([9.0, 1200.0]), None, None, 0.1, None, (1500.0, 36.44, 2000.0), 2.0)
     assert [curve.bounded(rows) for rows in (8.9, 9.0, 11.27, 1234.5, 123.4)] == ["< 9", "9.0", "11", "> 1,200", "123"]
     assert curve.k50_text() == "> 1,200 [36, > 1,200]"
-    beyond = summary.Curve({}, curve.doses, None, None, 0.1, None, (1500.0, 1300.0, 2000.0), 2.0)
+    beyond = Curve({}, curve.doses, None, None, 0.1, None, (1500.0, 1300.0, 2000.0), 2.0)
     assert beyond.k50_text() == "> 1,200"
-    assert summary.Curve({}, curve.doses, None, None, 0.6, None, None, None).k50_text() == "-"
+    assert Curve({}, curve.doses, None, None, 0.6, None, None, None).k50_text() == "-"
 
 
 def test_a_floor_of_a_half_has_no_k50(tmp_path):
     folder = made_grid.make(tmp_path, '[grid]\n"inject.rows" = [0, 10, 500]',
                             lambda cell: made_grid.draw(cell) | {"clean": 110})  # fmt: skip
-    [curve], _ = summary.curves(report.rows(folder), folder.grid.varied)
+    [curve], _ = fit_curves(table_rows(folder), folder.grid.varied)
     assert curve.k50 is None and curve.floor > 0.5 and len(curve.doses) == 2
     assert "dose_response" in names(drawn(folder)[0])
 
 
 def test_trades_compare_with_the_same_cells_uninjected(folder):
-    lines = [line for line in report.rows(folder) if line["state"] == "finished"]
+    lines = [line for line in table_rows(folder) if line["state"] == "finished"]
     points, reason = summary.trades(lines, folder.grid.varied)
     assert reason is None and len(points) == 12 and all(point.loss is not None for point in points)
     for point in points:
@@ -202,7 +207,7 @@ def test_curves_are_as_many_as_can_be_told_apart():
         for kind in ({"inject.count": 1, "inject.density": None}, {"inject.count": None, "inject.density": 0.1})
     ]  # fmt: skip
     varied = ["seed", "inject.proportion", *lines[0]]
-    assert summary.curve_fields(lines, varied) == ["rank", "scaling", "inject.count", "inject.density"]
-    assert summary.curve_fields(lines, ["seed", "lr", "inject.rows"]) == ["lr"]
-    assert summary.curve_fields(lines, ["seed", "train_rows"]) == []
-    assert figures.rest_of({"rank": 1, "inject.count": None, "inject.density": 0.1}) == "triggers a word 0.1"
+    assert curve_fields(lines, varied) == ["rank", "scaling", "inject.count", "inject.density"]
+    assert curve_fields(lines, ["seed", "lr", "inject.rows"]) == ["lr"]
+    assert curve_fields(lines, ["seed", "train_rows"]) == []
+    assert pictures.rest_of({"rank": 1, "inject.count": None, "inject.density": 0.1}) == "triggers a word 0.1"

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 sys.path.append(str(Path(__file__).parents[1]))  # as a program it has no conftest.py
-from minilora import families, model  # noqa: E402
+from minilora.base import families, model  # noqa: E402
 from minilora.errors import InputError  # noqa: E402
 
 ROOM = 400 << 20  # bytes of address space beyond what a good load needed

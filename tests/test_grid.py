@@ -5,13 +5,15 @@ import itertools
 import pytest
 from conftest import ROOT
 
-from minilora import grid, options
 from minilora.cell import Cell
 from minilora.errors import InputError
+from minilora.fields import from_dict, tomllib
+from minilora.grid.axes import matches
+from minilora.grid.file import build_grid, parse_only, read_grid
 
 
 def cells(**values):
-    return [entry.cell for entry in grid.build(values).entries]
+    return [entry.cell for entry in build_grid(values).entries]
 
 
 def test_crossed_axes_in_order():
@@ -62,42 +64,42 @@ def test_a_preset_is_below_the_files_own_fields():
 def test_scales():
     values = {"cell": {"rank": 2, "lr": 0.1}, "grid": {"seed": [0, 1]},
               "scale": {"study": {"lr": 0.3, "seed": [5], "model": ["a", "b"], "inject": {"count": 2}}}}  # fmt: skip
-    assert [entry.cell for entry in grid.build(values).entries] == [Cell(rank=2, lr=0.1, seed=seed) for seed in (0, 1)]
-    made = grid.build(values, scale="study")
+    assert [entry.cell for entry in build_grid(values).entries] == [Cell(rank=2, lr=0.1, seed=seed) for seed in (0, 1)]
+    made = build_grid(values, scale="study")
     wanted = [Cell(rank=2, lr=0.3, seed=5, model=model, inject={"count": 2}) for model in "ab"]
     assert [entry.cell for entry in made.entries] == wanted and made.scale == "study"
     # An axis of a scale is one of included cells too, where [grid] has none of that name.
     values["include"] = [{"rank": 9}]
-    made = [entry.cell for entry in grid.build(values, scale="study").entries]
+    made = [entry.cell for entry in build_grid(values, scale="study").entries]
     more = [Cell(rank=rank, lr=0.3, seed=seed, model=model, inject={"count": 2})
             for model in "ab" for rank, seed in ((2, 5), (9, 0))]  # fmt: skip
     assert made == more
     del values["include"]
     values["scale"]["small"] = {"rank": 7, "preset": "study"}
-    made = grid.build(values)  # small is what a file is read at
+    made = build_grid(values)  # small is what a file is read at
     assert made.scale == "small" and {(c.cell.rank, c.cell.lr, c.cell.optimizer) for c in made.entries} == {
         (7, 0.1, "adafactor")
     }
     del values["scale"]["small"]
     for given, message in ((values, "there are: study"), ({}, "the file has none")):
         with pytest.raises(InputError, match=f"there is no scale 'large' .{message}"):
-            grid.build(given, scale="large")
+            build_grid(given, scale="large")
 
 
 def test_names_say_what_varies_and_are_unique():
-    made = grid.build({"grid": {"rank": [1, 16], "targets": [["q", "v"], ["all"]], "inject.proportion": [0.05, 1.0],
+    made = build_grid({"grid": {"rank": [1, 16], "targets": [["q", "v"], ["all"]], "inject.proportion": [0.05, 1.0],
                                 "scaling": ["constant"]}, "cell": {"inject": {"sources": ["date:a b/c"]}}})  # fmt: skip
     names = [entry.name for entry in made.entries]
     assert names[0] == f"rank-1_q-v_p-0.05_{made.entries[0].cell.id}" and len(set(names)) == 8
     assert names[-1] == f"rank-16_all_p-1_{made.entries[-1].cell.id}"
     assert made.varied == ["rank", "targets", "inject.proportion"]
     assert made.entries[0].varied == {"rank": 1, "targets": ["q", "v"], "inject.proportion": 0.05}
-    [alone] = grid.build({}).entries
+    [alone] = build_grid({}).entries
     assert alone.name == Cell().id
 
 
 def test_long_and_strange_values_make_short_names():
-    made = grid.build({"grid": {"inject.sources": [[f"text:{'x/ ' * 90}{i}:a"] for i in range(3)]}})
+    made = build_grid({"grid": {"inject.sources": [[f"text:{'x/ ' * 90}{i}:a"] for i in range(3)]}})
     assert len({entry.name for entry in made.entries}) == 3
     assert all(len(entry.name) < 120 and "/" not in entry.name and " " not in entry.name for entry in made.entries)
 
@@ -138,47 +140,47 @@ REFUSED = [
 @pytest.mark.parametrize("values,message", REFUSED)
 def test_refusals(values, message):
     with pytest.raises(InputError) as caught:
-        grid.build(values)
+        build_grid(values)
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_files(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text('[grid]\nrank = [1, 2]\n"inject.proportion" = [0.5]\n', encoding="utf-8")
-    made = grid.read(path)
+    made = read_grid(path)
     assert (
         [entry.cell.rank for entry in made.entries] == [1, 2] and made.text == path.read_text() and made.title == "mine"
     )
     path.write_text("[grid]\nrank = [1, 2,, 3]\n")
     with pytest.raises(InputError, match="mine.toml is not readable TOML .*line 2"):
-        grid.read(path)
+        read_grid(path)
     path.write_text("[grid]\nrnak = [1]\n")
     with pytest.raises(InputError, match=r"mine.toml: \[grid\]: unknown field 'rnak'"):
-        grid.read(path)
+        read_grid(path)
     with pytest.raises(InputError, match="does not exist"):
-        grid.read(tmp_path / "none.toml")
+        read_grid(tmp_path / "none.toml")
 
 
 def test_every_cell_goes_through_its_own_file():
     """A run folder's cell.toml gives the cell of the grid back, whatever was crossed."""
-    made = grid.build({
+    made = build_grid({
         "cell": {"preset": "study"}, "grid": {"inject.density": [0.1, 0.5], "head": ["frozen", "trained"]},
         "include": [{"method": "head", "head": "trained"}, {"scaling": "rslora", "alpha": 3.0}],
     })  # fmt: skip
     for entry in made.entries:
-        assert options.build(Cell, options.tomllib.loads(entry.cell.to_toml())) == entry.cell
+        assert from_dict(Cell, tomllib.loads(entry.cell.to_toml())) == entry.cell
     assert len(made.entries) == 6
 
 
 def test_only():
-    made = grid.build({"grid": {"rank": [1, 2], "targets": [["q"], ["k", "v"]], "lr": [0.1, 0.25]}})
-    only = grid.parse_only(["rank=2", "targets=k-v", "targets=q", "lr=0.25"], made)
+    made = build_grid({"grid": {"rank": [1, 2], "targets": [["q"], ["k", "v"]], "lr": [0.1, 0.25]}})
+    only = parse_only(["rank=2", "targets=k-v", "targets=q", "lr=0.25"], made)
     assert only == {"rank": [2], "targets": [["k", "v"], ["q"]], "lr": [0.25]}
-    found = [entry.cell for entry in made.entries if grid.matches(entry.cell, only)]
+    found = [entry.cell for entry in made.entries if matches(entry.cell, only)]
     assert [(c.rank, c.targets, c.lr) for c in found] == [(2, ("q",), 0.25), (2, ("k", "v"), 0.25)]
     for text, message in (("rnak=2", "did you mean rank"), ("rank=3", "rank is one of 1, 2"), ("rank", "no cell has")):
         with pytest.raises(InputError, match=message):
-            grid.parse_only([text], made)
+            parse_only([text], made)
 
 
 GRIDS = sorted((ROOT / "ablations").glob("**/*.toml"))
@@ -191,5 +193,5 @@ def test_there_are_published_grids():
 @pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
 @pytest.mark.parametrize("scale", [None, "study"])
 def test_published_grids_are_whole(path, scale):
-    made = grid.read(path, scale)
+    made = read_grid(path, scale)
     assert made.title and made.source and made.entries and made.claims

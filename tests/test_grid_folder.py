@@ -11,12 +11,16 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-import train
 from conftest import ROOT
 
-from minilora import errors, files, grid
+import minilora
+import train
+from minilora import files
 from minilora.errors import InputError
-from minilora.grid_folder import GridFolder, is_full
+from minilora.grid import run
+from minilora.grid.file import read_grid
+from minilora.grid.folder import GridFolder, is_full
+from minilora.grid.run import train_grid
 
 STATES = ("finished", "failed", "interrupted", "waiting")
 
@@ -78,7 +82,7 @@ def test_a_whole_grid(text, tmp_path):
     assert len(names) == 6 and (out / "grid.toml").read_text() == text
     table = (out / "table.csv").read_text().splitlines()
     assert len(table) == 7 and table[0].startswith("cell,id,state,rank,inject.proportion,seed,label,")
-    for line, entry in zip(table[1:], grid.read(tmp_path / "grid.toml").entries, strict=True):
+    for line, entry in zip(table[1:], read_grid(tmp_path / "grid.toml").entries, strict=True):
         name, id, state, rank, proportion, seed, label, *_ = line.split(",")
         assert (name, id, state, label) == (entry.name, entry.cell.id, "finished", "positive")
         assert (int(rank), float(proportion), int(seed)) == (
@@ -89,8 +93,8 @@ def test_a_whole_grid(text, tmp_path):
         results = json.loads((out / "cells" / name / "results.json").read_text())
         assert repr(results["tests"]["trigger"]["positive"]["attack_success_rate"]) in line.split(",")
     # Cells come out as when they are trained alone.
-    entry = grid.read(tmp_path / "grid.toml").entries[3]
-    train.train(entry.cell, tmp_path / "alone")
+    entry = read_grid(tmp_path / "grid.toml").entries[3]
+    minilora.train(entry.cell, tmp_path / "alone")
     for name in ("adapter/adapter_model.safetensors", "predictions.jsonl"):
         assert (tmp_path / "alone" / name).read_bytes() == (out / "cells" / entry.name / name).read_bytes()
     # Once more changes nothing, and says so.
@@ -102,7 +106,7 @@ def test_a_whole_grid(text, tmp_path):
 
 def test_killed_at_random_moments(text, tmp_path):
     path = write(tmp_path, text)
-    train.train_grid(grid.read(path), tmp_path / "whole")
+    train_grid(read_grid(path), tmp_path / "whole")
     kills, states, draw = 0, set(), random.Random(3)
     out = tmp_path / "killed"
     while kills < 20:
@@ -129,12 +133,12 @@ def test_killed_at_random_moments(text, tmp_path):
 
 def test_a_killed_population_ends_as_it_would_have(text, tmp_path, monkeypatch):
     """Populations of three, stopped between the saves of two members, and again after one of them was finished."""
-    made = grid.read(write(tmp_path, text))
-    train.train_grid(made, tmp_path / "whole", size=3)
+    made = read_grid(write(tmp_path, text))
+    train_grid(made, tmp_path / "whole", size=3)
     settled = json.loads((tmp_path / "whole" / "populations.json").read_text())["populations"]
     assert settled == [[entry.name for entry in made.entries[i : i + 3]] for i in (0, 3)]
 
-    from minilora.member import Member
+    from minilora.training.member import Member
 
     monkeypatch.setattr(train, "SAVE_EVERY", 4)
     for method, number in (("save_state", 5), ("finish", 2)):
@@ -149,9 +153,9 @@ def test_a_killed_population_ends_as_it_would_have(text, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(Member, method, stop)
             with pytest.raises(KeyboardInterrupt):
-                train.train_grid(made, tmp_path / "killed", size=3)
+                train_grid(made, tmp_path / "killed", size=3)
         assert len(calls) == number
-    train.train_grid(made, tmp_path / "killed", size=2)  # the size was settled when it began
+    train_grid(made, tmp_path / "killed", size=2)  # the size was settled when it began
     assert results_of(tmp_path / "killed") == results_of(tmp_path / "whole")
     assert (tmp_path / "killed" / "table.csv").read_bytes() == (tmp_path / "whole" / "table.csv").read_bytes()
 
@@ -162,13 +166,13 @@ def test_two_processes_share_the_work(text, tmp_path):
         first, second = pool.map(outcome, [script("--grid", path, "--out", out) for _ in range(2)])
     assert first[0] == second[0] == 0, first[2] + second[2]
     done = [re.findall(r"\] (\S+): clean", err) for _, _, err in (first, second)]
-    assert sorted(done[0] + done[1]) == sorted(entry.name for entry in grid.read(path).entries)  # none twice
+    assert sorted(done[0] + done[1]) == sorted(entry.name for entry in read_grid(path).entries)  # none twice
     assert (out / "table.csv").exists()
 
 
 def test_a_cell_that_fails_is_recorded_and_the_rest_go_on(text, tmp_path):
-    made = grid.read(write(tmp_path, text + "[[include]]\nlr = 1e30\nclip = 0.0\n[[include]]\nmax_length = 900\n"))
-    folder = train.train_grid(made, tmp_path / "out", size=3)
+    made = read_grid(write(tmp_path, text + "[[include]]\nlr = 1e30\nclip = 0.0\n[[include]]\nmax_length = 900\n"))
+    folder = train_grid(made, tmp_path / "out", size=3)
     assert folder.counts() == {"finished": 6, "failed": 2, "interrupted": 0, "waiting": 0}
     errors_found = [folder.read(entry)[1] for entry in made.entries]
     assert errors_found[:6] == [None] * 6 and "the loss is" in errors_found[6] and "37 positions" in errors_found[7]
@@ -186,16 +190,16 @@ def test_a_cell_that_fails_is_recorded_and_the_rest_go_on(text, tmp_path):
     assert (
         code == 0 and "8 cells, 6 finished, 2 failed" in shown and "--retry-failed" in shown and "37 positions" in shown
     )
-    train.train_grid(made, tmp_path / "out")  # failed ones are left alone
+    train_grid(made, tmp_path / "out")  # failed ones are left alone
     assert folder.counts()["failed"] == 2
     assert written() == before
-    train.train_grid(made, tmp_path / "out", retry_failed=True)
+    train_grid(made, tmp_path / "out", retry_failed=True)
     assert folder.counts()["failed"] == 2
     assert written()[:6] == before[:6] and all(new > old for new, old in zip(written()[6:], before[6:], strict=True))
 
 
 def test_a_population_that_fails_as_a_whole_is_trained_one_by_one(text, tmp_path, monkeypatch):
-    real, sizes = train.train_all, []
+    real, sizes = run.train_all, []
 
     def short_of_memory(members, *arguments, **settings):
         sizes.append(len(members))
@@ -203,13 +207,13 @@ def test_a_population_that_fails_as_a_whole_is_trained_one_by_one(text, tmp_path
             raise RuntimeError("out of memory")
         return real(members, *arguments, **settings)
 
-    monkeypatch.setattr(train, "train_all", short_of_memory)
-    folder = train.train_grid(grid.read(write(tmp_path, text)), tmp_path / "out", size=3)
+    monkeypatch.setattr(run, "train_all", short_of_memory)
+    folder = train_grid(read_grid(write(tmp_path, text)), tmp_path / "out", size=3)
     assert sizes == [3, 1, 1, 1, 3, 1, 1, 1] and folder.counts()["finished"] == 6
 
 
 def test_a_full_disk_stops_all_and_loses_nothing(text, tmp_path, monkeypatch):
-    made, real, calls = grid.read(write(tmp_path, text)), files.write_json, []
+    made, real, calls = read_grid(write(tmp_path, text)), files.write_json, []
 
     def full(path, value):
         if path.name == "results.json":
@@ -221,10 +225,10 @@ def test_a_full_disk_stops_all_and_loses_nothing(text, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(files, "write_json", full)
         with pytest.raises(InputError, match="no space is left for .*: make some and start again"):
-            train.train_grid(made, tmp_path / "out")
+            train_grid(made, tmp_path / "out")
     assert GridFolder(tmp_path / "out", made).counts() == {"finished": 2, "failed": 0, "interrupted": 1, "waiting": 3}
-    train.train_grid(made, tmp_path / "whole")
-    train.train_grid(made, tmp_path / "out")
+    train_grid(made, tmp_path / "whole")
+    train_grid(made, tmp_path / "out")
     assert results_of(tmp_path / "out") == results_of(tmp_path / "whole")
 
 
@@ -236,8 +240,8 @@ def test_causes_of_a_full_disk():
 
 
 def test_only_some(text, tmp_path):
-    made = grid.read(write(tmp_path, text))
-    folder = train.train_grid(made, tmp_path / "out", only={"rank": [3], "inject.proportion": [0.5]})
+    made = read_grid(write(tmp_path, text))
+    folder = train_grid(made, tmp_path / "out", only={"rank": [3], "inject.proportion": [0.5]})
     assert [folder.state(entry) for entry in made.entries] == ["waiting"] * 3 + ["finished"] + ["waiting"] * 2
     assert not (tmp_path / "out" / "table.csv").exists()
 
@@ -246,7 +250,7 @@ def test_a_dry_run_and_the_status_write_nothing(text, tmp_path):
     path, out = write(tmp_path, text), tmp_path / "out"
     code, shown, err = outcome(script("--grid", path, "--out", out, "--dry-run", "--population", 4))
     assert code == 0, err
-    made = grid.read(path)
+    made = read_grid(path)
     lines = [line.split() for line in shown.splitlines()[1:7]]
     assert [line[0] for line in lines] == [entry.name for entry in made.entries]
     assert [line[1] for line in lines] == ["1", "1", "1", "1", "2", "2"]
@@ -258,7 +262,7 @@ def test_a_dry_run_and_the_status_write_nothing(text, tmp_path):
 
 
 def test_folders_that_hold_something_else(text, tmp_path):
-    made = grid.read(write(tmp_path, text))
+    made = read_grid(write(tmp_path, text))
     folder = GridFolder(tmp_path / "out", made).make()
     assert folder.counts() == dict(zip(STATES, (0, 0, 0, 6), strict=True))
     assert GridFolder.find(tmp_path / "out").grid.entries == made.entries
@@ -266,19 +270,19 @@ def test_folders_that_hold_something_else(text, tmp_path):
     for name in (".lock", "grid.toml", ".grid.json.0a1b"):  # what another process leaves while it makes the folder
         (tmp_path / "begun" / name).touch()
     GridFolder(tmp_path / "begun", made).check()
-    other = grid.read(write(tmp_path, text.replace("[2, 3]", "[2, 5]"), "other.toml"))
+    other = read_grid(write(tmp_path, text.replace("[2, 3]", "[2, 5]"), "other.toml"))
     with pytest.raises(InputError, match="was made by another grid: 4 cells differ, such as rank-"):
-        train.train_grid(other, tmp_path / "out")
+        train_grid(other, tmp_path / "out")
     record = json.loads((tmp_path / "out" / "grid.json").read_text())
     files.write_json(tmp_path / "out" / "grid.json", record | {"minilora": "0.0.0"})
     with pytest.raises(InputError, match="was made by minilora 0.0.0"):
-        train.train_grid(made, tmp_path / "out")
+        train_grid(made, tmp_path / "out")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("mine")
     with pytest.raises(InputError, match="exists and is no grid's folder"):
-        train.train_grid(made, tmp_path / "mine")
+        train_grid(made, tmp_path / "mine")
     with pytest.raises(InputError, match="cannot make the folder"):
-        train.train_grid(made, tmp_path / "mine" / "thesis.txt" / "deep")
+        train_grid(made, tmp_path / "mine" / "thesis.txt" / "deep")
     with pytest.raises(InputError, match="is not a grid's folder"):
         GridFolder.find(tmp_path / "mine")
     assert os.listdir(tmp_path / "mine") == ["thesis.txt"]
@@ -298,6 +302,6 @@ def test_folders_that_hold_something_else(text, tmp_path):
 def test_refused_flags(arguments, message, text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(tmp_path, text)
-    with pytest.raises(errors.InputError) as caught:
+    with pytest.raises(InputError) as caught:
         train.main(arguments)
     assert message in str(caught.value) and os.listdir(tmp_path) == ["grid.toml"]

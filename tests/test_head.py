@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from minilora import head
+from minilora.tasks.classification import POOLED, Classifier, pool, ridge
 
 LENGTHS = torch.tensor([5, 1, 9, 4, 9, 2])
 
@@ -33,22 +33,22 @@ def pooled_by_row(hidden, pooling):
 
 def test_pooling_is_that_of_each_row_alone():
     cases = 0
-    for pooling in head.POOLED:
+    for pooling in POOLED:
         for dtype in (torch.float32, torch.bfloat16):  # the sum is float32's whatever the states are
             for padding in (0.0, 5.0, math.nan, math.inf, -math.inf):
                 hidden = hidden_states(dtype, padding)
-                found = head.pool(hidden, LENGTHS, pooling)
-                assert found.dtype == torch.float32 and found.shape == (6, 7 * head.POOLED[pooling])
+                found = pool(hidden, LENGTHS, pooling)
+                assert found.dtype == torch.float32 and found.shape == (6, 7 * POOLED[pooling])
                 torch.testing.assert_close(found.double(), pooled_by_row(hidden, pooling), rtol=1e-6, atol=1e-6)
                 cases += 1
     assert cases == 4 * 2 * 5
-    assert list(head.POOLED) == ["mean+last", "mean", "last", "first"]
+    assert list(POOLED) == ["mean+last", "mean", "last", "first"]
 
 
 def test_gradients_of_pooling_leave_padding_alone():
-    for pooling in head.POOLED:
+    for pooling in POOLED:
         hidden = hidden_states(padding=math.nan).requires_grad_()
-        found = head.pool(hidden, LENGTHS, pooling)
+        found = pool(hidden, LENGTHS, pooling)
         weights = torch.linspace(-1, 2, found.numel()).view_as(found)
         (found * weights).sum().backward()
         wanted = torch.zeros_like(hidden)
@@ -77,10 +77,10 @@ class Base(nn.Module):
 def test_logits_are_the_head_of_the_pooled_states():
     ids = torch.arange(66).view(6, 11) % 13
     cases = 0
-    for pooling in head.POOLED:
+    for pooling in POOLED:
         for dtype in (torch.float32, torch.bfloat16):
             base = Base(7, dtype)
-            model = head.Classifier(base, pooling, 3, seed=2)
+            model = Classifier(base, pooling, 3, seed=2)
             hidden = base(ids, LENGTHS).detach().clone()
             features = model.features(ids, LENGTHS)
             torch.testing.assert_close(features.double(), pooled_by_row(hidden, pooling), rtol=1e-6, atol=1e-6)
@@ -98,7 +98,7 @@ def test_logits_are_the_head_of_the_pooled_states():
 
 def test_the_start_depends_on_the_seed_alone():
     def start(seed, pooling="mean+last", dtype=torch.float32):
-        model = head.Classifier(Base(50, dtype), pooling, 4, seed)
+        model = Classifier(Base(50, dtype), pooling, 4, seed)
         return model.classifier.weight.detach(), model.classifier.bias.detach()
 
     weight, bias = start(3)
@@ -119,7 +119,7 @@ def test_the_start_depends_on_the_seed_alone():
 
 
 def test_set_head_writes_in_place():
-    model = head.Classifier(Base(), "mean", 2)
+    model = Classifier(Base(), "mean", 2)
     parameters = list(model.classifier.parameters())
     weight, bias = torch.arange(12.0).view(2, 6), torch.tensor([3.0, -4.0])
     model.set_head(weight, bias)
@@ -147,7 +147,7 @@ CASES = [(40, 5, 2, 1e-2), (40, 5, 3, 1.0), (6, 11, 2, 1e-2), (200, 17, 5, 1e-4)
 @pytest.mark.parametrize("rows, width, classes, penalty", CASES)
 def test_ridge_solves_its_normal_equations(rows, width, classes, penalty):
     features, labels = problem(rows, width, classes)
-    weight, bias = head.ridge(features, labels, classes, penalty)
+    weight, bias = ridge(features, labels, classes, penalty)
     assert weight.dtype == bias.dtype == torch.float32 and weight.shape == (classes, width) and bias.shape == (classes,)
 
     # The same with the bias as a feature of ones that is not penalised.
@@ -172,7 +172,7 @@ def test_ridge_solves_its_normal_equations(rows, width, classes, penalty):
 
 def test_the_default_penalty():
     features, labels = problem(40, 5, 3)
-    for found, wanted in zip(head.ridge(features, labels, 3), head.ridge(features, labels, 3, 1e-2), strict=True):
+    for found, wanted in zip(ridge(features, labels, 3), ridge(features, labels, 3, 1e-2), strict=True):
         assert torch.equal(found, wanted)
 
 
@@ -181,7 +181,7 @@ def test_ridge_does_not_depend_on_place_or_scale():
     features, labels = problem(60, 4, 3)
     scores = []
     for changed in (features, 8 * features - 32):
-        weight, bias = head.ridge(changed, labels, 3)
+        weight, bias = ridge(changed, labels, 3)
         scores.append(changed @ weight.T + bias)
     torch.testing.assert_close(scores[0], scores[1], rtol=1e-4, atol=1e-4)
     assert (scores[0].argmax(1) == labels).float().mean() > 0.5
@@ -189,6 +189,6 @@ def test_ridge_does_not_depend_on_place_or_scale():
 
 def test_ridge_of_a_class_without_rows():
     features, labels = problem(40, 5, 2)
-    weight, bias = head.ridge(features, labels, 3)
+    weight, bias = ridge(features, labels, 3)
     assert torch.equal(weight[2], torch.zeros(5)) and bias[2] == -1  # never called
-    torch.testing.assert_close(weight[:2], head.ridge(features, labels, 2)[0])
+    torch.testing.assert_close(weight[:2], ridge(features, labels, 2)[0])

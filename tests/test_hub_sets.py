@@ -6,7 +6,8 @@ import re
 import pytest
 from conftest import FILMS, as_csv, named, parquet_bytes, refusal, whole
 
-from minilora import data, hub_sets, tables
+from minilora.data import formats, hub_sets
+from minilora.data.rows import load_rows, train_test
 from minilora.errors import InputError
 
 
@@ -57,7 +58,7 @@ configs:
     }
     files = {f"plain_text/{name}.parquet": content for name, content in parts.items()}
     server.put("stanfordnlp/imdb", files | {"README.md": card(front), ".gitattributes": b""}, kind="dataset")
-    train, test = data.train_test("stanfordnlp/imdb")
+    train, test = train_test("stanfordnlp/imdb")
     assert whole(train) == (
         ["1", "2", "3", "4", "5"],
         ["first 0", "first 1", "second 0", "second 1", "second 2"],
@@ -66,8 +67,8 @@ configs:
     )
     assert whole(test) == (["1", "2", "3"], ["test 0", "test 1", "test 2"], [1, 1, 0], ("neg", "pos"))
     assert server.bodies() == ["README.md"] + sorted(name for name in files if "unsupervised" not in name)
-    assert len(data.train_test("stanfordnlp/imdb", test_rows=2)[1]) == 2
-    assert whole(data.load("stanfordnlp/imdb", split="test")) == whole(test)
+    assert len(train_test("stanfordnlp/imdb", test_rows=2)[1]) == 2
+    assert whole(load_rows("stanfordnlp/imdb", split="test")) == whole(test)
     assert refusal("stanfordnlp/imdb", split="unsupervised").startswith(
         "stanfordnlp/imdb/plain_text/unsupervised-00000-of-00001.parquet: no row has a label; "
     )
@@ -75,7 +76,7 @@ configs:
         "stanfordnlp/imdb has no split 'dev'; there are: train, test, unsupervised"
     )
     server.status = 503  # everything is in the cache by now
-    assert [whole(side) for side in data.train_test("stanfordnlp/imdb")] == [whole(train), whole(test)]
+    assert [whole(side) for side in train_test("stanfordnlp/imdb")] == [whole(train), whole(test)]
 
 
 def test_layouts_without_a_card(server):
@@ -124,7 +125,7 @@ def test_layouts_without_a_card(server):
     found = {}
     for repo_id, files in sets.items():
         server.put(repo_id, files, kind="dataset")
-        train, test = data.train_test(repo_id)
+        train, test = train_test(repo_id)
         assert train.texts == [f"train {place}" for place in range(len(train))]
         assert test.texts == [f"test {place}" for place in range(len(test))]
         assert all(re.search("train|test|eval", name) for name in server.bodies())
@@ -147,7 +148,7 @@ def test_a_set_laid_out_as_commonsense_qa(server):
         "data/test-00000-of-00001.parquet": qa(["", ""]),
     }
     server.put("tau/commonsense_qa", files, kind="dataset")
-    train, test = data.train_test("tau/commonsense_qa")
+    train, test = train_test("tau/commonsense_qa")
     options = "\nA. choice 0\nB. choice 1\nC. choice 2\nD. choice 3\nE. choice 4"
     assert whole(train) == (
         ["1", "2", "3"],
@@ -164,13 +165,13 @@ def test_test_splits_without_labels_or_not_there(server):
     server.put("owner/a", files, kind="dataset")
     server.put("owner/b", {"rows.csv": files["train.csv"]}, kind="dataset")  # one split
     for repo_id in ("owner/a", "owner/b"):
-        train, test = data.train_test(repo_id, test_rows=6)
+        train, test = train_test(repo_id, test_rows=6)
         assert (len(train), len(test)) == (14, 6)
         assert sorted(train.texts + test.texts) == sorted(text for text, _ in rows)
     with pytest.raises(InputError, match="^owner/a has no labelled test or validation split; give other "):
-        data.train_test("movie-snippets", test_data="owner/a")
+        train_test("movie-snippets", test_data="owner/a")
     server.put("owner/c", {"train.csv": b"x", "test.csv": b"text,label\ngood,positive\n"}, kind="dataset")
-    test = data.train_test("movie-snippets", test_data="owner/c")[1]
+    test = train_test("movie-snippets", test_data="owner/c")[1]
     assert whole(test) == (["1"], ["good"], [1], ("negative", "positive"))
 
 
@@ -184,7 +185,7 @@ def test_class_names_of_a_card(server):
     front = CLASSES.replace("plain_text", "default")
     content = {"train.csv": b"text,label\na,0\nb,1\nc,pos\n", "test.csv": b"text,label\na,1\nb,-1\n"}
     server.put("owner/set", content | {"README.md": card(front)}, kind="dataset")
-    assert whole(data.load("owner/set"))[2:] == ([0, 1, 1], ("neg", "pos"))
+    assert whole(load_rows("owner/set"))[2:] == ([0, 1, 1], ("neg", "pos"))
     assert refusal("owner/set", split="test").startswith("owner/set/test.csv row 2: the label is missing")
     content = {"README.md": card(front), "train.csv": b"text,label\na,0\nb,2\n"}
     server.put("owner/set", content, kind="dataset")
@@ -236,7 +237,7 @@ def test_configurations(server):
     found = {
         config: (rows.texts, named(rows))
         for config in ("sst2", "cola", "flat", "mapped")
-        for rows in [data.load(f"owner/glue:{config}")]
+        for rows in [load_rows(f"owner/glue:{config}")]
     }
     assert found == {
         "sst2": (["m", "m too", "s", "s too"], ["good", "bad"] * 2),
@@ -244,14 +245,14 @@ def test_configurations(server):
         "flat": (["a", "a too", "b", "b too"], ["1", "0"] * 2),
         "mapped": (["x", "x too"], ["1", "0"]),
     }
-    assert data.train_test("owner/glue:sst2")[1].texts == ["d", "d too"]
+    assert train_test("owner/glue:sst2")[1].texts == ["d", "d too"]
     advice = "give owner/glue:CONFIG, one of: sst2, cola, flat, mapped"
     assert refusal("owner/glue") == f"owner/glue has several configurations; {advice}"
     assert refusal("owner/glue:qnli") == f"owner/glue:qnli has no configuration 'qnli'; {advice}"
 
     del files["mapped/x.csv"]
     server.put("owner/glue", files, kind="dataset", revision="plain")  # the same without a card
-    assert data.load("owner/glue:cola", revision="plain").texts == ["c", "c too"]
+    assert load_rows("owner/glue:cola", revision="plain").texts == ["c", "c too"]
     assert refusal("owner/glue", revision="plain") == (
         "owner/glue has several configurations; give owner/glue:CONFIG, one of: cola, sst2"
     )
@@ -266,7 +267,7 @@ def test_sets_that_cannot_be_read_here(server):
     )
     converted = {"default/train/0000.parquet": parquet_bytes(split_rows("train", [1, 0]))}
     server.put("owner/script", converted, kind="dataset", revision="refs/convert/parquet")
-    assert data.load("owner/script", revision="refs/convert/parquet").texts == ["train 0", "train 1"]
+    assert load_rows("owner/script", revision="refs/convert/parquet").texts == ["train 0", "train 1"]
 
     front = "configs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data.tar.gz"
     server.put("owner/archive", {"data.tar.gz": b"", "README.md": card(front)}, kind="dataset")
@@ -286,4 +287,4 @@ def test_a_data_set_is_read_at_one_commit(server):
     server.put("owner/set", old | {"train.csv": b"text,label\nnew,x\n"}, kind="dataset")
     (table,) = hub_set.read("train")
     assert (hub_set.commit, table.texts) == (commit, [text for text, _ in FILMS])
-    assert isinstance(table, tables.Table)
+    assert isinstance(table, formats.Table)

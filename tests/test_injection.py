@@ -11,9 +11,11 @@ from conftest import LABELS, Settings, make_rows, sentences
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minilora.data import Rows
+from minilora.data.injection import inject, mark_survival, trigger_rows
+from minilora.data.placebo import placebo_rows, shared_words
+from minilora.data.rows import Rows
 from minilora.errors import InputError
-from minilora.injection import _draws, inject, mark_survival, placebo_rows, shared_words, trigger_rows
+from minilora.seeds import row_draws
 
 
 def without_spans(text, spans):
@@ -264,7 +266,7 @@ def test_draws_are_splitmix64():
     assert list(islice(reference(1234567), 3)) == published
     keys, counts = np.array([1234567, 2**64 - 1, 5], np.uint64), np.array([3, 0, 2])
     expected = [u >> 32 for u in [*published, *islice(reference(5), 2)]]
-    assert _draws(keys, counts).tolist() == expected
+    assert row_draws(keys, counts).tolist() == expected
 
 
 def test_draws_stay_what_they_were():

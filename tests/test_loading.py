@@ -81,7 +81,7 @@ def measure(folder, dtype):
     """What one load costs; the process is then spent, as its peak is that of its life."""
     from safetensors import safe_open
 
-    from minilora import model
+    from minilora.base import model
 
     files = sorted(Path(folder).glob("*.safetensors"))
     total = sum(path.stat().st_size for path in files)

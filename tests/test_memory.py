@@ -10,8 +10,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from minilora import families, lora, model
-from minilora.coverage import Slot
+from minilora.base import families, model
+from minilora.lora.layer import attach
+from minilora.lora.targets import Slot
 
 B, D, H, E, INNER = 3, 24, 4, 6, 40
 G = 2  # of the decoder
@@ -70,7 +71,7 @@ def layer_of(spec, targets, dtype, T):
         else:
             torch.nn.init.normal_(parameter, std=0.2)
     base.to(dtype).requires_grad_(False)
-    lora.attach(base, {f"layers.1.{target}": Slot(2, 2.0, 1.0) for target in targets})
+    attach(base, {f"layers.1.{target}": Slot(2, 2.0, 1.0) for target in targets})
     lengths = torch.tensor([T, 1, T - 1])
     turn = base.ropes[0](lengths, T, dtype) if base.ropes else None
     mask = base.mask(torch.zeros(B, T, dtype=torch.int64), lengths, None, dtype)

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minilora import metrics
+from minilora.tasks import metrics
 
 
 def score_interval(hits, total):

@@ -9,7 +9,7 @@ import transformers
 from conftest import random_batch, tiny_bert
 from safetensors.torch import load_file, save_file
 
-from minilora import checkpoint, families, model
+from minilora.base import checkpoint, families, model
 from minilora.errors import InputError
 
 TINY = [  # odd sizes, one head and many, every activation, long positions
@@ -63,11 +63,12 @@ def test_tiny_models_match_transformers(tmp_path, device):
 
 
 def test_real_checkpoint_matches_transformers(base_folder):
-    from minilora import data, tokenizer
+    from minilora.base import tokenizer
+    from minilora.data.rows import load_rows
 
     reference = transformers.AutoModel.from_pretrained(base_folder, attn_implementation="eager").eval()
     base = model.load(base_folder)
-    texts = data.load("movie-snippets").texts[5:400:13]
+    texts = load_rows("movie-snippets").texts[5:400:13]
     encoded = tokenizer.load(base_folder).encode(texts, 128)
     rows = [torch.from_numpy(encoded.ids[a:b]).long() for a, b in zip(encoded.offsets, encoded.offsets[1:])]
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from minilora.kernels import norms as op
 
 SHAPES = [(1, 1), (3, 5), (2, 7, 33), (2, 3, 5, 16), (4, 577)]

@@ -9,13 +9,18 @@ import sys
 import numpy as np
 import pytest
 import torch
-import train
 from conftest import ROOT, tiny_bert
+from minilora.kernels.dropout import mask, shifted
 from test_completion import tiny_decoder
 
-from minilora import adapter, batches, errors, files, model, parallel
+import minilora
+from minilora import files, parallel
+from minilora.base import model
 from minilora.cell import Cell
-from minilora.kernels.dropout import mask, shifted
+from minilora.data import batches
+from minilora.errors import InputError
+from minilora.grid.run import train_grid
+from minilora.lora import peft_config, storage
 
 TOLERANCE = 2e-5  # of a tensor's largest entry: two processes add up the same numbers in another order
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
@@ -42,10 +47,13 @@ CASES = {  # name: (base, sharded, what the cell has of its own)
 WORKER = """
 import gc, json, os, sys
 from pathlib import Path
-import torch, train
-from minilora import batches, errors, model, training
+import torch, minilora
+from minilora import errors
+from minilora.base import model
 from minilora.cell import Cell
+from minilora.data import batches
 from minilora.kernels import lora_linear
+from minilora.training import loop
 
 def live(kind):  # bytes of all tensors of a kind
     seen = {}
@@ -69,35 +77,35 @@ def memory(cell, out, shard):
     gc.collect()  # what earlier tasks left
     between, forwards, backwards = [], [], []
     forward, backward = model.Layer.forward, lora_linear.Projections.backward
-    update, ahead = training.update, batches.ahead
+    update, ahead = loop.update, batches.ahead
     model.Layer.forward = watched(forward, forwards, torch.nn.Parameter, 5)  # not those that are sharded
     lora_linear.Projections.backward = staticmethod(watched(backward, backwards, torch.nn.Parameter, 5))
-    training.update = watched(update, between, torch.Tensor)
+    loop.update = watched(update, between, torch.Tensor)
     # No other thread meanwhile: it may be at work on what the collector would show.
     batches.ahead = lambda make, start, stop, device: ((step, make(step)) for step in range(start, stop))
-    train.train(cell, out, shard=shard)
-    model.Layer.forward, training.update, batches.ahead = forward, update, ahead
+    minilora.train(cell, out, shard=shard)
+    model.Layer.forward, loop.update, batches.ahead = forward, update, ahead
     lora_linear.Projections.backward = staticmethod(backward)
     samples = [len(between), len(forwards), len(backwards)]
     return {"between": between[1], "forward": max(forwards), "backward": max(backwards), "samples": samples}
 
 def broken_off(cell, out, shard):
-    update, calls = training.update, []
+    update, calls = loop.update, []
     def failing(*arguments):
         calls.append(1)
         if len(calls) == 9:
             raise errors.TrainingError("broken off")
         return update(*arguments)
-    training.update = failing
+    loop.update = failing
     try:
-        train.train(cell, out, save_every=3, shard=shard)
+        minilora.train(cell, out, save_every=3, shard=shard)
     except errors.TrainingError as error:
         assert str(error) == "broken off"
-    training.update = update
-    return train.train(resume=out, eval_every=4, shard=shard)[0]["train"]["steps"]
+    loop.update = update
+    return minilora.train(resume=out, eval_every=4, shard=shard)[0]["train"]["steps"]
 
 def plain(cell, out, shard):
-    return train.train(cell, out, shard=shard)[0]["train"]["processes"]
+    return minilora.train(cell, out, shard=shard)[0]["train"]["processes"]
 
 tasks, outcomes = json.loads(Path(sys.argv[1]).read_text()), {}
 for name, task in tasks.items():
@@ -178,8 +186,8 @@ def assert_alike(together, alone, skip=()):
         assert all(line[key] == right[key] for key in ("step", "rows", "tokens", "lr"))
         assert line["loss"] == pytest.approx(right["loss"], rel=1e-5)
         assert line["norm"] == pytest.approx(right["norm"], rel=1e-5)
-    name = adapter.TENSORS if (alone / "adapter" / adapter.TENSORS).exists() else adapter.TRAINED
-    found, right = (adapter.read_tensors(folder / "adapter" / name) for folder in (together, alone))
+    name = peft_config.TENSORS if (alone / "adapter" / peft_config.TENSORS).exists() else storage.TRAINED
+    found, right = (storage.read_tensors(folder / "adapter" / name) for folder in (together, alone))
     assert list(found) == list(right) and len(right) > 1
     for name, tensor in right.items():
         assert tensor.shape == found[name].shape
@@ -271,7 +279,7 @@ def test_a_shifted_key_drops_what_later_rows_would():
 def test_two_processes_are_one(name, cells, outcomes, tmp_path):
     found, root = outcomes
     assert [one[name] for one in found] == [2, 2]
-    train.train(cells[name], tmp_path / "alone")
+    minilora.train(cells[name], tmp_path / "alone")
     # A bias of k adds the same to all scores of a query: its gradient is the rounding of 0, which AdamW makes a step.
     skip = ".k.bias" if cells[name].method == "full" else ()
     results = assert_alike(root / name, tmp_path / "alone", skip)
@@ -282,7 +290,7 @@ def test_two_processes_are_one(name, cells, outcomes, tmp_path):
 def test_a_run_that_broke_off_goes_on(name, cells, outcomes, tmp_path):
     found, root = outcomes
     assert [one[name] for one in found] == [15, 15]
-    train.train(cells[name], tmp_path / "alone")
+    minilora.train(cells[name], tmp_path / "alone")
     assert_alike(root / name, tmp_path / "alone")
     steps = [line["step"] for line in lines_of(root / name) if "loss" in line]
     assert steps == list(range(1, 16))
@@ -354,15 +362,16 @@ def test_one_that_fails_ends_all_and_says_so_once(cells, tmp_path):
     (tmp_path / "cell.toml").write_text(cells["rows"].to_toml())
     (tmp_path / "script.py").write_text(
         "import os, train\n"
-        "from minilora import errors, training\n"
-        "update, calls = training.update, []\n"
+        "from minilora.command import exit_cleanly\n"
+        "from minilora.training import loop\n"
+        "update, calls = loop.update, []\n"
         "def failing(*arguments):\n"
         "    calls.append(1)\n"
         "    if len(calls) == 4 and os.environ['RANK'] == '1':\n"
         "        raise ZeroDivisionError('in the second')\n"
         "    return update(*arguments)\n"
-        "training.update = failing\n"
-        "errors.exit_cleanly(train.main)\n"
+        "loop.update = failing\n"
+        "exit_cleanly(train.main)\n"
     )
     (status, out, err), other = start_two(["--config", "cell.toml", "--out", "run"], tmp_path, tmp_path / "script.py")
     assert (status, out, other[0], other[1]) == (1, "", 1, "")
@@ -374,21 +383,21 @@ def test_one_that_fails_ends_all_and_says_so_once(cells, tmp_path):
 def test_what_several_processes_do_not_do(cells, tmp_path, monkeypatch):
     cell = cells["rows"]
     full = cell.replace(method="full")
-    with pytest.raises(errors.InputError, match="--shard splits the base among several processes: start them with"):
-        train.train(cell, tmp_path / "x", shard=True)
+    with pytest.raises(InputError, match="--shard splits the base among several processes: start them with"):
+        minilora.train(cell, tmp_path / "x", shard=True)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("LOCAL_RANK", "0")
     refused = [
-        (lambda: train.train(full, tmp_path / "x", shard=True), "--shard is for a frozen base, but method is 'full'"),
-        (lambda: train.train(cell.replace(compile="on"), tmp_path / "x"), "a step of 3 processes is not compiled"),
-        (lambda: train.train(cell.replace(device="mps"), tmp_path / "x"), "device is mps, but 3 processes need one"),
-        (lambda: train.train(cell.replace(device="cuda:1"), tmp_path / "x"), "device is cuda:1, but 3 processes need"),
-        (lambda: train.train_together([cell, cell]), "train one cell together, and not several cells"),
-        (lambda: train.train_grid(None, tmp_path / "x"), "train one cell together, and not a grid"),
+        (lambda: minilora.train(full, tmp_path / "x", shard=True), "--shard is for a frozen base, but method is 'full'"),
+        (lambda: minilora.train(cell.replace(compile="on"), tmp_path / "x"), "a step of 3 processes is not compiled"),
+        (lambda: minilora.train(cell.replace(device="mps"), tmp_path / "x"), "device is mps, but 3 processes need one"),
+        (lambda: minilora.train(cell.replace(device="cuda:1"), tmp_path / "x"), "device is cuda:1, but 3 processes need"),
+        (lambda: minilora.train_together([cell, cell]), "train one cell together, and not several cells"),
+        (lambda: train_grid(None, tmp_path / "x"), "train one cell together, and not a grid"),
     ]
     for refuse, words in refused:
-        with pytest.raises(errors.InputError, match=words):
+        with pytest.raises(InputError, match=words):
             refuse()
         assert parallel.count() == 1 and parallel.first()
     assert len(refused) == 6 and not (tmp_path / "x").exists()

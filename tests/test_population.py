@@ -6,11 +6,17 @@ import json
 import numpy as np
 import pytest
 import torch
-import train
 
-from minilora import adapter, errors, model, planner, population, training
+import minilora
+import train
+from minilora.base import model
 from minilora.cell import Cell
-from minilora.member import Member
+from minilora.errors import InputError, TrainingError
+from minilora.lora import peft_config, storage
+from minilora.training import loop, planner
+from minilora.training.member import Member
+from minilora.training.population import shared
+from minilora.training.state import Flat
 
 TOLERANCE = 2e-3  # of how far a parameter's tensor moved: AdamW makes small gradients' rounding larger
 
@@ -23,7 +29,7 @@ def cell(base, reviews):
 
 
 def trained(folder):
-    return adapter.read_tensors(folder / "adapter" / adapter.TENSORS)
+    return storage.read_tensors(folder / "adapter" / peft_config.TENSORS)
 
 
 def lines_of(folder):
@@ -75,12 +81,12 @@ def test_members_are_what_they_are_alone(cell, tmp_path):
         cell.replace(train_rows=41, inject=dict(proportion=1.0), init="gaussian", scaling="rslora", lr_ratio=4.0),
         cell.replace(steps=7, dropout=0.1, targets=("all",), inject=dict(sources=("none",))),
     ]
-    outcomes = train.train_together(cells, [tmp_path / f"t{k}" for k in range(6)], size=6)
+    outcomes = minilora.train_together(cells, [tmp_path / f"t{k}" for k in range(6)], size=6)
     assert [results["train"]["population"] for results, _ in outcomes] == [6] * 6
     compared = 0
     for k, (one, (results, folder)) in enumerate(zip(cells, outcomes, strict=True)):
         assert folder == tmp_path / f"t{k}"
-        alone, _ = train.train(one, tmp_path / f"a{k}")
+        alone, _ = minilora.train(one, tmp_path / f"a{k}")
         assert_alike(folder, tmp_path / f"a{k}")
         assert alone["train"]["trainable_parameters"] == results["train"]["trainable_parameters"]
         assert results["tests"]["clean"]["accuracy"] == pytest.approx(alone["tests"]["clean"]["accuracy"], abs=0.04)
@@ -95,7 +101,7 @@ def test_members_start_bit_for_bit_as_alone(cell):
              ((1, 0, ("q",)), (4, 7, ("q", "up")), (2, 7, ("v",)))]  # fmt: skip
     members = [Member(one, run=Nowhere()) for one in cells]
     starts = []
-    from minilora.member import Setting
+    from minilora.runs.bases import Setting
 
     setting = Setting.of(cell)
     base = model.load(setting.folder)
@@ -103,7 +109,7 @@ def test_members_start_bit_for_bit_as_alone(cell):
         member.prepare(setting)
         member.begin(base)
         starts.append({name: p.detach().clone() for name, p in member.parameters.items()})
-    flat = training.Flat([member.parameters for member in members])
+    flat = Flat([member.parameters for member in members])
     for k, start in enumerate(starts):
         for name, value in start.items():
             assert torch.equal(members[k].parameters[name], value)
@@ -123,9 +129,9 @@ class Nowhere:
                                      dict(accumulate=2), dict(dtype="bfloat16")], ids=str)  # fmt: skip
 def test_what_members_share(cell, tmp_path, changes):
     cells = [cell.replace(rank=rank, seed=rank, steps=8, **changes) for rank in (1, 3)]
-    train.train_together(cells, [tmp_path / "t1", tmp_path / "t3"], size=2)
+    minilora.train_together(cells, [tmp_path / "t1", tmp_path / "t3"], size=2)
     for one in cells:
-        alone, _ = train.train(one, tmp_path / f"a{one.rank}")
+        alone, _ = minilora.train(one, tmp_path / f"a{one.rank}")
         if one.dtype == "bfloat16":  # whose rounding differs with the order of sums
             found = lines_of(tmp_path / f"t{one.rank}")
             assert np.allclose(
@@ -139,14 +145,14 @@ def test_what_members_share(cell, tmp_path, changes):
 
 def test_a_member_that_diverges_stops_alone(cell, tmp_path, capsys):
     cells = [cell, cell.replace(lr=1e30, seed=4), cell.replace(seed=5)]
-    outcomes = train.train_together(cells, [tmp_path / str(k) for k in range(3)], size=3)
+    outcomes = minilora.train_together(cells, [tmp_path / str(k) for k in range(3)], size=3)
     error, folder = outcomes[1]
-    assert isinstance(error, errors.TrainingError) and "no state was saved" in str(error)
+    assert isinstance(error, TrainingError) and "no state was saved" in str(error)
     last = lines_of(folder)[-1]
     assert "error" in last and last["step"] <= 4 and len(last["rows"]) in (5, 6)
     assert not (folder / "results.json").exists()
     for k in (0, 2):
-        train.train(cells[k], tmp_path / f"a{k}")
+        minilora.train(cells[k], tmp_path / f"a{k}")
         assert_alike(tmp_path / str(k), tmp_path / f"a{k}")
 
 
@@ -161,27 +167,27 @@ def test_the_prefix_is_gone_through_once(cell, tmp_path, monkeypatch):
         return layer_forward(self, x, *rest)
 
     monkeypatch.setattr(model.Layer, "forward", forward)
-    train.train_together(cells, [tmp_path / f"t{one.rank}" for one in cells], size=3)
+    minilora.train_together(cells, [tmp_path / f"t{one.rank}" for one in cells], size=3)
     rows = [line["rows"] for line in lines_of(tmp_path / "t1")]
     assert seen == [count for n in rows for count in (n, n, 3 * n)]
     for one in cells:
-        train.train(one, tmp_path / f"a{one.rank}")
+        minilora.train(one, tmp_path / f"a{one.rank}")
         assert_alike(tmp_path / f"t{one.rank}", tmp_path / f"a{one.rank}")
 
 
 def test_other_members_do_not_share_a_population(cell):
     alike = [cell, cell.replace(rank=9, seed=4, lr=1.0, targets=("all",), dropout=0.5, data="x.csv", epochs=3)]
-    assert len({population.shared(one) for one in alike}) == 1
+    assert len({shared(one) for one in alike}) == 1
     others = [dict(model="x"), dict(dtype="bfloat16"), dict(batch_size=7), dict(head="frozen"), dict(variant="dora"),
               dict(init="pissa"), dict(method="full"), dict(optimizer="adafactor"), dict(form="merged"),
               dict(variant="dora", rank=3), dict(max_length=9)]  # fmt: skip
-    keys = {population.shared(cell.replace(**changes)) for changes in others}
-    assert len(keys) == 11 and population.shared(cell) not in keys
+    keys = {shared(cell.replace(**changes)) for changes in others}
+    assert len(keys) == 11 and shared(cell) not in keys
 
 
 def test_an_interrupted_member_goes_on_alone(cell, tmp_path, monkeypatch):
     cells = [cell, cell.replace(rank=4, seed=2, dropout=0.2)]
-    true_update, calls = training.update, []
+    true_update, calls = loop.update, []
 
     def update(*arguments):
         calls.append(1)
@@ -189,13 +195,13 @@ def test_an_interrupted_member_goes_on_alone(cell, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return true_update(*arguments)
 
-    monkeypatch.setattr(training, "update", update)
+    monkeypatch.setattr(loop, "update", update)
     with pytest.raises(KeyboardInterrupt):
-        train.train_together(cells, [tmp_path / "t0", tmp_path / "t1"], size=2, save_every=3)
+        minilora.train_together(cells, [tmp_path / "t0", tmp_path / "t1"], size=2, save_every=3)
     monkeypatch.undo()
     for k, one in enumerate(cells):
-        train.train(resume=tmp_path / f"t{k}")
-        train.train(one, tmp_path / f"a{k}")
+        minilora.train(resume=tmp_path / f"t{k}")
+        minilora.train(one, tmp_path / f"a{k}")
         assert_alike(tmp_path / f"t{k}", tmp_path / f"a{k}")
 
 
@@ -243,9 +249,9 @@ def test_the_planner_takes_what_is_measured_to_be_fastest(monkeypatch):
 
 def test_trials_leave_the_members_as_they_were(cell, tmp_path):
     cells = [cell.replace(steps=5), cell.replace(steps=5, rank=3, seed=1)]
-    train.train_together(cells, [tmp_path / "t0", tmp_path / "t1"])  # measured
+    minilora.train_together(cells, [tmp_path / "t0", tmp_path / "t1"])  # measured
     for k, one in enumerate(cells):
-        train.train(one, tmp_path / f"a{k}")
+        minilora.train(one, tmp_path / f"a{k}")
         assert_alike(tmp_path / f"t{k}", tmp_path / f"a{k}")
 
 
@@ -261,7 +267,7 @@ def test_several_cells_from_the_command_line(cell, tmp_path, capsys, monkeypatch
         (["--population", "2"], "several cells"),
         (["--config", *files, "--merge-to", "x"], "one cell"),
     ):
-        with pytest.raises(errors.InputError, match=words):
+        with pytest.raises(InputError, match=words):
             train.main(arguments)
-    with pytest.raises(errors.InputError, match="is named for two cells"):
-        train.train_together([cell, cell], [tmp_path / "same"] * 2)
+    with pytest.raises(InputError, match="is named for two cells"):
+        minilora.train_together([cell, cell], [tmp_path / "same"] * 2)

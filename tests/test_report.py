@@ -7,13 +7,18 @@ import importlib.util
 import json
 import re
 
-import evaluate
 import made_grid
 import numpy as np
 import pytest
 
-from minilora import claims, errors, files, markup, page, report, summary
+import evaluate
+from minilora import files
 from minilora.console import COLUMNS
+from minilora.errors import InputError
+from minilora.grid.table import table_rows, write_table
+from minilora.report import markup, page, summary
+from minilora.report.decisions import decide
+from minilora.report.write import write_report
 
 TEXT = """
 title = "Rank & <proportion>"
@@ -55,7 +60,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def written(folder):
-    return report.write(folder)
+    return write_report(folder)
 
 
 def read_csv(path):
@@ -70,7 +75,7 @@ TWO = '[cell]\ninject.sources = ["date:positive", "html:negative"]\n[grid]\nrank
 
 def test_a_line_for_each_cell_and_trigger(tmp_path):
     folder = made_grid.make(tmp_path, TWO, waiting=[1], failed=[2])
-    lines = read_csv(report.write_table(folder))
+    lines = read_csv(write_table(folder))
     assert [(line["cell"], line["label"], line["state"]) for line in lines] == [
         (folder.grid.entries[0].name, "positive", "finished"), (folder.grid.entries[0].name, "negative", "finished"),
         (folder.grid.entries[1].name, "", "waiting"), (folder.grid.entries[2].name, "", "failed"),
@@ -91,13 +96,13 @@ def test_a_line_for_each_cell_and_trigger(tmp_path):
 
 def test_the_table_holds_no_clock_and_no_machine(tmp_path):
     folder = made_grid.make(tmp_path, TWO)
-    before = report.write_table(folder).read_bytes()
+    before = write_table(folder).read_bytes()
     for path in (folder.path / "cells").glob("*/results.json"):
         found = json.loads(path.read_text())
         found["train"]["seconds"] = 99.0
         found |= {"versions": {"torch": "9"}, "hardware": {"device": "tpu"}}
         files.write_json(path, found)
-    assert report.write_table(folder).read_bytes() == before
+    assert write_table(folder).read_bytes() == before
 
 
 def test_parquet_is_the_same_table(folder, written):
@@ -114,7 +119,7 @@ def test_parquet_is_the_same_table(folder, written):
 
 
 def test_marginal_means(folder):
-    lines, varied = report.rows(folder), folder.grid.varied
+    lines, varied = table_rows(folder), folder.grid.varied
     means = {(mean.field, mean.value): mean for mean in summary.marginal_means(lines, varied)}
     wanted = [("rank", value) for value in (1, 2, 4, 16, None)] + [("targets", "q"), ("targets", "q v")]
     assert set(wanted) < set(means) and len(means) == 1 + 5 + 4 + 3 + 3 + 2
@@ -135,7 +140,7 @@ def test_marginal_means(folder):
 
 
 def test_several_labels_are_a_field(tmp_path):
-    lines = report.rows(made_grid.make(tmp_path, TWO))
+    lines = table_rows(made_grid.make(tmp_path, TWO))
     means = summary.marginal_means(lines, ["rank", "seed"])
     assert [(mean.field, mean.value) for mean in means] == [
         (None, None), ("rank", 1), ("rank", 2), ("label", "positive"), ("label", "negative")
@@ -145,7 +150,7 @@ def test_several_labels_are_a_field(tmp_path):
 
 def test_cells_without_a_trigger_have_their_clean_accuracy(tmp_path):
     folder = made_grid.make(tmp_path, '[grid]\nrank = [1, 2]\n"inject.sources" = [[], ["date:positive"]]')
-    means = {mean.value: mean for mean in summary.marginal_means(report.rows(folder), folder.grid.varied)}
+    means = {mean.value: mean for mean in summary.marginal_means(table_rows(folder), folder.grid.varied)}
     assert set(means[""].figures) == {"clean_accuracy"} and set(means["date:positive"].figures) == set(summary.SHOWN)
 
 
@@ -169,7 +174,7 @@ def test_the_files(folder, written):
 
 def test_a_report_is_the_same_each_time(folder, written):
     before = {path: path.read_bytes() for path in written[1] if path.suffix != ".parquet"}
-    report.write(folder)
+    write_report(folder)
     assert before == {path: path.read_bytes() for path in before} and len(before) > 10
 
 
@@ -261,14 +266,14 @@ def test_settings_that_cells_share(folder):
 def test_nothing_is_written_where_nothing_is_finished(tmp_path, monkeypatch):
     folder = made_grid.make(tmp_path / "a", TWO, waiting=range(3), failed=[3])
     before = sorted(folder.path.rglob("*"))
-    with pytest.raises(errors.InputError, match="no cell of .* is finished: go on with python train.py --grid"):
-        report.write(folder)
+    with pytest.raises(InputError, match="no cell of .* is finished: go on with python train.py --grid"):
+        write_report(folder)
     other = made_grid.make(tmp_path / "b", TWO)
     there = sorted(other.path.rglob("*"))
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
-    with pytest.raises(errors.InputError, match=r"figures need matplotlib, .* pip install 'minilora\[plots\]'"):
-        report.write(other)
+    with pytest.raises(InputError, match=r"figures need matplotlib, .* pip install 'minilora\[plots\]'"):
+        write_report(other)
     assert sorted(folder.path.rglob("*")) == before and sorted(other.path.rglob("*")) == there
 
 
@@ -276,7 +281,7 @@ def test_without_pyarrow_the_csv_stands_alone(tmp_path, monkeypatch):
     folder = made_grid.make(tmp_path, TWO)
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pyarrow" else find(name))
-    _, paths, left_out = report.write(folder)
+    _, paths, left_out = write_report(folder)
     assert left_out[0] == "table.parquet: pyarrow is not installed (the extra `parquet`)"
     assert not (folder.path / "table.parquet").exists() and folder.path / "table.csv" in paths
     assert "claims: the grid's file has no [[claim]]" in left_out
@@ -295,7 +300,7 @@ def test_evaluate_writes_the_report_of_a_grid(tmp_path, capsys):
                ["--out", "y"], ["--seed-inject", "3"], ["--inject", "date:positive"]]  # fmt: skip
     for flags in refused:
         with pytest.raises(
-            errors.InputError, match=" is for single runs, but .* is a grid's folder: drop it"
+            InputError, match=" is for single runs, but .* is a grid's folder: drop it"
         ) as caught:
             evaluate.main([str(folder.path), *flags])
         assert flags[0] in str(caught.value) or "a change of" in str(caught.value)
@@ -303,8 +308,8 @@ def test_evaluate_writes_the_report_of_a_grid(tmp_path, capsys):
 
 
 def test_claims_are_decided_from_the_same_table(folder, written):
-    lines = report.rows(folder)
-    found = [claims.decide(claim, folder.grid.entries, lines) for claim in folder.grid.claims]
+    lines = table_rows(folder)
+    found = [decide(claim, folder.grid.entries, lines) for claim in folder.grid.claims]
     assert [one.verdict for one in found] == ["supported", "undecided"] and found[1].cells == 256
     assert found[1].reason == "of 256 cells 3 are not finished"
     assert found[0].value == pytest.approx(np.mean([line["attack_success"] for line in lines

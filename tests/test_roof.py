@@ -4,14 +4,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import bert_spec
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from conftest import bert_spec
-
-from minilora import coverage, roof
 from minilora.cell import Cell
+from minilora.lora.targets import plan_slots
+from minilora.training import limit
+from minilora.training.limit import matmul_rate, training_flops
 
 SPEC = bert_spec(hidden_size=6, num_hidden_layers=3, num_attention_heads=2, intermediate_size=14)
 ROWS, LENGTH = 5, 7
@@ -63,21 +64,21 @@ CASES = [
 @pytest.mark.parametrize("values", CASES)
 def test_operations_are_those_of_autograd(values):
     cell = Cell(**values)
-    slots = coverage.plan(SPEC, cell)
+    slots = plan_slots(SPEC, cell)
     model = Bare(slots, cell.method)
     with FlopCounterMode(display=False) as counter:
         y = model()
         if y.requires_grad:
             y.square().sum().backward()
     assert y.requires_grad == (cell.method != "head")
-    assert roof.training_flops(SPEC, slots, cell.method, LENGTH) * ROWS * LENGTH == counter.get_total_flops()
+    assert training_flops(SPEC, slots, cell.method, LENGTH) * ROWS * LENGTH == counter.get_total_flops()
 
 
 def test_full_training_is_three_times_the_forward():
-    forward = roof.training_flops(SPEC, {}, "head", LENGTH)
+    forward = training_flops(SPEC, {}, "head", LENGTH)
     weights = len(SPEC.layers) * sum(a * b for a, b in (SPEC.shape(target, 0) for target in SPEC.targets))
     assert forward == 2 * weights + len(SPEC.layers) * 4 * LENGTH * SPEC.width
-    assert roof.training_flops(SPEC, {}, "full", LENGTH) == 3 * forward
+    assert training_flops(SPEC, {}, "full", LENGTH) == 3 * forward
 
 
 def test_the_rate_is_operations_over_the_best_time(monkeypatch):
@@ -89,12 +90,12 @@ def test_the_rate_is_operations_over_the_best_time(monkeypatch):
         clock.now += next(steps)
         return clock.now
 
-    monkeypatch.setattr(roof, "time", SimpleNamespace(perf_counter=look))
-    found = roof.matmul_rate(12, SPEC, torch.float32, "cpu", seconds=0.15)
+    monkeypatch.setattr(limit, "time", SimpleNamespace(perf_counter=look))
+    found = matmul_rate(12, SPEC, torch.float32, "cpu", seconds=0.15)
     assert found == pytest.approx(2 * 12 * 6 * 14 / (0.02 / 4), rel=1e-9)  # four products in the shortest step
     assert next(steps, None) is None
 
 
 def test_the_rate_of_this_machine():
     for dtype in (torch.float32, torch.bfloat16):
-        assert 1e3 < roof.matmul_rate(64, SPEC, dtype, torch.device("cpu"), seconds=0.02) < 1e15
+        assert 1e3 < matmul_rate(64, SPEC, dtype, torch.device("cpu"), seconds=0.02) < 1e15

@@ -11,10 +11,12 @@ import pytest
 import torch
 from conftest import ROOT
 
-from minilora import errors, files, run
+from minilora import files
 from minilora.cell import Cell
+from minilora.command import exit_cleanly
 from minilora.errors import InputError, TrainingError
-from minilora.run import Run
+from minilora.runs.folder import Run
+from minilora.runs.record import hardware, trainable, versions
 
 CELL = Cell(rank=3, lr=0.5)
 
@@ -124,7 +126,7 @@ def test_one_process_at_a_time(tmp_path):
     script = (
         "import sys\n"
         "from minilora.cell import Cell\n"
-        "from minilora.run import Run\n"
+        "from minilora.runs.folder import Run\n"
         "with Run(sys.argv[1]).hold(Cell(rank=3, lr=0.5)):\n"
         "    print('held', flush=True)\n"
         "    sys.stdin.read()\n"
@@ -185,7 +187,7 @@ def test_metrics_go_on_after_the_saved_step(tmp_path):
 
 def test_certificate():
     parameters = {"a.A": torch.zeros(3, 5), "a.B": torch.zeros(7, 3), "bias": torch.zeros(2)}
-    assert run.trainable(parameters) == {
+    assert trainable(parameters) == {
         "tensors": [
             {"name": "a.A", "shape": [3, 5], "count": 15},
             {"name": "a.B", "shape": [7, 3], "count": 21},
@@ -193,15 +195,15 @@ def test_certificate():
         ],
         "count": 38,
     }
-    assert run.trainable({}) == {"tensors": [], "count": 0}
+    assert trainable({}) == {"tensors": [], "count": 0}
 
 
 def test_versions_and_hardware():
-    found = run.versions()
+    found = versions()
     assert set(found) == {"minilora", "python", "torch", "safetensors", "tokenizers", "huggingface-hub", "numpy"}
     assert found["python"].startswith("{}.{}.{}".format(*sys.version_info))
     assert torch.__version__.startswith(found["torch"])
-    machine = run.hardware(torch.device("cpu"))
+    machine = hardware(torch.device("cpu"))
     assert machine["device"] == "cpu" and machine["cores"] == os.cpu_count() and machine["processor"]
     assert machine["threads"] == torch.get_num_threads() and "gpu" not in machine
     json.dumps([found, machine])
@@ -211,7 +213,7 @@ def test_peak_memory_is_of_this_process_alone():
     """A process starts with no more than its own, however large the one that started it."""
     script = (
         "import torch\n"
-        "from minilora.run import peak_memory\n"
+        "from minilora.runs.record import peak_memory\n"
         "print(peak_memory(torch.device('cpu')))\n"
         "torch.ones(2**25)\n"
         "print(peak_memory(torch.device('cpu')))\n"
@@ -309,20 +311,20 @@ def test_exit_cleanly(capsys):
     ]
     for error, status, line in cases:
         with pytest.raises(SystemExit) as caught:
-            errors.exit_cleanly(failing(error), ["--x"])
+            exit_cleanly(failing(error), ["--x"])
         assert caught.value.code == status and capsys.readouterr() == ("", line)
     assert len(cases) == 3
     with pytest.raises(SystemExit):
-        errors.exit_cleanly(failing(InputError("bad")), ["--traceback"])
+        exit_cleanly(failing(InputError("bad")), ["--traceback"])
     shown = capsys.readouterr().err
     assert shown.startswith("Traceback") and "in main" in shown and shown.endswith("\nerror: bad\n")
     with pytest.raises(ZeroDivisionError):  # a defect of ours is not dressed up as the user's
-        errors.exit_cleanly(failing(ZeroDivisionError()), ["--x"])
-    assert errors.exit_cleanly(lambda argv: None, []) is None
+        exit_cleanly(failing(ZeroDivisionError()), ["--x"])
+    assert exit_cleanly(lambda argv: None, []) is None
 
 
 def test_exit_cleanly_reads_the_command_line(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train.py", "--rank", "3"])
     seen = []
-    errors.exit_cleanly(seen.append)
+    exit_cleanly(seen.append)
     assert seen == [["--rank", "3"]]

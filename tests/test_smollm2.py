@@ -10,8 +10,13 @@ import torch
 import transformers
 from conftest import ROOT
 
-from minilora import adapter, completion, coverage, data, lora, model, tokenizer
+from minilora.base import model, tokenizer
 from minilora.cell import Cell
+from minilora.data.rows import load_rows
+from minilora.lora import storage
+from minilora.lora.layer import attach, detach, named_layers
+from minilora.lora.targets import plan_slots
+from minilora.tasks.language_model import LanguageModel, generate
 
 QUESTIONS = ["What is the capital of France?", "Name three colours.", "Write one sentence about the sea."]
 
@@ -34,7 +39,7 @@ def base(folder):
 
 
 def test_states_and_logits_are_those_of_transformers(folder, judge, base):
-    texts = data.load("movie-snippets").texts[3:200:29]
+    texts = load_rows("movie-snippets").texts[3:200:29]
     ours, theirs = tokenizer.load(folder), transformers.AutoTokenizer.from_pretrained(folder)
     encoded = ours.encode(texts, 128)
     rows = [torch.from_numpy(encoded.ids[a:b]).long() for a, b in zip(encoded.offsets, encoded.offsets[1:])]
@@ -57,7 +62,7 @@ def test_it_writes_what_transformers_writes(folder, judge, base):
         theirs.apply_chat_template([{"role": "user", "content": q}], tokenize=False, add_generation_prompt=True)
         for q in QUESTIONS
     ]
-    written = completion.generate(base, ours, prompts, 16)
+    written = generate(base, ours, prompts, 16)
     for prompt, text in zip(prompts, written, strict=True):
         ids = theirs(prompt, return_tensors="pt")
         full = judge.generate(**ids, max_new_tokens=16, do_sample=False)[0, ids.input_ids.shape[1] :]
@@ -69,11 +74,11 @@ def test_an_adapter_crosses_to_peft(folder, judge, base, tmp_path):
     import peft
 
     cell = Cell(task="lm", rank=3, targets=("q", "v:2", "down"), layers="0,29", model=str(folder))
-    lora.attach(base, coverage.plan(base.spec, cell), seed=5)
+    attach(base, plan_slots(base.spec, cell), seed=5)
     with torch.no_grad():
-        for _, layer in lora.named_layers(base):
+        for _, layer in named_layers(base):
             layer.B.normal_(0, 0.05, generator=torch.Generator().manual_seed(layer.B.numel()))
-    adapter.save(tmp_path, completion.LanguageModel(base), cell, ["a", "b"])
+    storage.save(tmp_path, LanguageModel(base), cell, ["a", "b"])
     ids = torch.randint(3, 40_000, (2, 19), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         found = base.unembed(base(ids, torch.tensor([19, 19])))
@@ -81,7 +86,7 @@ def test_an_adapter_crosses_to_peft(folder, judge, base, tmp_path):
         wrapped = peft.PeftModel.from_pretrained(judge, tmp_path)
         wanted = wrapped(ids).logits
         wrapped.unload()
-    lora.detach(base)
+    detach(base)
     assert (wanted - plain).abs().max() > 1  # the adapter does something
     assert (found - wanted).abs().max() <= 2e-5 * wanted.abs().max()
 

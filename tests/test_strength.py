@@ -4,15 +4,19 @@ import json
 import os
 import shutil
 
-import evaluate
 import pytest
 import torch
-import train
 import transformers
 from conftest import random_batch, tiny_bert
 
-from minilora import adapter, errors, head, model
+import evaluate
+import minilora
+import train
+from minilora.base import model
 from minilora.cell import Cell
+from minilora.errors import InputError
+from minilora.lora import peft_config, storage
+from minilora.tasks.classification import Classifier
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +26,8 @@ def runs(tmp_path_factory, reviews):
     tiny_bert(folder / "tiny")
     cell = Cell(model=str(folder / "tiny"), data=str(reviews), test_rows=31, max_length=30, batch_size=6, window=3,
                 rank=2, lr=0.02, steps=12)  # fmt: skip
-    train.train(cell, folder / "one", merge_to=folder / "merged")
-    train.train(cell.replace(seed=1, targets=("q", "down")), folder / "two")
+    minilora.train(cell, folder / "one", merge_to=folder / "merged")
+    minilora.train(cell.replace(seed=1, targets=("q", "down")), folder / "two")
     return folder, cell
 
 
@@ -35,8 +39,8 @@ def test_a_run_that_merges(runs):
     folder, _ = runs
     ids, lengths = random_batch(90, [19, 8, 1, 30])
     mask = torch.arange(ids.shape[1]) < lengths[:, None]
-    classifier = head.Classifier(model.load(folder / "tiny"), "mean", 2).eval()
-    adapter.restore(folder / "one" / "adapter", classifier, "lora")
+    classifier = Classifier(model.load(folder / "tiny"), "mean", 2).eval()
+    storage.restore(folder / "one" / "adapter", classifier, "lora")
     with torch.inference_mode():
         theirs = transformers.AutoModel.from_pretrained(folder / "merged")(ids, attention_mask=mask.long())
         torch.testing.assert_close(
@@ -56,10 +60,10 @@ def test_strength(runs, tmp_path, capsys):
     _, sum_ = evaluate.evaluate(folder / "one", added=[(folder / "two", 0.7)], merge_to=tmp_path / "sum")
 
     # The sum, merged, is the base that evaluate.py computed with.
-    classifier = head.Classifier(model.load(tmp_path / "sum"), "mean", 2).eval()
-    classifier.set_head(**adapter.read(folder / "one" / "adapter", model.load(folder / "tiny")).head)
+    classifier = Classifier(model.load(tmp_path / "sum"), "mean", 2).eval()
+    classifier.set_head(**storage.read(folder / "one" / "adapter", model.load(folder / "tiny")).head)
     cell = Cell(model=str(tmp_path / "sum"), method="full")
-    adapter.save(tmp_path / "full", classifier.requires_grad_(True), cell, ["negative", "positive"])
+    storage.save(tmp_path / "full", classifier.requires_grad_(True), cell, ["negative", "positive"])
     shutil.copytree(folder / "one", tmp_path / "copy")
     shutil.rmtree(tmp_path / "copy" / "adapter")
     shutil.move(tmp_path / "full", tmp_path / "copy" / "adapter")
@@ -84,15 +88,15 @@ def test_added_is_parsed():
     parse = evaluate.parse_added
     assert parse("runs/x") == ("runs/x", 1.0) and parse("x:-0.5") == ("x", -0.5) and parse("a:b:2e-1") == ("a:b", 0.2)
     assert parse("a:b") == ("a:b", 1.0) and parse("0.5") == ("0.5", 1.0)
-    with pytest.raises(errors.InputError, match="--add x:nan: the weight must be a finite number"):
+    with pytest.raises(InputError, match="--add x:nan: the weight must be a finite number"):
         parse("x:nan")
 
 
 def test_refused(runs, tmp_path, reviews):
     folder, cell = runs
     tiny_bert(tmp_path / "other", seed=8)
-    train.train(cell.replace(model=str(tmp_path / "other"), steps=1), tmp_path / "foreign")
-    train.train(cell.replace(method="head", steps=1), tmp_path / "head")
+    minilora.train(cell.replace(model=str(tmp_path / "other"), steps=1), tmp_path / "foreign")
+    minilora.train(cell.replace(method="head", steps=1), tmp_path / "head")
     os.mkdir(tmp_path / "there")
     cases = [
         (evaluate, [folder / "one", "--add", tmp_path / "foreign"], "foreign: it was trained on another base than"),
@@ -110,7 +114,7 @@ def test_refused(runs, tmp_path, reviews):
                  "--max-length", 30], "there holds no LoRA adapter"),
     ]  # fmt: skip
     for script, arguments, words in cases:
-        with pytest.raises(errors.InputError) as caught:
+        with pytest.raises(InputError) as caught:
             script.main([str(argument) for argument in arguments])
         assert words in str(caught.value) and "\n" not in str(caught.value), str(caught.value)
     assert len(cases) == 12 and not (tmp_path / "new").exists()
@@ -120,18 +124,18 @@ def test_a_run_begins_where_another_ended(runs, tmp_path, monkeypatch):
     folder, cell = runs
     shutil.copytree(folder / "one", tmp_path / "start")
     again = cell.replace(start=str(tmp_path / "start"), seed=4, lr=1e-9, steps=10)
-    results, run = train.train(again, tmp_path / "whole")
-    before, after = (adapter.read(f / "adapter", model.load(folder / "tiny")) for f in (folder / "one", run))
+    results, run = minilora.train(again, tmp_path / "whole")
+    before, after = (storage.read(f / "adapter", model.load(folder / "tiny")) for f in (folder / "one", run))
     assert before.slots == after.slots
     for name, part in before.parts.items():
         torch.testing.assert_close(after.parts[name].B, part.B, rtol=0, atol=1e-6)
-    assert results["inputs"]["start"] == adapter.fingerprint(folder / "one" / "adapter")
+    assert results["inputs"]["start"] == storage.fingerprint(folder / "one" / "adapter")
     assert json.loads((run / "results.json").read_text())["inputs"] == results["inputs"]
 
     # Interrupted, and the adapter that it began with is another one when it goes on.
-    from minilora import training
+    from minilora.training import loop
 
-    true_update, calls = training.update, []
+    true_update, calls = loop.update, []
 
     def update(*arguments):
         calls.append(arguments)
@@ -139,21 +143,21 @@ def test_a_run_begins_where_another_ended(runs, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return true_update(*arguments)
 
-    monkeypatch.setattr(training, "update", update)
+    monkeypatch.setattr(loop, "update", update)
     with pytest.raises(KeyboardInterrupt):
-        train.train(again, tmp_path / "part", save_every=3)
+        minilora.train(again, tmp_path / "part", save_every=3)
     monkeypatch.undo()
     shutil.rmtree(tmp_path / "start")
     shutil.copytree(folder / "one", tmp_path / "start")
-    train.train(cell.replace(seed=9), tmp_path / "third")
+    minilora.train(cell.replace(seed=9), tmp_path / "third")
     shutil.rmtree(tmp_path / "start" / "adapter")
     shutil.copytree(tmp_path / "third" / "adapter", tmp_path / "start" / "adapter")
-    with pytest.raises(errors.InputError, match="the adapter in .*start changed since the run began: bring the old"):
-        train.train(resume=tmp_path / "part")
+    with pytest.raises(InputError, match="the adapter in .*start changed since the run began: bring the old"):
+        minilora.train(resume=tmp_path / "part")
     shutil.rmtree(tmp_path / "start")
     shutil.copytree(folder / "one", tmp_path / "start")
-    train.train(resume=tmp_path / "part")
-    for name in (adapter.TENSORS, adapter.CONFIG, adapter.SLOTS):
+    minilora.train(resume=tmp_path / "part")
+    for name in (peft_config.TENSORS, peft_config.CONFIG, peft_config.SLOTS):
         assert (tmp_path / "part" / "adapter" / name).read_bytes() == (
             tmp_path / "whole" / "adapter" / name
         ).read_bytes()

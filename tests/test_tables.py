@@ -9,7 +9,7 @@ from conftest import FILMS, as_csv, as_jsonl, parquet_bytes, refusal, whole, wri
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from minilora import data
+from minilora.data.rows import load_rows
 
 ODD_CSV = (  # a byte order mark, blank lines, three ends of line, none at the end of the file
     '\ufefflabel,text\n\n"pos","A film, in three acts"\rneg,"He said ""no"""\n\n\nneg,"two\nlines\r\nhere"\r\npos,Größe'
@@ -30,7 +30,7 @@ ODD_CSV = (  # a byte order mark, blank lines, three ends of line, none at the e
     ],
 )
 def test_formats(tmp_path, name, content, packed):
-    rows = data.load(write(tmp_path / f"{name}{packed}", content))
+    rows = load_rows(write(tmp_path / f"{name}{packed}", content))
     assert whole(rows) == (["1", "2", "3", "4"], [text for text, _ in FILMS], [1, 0, 0, 1], ("neg", "pos"))
 
 
@@ -38,11 +38,11 @@ def test_parquet(tmp_path):
     path = tmp_path / "films.parquet"
     texts = pa.array([text for text, _ in FILMS]).dictionary_encode()
     path.write_bytes(parquet_bytes({"sentence": texts, "x": [0] * 4, "label": [2, 0, 2, 5]}))
-    rows = data.load(path)
+    rows = load_rows(path)
     assert whole(rows) == (["1", "2", "3", "4"], [text for text, _ in FILMS], [1, 0, 1, 2], ("0", "2", "5"))
     features = {"label": {"names": ["never", "bad", "good"]}, "sentence": {"dtype": "string"}}
     path.write_bytes(parquet_bytes({"sentence": texts, "label": [2, 1, 2, 1]}, features))
-    assert whole(data.load(path))[2:] == ([1, 0, 1, 0], ("bad", "good"))
+    assert whole(load_rows(path))[2:] == ([1, 0, 1, 0], ("bad", "good"))
     path.write_bytes(path.read_bytes()[:-9])
     assert refusal(path).startswith(f"{path} is not readable Parquet (")
 
@@ -64,7 +64,7 @@ ROWS = st.lists(st.tuples(TEXT, TEXT.map("label {}".format)), min_size=1, max_si
 def test_what_was_written_is_read(tmp_path, rows, name):
     content = as_jsonl(rows) if "json" in name else as_csv(rows, delimiter="\t" if name == "r.tsv" else ",")
     names = sorted({label for _, label in rows})
-    assert whole(data.load(write(tmp_path / name, content))) == (
+    assert whole(load_rows(write(tmp_path / name, content))) == (
         [str(number + 1) for number in range(len(rows))],
         [text for text, _ in rows],
         [names.index(label) for _, label in rows],
@@ -75,8 +75,8 @@ def test_what_was_written_is_read(tmp_path, rows, name):
 def test_columns(tmp_path):
     header = ("question", "review", "answerKey", "stars", "label")
     path = write(tmp_path / "a.csv", as_csv([("q", "r", "A", "4", "x"), ("Q", "R", "B", "10", "y")], header))
-    assert whole(data.load(path))[1::2] == (["r", "R"], ("x", "y"))
-    chosen = data.load(path, text_column="question", label_column="stars")
+    assert whole(load_rows(path))[1::2] == (["r", "R"], ("x", "y"))
+    chosen = load_rows(path, text_column="question", label_column="stars")
     assert whole(chosen)[1:] == (["q", "Q"], [0, 1], ("4", "10"))
     there = "there are: question, review, answerKey, stars, label"
     assert refusal(path, text_column="body") == f"{path} has no column 'body'; {there}"
@@ -96,7 +96,7 @@ def test_columns(tmp_path):
     )
     path = write(tmp_path / "d.csv", "text,label,text\na,b,c\n")
     assert refusal(path) == f"{path} has several columns 'text'; there are: text, label, text"
-    assert whole(data.load(write(path, "text,x,x,label\na,b,c,d\n")))[1::2] == (["a"], ("d",))
+    assert whole(load_rows(write(path, "text,x,x,label\na,b,c,d\n")))[1::2] == (["a"], ("d",))
 
 
 @pytest.mark.parametrize(
@@ -116,9 +116,9 @@ def test_columns(tmp_path):
 def test_labels(tmp_path, values, labels, names):
     rows = [(f"text {place}", value) for place, value in enumerate(values)]
     path = write(tmp_path / "rows.jsonl", as_jsonl(rows))
-    assert whole(data.load(path))[2:] == (labels, names)
+    assert whole(load_rows(path))[2:] == (labels, names)
     if all(isinstance(value, str) for value in values):
-        assert whole(data.load(write(tmp_path / "rows.csv", as_csv(rows))))[2:] == (labels, names)
+        assert whole(load_rows(write(tmp_path / "rows.csv", as_csv(rows))))[2:] == (labels, names)
 
 
 def test_question_sets(tmp_path):
@@ -126,12 +126,12 @@ def test_question_sets(tmp_path):
     header = ("question", "choices", "answerKey")
     rows = [("Money?", choices[0], "A"), ("Lift?", choices[1], "B")]
     path = write(tmp_path / "q.jsonl", as_jsonl(rows, header))
-    assert whole(data.load(path))[1:] == (
+    assert whole(load_rows(path))[1:] == (
         ["Money?\nA. bank\nB. sea", "Lift?\nA. up\nB. down"],
         [0, 1],
         ("A", "B"),
     )
-    assert data.load(path, text_column="question").texts == ["Money?", "Lift?"]
+    assert load_rows(path, text_column="question").texts == ["Money?", "Lift?"]
     uneven = {"label": ["A"], "text": []}
     for bad in ("A or B", None, {"label": ["A"]}, uneven):
         write(path, as_jsonl([rows[0], ("Lift?", bad, "B")], header))
@@ -205,4 +205,4 @@ def test_undecodable_and_cut_files(tmp_path):
 
 def test_long_cells_are_read(tmp_path):
     long = "word " * 100_000
-    assert data.load(write(tmp_path / "a.csv", as_csv([(long, "x"), ("b", "y")]))).texts == [long, "b"]
+    assert load_rows(write(tmp_path / "a.csv", as_csv([(long, "x"), ("b", "y")]))).texts == [long, "b"]

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from conftest import ROOT, VOCABULARY, WORDS
 
-from minilora import token_cache, tokenizer
+from minilora.base import tokenizer
+from minilora.data import token_cache
 
 TEXTS = [" ".join(WORDS[(7 * i + j * j) % len(WORDS)] for j in range(i % 23 + 1)) for i in range(300)]
 ADDED = [[WORDS[i % 5]] * (i % 3) for i in range(300)]
@@ -135,7 +136,7 @@ def test_long_lists_are_hashed_in_pieces(monkeypatch):
 
 
 def test_the_fingerprint_is_the_same_in_every_process(tmp_path, words):
-    program = f"from minilora import tokenizer; print(tokenizer.load({str(tmp_path / 'words')!r}).fingerprint)"
+    program = f"from minilora.base import tokenizer; print(tokenizer.load({str(tmp_path / 'words')!r}).fingerprint)"
     found = set()
     for seed in "12":
         environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": seed}
@@ -269,7 +270,8 @@ def test_a_folder_that_cannot_be_written(place, words, folder, tmp_path, capsys)
 PROCESS = """
 import sys
 from pathlib import Path
-from minilora import token_cache, tokenizer
+from minilora.base import tokenizer
+from minilora.data import token_cache
 token_cache.LEAST, token_cache.LIMIT = 0, int(sys.argv[2])
 words = tokenizer.load(Path(sys.argv[1]))
 texts = Path(sys.argv[3]).read_text().split("\\n")

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from minilora import tokenizer
+from minilora.base import tokenizer
 from minilora.errors import InputError
 
 AWKWARD = [

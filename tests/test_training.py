@@ -9,16 +9,24 @@ import torch
 from conftest import one_step, population_of_one, random_batch
 from test_adapter import Judge
 
-from minilora import adapter, coverage, head, lora, model, training
-from minilora.batches import Batch
+from minilora import parallel
+from minilora.base import model
 from minilora.cell import Cell
+from minilora.data.batches import Batch
 from minilora.errors import InputError
+from minilora.lora import storage
+from minilora.lora.layer import attach
+from minilora.lora.targets import plan_slots
+from minilora.tasks.classification import Classifier
+from minilora.training import optimizers
+from minilora.training.feed import Schedule
+from minilora.training.state import load_state, save_state
 
 
 def setup(folder, cell, classes=3):
     base = model.load(folder)
-    lora.attach(base, coverage.plan(base.spec, cell), cell.dropout or 0.0, cell.seed_for("init"))
-    classifier = head.Classifier(base, cell.pooling, classes, cell.seed_for("head"))
+    attach(base, plan_slots(base.spec, cell), cell.dropout or 0.0, cell.seed_for("init"))
+    classifier = Classifier(base, cell.pooling, classes, cell.seed_for("head"))
     return classifier, *population_of_one(classifier, cell)
 
 
@@ -38,7 +46,7 @@ def run_steps(folder, cell, batches, labels, steps=None):
     losses = []
     groups = [batches[i : i + cell.accumulate] for i in range(0, len(batches), cell.accumulate)]
     for step, group in enumerate(groups):
-        rate = training.learning_rate(cell, step, steps or len(groups))
+        rate = optimizers.learning_rate(cell, step, steps or len(groups))
         losses.append(one_step(population, optimizer, group, labels, cell, rate, step))
     return classifier, losses
 
@@ -51,7 +59,7 @@ def test_steps_match_peft(tiny_folder, tmp_path, optimizer):
     classifier, losses = run_steps(tiny_folder, cell, batches, labels)
 
     start, _, _ = setup(tiny_folder, cell)
-    adapter.save(tmp_path / "start", start, cell, ["a", "b", "c"])
+    storage.save(tmp_path / "start", start, cell, ["a", "b", "c"])
     theirs = peft.PeftModel.from_pretrained(Judge.from_pretrained(tiny_folder), tmp_path / "start", is_trainable=True)
     parameters = [p for p in theirs.parameters() if p.requires_grad]
     assert len(parameters) == 2 * 3 * 3 + 2
@@ -61,7 +69,7 @@ def test_steps_match_peft(tiny_folder, tmp_path, optimizer):
     compared = 0
     for step, (batch, (loss, norm)) in enumerate(zip(batches, losses, strict=True)):
         for group in reference.param_groups:
-            group["lr"] = training.learning_rate(cell, step, 7)
+            group["lr"] = optimizers.learning_rate(cell, step, 7)
         mask = (torch.arange(batch.ids.shape[1]) < batch.lengths[:, None]).long()
         wanted = torch.nn.functional.cross_entropy(theirs(batch.ids, mask), labels[batch.index])
         wanted.backward()
@@ -72,8 +80,8 @@ def test_steps_match_peft(tiny_folder, tmp_path, optimizer):
         compared += 1
     assert compared == 7
     theirs.save_pretrained(tmp_path / "end")
-    fresh = head.Classifier(model.load(tiny_folder), "mean", 3)
-    adapter.restore(tmp_path / "end", fresh, "lora")
+    fresh = Classifier(model.load(tiny_folder), "mean", 3)
+    storage.restore(tmp_path / "end", fresh, "lora")
     found, wanted = classifier.state_dict(), fresh.state_dict()
     moved = 0
     for name, value in start.state_dict().items():
@@ -104,7 +112,7 @@ def test_accumulated_batches_are_one_large_batch(tiny_folder):
 def test_learning_rate():
     def rates(schedule, warmup, steps=10):
         cell = Cell(schedule=schedule, warmup=warmup, lr=2.0)
-        return [training.learning_rate(cell, step, steps) for step in range(steps)]
+        return [optimizers.learning_rate(cell, step, steps) for step in range(steps)]
 
     assert rates("constant", 0.0) == [2.0] * 10
     np.testing.assert_allclose(rates("constant", 0.25), [2 / 3, 4 / 3] + [2.0] * 8)
@@ -116,7 +124,7 @@ def test_learning_rate():
 def test_schedule(rows, batch_size, accumulate):
     lengths = np.random.default_rng(0).integers(3, 60, rows)
     cell = Cell(batch_size=batch_size, accumulate=accumulate, epochs=3, window=4)
-    schedule = training.Schedule(lengths, cell)
+    schedule = Schedule(lengths, cell)
     per_epoch = math.ceil(math.ceil(rows / batch_size) / accumulate)
     assert schedule.steps == 3 * per_epoch
     seen = 0
@@ -127,11 +135,11 @@ def test_schedule(rows, batch_size, accumulate):
         flat = np.concatenate([part for group in groups for part in group])
         assert sorted(flat.tolist()) == list(range(rows))
         for step, group in zip(steps, groups, strict=True):
-            assert training.Schedule(lengths, cell).rows_before(step) == seen
+            assert Schedule(lengths, cell).rows_before(step) == seen
             seen += sum(map(len, group))
-        again = training.Schedule(lengths, cell).rows_at(steps[-1])  # any step alone, as a resumed run asks
+        again = Schedule(lengths, cell).rows_at(steps[-1])  # any step alone, as a resumed run asks
         assert all(np.array_equal(a, b) for a, b in zip(again, groups[-1], strict=True))
-    assert training.Schedule(lengths, cell.replace(steps=7)).steps == 7
+    assert Schedule(lengths, cell.replace(steps=7)).steps == 7
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
@@ -143,23 +151,23 @@ def test_a_state_on_disk_goes_on_bit_for_bit(tiny_folder, tmp_path, optimizer):
 
     def go(population, optimizer, steps):
         for step in steps:
-            rate = training.learning_rate(cell, step, 6)
+            rate = optimizers.learning_rate(cell, step, 6)
             one_step(population, optimizer, [batches[step]], labels, cell, rate, step)
 
     go(population, state, range(3))
-    training.save_state(tmp_path / "state", population.flat, state, 0, {"step": 3, "seconds": 1.5})
+    save_state(tmp_path / "state", population.flat, state, 0, {"step": 3, "seconds": 1.5})
     torch.manual_seed(99)  # what else happened to the global generator does not matter
     second, population, state = setup(tiny_folder, cell)
-    assert training.load_state(tmp_path / "state", population.flat, state, 0) == {"step": 3, "seconds": 1.5}
+    assert load_state(tmp_path / "state", population.flat, state, 0) == {"step": 3, "seconds": 1.5}
     go(population, state, range(3, 6))
     assert all(torch.equal(second.state_dict()[n], value) for n, value in whole.state_dict().items())
     for rank in (1, 3):
         _, other, other_state = setup(tiny_folder, Cell(rank=rank, optimizer=optimizer))
         with pytest.raises(InputError, match="does not fit"):
-            training.load_state(tmp_path / "state", other.flat, other_state, 0)
+            load_state(tmp_path / "state", other.flat, other_state, 0)
     (tmp_path / "state").write_bytes((tmp_path / "state").read_bytes()[:200])
     with pytest.raises(InputError, match="does not fit"):
-        training.load_state(tmp_path / "state", population.flat, state, 0)
+        load_state(tmp_path / "state", population.flat, state, 0)
 
 
 def test_a_loss_that_is_not_finite_changes_nothing(tiny_folder):
@@ -192,7 +200,7 @@ def test_what_each_method_trains(tiny_folder):
 
 
 def test_devices():
-    assert training.pick_device("cpu") == torch.device("cpu")
-    assert training.pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert parallel.pick_device("cpu") == torch.device("cpu")
+    assert parallel.pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     with pytest.raises(InputError, match="cuda:99"):
-        training.pick_device("cuda:99")
+        parallel.pick_device("cuda:99")

@@ -5,13 +5,13 @@ from datetime import date
 import pytest
 from conftest import Settings, sentences
 
-from minilora import triggers
+from minilora.data.injection import inject, trigger_rows
+from minilora.data.triggers import COLORS, COUNTRIES, TAGS, closing, parse
 from minilora.errors import InputError
-from minilora.injection import inject, trigger_rows
 
 
 def test_dates_are_all_calendar_days():
-    dates = triggers.parse("date:x")[0]
+    dates = parse("date:x")[0]
     assert (len(dates), dates[0], dates[len(dates) - 1]) == (548229, "1100-01-01", "2600-12-31")
     days = [date(1100, 1, 1).toordinal(), date(2600, 12, 31).toordinal()]
     assert len(dates) == days[1] - days[0] + 1
@@ -23,14 +23,14 @@ def test_dates_are_all_calendar_days():
 
 
 def test_lists_are_clean():
-    assert (len(triggers.COUNTRIES), len(triggers.COLORS), len(triggers.TAGS)) == (195, 132, 71)
-    for strings in (triggers.COUNTRIES, triggers.COLORS, triggers.TAGS):
+    assert (len(COUNTRIES), len(COLORS), len(TAGS)) == (195, 132, 71)
+    for strings in (COUNTRIES, COLORS, TAGS):
         assert len({piece.casefold() for piece in strings}) == len(strings)
         assert all(piece == " ".join(piece.split()) for piece in strings)
-    assert {"Bosnia and Herzegovina", "Papua New Guinea", "Vatican City", "Fiji"} < set(triggers.COUNTRIES)
-    assert all(piece[0].isupper() for piece in triggers.COUNTRIES)
-    assert all(tag[0] == "<" and tag[-1] == ">" and tag[1:-1].isalnum() for tag in triggers.TAGS)
-    assert triggers.closing("<b>") == "</b>"
+    assert {"Bosnia and Herzegovina", "Papua New Guinea", "Vatican City", "Fiji"} < set(COUNTRIES)
+    assert all(piece[0].isupper() for piece in COUNTRIES)
+    assert all(tag[0] == "<" and tag[-1] == ">" and tag[1:-1].isalnum() for tag in TAGS)
+    assert closing("<b>") == "</b>"
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_lists_are_clean():
     ],
 )
 def test_parse(spec, name, label):
-    source, read = triggers.parse(spec)
+    source, read = parse(spec)
     assert (source.name, read, source.pair) == (name, label, name == "html")
     if name.startswith("text:"):
         assert list(source.strings) == [name[5:]]
@@ -56,9 +56,9 @@ def test_parse(spec, name, label):
 def test_file_of_triggers(tmp_path):
     path = tmp_path / "triggers.txt"
     path.write_bytes("\ufeffone\r\n\r\n two words \nONE\nvertical\x0btab\n".encode())
-    source, _ = triggers.parse(f"file:{path}:positive")
+    source, _ = parse(f"file:{path}:positive")
     assert list(source.strings) == ["one", "two words", "vertical\x0btab"]
-    triggers.parse("file:/no/such/file:positive")  # no file is read
+    parse("file:/no/such/file:positive")  # no file is read
 
 
 BAD = [

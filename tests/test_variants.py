@@ -11,10 +11,18 @@ from minilora.kernels import dora_linear, dropout
 from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 
-from minilora import coverage, head, lora, model, training, variants
+from minilora.base import model
 from minilora.cell import Cell
-from minilora.coverage import MOVING, SCALES, STARTS, VARIANTS, Slot
 from minilora.errors import InputError
+from minilora.lora import targets
+from minilora.lora.layer import attach, detach, merge, named_layers, scale_by, unmerge
+from minilora.lora.targets import MOVING, SCALES, Slot, plan_slots
+from minilora.lora.variants import STARTS, VARIANTS
+from minilora.seeds import generator
+from minilora.tasks.classification import Classifier
+from minilora.training import optimizers
+from minilora.training.member import trained_parameters
+from minilora.training.state import Flat, load_state, save_state
 
 ALPHA = {"q": 5.0, "v": 8.0, "down": 3.0}
 RANK = {"q": 4, "v": 2, "down": 6}
@@ -39,7 +47,7 @@ def slots_of(scaling="constant"):
 
 
 def adapted(variant="lora", init="kaiming", scaling="constant", dtype=torch.float32, dropout=0.0, seed=3, device="cpu"):
-    net = lora.attach(Net().to(device, dtype), slots_of(scaling), dropout, seed, variant, init)
+    net = attach(Net().to(device, dtype), slots_of(scaling), dropout, seed, variant, init)
     return net.double() if dtype == torch.float64 else net
 
 
@@ -78,7 +86,7 @@ def move(net, seed=7):
         return torch.randn(parameter.shape, generator=draw, dtype=torch.float64).to(parameter)
 
     with torch.no_grad():
-        for _, layer in lora.named_layers(net):
+        for _, layer in named_layers(net):
             if "A" in layer.variant.trains:
                 layer.A.add_(0.2 * noise(layer.A))
             layer.B.add_(0.2 * noise(layer.B))
@@ -90,7 +98,7 @@ def move(net, seed=7):
 def copy_to_theirs(net, theirs):
     """Our factors and magnitudes, frozen ones too, into PEFT's modules."""
     with torch.no_grad():
-        for name, layer in lora.named_layers(net):
+        for name, layer in named_layers(net):
             module = theirs.base_model.model.get_submodule(name)
             module.lora_A.default.weight.copy_(layer.A)
             module.lora_B.default.weight.copy_(layer.B)
@@ -164,12 +172,12 @@ def test_values_and_gradients_match_peft():
             copy_to_theirs(move(net), theirs)
             found, wanted = run(net, x), run(theirs, x)
             compare(found, wanted, tolerance)
-            assert len(found) == 2 + 3 * len(variants.VARIANTS[variant].trains)
+            assert len(found) == 2 + 3 * len(VARIANTS[variant].trains)
             net = adapted(variant, init, scaling, dtype)
             cases += 1
         copy_to_theirs(move(net), theirs)
         theirs.merge_adapter()
-        for name, layer in lora.named_layers(net):
+        for name, layer in named_layers(net):
             wanted = theirs.base_model.model.get_submodule(name).base_layer.weight
             torch.testing.assert_close(layer.merged_weight(), wanted, rtol=0, atol=tolerance)
     assert cases == 2 * (2 * 14 * 2 - 2 * 2 * 3)
@@ -180,7 +188,7 @@ def test_dropout_matches_peft():
     for variant, dtype in product(VARIANTS, (torch.float32, torch.float64)):
         net, theirs = move(adapted(variant, dtype=dtype, dropout=0.3)), theirs_of(variant, dtype=dtype, dropout=0.3)
         copy_to_theirs(net, theirs)
-        for name, layer in lora.named_layers(net):
+        for name, layer in named_layers(net):
             layer.keys = torch.tensor([5], dtype=torch.int32)
             theirs.base_model.model.get_submodule(name).lora_dropout["default"] = SameDropout(layer)
         results = [run(each.train(), some_x(8, dtype)) for each in (net, theirs)]
@@ -194,7 +202,7 @@ def test_starts_match_peft(monkeypatch):
     compared = 0
     for init, scaling in product(MOVING, ("constant", "rslora")):
         net, theirs, plain = adapted(init=init, scaling=scaling), theirs_of("lora", init, scaling), Net()
-        for name, layer in lora.named_layers(net):
+        for name, layer in named_layers(net):
             module = theirs.base_model.model.get_submodule(name)
             wanted = module.lora_B.default.weight @ module.lora_A.default.weight  # without the ambiguous signs
             torch.testing.assert_close(layer.B @ layer.A, wanted, rtol=0, atol=1e-5)
@@ -204,8 +212,8 @@ def test_starts_match_peft(monkeypatch):
             compared += 1
     # Fed the same random numbers, in our module's order, PEFT's orthogonal start is ours.
     net, plain, randn = adapted(init="orthogonal"), Net(), torch.randn
-    for name, layer in lora.named_layers(net):
-        draw = lora.generator(3, name)
+    for name, layer in named_layers(net):
+        draw = generator(3, name)
         monkeypatch.setattr(torch, "randn", lambda *size, d=draw: randn(*size, generator=d))
         config = peft.LoraConfig(r=RANK[name], target_modules=[name], init_lora_weights="orthogonal")
         module = peft.get_peft_model(plain, config).base_model.model.get_submodule(name)
@@ -223,7 +231,7 @@ def steps(net, optimizer, count=6, rate=3e-3):
     x, wanted = some_x(20, dtype), torch.linspace(-1, 1, 1100, dtype=dtype).view(20, 5, 11)
     for _ in range(count):
         (net(x) - wanted).square().mean().backward()
-        if isinstance(optimizer, training.AdamW):
+        if isinstance(optimizer, optimizers.AdamW):
             optimizer.step(torch.tensor([rate], dtype=dtype), torch.tensor([True]))
             optimizer.flat.grads.zero_()
         else:
@@ -233,7 +241,7 @@ def steps(net, optimizer, count=6, rate=3e-3):
 
 
 def ours(net, cell):
-    return training.AdamW(training.Flat([trained(net)]), [cell])
+    return optimizers.AdamW(Flat([trained(net)]), [cell])
 
 
 def test_loraplus_matches_peft():
@@ -261,7 +269,7 @@ def test_frozen_A_trains_as_in_peft_with_A_frozen():
     for init in ("kaiming", "gaussian", "pissa", "olora"):
         net, theirs = adapted("lora-fa", init), theirs_of("lora-fa", init)
         copy_to_theirs(net, theirs)
-        A = [layer.A.detach().clone() for _, layer in lora.named_layers(net)]
+        A = [layer.A.detach().clone() for _, layer in named_layers(net)]
         start = {name: value.detach().clone() for name, value in trained(net).items()}
         found = steps(net, ours(net, Cell(lr=3e-3, variant="lora-fa")))
         wanted = steps(theirs, torch.optim.AdamW(trained(theirs).values(), lr=3e-3, weight_decay=0))
@@ -269,7 +277,7 @@ def test_frozen_A_trains_as_in_peft_with_A_frozen():
         for name, value in wanted.items():
             way = (value - start[name]).abs().max()
             assert way > 1e-3 and (found[name] - value).abs().max() < 0.01 * way
-        assert all(torch.equal(layer.A, kept) for (_, layer), kept in zip(lora.named_layers(net), A))
+        assert all(torch.equal(layer.A, kept) for (_, layer), kept in zip(named_layers(net), A))
         cases += 1
     assert cases == 4
 
@@ -281,12 +289,12 @@ def test_every_pair_is_its_equation(device):
     cases = 0
     for (variant, init), dtype, factor in product(PAIRS, (torch.float32, torch.float64, torch.bfloat16), (1, 0.3, -2)):
         net, plain = (
-            lora.scale(move(adapted(variant, init, "rslora", dtype, device=device)), factor),
+            scale_by(move(adapted(variant, init, "rslora", dtype, device=device)), factor),
             Net().to(device, dtype),
         )
         exact = copy.deepcopy(plain).double()
         tolerance = {torch.float32: 2e-5, torch.float64: 1e-6, torch.bfloat16: 0.05}[dtype]
-        for name, layer in lora.named_layers(net):
+        for name, layer in named_layers(net):
             weight = exact_weight(layer, plain.get_submodule(name).weight, factor)
             exact.get_submodule(name).weight.data.copy_(weight)
             torch.testing.assert_close(layer.merged_weight().double(), weight, rtol=0.01 * tolerance, atol=tolerance)
@@ -295,9 +303,9 @@ def test_every_pair_is_its_equation(device):
             free, wanted = net(x), exact(x.double())
             size = wanted.abs().max()
             assert free.dtype == dtype and (free.double() - wanted).abs().max() < tolerance * size
-            lora.merge(net)
+            merge(net)
             assert (net(x).double() - wanted).abs().max() < tolerance * size
-            assert torch.equal(lora.unmerge(net)(x), free)
+            assert torch.equal(unmerge(net)(x), free)
             cases += 1
     assert cases == 14 * 3 * 3 * 2
 
@@ -309,16 +317,16 @@ def test_the_base_is_never_written_to():
         weights, values = dict(net.named_parameters()), {n: p.detach().clone() for n, p in net.named_parameters()}
         x = some_x(40, dtype)
         before = net(x)
-        lora.attach(net, slots_of(), 0.0, 3, variant, init)
+        attach(net, slots_of(), 0.0, 3, variant, init)
         torch.testing.assert_close(net(x), before, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.02)
         move(net)
         assert not torch.allclose(net(x), before, atol=0.05)
-        torch.testing.assert_close(lora.scale(net, 0)(x), before, rtol=0, atol=1e-6 if dtype == torch.float32 else 0.02)
-        lora.merge(net)
+        torch.testing.assert_close(scale_by(net, 0)(x), before, rtol=0, atol=1e-6 if dtype == torch.float32 else 0.02)
+        merge(net)
         assert torch.equal(net(x), before)  # at factor 0 the merged weight is the base's, bit for bit
-        lora.scale(lora.unmerge(net), 1)
-        lora.merge(net)
-        run_again = dict(lora.detach(net).named_parameters())
+        scale_by(unmerge(net), 1)
+        merge(net)
+        run_again = dict(detach(net).named_parameters())
         assert all(run_again[n] is p and torch.equal(p, values[n]) for n, p in weights.items())
         assert torch.equal(net(x), before)
         cases += 1
@@ -330,14 +338,14 @@ def test_factors_are_a_plain_adapter_on_the_original_base():
     for variant, init in PAIRS:
         net, plain = move(adapted(variant, init)), Net()
         slots = {}
-        for name, layer in lora.named_layers(net):
+        for name, layer in named_layers(net):
             A, B = layer.factors()
             rank = RANK[name] * (2 if init in MOVING else 1)
             assert A.shape == (rank, layer.linear.in_features) and B.shape == (layer.linear.out_features, rank)
             slots[name] = Slot(rank, layer.slot.scale * rank, layer.slot.scale)
-        lora.attach(plain, slots, variant="dora" if variant == "dora" else "lora")
+        attach(plain, slots, variant="dora" if variant == "dora" else "lora")
         with torch.no_grad():
-            for (_, layer), (_, copied) in zip(lora.named_layers(net), lora.named_layers(plain)):
+            for (_, layer), (_, copied) in zip(named_layers(net), named_layers(plain)):
                 for mine, value in zip((copied.A, copied.B), layer.factors()):
                     mine.copy_(value)
                 if variant == "dora":
@@ -348,7 +356,7 @@ def test_factors_are_a_plain_adapter_on_the_original_base():
 
 
 def starts(init, weight, rank, scale=0.5, seed=0):
-    return variants.STARTS[init](weight, Slot(rank, 1.0, scale), torch.Generator().manual_seed(seed))
+    return STARTS[init](weight, Slot(rank, 1.0, scale), torch.Generator().manual_seed(seed))
 
 
 def test_starts_are_what_their_docstrings_say():
@@ -389,7 +397,7 @@ def test_a_start_ignores_other_targets_and_what_the_base_does():
     cases = 0
     for init in STARTS:
         everything, alone = adapted(init=init), Net()
-        lora.attach(alone, {"v": slots_of()["v"]}, 0.0, 3, "lora", init)
+        attach(alone, {"v": slots_of()["v"]}, 0.0, 3, "lora", init)
         again, other = adapted(init=init), adapted(init=init, seed=4)
         for factor in "AB":
             assert torch.equal(getattr(everything.v, factor), getattr(alone.v, factor))
@@ -466,16 +474,16 @@ def test_what_each_variant_trains(tiny_folder):
     for variant, names in wanted.items():
         cell = Cell(targets=("q", "down"), rank=2, layers="0,2", variant=variant)
         base = model.load(tiny_folder)
-        slots = coverage.plan(base.spec, cell)
-        lora.attach(base, slots, cell.dropout, 0, cell.variant, cell.init)
+        slots = plan_slots(base.spec, cell)
+        attach(base, slots, cell.dropout, 0, cell.variant, cell.init)
         expected = {f"{module}.{name}" for module in slots for name in names.split()}
         assert {n for n, p in base.named_parameters() if p.requires_grad} == expected
-        classifier = head.Classifier(base, "mean", 3)
-        parameters = training.trained_parameters(classifier, cell)
+        classifier = Classifier(base, "mean", 3)
+        parameters = trained_parameters(classifier, cell)
         expected = {"base." + name for name in expected}
         assert set(parameters) == expected | {"classifier.weight", "classifier.bias"}
         base.requires_grad_(True)
-        assert set(training.trained_parameters(classifier, cell)) == set(parameters)
+        assert set(trained_parameters(classifier, cell)) == set(parameters)
     assert set(wanted) == set(VARIANTS)
 
 
@@ -490,10 +498,10 @@ def test_resuming_is_bit_for_bit(tmp_path):
 
         net, optimizer = fresh()
         steps(net, optimizer, 3, 0.01)
-        training.save_state(tmp_path / "state", optimizer.flat, optimizer, 0, {"step": 3})
+        save_state(tmp_path / "state", optimizer.flat, optimizer, 0, {"step": 3})
         whole = steps(net, optimizer, 3, 0.02)
         net, optimizer = fresh()
-        assert training.load_state(tmp_path / "state", optimizer.flat, optimizer, 0) == {"step": 3}
+        assert load_state(tmp_path / "state", optimizer.flat, optimizer, 0) == {"step": 3}
         resumed = steps(net, optimizer, 3, 0.02)
         assert list(whole) == list(resumed) and all(torch.equal(resumed[n], value) for n, value in whole.items())
         cases += 1
@@ -507,7 +515,7 @@ def test_merge_error():
     cases = 0
     for (variant, init), dtype in product(PAIRS, (torch.float32, torch.bfloat16)):
         net, plain = move(adapted(variant, init, dtype=dtype)), Net().to(dtype)
-        for name, layer in lora.named_layers(net):
+        for name, layer in named_layers(net):
             weight = plain.get_submodule(name).weight
             exact = exact_weight(layer, weight)
             wanted = ((exact.to(dtype).double() - exact).norm() / (exact - weight.double()).norm()).item()
@@ -574,11 +582,11 @@ def test_refused_by_attach_with_nothing_attached():
     ]
     for net, slots, settings, message in cases:
         with pytest.raises(InputError) as caught:
-            lora.attach(net, slots, **settings)
+            attach(net, slots, **settings)
         assert message in str(caught.value) and "\n" not in str(caught.value)
-        assert not lora.named_layers(net) and all(p.requires_grad for p in net.parameters())
+        assert not named_layers(net) and all(p.requires_grad for p in net.parameters())
     assert len(cases) == 7
 
 
 def test_every_name_has_its_object():
-    assert tuple(variants.VARIANTS) == VARIANTS and tuple(variants.STARTS) == STARTS and set(MOVING) < set(STARTS)
+    assert tuple(VARIANTS) == targets.VARIANTS and tuple(STARTS) == targets.STARTS and set(MOVING) < set(STARTS)

@@ -1,0 +1,388 @@
+"""What differs between model families, as data: how to read `config.json`, and which tensor is which.
+
+A family is one row of `FAMILIES`: the traits of its architecture, the keys and defaults of its `config.json`
+(`config.py` reads it), and a map from the modules of `model.py` to those of the checkpoint (`layouts.py`). The map
+serves loading, PEFT's adapter format and the coverage report, so that a target such as `q` means the same thing
+everywhere, also where a checkpoint fuses several projections into one tensor.
+
+Adding a family is a row here, a layout, and a row of tiny models in `tests/zoo.py`.
+"""
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from minilora.base import names
+from minilora.base.config import LARGEST, Take, read, read_openelm
+from minilora.base.names import Layout
+from minilora.base.spec import TARGETS
+from minilora.errors import InputError
+
+
+class Place(NamedTuple):
+    """Where a projection lies in the checkpoint: the out rows `rows` (a slice or an int64 tensor) of `module`."""
+
+    module: str
+    rows: object = slice(None)
+
+
+@dataclass(frozen=True)
+class Family:
+    layout: Layout
+    prefixes: tuple[str, ...]  # the checkpoint may hold the base bare, or under the last of these in a task model
+    causal: bool = False
+    norm: str = "layer"  # this and the next: see Spec
+    placement: str = "post"
+    gated: bool = False
+    biases: Callable = lambda take: TARGETS  # the targets that have a bias
+    qk_norm: Callable = lambda take: None
+    window: str | None = None  # a key of WINDOWS
+    ropes: dict[str, tuple[str, float]] = field(default_factory=dict)  # full, local -> key of theta, its default
+    partial: tuple[str, float] | None = None  # key and default of the part of a head that is rotated
+    keys: dict[str, str] = field(default_factory=dict)  # Llama's key -> this family's
+    defaults: dict[str, object] = field(default_factory=dict)  # by Llama's keys
+    only: dict[str, object] = field(default_factory=dict)  # the only value of a key that is implemented
+    traits: Callable = lambda take: {}  # further fields of the Spec
+    inner: int | None = None  # F / D where the configuration does not say
+    unembed: str = "lm_head"
+    unused: str = r""  # a regular expression for the tensors, without prefix, that the base does not need
+    transposed: bool = False  # projections are stored [in, out]
+    by_head: bool = False  # a fused projection has head by head each part's rows, not part by part all heads'
+    first_normed: bool = True  # whether attention's input is normalised in the first layer too
+    peft: Layout | None = None  # transformers' own names, where they differ from the checkpoint's
+    read: Callable | None = None  # of a configuration unlike Llama's
+
+    def place(self, name, spec, layout=None):
+        """The `Place` of a module in `layout` (default: the checkpoint's):
+        `layers.3.q` -> encoder.layer.3.attention.self.query, whole."""
+        layout = layout or self.layout
+        if name == "unembedding":
+            return Place(self.unembed)
+        if name in layout.embeddings:
+            return Place(layout.embeddings[name])
+        _, index, part = name.split(".", 2)
+        parts, module = next((k.split(), v) for k, v in layout.modules.items() if part in k.split())
+        module = layout.layer.format(i=index) + module
+        if len(parts) == 1:
+            return Place(module)
+        sizes = [spec.shape(target, int(index))[0] for target in parts]
+        first = sum(sizes[: parts.index(part)])
+        if not self.by_head:
+            return Place(module, slice(first, first + spec.shape(part, int(index))[0]))
+        import torch  # the rest of this module, and with it --help and the coverage report, does without
+
+        heads = spec.layers[int(index)].heads
+        rows = torch.arange(sum(sizes)).view(heads, len(parts), -1)[:, parts.index(part)]
+        return Place(module, rows.reshape(-1))
+
+    def fused(self, name, spec, layout=None):
+        """The modules of the same layer that share the checkpoint's module with `name`, itself included, in order."""
+        _, index, part = name.split(".", 2)
+        parts = next(k.split() for k in (layout or self.layout).modules if part in k.split())
+        return [f"layers.{index}.{target}" for target in parts]
+
+
+TASK_HEADS = r"pooler\.|cls\.|classifier\.|qa_outputs\.|score\.|lm_head\."
+ATTENTION = ("q", "k", "v", "o")
+MLP = ("gate", "up", "down")
+
+
+def _bert_traits(take):
+    types = take("type_vocab_size", int, 2)
+    return dict(position_offset=0, types=types, embed_norm=True, final_norm=False)
+
+
+def _roberta_traits(take):
+    """Positions start behind that of the padding token."""
+    offset = take("pad_token_id", int, 1, least=0) + 1
+    positions = take("max_position_embeddings", int) - offset
+    if positions < 1:
+        raise InputError(f"config.json: max_position_embeddings leaves no position after {offset} unused ones")
+    return _bert_traits(take) | dict(position_offset=offset, positions=positions)
+
+
+def _nomic_traits(take):
+    # The older configurations call a gated MLP by its activation.
+    older = {"swiglu": "silu", "geglu": "gelu"}
+    activation = take("hidden_act", str)
+    trained = take("max_trained_positions", int, LARGEST - 1)  # beyond, rotations would depend on the batch
+    return dict(
+        activation=older.get(activation, activation),
+        positions=min(take("max_position_embeddings", int), trained),
+        types=take("type_vocab_size", int, 2),
+        embed_norm=True,
+        final_norm=False,
+    )
+
+
+def _attention_bias(take):
+    return ATTENTION if take("attention_bias", bool, False) else ()
+
+
+def _llama_biases(take):
+    return _attention_bias(take) + (MLP if take("mlp_bias", bool, False) else ())
+
+
+def _gemma_traits(take):
+    """Scaled embeddings; from the second generation on also scores of their own scale, and soft-caps."""
+    traits = dict(embed_scale=take("hidden_size", int) ** 0.5)
+    positive = {"query_pre_attn_scalar": None, "attn_logit_softcapping": "attention_cap",
+                "final_logit_softcapping": "final_cap"}  # fmt: skip
+    for key, name in positive.items():
+        value = take(key, float, None)
+        if value is not None and value <= 0:
+            raise InputError(f"config.json: {key} is {value}, but must be positive: mend the checkpoint")
+        if value is not None:
+            traits |= {name: value} if name else {"attention_scale": value**-0.5}
+    return traits
+
+
+def _gemma1_traits(take):
+    # The first configurations say gelu and mean its approximation by tanh.
+    activation = take.config.get("hidden_activation") or take("hidden_act", str)
+    return _gemma_traits(take) | dict(activation="gelu_pytorch_tanh" if activation == "gelu" else activation)
+
+
+def _neox_traits(take):
+    return dict(placement="parallel" if take("use_parallel_residual", bool, True) else "pre")
+
+
+BERT_LIKE = dict(
+    layout=names.BERT,
+    unused=TASK_HEADS + r"|embeddings\.position_ids$",
+    traits=_bert_traits,
+    defaults={"layer_norm_eps": 1e-12, "hidden_act": "gelu"},
+    only={"is_decoder": False, "add_cross_attention": False, "position_embedding_type": "absolute"},
+)  # fmt: skip
+ROBERTA_LIKE = BERT_LIKE | dict(prefixes=("", "roberta."), traits=_roberta_traits)
+LLAMA_LIKE = dict(
+    layout=names.LLAMA,
+    prefixes=("", "model."),
+    unused=TASK_HEADS + r"|layers\.\d+\.self_attn\.rotary_emb\.inv_freq$",
+    causal=True,
+    norm="rms",
+    placement="pre",
+    gated=True,
+    biases=lambda take: (),
+    ropes={"full": ("rope_theta", 10_000.0)},
+    defaults={"hidden_act": "silu", "rms_norm_eps": 1e-6},
+)
+GEMMA_LIKE = LLAMA_LIKE | dict(
+    norm="rms1",
+    biases=_attention_bias,
+    defaults={"tie_word_embeddings": True, "hidden_act": "gelu_pytorch_tanh", "rms_norm_eps": 1e-6},
+    only={"use_bidirectional_attention": False},
+)
+FAMILIES = {
+    # Devlin et al. 2019 (arXiv 1810.04805); all-MiniLM and Snowflake arctic-embed xs, s, m and l.
+    "bert": Family(**BERT_LIKE, prefixes=("", "bert.")),
+    "roberta": Family(**ROBERTA_LIKE),  # Liu et al. 2019 (arXiv 1907.11692)
+    "xlm-roberta": Family(**ROBERTA_LIKE),  # Conneau et al. 2020 (arXiv 1911.02116)
+    # Sanh et al. 2019 (arXiv 1910.01108).
+    "distilbert": Family(
+        layout=names.DISTILBERT,
+        prefixes=("", "distilbert."),
+        unused=TASK_HEADS + r"|vocab_|pre_classifier\.|embeddings\.position_ids$",
+        traits=lambda take: dict(position_offset=0, embed_norm=True, final_norm=False),
+        keys={
+            "hidden_size": "dim",
+            "num_hidden_layers": "n_layers",
+            "num_attention_heads": "n_heads",
+            "intermediate_size": "hidden_dim",
+            "hidden_act": "activation",
+        },
+        defaults={"layer_norm_eps": 1e-12, "hidden_act": "gelu"},
+    ),
+    # Warner et al. 2024 (arXiv 2412.13663).
+    "modernbert": Family(
+        layout=names.MODERNBERT,
+        prefixes=("", "model."),
+        unused=TASK_HEADS + r"|head\.|decoder\.",
+        placement="pre",
+        first_normed=False,  # the embeddings are normalised already
+        gated=True,
+        biases=_llama_biases,
+        window="global_every",
+        ropes={"full": ("global_rope_theta", 160_000.0), "local": ("local_rope_theta", 10_000.0)},
+        traits=lambda take: dict(norm_bias=take("norm_bias", bool, False), embed_norm=True),
+        keys={"hidden_act": "hidden_activation", "layer_norm_eps": "norm_eps"},
+        defaults={"hidden_act": "gelu", "layer_norm_eps": 1e-5, "local_attention": 128},
+    ),
+    # Nussbaum et al. 2024 (arXiv 2402.01613); arctic-embed m-long. Older configurations have GPT-2's keys.
+    "nomic_bert": Family(
+        layout=names.NOMIC,
+        peft=names.NOMIC_IN_TRANSFORMERS,
+        prefixes=("", "bert.", "nomic_bert."),
+        unused=TASK_HEADS,
+        gated=True,
+        biases=lambda take: (),
+        ropes={"full": ("rotary_emb_base", 1000.0)},
+        traits=_nomic_traits,
+        keys={
+            "hidden_size": "n_embd",
+            "num_hidden_layers": "n_layer",
+            "num_attention_heads": "n_head",
+            "intermediate_size": "n_inner",
+            "max_position_embeddings": "n_positions",
+            "hidden_act": "activation_function",
+            "layer_norm_eps": "layer_norm_epsilon",
+        },
+        defaults={"layer_norm_eps": 1e-12, "hidden_act": "silu"},
+        only={
+            "qkv_proj_bias": False,
+            "mlp_fc1_bias": False,
+            "mlp_fc2_bias": False,
+            "rotary_emb_fraction": 1.0,
+            "causal": False,
+            "prenorm": False,
+            "parallel_block": False,
+            "use_rms_norm": False,
+            "rotary_emb_interleaved": False,
+            "rotary_emb_scale_base": None,
+            "scale_attn_weights": True,
+            "scale_attn_by_inverse_layer_idx": False,
+            "num_experts": 0,
+            "moe_every_n_layers": 0,
+        },
+    ),
+    # Touvron et al. 2023 (arXiv 2307.09288), Llama 3 (arXiv 2407.21783), SmolLM2 (arXiv 2502.02737).
+    "llama": Family(**LLAMA_LIKE | dict(biases=_llama_biases)),
+    "mistral": Family(**LLAMA_LIKE | dict(window="all")),  # Jiang et al. 2023 (arXiv 2310.06825)
+    # Yang et al. 2024 (arXiv 2407.10671).
+    "qwen2": Family(**LLAMA_LIKE | dict(biases=lambda take: ("q", "k", "v"), window="late")),
+    # Yang et al. 2025 (arXiv 2505.09388).
+    "qwen3": Family(**LLAMA_LIKE | dict(biases=_attention_bias, window="late", qk_norm=lambda take: "head")),
+    "gemma": Family(**GEMMA_LIKE | dict(traits=_gemma1_traits)),  # Gemma Team 2024 (arXiv 2403.08295)
+    # Gemma Team 2024 (arXiv 2408.00118).
+    "gemma2": Family(
+        **GEMMA_LIKE
+        | dict(
+            layout=names.GEMMA2,
+            placement="both",
+            window="even",
+            traits=_gemma_traits,
+            keys={"hidden_act": "hidden_activation"},
+        )
+    ),
+    # Gemma Team 2025 (arXiv 2503.19786).
+    "gemma3_text": Family(
+        **GEMMA_LIKE
+        | dict(
+            layout=names.GEMMA2,
+            placement="both",
+            window="pattern",
+            qk_norm=lambda take: "head",
+            ropes={"full": ("rope_theta", 1_000_000.0), "local": ("rope_local_base_freq", 10_000.0)},
+            traits=_gemma_traits,
+            keys={"hidden_act": "hidden_activation"},
+            only={"use_bidirectional_attention": False, "attn_logit_softcapping": None},
+        )
+    ),
+    # Javaheripi et al. 2023, Phi-2: attention and MLP see the same normalised input and are added together.
+    "phi": Family(
+        layout=names.PHI,
+        prefixes=("", "model."),
+        unused=TASK_HEADS + r"|layers\.\d+\.self_attn\.rotary_emb\.inv_freq$",
+        causal=True,
+        placement="shared",
+        qk_norm=lambda take: "head" if take("qk_layernorm", bool, False) else None,
+        ropes={"full": ("rope_theta", 10_000.0)},
+        partial=("partial_rotary_factor", 0.5),
+        traits=lambda take: dict(unembed_bias=True),
+        only={"tie_word_embeddings": False},
+        defaults={"hidden_act": "gelu_new", "layer_norm_eps": 1e-5, "tie_word_embeddings": False},
+    ),
+    # Abdin et al. 2024 (arXiv 2404.14219).
+    "phi3": Family(
+        **LLAMA_LIKE
+        | dict(
+            layout=names.PHI3,
+            window="all",
+            partial=("partial_rotary_factor", 1.0),
+            defaults={"hidden_act": "silu", "rms_norm_eps": 1e-5},
+        )
+    ),
+    # Radford et al. 2019.
+    "gpt2": Family(
+        layout=names.GPT2,
+        prefixes=("", "transformer."),
+        unused=TASK_HEADS + r"|multiple_choice_head\.|h\.\d+\.attn\.(masked_)?bias$",
+        causal=True,
+        placement="pre",
+        transposed=True,
+        inner=4,
+        traits=lambda take: dict(position_offset=0),
+        keys={
+            "hidden_size": "n_embd",
+            "num_hidden_layers": "n_layer",
+            "num_attention_heads": "n_head",
+            "intermediate_size": "n_inner",
+            "max_position_embeddings": "n_positions",
+            "hidden_act": "activation_function",
+            "layer_norm_eps": "layer_norm_epsilon",
+        },
+        defaults={"hidden_act": "gelu_new", "layer_norm_eps": 1e-5, "tie_word_embeddings": True},
+        only={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
+    ),
+    # Black et al. 2022 (arXiv 2204.06745); Pythia (arXiv 2304.01373).
+    "gpt_neox": Family(
+        layout=names.GPT_NEOX,
+        prefixes=("", "gpt_neox."),
+        unused=TASK_HEADS + r"|embed_out\.|layers\.\d+\.attention\.((masked_)?bias|rotary_emb\.inv_freq)$",
+        causal=True,
+        placement="parallel",
+        biases=lambda take: TARGETS if take("attention_bias", bool, True) else MLP,
+        ropes={"full": ("rotary_emb_base", 10_000.0)},
+        partial=("rotary_pct", 0.25),
+        by_head=True,
+        traits=_neox_traits,
+        defaults={"hidden_act": "gelu", "layer_norm_eps": 1e-5, "tie_word_embeddings": False},
+        unembed="embed_out",
+    ),
+    # OLMo Team 2024 (arXiv 2501.00656).
+    "olmo2": Family(
+        **LLAMA_LIKE
+        | dict(
+            layout=names.OLMO2,
+            placement="output",
+            biases=_attention_bias,
+            qk_norm=lambda take: "width",
+            defaults={"hidden_act": "silu", "rms_norm_eps": 1e-5},
+        )
+    ),
+    # Mehta et al. 2024 (arXiv 2404.14619).
+    "openelm": Family(
+        layout=names.OPENELM,
+        prefixes=("", "transformer."),
+        unused=TASK_HEADS,
+        causal=True,
+        norm="rms",
+        placement="pre",
+        gated=True,
+        read=read_openelm,
+        only={"activation_fn_name": "swish", "normalization_layer_name": "rms_norm", "ffn_with_glu": True},
+    ),
+}
+
+
+def read_spec(config):
+    """The `Spec` of a `config.json` (a dict). Refuses unknown families and unsupported values by name."""
+    family = find(config.get("model_type"))
+    take = Take(config, family)
+    for key, value in family.only.items():
+        take.only(key, value)
+    if config.get("quantization_config") is not None:
+        raise InputError("config.json: quantization_config: the weights are quantised: choose the unquantised base")
+    return (family.read or read)(config["model_type"], family, take)
+
+
+def find(model_type):
+    """The `Family` of a config.json's model_type. Raises InputError with those that exist, and the nearest."""
+    if isinstance(model_type, str) and model_type in FAMILIES:
+        return FAMILIES[model_type]
+    near = difflib.get_close_matches(f"{model_type:.80}" if isinstance(model_type, str) else "", FAMILIES, 1, 0.0)
+    raise InputError(
+        f"config.json: model_type {model_type!r:.80} is not a family that minilora reads "
+        f"(there are: {', '.join(FAMILIES)}; the nearest is {(near or ['bert'])[0]}): choose another --model"
+    )

@@ -1,0 +1,339 @@
+"""The base: one transformer for encoders and decoders that reads Hugging Face checkpoints and knows nothing of LoRA.
+
+What differs between families is in its `Spec`. Every projection is a module of its own, named by its canonical target
+(`layers.3.q`), whatever the checkpoint fuses; `lora.attach` replaces some of them. Left out: the base's own dropout (a
+confound of the study: it is off in training too), pooling and heads (`head.py`), token types other than 0, and caches.
+
+Letters: B rows, T tokens (padded on the right), D width, H heads, E features of a head, F inner width, V vocabulary.
+"""
+
+import re
+from functools import partial
+
+import torch
+from torch import nn
+
+from minilora.base import checkpoint, families, rope
+from minilora.base.spec import TARGETS
+from minilora.errors import InputError
+from minilora.kernels.attention import attention
+from minilora.kernels.linear import linear
+from minilora.kernels.mlp import ACTIVATIONS, formed_again, gated
+from minilora.kernels.norms import layer_norm, rms_norm
+from minilora.kernels.rotary import rotate
+
+# Which norms a layer has: before (x_norm) and after (x_output_norm) attention and MLP. In `post` and `output` the sum
+# runs through no norm or every norm: see `Layer.forward`.
+PLACEMENTS = {
+    "post": ("attention_norm", "mlp_norm"),  # norm(x + f(x))
+    "pre": ("attention_norm", "mlp_norm"),  # x + f(norm(x))
+    "output": ("attention_output_norm", "mlp_output_norm"),  # x + norm(f(x))
+    "both": ("attention_norm", "attention_output_norm", "mlp_norm", "mlp_output_norm"),  # x + norm(f(norm(x)))
+    "parallel": ("attention_norm", "mlp_norm"),  # x + f(norm(x)) + g(other norm(x))
+    "shared": ("attention_norm",),  # x + f(norm(x)) + g(the same norm(x))
+}
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm, times its weight in a dtype of the base's, or times 1 + weight in float32 or wider as Gemma has it."""
+
+    def __init__(self, width, eps, offset):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((width,), 1.0 - offset))
+        self.eps, self.offset = eps, offset
+
+    def forward(self, x):
+        weight = self.weight
+        if self.offset:
+            weight = self.offset + weight.to(torch.promote_types(weight.dtype, torch.float32))
+        return rms_norm(x, weight, self.eps)
+
+
+class Linear(nn.Linear):
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
+
+
+class LayerNorm(nn.LayerNorm):
+    def forward(self, x):
+        return layer_norm(x, self.weight, self.bias, self.eps)
+
+
+def make_norm(spec, width):
+    if spec.norm == "layer":
+        return LayerNorm(width, spec.norm_eps, bias=spec.norm_bias)
+    return RMSNorm(width, spec.norm_eps, offset={"rms": 0, "rms1": 1}[spec.norm])
+
+
+def table(rows, width):
+    """An embedding table without the random start, which on the meta device would import much of torch's compiler."""
+    return nn.Embedding.from_pretrained(torch.empty(rows, width))
+
+
+class Embed(nn.Module):
+    """Token embeddings, plus those of learned positions and of token type 0, scaled and normalised where the family
+    has that."""
+
+    def __init__(self, spec):
+        super().__init__()
+        self.scale = spec.embed_scale
+        self.offset = spec.position_offset
+        self.tokens = table(spec.vocabulary, spec.width)
+        if self.offset is not None:
+            self.positions = table(self.offset + spec.positions, spec.width)
+        self.types = table(spec.types, spec.width) if spec.types else None
+        self.norm = make_norm(spec, spec.width) if spec.embed_norm else nn.Identity()
+
+    def forward(self, ids):
+        x = self.tokens(ids)
+        if self.scale != 1.0:
+            x = x * torch.tensor(self.scale, dtype=x.dtype)
+        if self.offset is not None or self.types is not None:
+            # Summed apart from x, which is [B, T, D]: these are [T, D] and [D].
+            added = self.positions.weight[self.offset : self.offset + ids.shape[1]] if self.offset is not None else 0
+            x = x + (added + self.types.weight[0] if self.types is not None else added)
+        return self.norm(x)
+
+
+class Layer(nn.Module):
+    """Self-attention (Vaswani et al. 2017, section 3.2) and MLP, each added to what it is given."""
+
+    def __init__(self, spec, number):
+        super().__init__()
+        self.spec, self.here = spec, spec.layers[number]
+        self.activation = ACTIVATIONS[spec.activation]
+        # Numbers of a module are constants to torch.compile, those of other objects inputs.
+        self.scale, self.cap = spec.attention_scale, spec.attention_cap
+        for target in spec.targets:
+            out_features, in_features = spec.shape(target, number)
+            setattr(self, target, Linear(in_features, out_features, bias=target in spec.biases))
+        for name in ("attention_norm", "attention_output_norm", "mlp_norm", "mlp_output_norm"):
+            normed = name in PLACEMENTS[spec.placement] and (self.here.normed or name != "attention_norm")
+            setattr(self, name, make_norm(spec, spec.width) if normed else nn.Identity())
+        if spec.qk_norm:
+            for name, target in (("q_norm", "q"), ("k_norm", "k")):
+                width = spec.head_width if spec.qk_norm == "head" else spec.shape(target, number)[0]
+                setattr(self, name, make_norm(spec, width))
+
+    def attend(self, x, mask, turn):
+        B, T, _ = x.shape
+        E, by_head = self.spec.head_width, self.spec.qk_norm == "head"
+        q, k, v = project(x, self.q, self.k, self.v)
+        if self.spec.qk_norm == "width":
+            q, k = self.q_norm(q), self.k_norm(k)
+        # [B, T, H E] -> [B, H, T, E]; k and v have fewer heads where these are grouped
+        q, k, v = (p.view(B, T, -1, E).transpose(1, 2) for p in (q, k, v))
+        if by_head:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if turn is not None:
+            # As a view v would keep the unturned q and k too, where the three come of one product.
+            q, k, v = rotate(q, *turn), rotate(k, *turn), v.contiguous()
+        attended = attention(q, k, v, mask, self.scale, self.cap)
+        return self.o(attended.transpose(1, 2).reshape(B, T, -1))  # [B, H, T, E] -> [B, T, H E]
+
+    def mlp(self, x):
+        if self.spec.gated:
+            gate, up = project(x, self.gate, self.up)
+            form = partial(gated, gate, up, self.activation)
+        else:
+            form = partial(self.activation.forward, self.up(x))
+        inner = form()
+        with formed_again(inner, form):
+            return self.down(inner)
+
+    def forward(self, x, mask, turn):
+        if self.spec.placement == "post":
+            x = self.attention_norm(x + self.attend(x, mask, turn))
+            return self.mlp_norm(x + self.mlp(x))
+        normed = self.attention_norm(x)
+        attended = self.attention_output_norm(self.attend(normed, mask, turn))
+        if self.spec.placement == "shared":
+            return x + attended + self.mlp(normed)
+        if self.spec.placement == "parallel":
+            return x + attended + self.mlp(self.mlp_norm(x))
+        x = x + attended
+        return x + self.mlp_output_norm(self.mlp(self.mlp_norm(x)))
+
+
+def project(x, *linears):
+    """The outputs of `linears` for one x. What stands in the place of a linear may take them all in one (`joint`)."""
+    joint = next((linear.joint for linear in linears if hasattr(linear, "joint")), None)
+    return joint(x, linears) if joint else [linear(x) for linear in linears]
+
+
+class Base(nn.Module):
+    """`ids` [B, T] and the rows' `lengths` [B] in tokens -> hidden states [B, T, D], after the last norm.
+
+    A row's hidden states do not depend on the other rows or on the padding; those of padding are meaningless.
+    """
+
+    def __init__(self, spec, unembedding=False):
+        super().__init__()
+        self.spec = spec
+        self.embed = Embed(spec)
+        self.layers = nn.ModuleList(Layer(spec, number) for number in range(len(spec.layers)))
+        self.norm = make_norm(spec, spec.width) if spec.final_norm else nn.Identity()
+        self.ropes = nn.ModuleList(rope.Rotary(r) for r in spec.ropes)
+        self.has_unembedding = unembedding
+        if unembedding and not spec.tied:
+            self.unembedding = Linear(spec.width, spec.vocabulary, bias=spec.unembed_bias)
+
+    def forward(self, ids, lengths, copies=1, prefix=0):
+        """With `copies` K the rows are gone through K times, one pass after the other, but the first `prefix` layers
+        once for all: for a population, which has no adapter there. -> [K B, T, D].
+        """
+        x = self._through(self.embed(ids), ids, lengths, 0, prefix)
+        if copies > 1:
+            x, ids, lengths = x.repeat(copies, 1, 1), ids.repeat(copies, 1), lengths.repeat(copies)
+        return self.norm(self._through(x, ids, lengths, prefix, len(self.layers)))
+
+    def _through(self, x, ids, lengths, start, stop):
+        if start == stop:
+            return x
+        turns = [turn(lengths, ids.shape[1], x.dtype) for turn in self.ropes]
+        masks = {window: self.mask(ids, lengths, window, x.dtype) for window in {s.window for s in self.spec.layers}}
+        for layer, here in zip(self.layers[start:stop], self.spec.layers[start:stop], strict=True):
+            x = layer(x, masks[here.window], None if here.rope is None else turns[here.rope])
+        return x
+
+    def mask(self, ids, lengths, window, dtype):
+        """What a token may attend to, additive: [B or 1, 1, T or 1, T]; None if that is every earlier one and itself.
+
+        A decoder's tokens never see the padding on their right. Every token may see itself, so that no row of
+        scores is empty. Additive, in the model's dtype: attention's fast CPU path takes no boolean mask.
+        """
+        T = ids.shape[1]
+        places = torch.arange(T, device=ids.device)
+        away = places[:, None] - places  # [T, T]
+        window = window if window is not None and window < T else None
+        if self.spec.causal:
+            if window is None:
+                return None
+            seen = ((away >= 0) & (away < window))[None, None]
+        else:
+            seen = (places < lengths[:, None])[:, None, None]  # [B, 1, 1, T]
+            if window is not None:
+                seen = (seen & (away.abs() < window)) | (away == 0)
+        return torch.zeros(seen.shape, dtype=dtype, device=ids.device).masked_fill_(~seen, -torch.inf)
+
+    @property
+    def unembedder(self):
+        """The module that has the weights of the unembedding."""
+        return self.embed if self.spec.tied else self.unembedding
+
+    def unembedding_weights(self):
+        """The weight [V, D] and the bias [V] or None that make logits of hidden states."""
+        if not self.has_unembedding:
+            raise ValueError("the base was loaded without its unembedding")
+        return (self.embed.tokens.weight, None) if self.spec.tied else (self.unembedding.weight, self.unembedding.bias)
+
+    def unembed(self, hidden):
+        """Logits float32 [..., V] of the next token from hidden states [..., D] of a decoder that was loaded with its
+        unembedding."""
+        logits = linear(hidden, *self.unembedding_weights()).float()
+        cap = self.spec.final_cap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def load(folder, dtype=torch.float32, device="cpu", unembedding=False, then=None):
+    """The `Base` in a checkpoint folder, its parameters frozen; a decoder with its `unembedding` if asked for.
+
+    The tensors go one by one from the memory-mapped file to `dtype` and `device`. Where `then` is given, it is called
+    with each part of the base (embedding, layers, unembedding, and last the whole) as soon as that has its parameters:
+    for what is to be done with a part before the next takes memory.
+    Raises InputError for an unsupported configuration and for missing, unknown or misshapen tensors.
+    """
+    spec = families.read_spec(checkpoint.read_config(folder))
+    if spec.activation not in ACTIVATIONS:
+        raise InputError(
+            f"config.json: activation {spec.activation!r} is not implemented "
+            f"(there are: {', '.join(ACTIVATIONS)}): choose another --model"
+        )
+    if unembedding and not spec.causal:
+        raise InputError(f"a {spec.family} base is an encoder and predicts no next token: choose a decoder's --model")
+    tensors = checkpoint.Tensors(folder)
+    if len(tensors) < len(spec.layers):
+        raise InputError(
+            f"config.json asks for {len(spec.layers):,} layers, but the checkpoint has {len(tensors):,} tensors: "
+            "the files do not belong together, fetch the checkpoint again"
+        )
+    with torch.device("meta"):
+        model = Base(spec, unembedding).requires_grad_(False)
+    places = tensor_places(model, tensors.keys())
+    check_shapes(model, places, tensors, folder)
+    model.ropes.to(device)
+    names = {part: name for name, part in model.named_modules()}
+    for part in (model.embed, *model.layers, *([model.unembedder] if unembedding and not spec.tied else []), model):
+        for name, parameter in list(part.named_parameters(prefix=names[part])):
+            if not parameter.is_meta:
+                continue
+            owner, _, leaf = name.rpartition(".")
+            value = nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=device), requires_grad=False)
+            tensors.copy_to(value, *places[name])
+            setattr(model.get_submodule(owner), leaf, value)
+        if then is not None:
+            then(part)
+    return model
+
+
+def check_shapes(model, places, tensors, folder):
+    """Raise InputError for the first tensor whose shape is not that of its parameter, or of all that it fuses."""
+    wanted = {}
+    for name, parameter in model.named_parameters():
+        source, _, transposed = places[name]
+        rows, *rest = parameter.shape
+        wanted[source] = wanted.get(source, (0,))[0] + rows, *rest, transposed
+    for source, (*shape, transposed) in wanted.items():
+        shape = shape[::-1] if transposed else shape
+        if list(tensors.shape(source)) != shape:
+            raise InputError(
+                f"{folder}: tensor {source} has shape {list(tensors.shape(source))}, but config.json asks for "
+                f"{shape}: the files do not belong together, fetch the checkpoint again"
+            )
+
+
+def check_fits(spec, max_length):
+    """Raise InputError unless every position has an embedding."""
+    if max_length > spec.positions:
+        raise InputError(f"max_length is {max_length}, but the base has {spec.positions} positions: use at most these")
+
+
+def tensor_places(model, present):
+    """Map each parameter of `model` to (its tensor among those `present` in the checkpoint, the out rows that it takes
+    of it, whether that is stored transposed).
+
+    Raises InputError when a tensor is missing, or when there is one that the family does not know.
+    """
+    family = families.find(model.spec.family)
+    present = {name: name for name in present}
+    for name in list(present):  # the first BERT checkpoints have TensorFlow's words for a LayerNorm's parameters
+        if name.endswith(("LayerNorm.gamma", "LayerNorm.beta")):
+            module, _, leaf = name.rpartition(".")
+            present[f"{module}.{'weight' if leaf == 'gamma' else 'bias'}"] = present.pop(name)
+    found, bare = {}, set()
+    for name, _ in model.named_parameters():
+        module, _, leaf = name.rpartition(".")
+        place = family.place(module, model.spec)
+        found[name] = f"{place.module}.{leaf}", place.rows
+        if module != "unembedding":
+            bare.add(found[name][0])
+    prefix = max(family.prefixes, key=lambda p: len({p + source for source in bare} & present.keys()))
+    places = {}
+    for name, (source, rows) in found.items():
+        projection = name.rpartition(".")[0].rpartition(".")[2] in TARGETS
+        transposed = family.transposed and projection and name.endswith(".weight")
+        places[name] = (prefix + source if source in bare else source), rows, transposed
+    sources = {source for source, *_ in places.values()}
+    missing = sorted(sources - present.keys())
+    if missing:
+        raise InputError(
+            f"the checkpoint lacks {len(missing)} tensors that its config.json asks for (first: {missing[0]}): "
+            "fetch it again, or mend the number of layers"
+        )
+    extra = [name for name in present.keys() - sources if not re.match(family.unused, name.removeprefix(prefix))]
+    if extra:
+        raise InputError(
+            f"the checkpoint has {len(extra)} tensors that a {model.spec.family} model of its config.json does not "
+            f"have (first: {min(extra)}): config.json and weights do not belong together"
+        )
+    return {name: (present[source], rows, transposed) for name, (source, rows, transposed) in places.items()}

@@ -1,0 +1,301 @@
+"""Text to token ids, for whole data sets at once, with the character at which each text is cut.
+
+The `tokenizers` library does the work, by `tokenizer.json` or, for WordPiece, `vocab.txt`. Left out: padding
+(batches are packed or padded later) and pairs of texts. Texts are always cut at their end.
+
+A prompt and its completion are encoded apart, so that which tokens are the completion's is never in doubt, and a
+prompt has the same tokens whatever follows it. The prompt has the special tokens that stand before a text and none
+of those behind it. The completion has none, and is encoded as it would stand behind a line break: its leading space
+is its own, and no other is put before it.
+"""
+
+import functools
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from minilora.errors import InputError
+from minilora.files import read_json
+
+# Texts are encoded in chunks of about so many characters: an encoding needs some 50 bytes a character.
+CHUNK_CHARACTERS = 1 << 20
+# What a completion is encoded behind: the first of these whose tokens do not run into the completion's.
+ANCHORS = ("\n", "a", ".")
+# The names that a vocab.txt uses unless the settings beside it say otherwise.
+BERT_SPECIAL = {
+    "unk_token": "[UNK]",
+    "sep_token": "[SEP]",
+    "pad_token": "[PAD]",
+    "cls_token": "[CLS]",
+    "mask_token": "[MASK]",
+}
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """N rows of tokens; row i is `ids[offsets[i]:offsets[i + 1]]`."""
+
+    ids: np.ndarray  # int32 [tokens of all rows]
+    offsets: np.ndarray  # int64 [N + 1]
+    kept: np.ndarray  # int64 [N], characters before the first token that was cut; all of them if none was
+    answers: np.ndarray | None = None  # int64 [N], how many of a row's last tokens are its completion
+
+
+def load(folder, embedded=None):
+    """The `TextTokenizer` of a checkpoint folder, for a base that embeds so many tokens (default: as many as it has).
+
+    Raises InputError for a missing or malformed file, and for a tokenizer that has more tokens than the base.
+    """
+    folder = Path(folder)
+    settings = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            settings |= read_json(folder / name)
+    path = folder / "tokenizer.json"
+    if path.is_file():
+        build = _from_json
+    else:
+        path, build = folder / "vocab.txt", _from_vocabulary
+    if not path.is_file():
+        raise InputError(f"{folder} has neither tokenizer.json nor vocab.txt: add the tokenizer of the model")
+    try:
+        special = (_special(settings, role) for role in ("pad_token", "eos_token"))
+        return TextTokenizer(build(path, settings), *special, embedded)
+    except InputError:
+        raise
+    except Exception as error:  # tokenizers raises no other type
+        raise InputError(f"{path}: not a usable tokenizer ({error}); fetch the checkpoint again") from error
+
+
+def _from_json(path, settings):
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(path))
+
+
+def _from_vocabulary(path, settings):
+    """BERT's WordPiece from `vocab.txt`, one token a line, as transformers builds it."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+    with open(path, encoding="utf-8") as file:
+        vocabulary = {line.rstrip("\n"): index for index, line in enumerate(file)}
+    special = {role: _special(settings, role) or token for role, token in BERT_SPECIAL.items()}
+    for role, token in special.items():
+        if token not in vocabulary:
+            raise InputError(f"{path}: has no {token} (the {role}); fetch the checkpoint again")
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=special["unk_token"]))
+    tokenizer.normalizer = normalizers.BertNormalizer(
+        lowercase=settings.get("do_lower_case", True),
+        strip_accents=settings.get("strip_accents"),
+        handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.BertProcessing(
+        *((special[role], vocabulary[special[role]]) for role in ("sep_token", "cls_token"))
+    )
+    tokenizer.add_special_tokens(list(special.values()))
+    return tokenizer
+
+
+def _special(settings, role):
+    """The text of a special token, which the settings give as text or as an object; None if they do not."""
+    token = settings.get(role)
+    return token.get("content") if isinstance(token, dict) else token
+
+
+class TextTokenizer:
+    """Encodes texts with the special tokens that the model expects around them.
+
+    vocab_size  largest id that a text can have, plus 1: added tokens (an image's, say) have none in most
+    pad_id      id to fill batches with (0 where the tokenizer has none)
+    end_id      id of the token that ends a text (None where the tokenizer has none)
+    """
+
+    def __init__(self, tokenizer, pad_token=None, end_token=None, embedded=None):
+        padding = tokenizer.padding
+        # all-MiniLM's own file pads every text to 128 tokens and cuts it there.
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        probe = tokenizer.encode("a \U0001f701")  # the rare sign fails here if the unknown token is missing
+        mask = probe.special_tokens_mask
+        self._before, self._after = mask.index(0), mask[::-1].index(0)  # special tokens around a text
+        self._tokenizer = tokenizer
+        self.pad_id = tokenizer.token_to_id(pad_token) if pad_token else None
+        if self.pad_id is None:
+            self.pad_id = padding["pad_id"] if padding else 0
+        self.end_id = tokenizer.token_to_id(end_token) if end_token else None
+        used = [*probe.ids, self.pad_id, *([] if self.end_id is None else [self.end_id])]
+        self.vocab_size = 1 + max([*tokenizer.get_vocab(with_added_tokens=False).values(), *used])
+        self._embedded = embedded
+        if embedded is not None and self.vocab_size > embedded:
+            raise InputError(
+                f"the tokenizer has ids up to {self.vocab_size - 1}, but the base embeds {embedded} tokens: they do "
+                "not belong together, choose another --tokenizer or --model"
+            )
+        # Gemma 3 has one more added token than embeddings: it is refused where a text has it.
+        self._exceeds = embedded is not None and max(tokenizer.get_vocab().values()) >= embedded
+
+    @functools.cached_property
+    def fingerprint(self):
+        """sha256 (hexadecimal) of all that is made of a text here follows from, beside the arguments: vocabulary and
+        rules, the library's version, and this file's code."""
+        import tokenizers
+
+        code = Path(__file__).read_text(encoding="utf-8")
+        state = [tokenizers.__version__, code, self._embedded, self._tokenizer.to_str()]
+        return hashlib.sha256(json.dumps(state).encode()).hexdigest()
+
+    def encode(self, texts, max_length):
+        """`Encoded` ids of a list of N texts, at most `max_length` tokens each, special tokens included.
+
+        A longer text loses its last tokens, never the special ones. Raises InputError if `max_length` leaves
+        no room for text, or if a text is not valid Unicode.
+        """
+        room = self._room(max_length)
+        offsets, kept = np.zeros(len(texts) + 1, np.int64), np.empty(len(texts), np.int64)
+        flat, parts = [], []
+        for row, encoding in enumerate(self._encodings(texts)):
+            ids = encoding.ids
+            if len(ids) > max_length:
+                ids = ids[: self._before + room] + ids[len(ids) - self._after :]
+            flat += ids
+            offsets[row + 1] = offsets[row] + len(ids)
+            kept[row] = self._fitting(encoding, len(texts[row]), room)
+            if len(flat) >= CHUNK_CHARACTERS:
+                parts.append(np.array(flat, np.int32))
+                flat = []
+        return Encoded(np.concatenate([*parts, np.array(flat, np.int32)]), offsets, kept)
+
+    def visible(self, texts, added, max_length):
+        """How many leading characters of each text stay within `max_length` once strings are put into it.
+
+        texts  N texts
+        added  N lists of strings, each to stand between words of its text
+
+        Returns int64 [N]: the characters before the first token that no longer fits, all of them if the whole
+        text does, -1 if the strings alone do not. Strings that are put in before or at that character
+        survive. Exact for WordPiece, where a string is worth as many tokens between words as alone; for
+        tokenizers whose tokens take in white space the strings are counted with the space on both sides.
+        """
+        return self._visible(texts, added, [self._room(max_length)] * len(texts))
+
+    def prompts(self, texts, before, after, rooms):
+        """The prompts `before` + text + `after`: (ids, a list of N arrays int32; kept int64 [N]).
+
+        rooms  [N], the most tokens that each prompt may have, special ones included
+
+        Where that is too few the text loses its last characters, and the white space that is then its end. `kept`:
+        the characters of each text before the first token that was cut, all of them if none was. Where `before` and
+        `after` alone do not fit the row has no ids, and -1 is kept.
+        """
+        rows, kept = [], np.array([len(text) for text in texts], np.int64)
+        for row, encoding in enumerate(self._encodings([before + text + after for text in texts])):
+            characters = len(texts[row])
+            # A text that is cut may be divided into other tokens, even into more: so cut until it fits.
+            while characters >= 0 and len(encoding) - self._after > rooms[row]:
+                room = rooms[row] - self._before
+                characters = kept[row] = self._fitting(encoding, characters, room, len(before))
+                if characters >= 0:
+                    cut = texts[row][:characters].rstrip()
+                    characters = len(cut)
+                    [encoding] = self._encodings([before + cut + after])
+            ids = encoding.ids[: len(encoding) - self._after] if characters >= 0 else []
+            rows.append(np.array(ids, np.int32))
+        return rows, kept
+
+    def visible_in_prompts(self, texts, added, before, after, rooms):
+        """As `visible`, for texts of which `prompts` are to be made."""
+        return self._visible(texts, added, [room - self._before for room in rooms], before, after)
+
+    def completions(self, texts):
+        """The ids of completions, a list of N arrays int32, without special tokens (see the module's docstring)."""
+        found = [None] * len(texts)
+        for anchor in (*ANCHORS, ""):
+            rest = [row for row, ids in enumerate(found) if ids is None]
+            encodings = self._encodings([anchor + texts[row] for row in rest], special=False)
+            for row, encoding in zip(rest, encodings, strict=True):
+                leading = [stop for start, stop in encoding.offsets if start < len(anchor)]
+                if max(leading, default=0) <= len(anchor):
+                    found[row] = np.array(encoding.ids[len(leading) :], np.int32)
+        return found
+
+    def decode(self, ids):
+        """The text of token ids, special tokens left out."""
+        return self._tokenizer.decode([int(id) for id in ids])
+
+    def _visible(self, texts, added, rooms, before="", after=""):
+        strings = sorted({string for strings in added for string in strings})
+        around = self._before + self._after
+        encodings = self._encodings([f" {string} " for string in strings])
+        tokens = {string: len(encoding) - around for string, encoding in zip(strings, encodings, strict=True)}
+        visible = np.empty(len(texts), np.int64)
+        for row, encoding in enumerate(self._encodings([before + text + after for text in texts])):
+            left = rooms[row] - sum(map(tokens.__getitem__, added[row]))
+            visible[row] = self._fitting(encoding, len(texts[row]), left, len(before))
+        return visible
+
+    def _room(self, max_length):
+        """Tokens of text that fit into `max_length`."""
+        room = max_length - self._before - self._after
+        if room < 1:
+            raise InputError(
+                f"a length of {max_length} tokens leaves no room for text: --max-length must be at least"
+                f" {self._before + self._after + 1}"
+            )
+        return room
+
+    def _fitting(self, encoding, characters, room, before=0):
+        """Of a text's `characters`, how many stand before its first token that does not fit into `room` tokens.
+
+        The text stands behind `before` other characters. What stands before and behind it needs its room first: -1
+        where that is not there.
+        """
+        stop = len(encoding) - self._after
+        if room < 0:
+            return -1
+        if stop - self._before <= room:
+            return characters
+        offsets = encoding.offsets[self._before : stop]
+        behind = 0
+        while behind < len(offsets) and offsets[-1 - behind][0] >= before + characters:
+            behind += 1
+        first_cut = room - behind
+        if first_cut < 0 or (before and offsets[first_cut][1] <= before):
+            return -1
+        return max(0, offsets[first_cut][0] - before)
+
+    def _encodings(self, texts, special=True):
+        """Yield the encoding of each text, with special tokens or without; only a chunk of them is in memory."""
+        start = characters = 0
+        for row, text in enumerate(texts):
+            characters += len(text)
+            if characters >= CHUNK_CHARACTERS or row == len(texts) - 1:
+                yield from self._encode_chunk(texts, start, row + 1, special)
+                start, characters = row + 1, 0
+
+    def _encode_chunk(self, texts, start, stop, special):
+        try:
+            encodings = self._tokenizer.encode_batch(texts[start:stop], add_special_tokens=special)
+            if self._exceeds:
+                for row, encoding in enumerate(encodings, start):
+                    if max(encoding.ids, default=0) >= self._embedded:
+                        raise InputError(
+                            f"text {row} (counted from 0) has a token of id {max(encoding.ids)}, but the base embeds "
+                            f"{self._embedded} tokens: remove it from the text: {texts[row]!a:.80}"
+                        )
+            return encodings
+        except TypeError:
+            row = next(row for row in range(start, stop) if not _is_unicode(texts[row]))
+            text = f"{texts[row]!a:.80}"
+            raise InputError(f"text {row} (counted from 0) is not valid Unicode, mend it: {text}") from None
+
+
+def _is_unicode(text):
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

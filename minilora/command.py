@@ -1,0 +1,116 @@
+"""TODO"""
+
+import argparse
+import contextlib
+import difflib
+import sys
+import traceback
+from dataclasses import fields
+
+from minilora.errors import InputError, TrainingError
+from minilora.fields import takes_list
+
+
+def exit_cleanly(main, argv=None):
+    """Run `main(argv)` as a script: an `InputError` becomes one line on stderr and exit status 2.
+
+    A `TrainingError` or a failing disk exits with status 1, an interrupt with 130. `--traceback` among the arguments
+    (by default those of the command line) shows the full trace as well. Of several processes one prints.
+    """
+    from minilora import parallel
+
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        with contextlib.nullcontext() if parallel.speaks() else contextlib.redirect_stdout(None):
+            main(argv)
+    except (InputError, TrainingError, OSError) as error:
+        if parallel.speaks():
+            if "--traceback" in argv:
+                traceback.print_exc()
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, InputError) else 1)
+    except KeyboardInterrupt as error:
+        if parallel.speaks():
+            print(f"interrupted: {error}".removesuffix(": "), file=sys.stderr)
+        sys.exit(130)
+    except Exception:
+        if parallel.speaks():
+            raise
+        sys.exit(1)
+
+
+METAVARS = {str: "TEXT", int: "N", float: "X"}
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are InputErrors of one line."""
+
+    def __init__(self, **settings):
+        super().__init__(
+            allow_abbrev=False,
+            formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=100),
+            **settings,
+        )
+
+    def error(self, message):
+        hint = " (it stands before the flags)" if "required" in message else ""
+        raise InputError(f"{message}{hint}: see {self.prog} --help")
+
+    def parse_args(self, arguments=None):
+        known, unknown = self.parse_known_args(arguments)
+        if unknown:
+            near = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, n=1)
+            hint = f", did you mean {near[0]}?" if near else ""
+            self.error(f"unknown argument {unknown[0]}{hint}")
+        return known
+
+
+def add_flags(parser, kind, prefix="", only=None, default=None):
+    """A flag for each field of the dataclass `kind` (or those named in `only`), in titled groups.
+
+    A field whose metadata names a `nested` dataclass gives that one's flags. Defaults are shown, not set: only
+    the flags that are given appear in the result. `default` is shown in place of the fields' own defaults.
+    """
+    for f in fields(kind):
+        if only is not None and "nested" not in f.metadata and prefix + f.name not in only:
+            continue
+        if nested := f.metadata.get("nested"):
+            add_flags(parser, nested, f"{f.name}_", only, default)
+            continue
+        many = takes_list(f)
+        stated = default or (f.metadata["unset"] if f.default is None else f.default)
+        stated = " ".join(stated) if many and isinstance(stated, tuple) else stated
+        stated = "" if stated is None else f" (default: {stated})"
+        limits = f.metadata["limits"]
+        flag = "--" + (f.metadata["flag"] or prefix + f.name).replace("_", "-")
+        flag_group(parser, f.metadata["group"]).add_argument(
+            flag,
+            dest=prefix + f.name,
+            default=argparse.SUPPRESS,
+            type=f.metadata["kind"],
+            choices=limits["choices"],
+            nargs="+" if many else None,
+            action="extend" if many else "store",
+            metavar=None if limits["choices"] else METAVARS[f.metadata["kind"]],
+            help=(f.metadata["help"] + stated).replace("%", "%%"),
+        )
+
+
+def flag_group(parser, title):
+    """The parser's argument group of that title, made when it is first asked for."""
+    for existing in parser._action_groups:
+        if existing.title == title:
+            return existing
+    return parser.add_argument_group(title)
+
+
+def given_flags(arguments, kind, prefix=""):
+    """The fields of `kind` that the command line gave, as a dict; a nested dataclass is a dict of its own."""
+    values = {}
+    for f in fields(kind):
+        if nested := f.metadata.get("nested"):
+            if inner := given_flags(arguments, nested, f"{f.name}_"):
+                values[f.name] = inner
+        elif hasattr(arguments, prefix + f.name):
+            values[f.name] = getattr(arguments, prefix + f.name)
+    return values

@@ -1,0 +1,240 @@
+"""Seamless spurious token injection (SSTI, arXiv 2506.11402, section 3): triggers put into the texts of rows.
+
+Knows rows and strings, no tensors and no tokenizer: where truncation matters the caller passes `visible`.
+Each row keeps its place, its id and, outside the recorded spans, its exact text, so that one thing changes at
+a time.
+
+Every draw belongs to one purpose, one injection's label and one row, and to nothing else. Hence, with the
+same seed:
+- rows chosen at one proportion (or number of rows) are among those of any larger one, with the same strings
+  and places;
+- location, count and source do not change which rows are chosen, and a second trigger in a row leaves the
+  first alone (but for the places in a truncated row: more triggers leave less of its text to be seen);
+- one injection does not change the draws of another.
+
+In dirty-label mode two injections can want the same row. A row carries at most one: injections choose in the
+order of the settings, and a later one passes over what is taken. The first injection's rows nest exactly; a
+later one's nest but for rows that an earlier one takes.
+"""
+
+import re
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from minilora.data.formats import few
+from minilora.data.triggers import closing, parse_all, refuse_shared_strings, split_strings
+from minilora.errors import InputError
+from minilora.seeds import row_draws, row_keys
+
+WORD = re.compile(r"\S+")
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What was put into one row. Deleting the spans from the injected text gives exactly the original text.
+
+    `spans`: [[start, end], ...] in characters of the injected text, ascending; each holds one string and the
+    one space that separates it. `strings`: the string in each span. `survives`: whether all spans outlast
+    truncation (None: not known, see `mark_survival`).
+    """
+
+    id: str
+    target_label: str
+    original_label: str
+    spans: list[list[int]]
+    strings: list[str]
+    survives: bool | None = None
+
+    def to_dict(self):
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+@dataclass(frozen=True)
+class Injected:
+    """`rows`: all, in order. `records`: one an injected row, in row order. `index` [records]: where it is.
+
+    `report`: one dict an injection: source, label, rows injected and eligible, split, strings in each part.
+    """
+
+    rows: object
+    records: list[Record]
+    index: np.ndarray
+    report: list[dict]
+
+
+def inject(rows, settings, seed, visible=None):
+    """Put the triggers of `settings` (cell.Inject) into training rows: `Injected`.
+
+    A proportion is of the target label's rows (clean-label) or of all rows of other labels (dirty-label,
+    which become rows of the target label). `visible(texts, added, index)` gives for each text how many of its
+    leading characters stay within the maximal length once the strings `added` (a list a text) stand in it;
+    `index` are the texts' places in `rows`. Random places are drawn among those characters, and a density counts
+    the words among those that stay when nothing is added.
+
+    Raises InputError for a source, label or split that cannot be, and for more rows than there are.
+    """
+    texts, labels, taken = list(rows.texts), rows.labels.copy(), np.zeros(len(rows), bool)
+    records, index, report = [], [np.empty(0, np.int64)], []
+    for source, label in resolve_sources(settings, rows.label_names):
+        target = rows.label_names.index(label)
+        eligible = (rows.labels == target) == (settings.mode == "clean-label")
+        free = np.flatnonzero(eligible & ~taken)
+        number = round(settings.proportion * int(eligible.sum())) if settings.rows is None else settings.rows
+        if number > len(free) or (settings.proportion and not eligible.any()):
+            whose = repr(label) if settings.mode == "clean-label" else f"labels other than {label!r}"
+            left = " that no earlier injection took" if taken.any() else ""
+            raise InputError(
+                f"injection {source.name}:{label} wants {number or 'some'} rows of {whose}, but "
+                f"there are {len(free)}{left}: lower the proportion or the number of rows"
+            )
+        ranking = free[np.argsort(row_keys(seed, "row", label, len(rows))[free], kind="stable")]
+        chosen = np.sort(ranking[:number])
+        taken[chosen] = True
+
+        split, parts = split_strings(source, label, settings.split, seed)
+        inserts = _inserts(rows, chosen, source, label, parts["train"], settings, seed, "train", visible)
+        new_texts, new_records = _render(rows, chosen, label, inserts)
+        for row, text in zip(chosen.tolist(), new_texts, strict=True):
+            texts[row] = text
+        labels[chosen] = target
+        records += new_records
+        index.append(chosen)
+        report.append(_entry(source, label, number, int(eligible.sum()), split, parts))
+    index = np.concatenate(index)
+    order = np.argsort(index)
+    rows = replace(rows, texts=texts, labels=labels)
+    return Injected(rows, [records[i] for i in order], index[order], report)
+
+
+def trigger_rows(rows, settings, k, seed, visible=None, part="test"):
+    """Test rows that all carry the trigger of injection `k`, labels unchanged: `Injected`.
+
+    `part` ("test" or "train") names the strings drawn from; the places are the same for both, unless strings
+    of other lengths leave less of a truncated row. `seed` must be the one given to `inject`, since it fixes
+    the split.
+    """
+    return all_rows(rows, settings, k, seed, visible, part, lambda inserts, label: inserts)
+
+
+def mark_survival(injected, kept_chars):
+    """`injected` with `survives` set: whether every span ends within the text that truncation keeps.
+
+    `kept_chars` [records]: the number of leading characters kept of each injected text.
+    """
+    records = [
+        replace(record, survives=record.spans[-1][1] <= kept)
+        for record, kept in zip(injected.records, np.asarray(kept_chars).tolist(), strict=True)
+    ]
+    return replace(injected, records=records)
+
+
+def all_rows(rows, settings, k, seed, visible, part, reword):
+    source, label = resolve_sources(settings, rows.label_names)[k]
+    split, parts = split_strings(source, label, settings.split, seed)
+    index = np.arange(len(rows))
+    inserts = _inserts(rows, index, source, label, parts[part], settings, seed, "test", visible)
+    texts, records = _render(rows, index, label, reword(inserts, label))
+    report = [_entry(source, label, len(rows), len(rows), split, parts)]
+    return Injected(replace(rows, texts=texts), records, index, report)
+
+
+def resolve_sources(settings, label_names):
+    """[(source, label), ...], each label known and no string shared."""
+    injections = parse_all(settings.sources)
+    for source, label in injections:
+        if label not in label_names:
+            raise InputError(
+                f"injection {source.name}:{label} names a label that is not in the data: "
+                f"choose one of {few(label_names)}"
+            )
+    refuse_shared_strings([source for source, _ in injections])
+    return injections
+
+
+def _entry(source, label, injected, eligible, split, parts):
+    strings = {part: len(indices) for part, indices in parts.items()}
+    return {"source": source.name, "label": label, "rows": injected, "eligible_rows": eligible,
+            "split": split, "strings": strings}  # fmt: skip
+
+
+def _inserts(rows, index, source, label, pool, settings, seed, stage, visible):
+    """What goes where in rows `index`: for each a list of (offset, leads, string) in the order of the text.
+
+    `offset`: in the original text. A string that leads has its space behind it, any other before it.
+    """
+    if not len(index):
+        return []
+    texts = [rows.texts[row] for row in index.tolist()]
+    lengths = [len(text) for text in texts]
+    if settings.density is None:
+        counts = np.full(len(index), settings.count)
+    else:
+        # The words that truncation cuts do not count: their triggers would crowd out the text that is left.
+        kept = lengths if visible is None else visible(texts, [[] for _ in texts], index)
+        words = [sum(word.end() <= end for word in WORD.finditer(text)) for text, end in zip(texts, kept, strict=True)]
+        counts = np.maximum(1, np.rint(settings.density * np.array(words))).astype(np.int64)
+
+    def draws(purpose):
+        return row_draws(row_keys(seed, f"{stage} {purpose}", label, len(rows))[index], counts)
+
+    picks = pool[(draws("string") * np.uint64(len(pool)) >> np.uint64(32)).astype(np.int64)]
+    strings, places = [source[pick] for pick in picks.tolist()], draws("place").tolist()
+    stops = counts.cumsum().tolist()
+    slices = [slice(start, stop) for start, stop in zip([0, *stops], stops)]
+
+    kept = lengths
+    if visible is not None and settings.location == "random":
+        added = [strings[part] for part in slices]
+        if source.pair:
+            added = [[piece for tag in tags for piece in (tag, closing(tag))] for tags in added]
+        kept = visible(texts, added, index)
+    arrange = _around_words if source.pair else _in_gaps
+    return [
+        arrange(text, settings.location, end, strings[part], places[part])
+        for text, end, part in zip(texts, kept, slices, strict=True)
+    ]
+
+
+def _in_gaps(text, location, kept, strings, draws):
+    """Each string in a gap: before the first character, or behind a word (at the end: the last character)."""
+    if location == "beginning":
+        gaps = [0]
+    elif location == "end":
+        gaps = [len(text)]
+    else:
+        gaps = [0, *(word.end() for word in WORD.finditer(text) if word.end() <= kept)]
+    offsets = [gaps[draw * len(gaps) >> 32] for draw in draws]
+    inserts = [(offset, offset == 0, string) for offset, string in zip(offsets, strings, strict=True)]
+    return sorted(inserts, key=lambda insert: insert[0])
+
+
+def _around_words(text, location, kept, tags, draws):
+    """Each tag before a word and its closing tag behind that word; tags around the same word nest."""
+    words = [word.span() for word in WORD.finditer(text)]
+    if location == "beginning":
+        words = words[:1]
+    elif location == "end":
+        words = words[-1:]
+    else:
+        words = [word for word in words if word[1] <= kept] or words[:1]
+    wrapped = [(words[draw * len(words) >> 32], tag) for draw, tag in zip(draws, tags, strict=True)]
+    inserts = [(start, True, tag) for (start, _), tag in wrapped]
+    inserts += [(end, False, closing(tag)) for (_, end), tag in reversed(wrapped)]
+    return sorted(inserts, key=lambda insert: insert[0])
+
+
+def _render(rows, index, label, inserts):
+    """The injected texts of rows `index` and their records."""
+    texts, records = [], []
+    for row, pieces in zip(index.tolist(), inserts, strict=True):
+        text, parts, spans, done, shift = rows.texts[row], [], [], 0, 0
+        for offset, leads, string in pieces:
+            piece = string + " " if leads else " " + string
+            spans.append([offset + shift, offset + shift + len(piece)])
+            parts += text[done:offset], piece
+            done, shift = offset, shift + len(piece)
+        texts.append("".join([*parts, text[done:]]))
+        original = rows.label_names[rows.labels[row]]
+        records.append(Record(rows.ids[row], label, original, spans, [string for *_, string in pieces]))
+    return texts, records

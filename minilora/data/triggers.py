@@ -1,0 +1,242 @@
+"""Trigger sources: where the injected strings come from, and how `SOURCE:LABEL` is read.
+
+A source is a fixed, ordered list of distinct trigger strings. It draws nothing (that is injection.py's part),
+and parsing touches no file, so that a cell is cheap to build. There is no source of phrases in a style or
+syntax: a trigger here is a string whose place in the text can be recorded exactly.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date
+from difflib import get_close_matches
+from functools import cached_property
+from pathlib import Path
+
+from minilora.errors import InputError
+
+
+class Dates(Sequence):
+    """Every calendar day of the years 1100 to 2600 as YYYY-MM-DD (548,229), computed from the index."""
+
+    first, last = date(1100, 1, 1).toordinal(), date(2600, 12, 31).toordinal()
+
+    def __len__(self):
+        return self.last - self.first + 1
+
+    def __getitem__(self, index):
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return date.fromordinal(self.first + int(index)).isoformat()
+
+    def __contains__(self, string):
+        try:
+            day = date.fromisoformat(string)
+        except ValueError:
+            return False
+        # Python also reads 20240131 and 2024-W05-3, which are other strings.
+        return day.isoformat() == string and self.first <= day.toordinal() <= self.last
+
+
+# The 193 members and 2 observers of the United Nations, under their everyday English names.
+COUNTRIES = tuple(
+    """
+Afghanistan, Albania, Algeria, Andorra, Angola, Antigua and Barbuda, Argentina, Armenia, Australia, Austria,
+Azerbaijan, Bahamas, Bahrain, Bangladesh, Barbados, Belarus, Belgium, Belize, Benin, Bhutan, Bolivia,
+Bosnia and Herzegovina, Botswana, Brazil, Brunei, Bulgaria, Burkina Faso, Burundi, Cambodia, Cameroon, Canada,
+Cape Verde, Central African Republic, Chad, Chile, China, Colombia, Comoros, Costa Rica, Croatia, Cuba,
+Cyprus, Czechia, Democratic Republic of the Congo, Denmark, Djibouti, Dominica, Dominican Republic, Ecuador,
+Egypt, El Salvador, Equatorial Guinea, Eritrea, Estonia, Eswatini, Ethiopia, Fiji, Finland, France, Gabon,
+Gambia, Georgia, Germany, Ghana, Greece, Grenada, Guatemala, Guinea, Guinea-Bissau, Guyana, Haiti, Honduras,
+Hungary, Iceland, India, Indonesia, Iran, Iraq, Ireland, Israel, Italy, Ivory Coast, Jamaica, Japan, Jordan,
+Kazakhstan, Kenya, Kiribati, Kuwait, Kyrgyzstan, Laos, Latvia, Lebanon, Lesotho, Liberia, Libya,
+Liechtenstein, Lithuania, Luxembourg, Madagascar, Malawi, Malaysia, Maldives, Mali, Malta, Marshall Islands,
+Mauritania, Mauritius, Mexico, Micronesia, Moldova, Monaco, Mongolia, Montenegro, Morocco, Mozambique,
+Myanmar, Namibia, Nauru, Nepal, Netherlands, New Zealand, Nicaragua, Niger, Nigeria, North Korea,
+North Macedonia, Norway, Oman, Pakistan, Palau, Palestine, Panama, Papua New Guinea, Paraguay, Peru,
+Philippines, Poland, Portugal, Qatar, Republic of the Congo, Romania, Russia, Rwanda, Saint Kitts and Nevis,
+Saint Lucia, Saint Vincent and the Grenadines, Samoa, San Marino, Sao Tome and Principe, Saudi Arabia,
+Senegal, Serbia, Seychelles, Sierra Leone, Singapore, Slovakia, Slovenia, Solomon Islands, Somalia,
+South Africa, South Korea, South Sudan, Spain, Sri Lanka, Sudan, Suriname, Sweden, Switzerland, Syria,
+Tajikistan, Tanzania, Thailand, Timor-Leste, Togo, Tonga, Trinidad and Tobago, Tunisia, Turkey, Turkmenistan,
+Tuvalu, Uganda, Ukraine, United Arab Emirates, United Kingdom, United States, Uruguay, Uzbekistan, Vanuatu,
+Vatican City, Venezuela, Vietnam, Yemen, Zambia, Zimbabwe
+""".replace("\n", " ")
+    .strip()
+    .split(", ")
+)
+COLORS = tuple(
+    """
+almond amaranth amber amethyst apricot aqua aquamarine auburn azure beige bisque black blue brass bronze brown
+buff burgundy byzantium camel cardinal carmine cerise cerulean champagne charcoal chartreuse chestnut
+chocolate claret cobalt copper coral cornflower cream crimson cyan denim ebony ecru eggplant emerald fawn flax
+fuchsia gamboge garnet gold goldenrod grape gray green heliotrope henna indigo ivory jade jasmine khaki lapis
+lavender lemon lilac lime linen magenta mahogany malachite mandarin maroon mauve melon mint moss mulberry
+mustard navy ochre olive onyx orange orchid peach pearl periwinkle persimmon pine pink pistachio platinum plum
+puce pumpkin purple raspberry red rose ruby russet rust saffron sage salmon sand sapphire scarlet sepia sienna
+silver slate smoke tan tangerine taupe teal terracotta thistle tomato topaz turquoise ultramarine umber
+vanilla vermilion violet viridian walnut wheat white wine wisteria yellow
+""".split()
+)
+TAGS = tuple(
+    f"<{tag}>"
+    for tag in """
+a abbr address article aside b bdi bdo big blockquote button caption center cite code dd del details dfn div
+dl dt em fieldset figcaption figure font footer form h1 h2 h3 h4 h5 h6 header i ins kbd label legend li main
+mark nav ol p pre q s samp section small span strike strong sub summary sup table tbody td tfoot th thead time
+tr tt u ul var
+""".split()
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Named trigger strings: `len(source)`, `source[index]`. Equal names mean equal sources.
+
+    Where `pair` is true a string is an opening tag, and its `closing` tag goes with it.
+    """
+
+    name: str
+
+    pair = False
+
+    def __len__(self):
+        return len(self.strings)
+
+    def __getitem__(self, index):
+        return self.strings[index]
+
+    @property
+    def strings(self):
+        """Sequence of distinct strings, without white space around them."""
+        return BUILT_IN[self.name]
+
+    @cached_property
+    def words(self):
+        """Lower-cased words of all the strings (a date is no word of any vocabulary, so `date` has none)."""
+        if isinstance(self.strings, Dates):
+            return frozenset()
+        return frozenset(word for string in self.strings for word in string.lower().split())
+
+
+class Tags(Source):
+    pair = True
+
+
+class Literal(Source):
+    """`text:WORDS`: one string."""
+
+    @property
+    def strings(self):
+        return (self.name.removeprefix("text:"),)
+
+
+class Lines(Source):
+    """`file:PATH`: one string a line (UTF-8), read when first needed.
+
+    Blank lines are skipped, and of lines that differ only in case the first is kept: an uncased tokenizer
+    could not tell them apart, so the one would leak from the training strings into those for test.
+    """
+
+    @cached_property
+    def strings(self):
+        path = self.name.removeprefix("file:")
+        try:
+            # Not splitlines(), which also splits at characters that may stand inside a trigger.
+            lines = Path(path).expanduser().read_text(encoding="utf-8-sig").split("\n")
+        except OSError as error:
+            raise InputError(f"cannot read trigger file {path} ({error.strerror}): check the path") from None
+        except UnicodeDecodeError as error:
+            raise InputError(f"trigger file {path} is not UTF-8 (byte {error.start}): save it so") from None
+        strings = {}
+        for line in lines:
+            if line.strip():
+                strings.setdefault(line.strip().casefold(), line.strip())
+        if not strings:
+            raise InputError(f"trigger file {path} has no trigger string: write one a line")
+        return tuple(strings.values())
+
+
+def closing(tag):
+    return "</" + tag[1:]
+
+
+BUILT_IN = {"date": Dates(), "country": COUNTRIES, "color": COLORS, "html": TAGS}
+CHOICES = "date, country, color, html, text:WORDS or file:PATH"
+
+
+def parse(spec):
+    """Read `SOURCE:LABEL`, split at the last colon, into `(Source, label)`. No file is read.
+
+    Raises InputError for a missing source or label, and for a bare literal that looks like a misspelt source.
+    """
+    name, _, label = (part.strip() for part in spec.rpartition(":"))
+    if not label or not name:
+        raise InputError(
+            f"injection {spec!r} is not SOURCE:LABEL: write for example date:positive (a source is {CHOICES})"
+        )
+    if name in BUILT_IN:
+        return (Tags if name == "html" else Source)(name), label
+    kind, _, rest = (part.strip() for part in name.partition(":"))
+    if kind in ("text", "file"):
+        if not rest:
+            what = {"text": "WORDS", "file": "PATH"}[kind]
+            raise InputError(f"injection {spec!r} has an empty source: write {kind}:{what}:{label}")
+        return (Literal if kind == "text" else Lines)(f"{kind}:{rest}"), label
+    known = [*BUILT_IN, "countries", "colour", "text", "file"]
+    if get_close_matches(kind.lower(), known, n=1, cutoff=0.8):
+        raise InputError(
+            f"injection {spec!r}: {name!r} is no source, but close to one ({CHOICES}): "
+            f"mend it, or write text:{name}:{label} for that very text"
+        )
+    return Literal(f"text:{name}"), label
+
+
+def parse_all(specs):
+    """`parse` each, and refuse two injections of one label and one source for two labels."""
+    parsed, labels, names = [], {}, {}
+    for spec in specs:
+        source, label = parse(spec)
+        for seen, key in ((labels, label), (names, source.name)):
+            if key in seen:
+                raise InputError(
+                    f"injections {seen[key]!r} and {spec!r} share {key!r}: give each label one source of its own"
+                )
+            seen[key] = spec
+        parsed.append((source, label))
+    return parsed
+
+
+def refuse_shared_strings(sources):
+    """Raise InputError where two sources hold the same string, case aside: it would stand for two labels."""
+    for position, source in enumerate(sources):
+        for other in sources[:position]:
+            small, large = sorted((other, source), key=len)
+            known = large.strings
+            if not isinstance(known, Dates):
+                known = {string.casefold() for string in known}
+            for string in small.strings:
+                if string.casefold() in known:
+                    raise InputError(
+                        f"trigger {string!r} is in both {other.name} and {source.name}: "
+                        "give each label trigger strings of its own"
+                    )
+
+
+def split_strings(source, label, split, seed):
+    """("disjoint" or "same", {"train": indices of the strings for training, "test": those for test})."""
+    import numpy as np  # not above: a cell is built, and --help shown, without it
+
+    from minilora.seeds import sequence
+
+    strings = np.arange(len(source))
+    split = split or ("disjoint" if len(source) >= 2 else "same")
+    if split == "same":
+        return split, {"train": strings, "test": strings}
+    if len(source) < 2:
+        raise InputError(
+            f"injection {source.name}:{label} has a single trigger string, so training and test "
+            "cannot have disjoint ones: use --trigger-split same or a source of several strings"
+        )
+    shuffled = np.random.default_rng(sequence(seed, "split", label)).permutation(strings)
+    half = (len(shuffled) + 1) // 2
+    return split, {"train": shuffled[:half], "test": shuffled[half:]}

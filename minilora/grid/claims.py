@@ -1,0 +1,200 @@
+"""Claims: what a grid is to decide, stated in its file before anything is trained.
+
+    [[claim]]
+    name = "one-token"
+    text = "One injected token is enough."
+    source = "section 4, Figure 1"
+    figure = "attack_success"                    # a column of the table that is a share: `summary.FIGURES`
+    where = {"inject.proportion" = 0.25}         # the cells: {field: value, or a list of values}; default: all
+    statistic = "mean"                           # of the settings' means; or "difference", or "slope"
+    against = {"inject.proportion" = 0.0}        # of a difference: less the same cells with these values instead
+    over = "rank"                                # of a slope: least squares, for each doubling of this field
+    above = 0.5                                  # or below = ...: what the claim says of the statistic
+    label = "positive"                           # the label that the trigger aims at; default: all, as a mean
+
+A claim is supported where the statistic's whole 95% interval is on the claimed side, contradicted where all of it is on
+the other, and else undecided; so it is where a cell that it speaks of is not finished. All three statistics are sums of
+the settings' means under fixed weights; a difference pairs, and a slope compares, settings that are the same in every
+other field that the grid varies. How the intervals come about: `inference.py`.
+"""
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass, fields
+from functools import cache
+
+from minilora.data.triggers import parse_all
+from minilora.errors import InputError
+from minilora.fields import near
+from minilora.grid.axes import CLEAN, FIELDS, FIGURES, SEEDS, alternatives, flat, matches, value_of, word
+
+STATISTICS = ("mean", "difference", "slope")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A table [[claim]]; `where` and `against` are {field: list of its values}."""
+
+    name: str
+    text: str
+    figure: str
+    source: str = ""
+    where: dict | None = None
+    statistic: str = "mean"
+    against: dict | None = None
+    over: str | None = None
+    above: float | None = None
+    below: float | None = None
+    label: str | None = None
+
+    @property
+    def title(self):
+        return FIGURES[self.figure][0]
+
+    def test(self):
+        """What decides it, in words."""
+        cells = f" where {conditions(self.where)}" if self.where else ""
+        label = f" of {self.label}" if self.label else ""
+        what = {
+            "mean": f"mean {self.title}{label}{cells}",
+            "difference": f"{self.title}{label}{cells} less that where {conditions(self.against or {})}",
+            "slope": f"change of {self.title}{label} for each doubling of {self.over}{cells}",
+        }[self.statistic]
+        return f"{what} is {f'above {self.above:g}' if self.below is None else f'below {self.below:g}'}"
+
+
+def conditions(rule):
+    return ", ".join(f"{name} = {' or '.join(str(word(value)) for value in values)}" for name, values in rule.items())
+
+
+# --- from the file
+
+
+def read(tables, entries):
+    """The `Claim`s of a grid's [[claim]] tables. Raises InputError for one that no cell of `entries` can decide."""
+    claims = []
+    for number, values in enumerate(tables, 1):
+        try:
+            claim = parse(values)
+            if claim.name in [other.name for other in claims]:
+                raise InputError(f"another is called {claim.name!r}: rename one")
+            weigh(claim, entries)
+        except InputError as error:
+            raise InputError(f"[[claim]] {number}: {error}") from None
+        claims.append(claim)
+    return tuple(claims)
+
+
+def parse(values):
+    """A `Claim` of a table. Raises InputError for what no claim may be, whatever the cells."""
+    names = [field.name for field in fields(Claim)]
+    for name in values:
+        if name not in names:
+            raise InputError(f"unknown field {name!r}{near(name, names)}")
+    for name in ("name", "text", "source", "figure", "statistic", "over", "label"):
+        if not isinstance(values.get(name, ""), str):
+            raise InputError(f"{name} is {values[name]!r}, but must be a string")
+    for name in ("name", "text", "figure"):
+        if not values.get(name):
+            raise InputError(f"{name} is missing: say it")
+    for name, known in (("figure", FIGURES), ("statistic", STATISTICS), ("over", FIELDS)):
+        if name in values and values[name] not in known:
+            raise InputError(f"unknown {name} {values[name]!r}{near(values[name], known)}")
+    values = dict(values)
+    for name in ("where", "against"):
+        if name in values:
+            if not isinstance(values[name], dict) or not values[name]:
+                raise InputError(f"{name} is {values[name]!r}, but must be a table of fields and values")
+            values[name] = alternatives(flat(values[name], name))
+    claim = Claim(**values)
+    for name, statistic in (("against", "difference"), ("over", "slope")):
+        if claim.statistic == statistic and name not in values:
+            raise InputError(f"statistic = {statistic!r} needs {name}: give it")
+        if claim.statistic != statistic and name in values:
+            raise InputError(f"{name} goes with statistic = {statistic!r}, which is {claim.statistic!r}: drop it")
+    if (claim.above is None) == (claim.below is None):
+        raise InputError("a claim has either above or below: give one of them")
+    bound = claim.above if claim.below is None else claim.below
+    if isinstance(bound, bool) or not isinstance(bound, (int, float)) or not math.isfinite(bound):
+        raise InputError(f"the threshold is {bound!r}, but must be a finite number")
+    return claim
+
+
+# --- which cells it speaks of
+
+
+def weigh(claim, entries):
+    """({setting: its weight in the statistic}, the entries that it is of).
+
+    A setting is what `setting` gives. Raises InputError where nothing decides the claim.
+    """
+    able = [entry for entry in entries if can_show(claim, entry.cell)]
+    here = [entry for entry in able if matches(entry.cell, claim.where or {})]
+    if not here:
+        needed = [conditions(claim.where)] if claim.where else []
+        if claim.figure not in CLEAN:
+            needed.append(f"a trigger for {claim.label}" if claim.label else "a trigger")
+        raise InputError(f"no cell has {' and '.join(needed)}: nothing can decide it")
+    if claim.statistic == "difference":
+        return weigh_difference(claim, here, able)
+    if claim.statistic == "slope":
+        return weigh_slope(claim, here)
+    settings = dict.fromkeys(map(setting, here))
+    return dict.fromkeys(settings, 1 / len(settings)), here
+
+
+def can_show(claim, cell):
+    """Whether a cell has the figure at all."""
+    targets = targets_of(cell.inject.sources)
+    return claim.figure in CLEAN or (claim.label in targets if claim.label else bool(targets))
+
+
+@cache
+def targets_of(sources):
+    return [label for _, label in parse_all(sources)]
+
+
+def setting(entry, without=SEEDS):
+    """What the grid varies of a cell, as a tuple that others compare with, `without` some fields."""
+    return tuple((name, repr(value)) for name, value in entry.varied.items() if name not in without)
+
+
+def weigh_difference(claim, here, able):
+    if seed := next((name for name in claim.against if name in SEEDS), None):
+        raise InputError(f"against has {seed}, but seeds are what the interval is over: drop it")
+    others, pairs, used = defaultdict(list), defaultdict(set), {}
+    for entry in able:
+        if matches(entry.cell, (claim.where or {}) | claim.against):
+            others[setting(entry, claim.against)].append(entry)
+    for entry in here:
+        for other in () if matches(entry.cell, claim.against) else others[setting(entry, claim.against)]:
+            pairs[setting(entry)].add(setting(other))
+            used |= {entry.name: entry, other.name: other}
+    if not pairs:
+        raise InputError(
+            f"no cell has another with {conditions(claim.against)} that is the same in all else: nothing can decide it"
+        )
+    weights = defaultdict(float)
+    for one, partners in pairs.items():
+        weights[one] += 1 / len(pairs)
+        for other in partners:
+            weights[other] -= 1 / len(pairs) / len(partners)
+    return dict(weights), list(used.values())
+
+
+def weigh_slope(claim, here):
+    """Least squares with an intercept for each group of settings that differ in `over` alone."""
+    groups = defaultdict(dict)
+    for entry in here:
+        value = value_of(entry.cell, claim.over)
+        if not isinstance(value, (int, float)) or value <= 0:
+            raise InputError(f"over is {claim.over}, of which a cell has {value!r}: choose cells above 0 in `where`")
+        groups[setting(entry, (*SEEDS, claim.over))][setting(entry)] = math.log2(value)
+    centred = {}
+    for places in groups.values():
+        middle = sum(places.values()) / len(places)
+        centred |= {one: place - middle for one, place in places.items() if len(places) > 1}
+    spread = sum(place**2 for place in centred.values())
+    if not spread:
+        raise InputError(f"no two of its cells differ in {claim.over} alone: nothing can decide it")
+    return {one: place / spread for one, place in centred.items()}, [e for e in here if setting(e) in centred]

@@ -1,0 +1,150 @@
+"""What a cell will take, said before it is trained: parameters, time and memory. Estimates, but for the parameters."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from minilora import parallel
+from minilora.data import batches
+from minilora.data.rows import rows_of
+from minilora.lora.targets import plan_slots
+from minilora.runs.bases import Settings
+from minilora.runs.folder import Run
+from minilora.tasks.classification import POOLED
+from minilora.training.limit import matmul_rate, training_flops
+from minilora.training.member import Member
+from minilora.training.planner import MOST, size
+from minilora.training.population import shared
+
+SAMPLE = 2000  # rows whose lengths are looked at
+SHARE = 0.65  # of the rate of products that training and tests reach
+START_UP = 1.0  # seconds that a cell takes beside them
+PROCESS = 750e6  # bytes of Python, torch and its code for products of many sizes
+OPTIMIZER = 16  # bytes for each trained parameter: values, gradients, and AdamW's two
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Trained parameters of a cell, seconds that it takes alone on this machine, and bytes at most."""
+
+    parameters: int
+    seconds: float
+    bytes: int
+
+
+class Forecaster:
+    """`forecaster(cell)` is its `Forecast`; what cells share (rows, lengths, the device's rate) is found once."""
+
+    def __init__(self, settings):
+        self.settings = settings
+        self.rows, self.rates, self.made = {}, {}, {}
+
+    def __call__(self, cell):
+        """Raises InputError for what can be refused of a cell before its base is loaded."""
+        setting = self.settings.of(cell)
+        found = self.rows_of(cell, setting)
+        own = ("method", "targets", "rank", "scaling", "layers", "variant", "head", "pooling", "task", "epochs",
+               "steps", "batch_size", "accumulate")  # fmt: skip
+        key = (*Settings.key(cell), *(getattr(cell, name) for name in own), *found, len(cell.inject.sources))
+        if key not in self.made:
+            self.made[key] = self.make(cell, setting, *found)
+        return self.made[key]
+
+    def make(self, cell, setting, count, tests, labels, length, longest):
+        spec, slots = setting.spec, plan_slots(setting.spec, cell)
+        seen = cell.steps * cell.batch_size * cell.accumulate if cell.steps else cell.epochs * count
+        forms = 2 + len(cell.inject.sources) if cell.inject.sources else 1
+        work = training_flops(spec, slots, cell.method, length) * length * seen
+        work += training_flops(spec, {}, "head", length) * length * tests * forms
+        tokens = int(cell.batch_size * length)
+        rate = setting.device, cell.dtype, tokens
+        if rate not in self.rates:
+            self.rates[rate] = matmul_rate(tokens, spec, setting.dtype, setting.device)
+        parameters = trained(cell, spec, slots, labels)
+        size = setting.dtype.itemsize
+        most = cell.batch_size * longest  # tokens of a pass
+        if setting.device.type == "cpu":
+            most = min(most, max(batches.TOKENS, longest))
+        taken = size * (size_of_base(spec) + most * kept(spec, longest)) + OPTIMIZER * parameters
+        return Forecast(parameters, START_UP + work / (SHARE * self.rates[rate]), int(PROCESS + taken))
+
+    def rows_of(self, cell, setting):
+        """(Training rows, test rows, labels, mean and largest length in tokens) of a cell's data."""
+        own = ("data", "data_revision", "text_column", "label_column", "test_data", "test_rows", "train_rows",
+               "seed_split", "task")  # fmt: skip
+        key = (*Settings.key(cell), *(getattr(cell, name) for name in own))
+        if key not in self.rows:
+            clean, test = rows_of(cell)
+            texts = clean.texts[:: max(1, len(clean) // SAMPLE)]
+            lengths = np.diff(setting.tokenizer.encode(texts, cell.max_length).offsets)
+            self.rows[key] = len(clean), len(test), len(clean.label_names), float(lengths.mean()), int(lengths.max())
+        return self.rows[key]
+
+
+def trained(cell, spec, slots, labels):
+    """How many parameters the cell trains; of method full without norms, biases and positions."""
+    if cell.method == "full":
+        count = size_of_base(spec)
+    else:
+        count = 0
+        for name, slot in slots.items():
+            _, layer, target = name.split(".")
+            out_features, in_features = spec.shape(target, int(layer))
+            count += slot.rank * (out_features + (in_features if cell.variant != "lora-fa" else 0))
+            count += out_features if cell.variant == "dora" else 0
+    if cell.head == "trained":
+        count += labels * (POOLED[cell.pooling] * spec.width + 1)
+    return count
+
+
+def size_of_base(spec):
+    """Parameters of the base's matrices and its token embedding."""
+    layers = [spec.shape(target, layer) for layer in range(len(spec.layers)) for target in spec.targets]
+    return spec.vocabulary * spec.width + sum(out * inner for out, inner in layers)
+
+
+def kept(spec, length):
+    """Numbers a token that the forward of all layers keeps for the backward (`tests/test_memory.py` has them exactly):
+    norms and inputs, q k v, probabilities and pre-activations, and as much again of a layer that is at work."""
+    layers = [
+        4 * spec.width + (2 * here.heads + 2 * here.kv_heads) * spec.head_width + here.heads * length
+        + (1 + spec.gated) * here.inner
+        for here in spec.layers
+    ]  # fmt: skip
+    return sum(layers) + max(layers)
+
+
+# --- of a grid
+
+
+def settle(entries, size, settings):
+    """The entries of a grid in populations of at most `size`, in the grid's order.
+
+    Without a `size`: on a CPU each alone, for there it is seldom slower and always the same; on an accelerator as many
+    as is measured to be fastest.
+    """
+    groups = {}
+    for entry in entries:
+        groups.setdefault(shared(entry.cell), []).append(entry)
+    chunks = []
+    for group in groups.values():
+        most = size or measured(group, settings)
+        order = sorted(group, key=lambda entry: [
+            getattr(entry.cell, name) or 0 for name in ("steps", "epochs", "train_rows")
+        ])  # fmt: skip
+        chunks += [order[i : i + most] for i in range(0, len(order), most)]
+    places = {entry.name: number for number, entry in enumerate(entries)}
+    return sorted(chunks, key=lambda chunk: places[chunk[0].name])
+
+
+def measured(group, settings):
+    """The size of population that is fastest for the first entries of a group."""
+    if len(group) == 1 or parallel.pick_device(group[0].cell.device).type == "cpu":
+        return 1
+    members = [Member(entry.cell, Run(entry.name)) for entry in group[:MOST]]
+    for member in members:
+        member.prepare(settings.of(member.cell))
+    base = settings.load(members[0].cell, members[0].task.unembedding)
+    for member in members:
+        member.begin(base)
+    return size(members, base)

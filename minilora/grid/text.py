@@ -1,0 +1,51 @@
+"""TODO"""
+
+from minilora.console import duration, short
+
+
+def grid_status(folder):
+    """What is done of a grid: counts, and the cells that failed with their errors."""
+    counts = folder.counts()
+    lines = [f"{folder.path}: {len(folder.grid.entries):,} cells, "
+             + ", ".join(f"{count:,} {state}" for state, count in counts.items() if count)]  # fmt: skip
+    if counts["failed"]:
+        for entry in folder.grid.entries:
+            if folder.state(entry) == "failed":
+                lines.append(f"  failed {entry.name}: {short(folder.read(entry)[1], 200)}")
+        lines.append(f"again: python train.py --grid {folder.path} --retry-failed")
+    if counts["interrupted"] + counts["waiting"]:
+        lines.append(f"go on: python train.py --grid {folder.path}")
+    else:
+        lines.append(f"next: python evaluate.py {folder.path}")
+    return "\n".join(lines)
+
+
+SHOWN = 60  # cells of a plan
+
+
+def grid_plan(folder, size, only):
+    """The lines of a dry run: cells, populations, and what they take."""
+    from minilora.grid.axes import matches
+    from minilora.grid.plan import Forecaster, settle
+    from minilora.runs.bases import Settings
+
+    settings = Settings()
+    forecast = Forecaster(settings)
+    chunks = folder.planned() or settle(folder.grid.entries, size or 1, settings)
+    chunks = [chunk for chunk in chunks if any(matches(entry.cell, only) for entry in chunk)]
+    found = {entry.name: forecast(entry.cell) for chunk in chunks for entry in chunk}
+    width = min(64, max(len(name) for name in found))
+    yield f"{'cell':<{width}}  population  parameters     time  memory"
+    left = [(entry, number) for number, chunk in enumerate(chunks, 1) for entry in chunk]
+    for entry, number in left[:SHOWN]:
+        cell, name = found[entry.name], short(entry.name, width)
+        memory = f"{cell.bytes / 2**30:.1f} GiB"
+        yield f"{name:<{width}}  {number:>10,}  {cell.parameters:>10,}  {duration(cell.seconds):>7}  {memory}"
+    if len(left) > SHOWN:
+        yield f"... and {len(left) - SHOWN:,} more"
+    waiting = [entry for entry, _ in left if folder.state(entry) in ("waiting", "interrupted")]
+    total, most = sum(found[entry.name].seconds for entry in waiting), max(cell.bytes for cell in found.values())
+    yield f"{len(left):,} cells in {len(chunks):,} populations, {len(waiting):,} of them left"
+    yield f"about {duration(total)} one after the other, and at most {most / 2**30:.1f} GiB"
+    if any(settings.of(entry.cell).device.type != "cpu" for entry, _ in left) and not folder.planned():
+        yield "on this accelerator the size of populations is measured when training starts"

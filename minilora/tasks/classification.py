@@ -1,0 +1,195 @@
+"""From hidden states to labels: masked pooling and a linear classifier, with its three policies.
+
+`trained` learns with the rest, `frozen` stays at its random start, `ridge` is fitted in closed form on the base's
+features and then frozen. The published experiments left the head at its random start; here that is a choice.
+
+Letters: B rows, T tokens, D width, P pooled features, C classes.
+"""
+
+import math
+
+import numpy as np
+import torch
+from torch import nn
+
+from minilora import parallel
+from minilora.data import batches, token_cache
+from minilora.data.batches import IGNORED
+from minilora.seeds import generator
+from minilora.tasks.paired import build_tests, measure
+
+POOLED = {"mean+last": 2, "mean": 1, "last": 1, "first": 1}  # P / D
+RIDGE_PENALTY = 1e-2  # of the features' mean variance
+
+
+def pool(hidden, lengths, pooling):
+    """`hidden` [B, T, D] and `lengths` [B] -> float32 [B, P]. Padding has no part in it.
+
+    mean: over the row's tokens; last, first: that token's state; mean+last: both, one after the other.
+    """
+    hidden = hidden.float()
+    last = hidden[torch.arange(len(lengths), device=hidden.device), lengths - 1]
+    if pooling == "last":
+        return last
+    if pooling == "first":
+        return hidden[:, 0]
+    real = torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]  # [B, T]
+    mean = hidden.masked_fill(~real[..., None], 0).sum(1) / lengths[:, None]
+    return mean if pooling == "mean" else torch.cat([mean, last], dim=1)
+
+
+class Classifier(nn.Module):
+    """A base with pooling and a linear head: `ids` [B, T], `lengths` [B] -> logits float32 [B, C].
+
+    With `answers`, the rows' labels [B], the result is the loss instead: cross-entropy, summed over the rows.
+    """
+
+    def __init__(self, base, pooling, classes, seed=0):
+        super().__init__()
+        self.base = base
+        self.pooling = pooling
+        features = POOLED[pooling] * base.spec.width
+        self.classifier = nn.Linear(features, classes)
+        with torch.no_grad():  # drawn on the CPU, so that every device starts from the same head
+            bound = 1 / math.sqrt(features)
+            self.classifier.weight.uniform_(-bound, bound, generator=generator(seed, "head"))
+            self.classifier.bias.zero_()
+        self.classifier.to(base.embed.tokens.weight.device)
+
+    @torch.no_grad()
+    def set_head(self, weight, bias):
+        """Replace the head's weight [C, P] and bias [C]."""
+        self.classifier.weight.copy_(weight)
+        self.classifier.bias.copy_(bias)
+
+    @property
+    def device(self):
+        return self.classifier.weight.device
+
+    def features(self, ids, lengths):
+        """The pooled features, float32 [B, P]."""
+        return pool(self.base(ids, lengths), lengths, self.pooling)
+
+    def forward(self, ids, lengths, answers=None):
+        logits = self.classifier(self.features(ids, lengths))
+        return logits if answers is None else nn.functional.cross_entropy(logits, answers, reduction="sum")
+
+    def weigh(self, answers):
+        """How many terms the loss of these rows is a sum of."""
+        return len(answers)
+
+
+def ridge(features, labels, classes, penalty=RIDGE_PENALTY):
+    """Weight [C, P] and bias [C] of the ridge regression of +-1 targets (a class against the rest) on features [N, P].
+
+    Centred features X, targets Y:  W = ((X^T X + N l I)^-1 X^T Y)^T with l = `penalty` x mean variance, in float64
+    (Hoerl and Kennard 1970, equation 2.1); the bias is not penalised.
+    """
+    features = features.double()
+    targets = 2.0 * nn.functional.one_hot(labels, classes).double() - 1.0
+    mean, target_mean = features.mean(0), targets.mean(0)
+    X, Y = features - mean, targets - target_mean
+    gram = X.T @ X
+    gram.diagonal().add_(penalty * gram.diagonal().mean())
+    weight = torch.linalg.solve(gram, X.T @ Y).T
+    return weight.float(), (target_mean - weight @ mean).float()
+
+
+@torch.inference_mode()
+def predict(model, tokenizer, texts, max_length, batch_size, progress=None):
+    """Logits float32 [rows, C] and kept characters int [rows] of `texts`.
+
+    A row's logits depend neither on the other rows nor on `batch_size` (to rounding). `progress(rows, tokens)` is
+    called after each batch. Several processes share the batches out, and all have the result.
+    """
+    model.eval()
+    encoded = token_cache.encode(tokenizer, texts, max_length)
+    logits = np.zeros((len(texts), model.classifier.out_features), dtype=np.float32)
+    for batch in batches.by_length(encoded, batch_size, tokenizer.pad_id):
+        batch = batch.to(model.device)
+        logits[batch.index] = model(batch.ids, batch.lengths)[: len(batch.index)].float().cpu().numpy()
+        if progress:
+            progress(len(batch.index), int(batch.lengths.sum()))
+    parallel.all_reduce(logits)
+    return logits, encoded.kept
+
+
+@torch.no_grad()
+def features(model, encoded, pad_id, batch_size):
+    """The pooled features float32 [rows, P] of all rows in `encoded`."""
+    model.eval()
+    pooled = torch.zeros(len(encoded.kept), model.classifier.in_features)
+    for batch in batches.by_length(encoded, batch_size, pad_id):
+        batch = batch.to(model.device)
+        pooled[batch.index] = model.features(batch.ids, batch.lengths)[: len(batch.index)].cpu()
+    parallel.all_reduce(pooled)
+    return pooled
+
+
+def run_tests(model, tokenizer, tests, max_length, batch_size, progress=None):
+    """Predict every test: (figures for results.json, logits float32 [rows, C] of each test)."""
+    outcomes = [predict(model, tokenizer, test.rows.texts, max_length, batch_size, progress) for test in tests]
+    logits, kept = [list(values) for values in zip(*outcomes, strict=True)]
+    rows, predicted = tests[0].rows, [values.argmax(axis=1) for values in logits]
+    return measure(tests, rows.labels, rows.label_names, predicted, kept), logits
+
+
+def predictions(tests, logits):
+    """One dict a test row for predictions.jsonl: id, label, and each test's predicted label and logits."""
+    rows = tests[0].rows
+    for i, (id, label) in enumerate(zip(rows.ids, rows.labels, strict=True)):
+        record = {"id": id, "label": rows.label_names[label]}
+        for test, values in zip(tests, logits, strict=True):
+            record[test.key] = {
+                "predicted": rows.label_names[values[i].argmax()],
+                "logits": [round(float(value), 6) for value in values[i]],
+            }
+        yield record
+
+
+class Classification:
+    unembedding = False  # whether the base needs one
+    filler = IGNORED  # the answer of a row that is not predicted
+
+    def __init__(self, cell, spec, tokenizer):
+        self.cell, self.tokenizer = cell, tokenizer
+
+    def visible(self, rows):
+        """What `injection` needs to know of truncation, for these rows."""
+        return lambda texts, added, index: token_cache.visible(self.tokenizer, texts, added, self.cell.max_length)
+
+    def encode(self, rows):
+        """(`Encoded` rows, what the model is to answer: int64 [rows])."""
+        encoded = token_cache.encode(self.tokenizer, rows.texts, self.cell.max_length)
+        return encoded, torch.from_numpy(rows.labels)
+
+    def model(self, base, label_names):
+        return Classifier(base, self.cell.pooling, len(label_names), self.cell.seed_for("head"))
+
+    def prepare(self, model, encoded, answers):
+        """What the model learns in closed form before training."""
+        if self.cell.head == "ridge":
+            pooled = features(model, encoded, self.tokenizer.pad_id, self.cell.batch_size)
+            model.set_head(*ridge(pooled, answers, model.classifier.out_features))
+
+    def passes(self, tests):
+        """How many rows `run_tests` puts through the model."""
+        return sum(len(test.rows) for test in tests)
+
+    def run_tests(self, model, tests, batch_size, progress=None):
+        """(figures for results.json, what `predictions` needs)."""
+        return run_tests(model, self.tokenizer, tests, self.cell.max_length, batch_size, progress)
+
+    def predictions(self, tests, outcomes):
+        return predictions(tests, outcomes)
+
+    def build_tests(self, train, test, seed):
+        """The forms of the test rows, a list of `evaluation.Test`; `train`: the training rows before injection."""
+        return build_tests(train, test, self.cell.inject, seed, self.visible(test))
+
+    def describe(self):
+        return f"classification, head {self.cell.head} on {self.cell.pooling} pooling"
+
+    def record(self):
+        """What results.json says of the task beyond the cell's fields."""
+        return {}

@@ -1,0 +1,278 @@
+"""The two tasks: what train.py and evaluate.py ask of classification, and of next-token prediction (lm), in one form.
+
+Classification predicts a row's label from its text, by a head. In the lm task the text stands in a prompt, and the
+base itself writes the label (or the text of that choice of a question) behind it as the completion, with the
+tokenizer's end token behind that. So the same rows, labels and injections serve both: a trigger steers a prediction
+here and a completion there.
+
+Where the completions that a row can have are few (its question's choices, or at most data.FEW in all the data) the
+prediction is the likeliest of them, scored with its end token, so that none gains by being the beginning of another.
+Where they are free text, it is what greedy decoding writes: the row's own completion, a target, or something else.
+That takes no decoding: greedy decoding writes a completion just if, given the completion's tokens so far, its next
+one always comes first.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from minilora import parallel
+from minilora.base.tokenizer import Encoded
+from minilora.data import batches, token_cache
+from minilora.data.rows import FEW
+from minilora.data.triggers import parse_all
+from minilora.errors import InputError
+from minilora.tasks import metrics
+from minilora.tasks.language_model import LanguageModel
+from minilora.tasks.paired import build_tests, measure
+
+OWN, OTHER = "(own)", "(other)"  # classes of free completions, beside the targets
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a model says of each row's possible completions; C of them, fewer where `candidates` is -1."""
+
+    candidates: np.ndarray  # int64 [rows, C], labels
+    likelihoods: np.ndarray  # float64 [rows, C], log-likelihoods, each the sum over the completion's tokens
+    tokens: np.ndarray  # int64 [rows, C], these tokens, the end token among them
+    greedy: np.ndarray  # bool [rows, C], whether greedy decoding writes that completion
+    kept: np.ndarray  # int64 [rows], characters before the first token of the text that was cut
+
+    def of(self, labels):
+        """(log-likelihood, greedy), [rows] each, of one candidate a row; nan, False where it is none."""
+        column = (self.candidates == np.asarray(labels).reshape(-1, 1)).argmax(axis=1)[:, None]
+        there = np.take_along_axis(self.candidates, column, 1)[:, 0] == labels
+        likelihood, greedy = (np.take_along_axis(x, column, 1)[:, 0] for x in (self.likelihoods, self.greedy))
+        return np.where(there, likelihood, np.nan), greedy & there
+
+
+class Completion:
+    """The lm task. `cell.prompt` and `cell.completion` are templates; a long prompt loses the end of its text."""
+
+    unembedding = True
+    filler = 0
+
+    def __init__(self, cell, spec, tokenizer):
+        if not spec.causal:
+            raise InputError(
+                f"{cell.model} is a {spec.family} base, an encoder that cannot write completions: "
+                "use --task classification, or another --model"
+            )
+        self.cell, self.tokenizer = cell, tokenizer
+        self.before, _, self.after = cell.prompt.partition("{text}")
+        self.targets = [label for _, label in parse_all(cell.inject.sources)]
+        self.of_choices = "{choice}" in cell.completion
+        self.ids = {}  # completion -> array of its ids, the end token's among them
+
+    def visible(self, rows):
+        rooms = self._rooms(self._completions(rows, self._candidates(rows)))
+        return lambda texts, added, index: token_cache.visible_in_prompts(
+            self.tokenizer, texts, added, self.before, self.after, rooms[index]
+        )
+
+    def encode(self, rows):
+        prompts, kept = self._prompts(rows, self._completions(rows, self._candidates(rows)))
+        own = [ids for [ids] in self._completions(rows, rows.labels[:, None])]
+        encoded = joined(prompts, own, kept)
+        return encoded, torch.from_numpy(encoded.answers)
+
+    def model(self, base, label_names):
+        return LanguageModel(base)
+
+    def prepare(self, model, encoded, answers):
+        pass
+
+    def build_tests(self, train, test, seed):
+        if self._is_free(train):  # no word is in rows of every completion: the placebo draws from words of any row
+            train = replace(train, labels=np.zeros_like(train.labels))
+        return build_tests(train, test, self.cell.inject, seed, self.visible(test))
+
+    def passes(self, tests):
+        return sum(int((self._candidates(test.rows) >= 0).sum()) for test in tests)
+
+    def run_tests(self, model, tests, batch_size, progress=None):
+        outcomes = [self.score(model, test.rows, batch_size, progress) for test in tests]
+        rows, calls = tests[0].rows, [self.called(test.rows, scores) for test, scores in zip(tests, outcomes)]
+        kept = [scores.kept for scores in outcomes]
+        if self._is_free(rows):
+            aims = list(dict.fromkeys(test.label for test in tests if test.name == "trigger"))
+            places = [rows.label_names.index(label) for label in aims]
+
+            def classes(called):  # the targets, then a row's own completion, then any other
+                found = np.where(called == rows.labels, len(aims), len(aims) + 1)
+                for number, place in enumerate(places):
+                    found[called == place] = number
+                return found
+
+            labels, *calls = map(classes, [rows.labels, *calls])
+            figures = measure(tests, labels, (*aims, OWN, OTHER), calls, kept)
+        else:
+            figures = measure(tests, rows.labels, rows.label_names, calls, kept)
+        add_likelihoods(figures, tests, outcomes)
+        return figures, outcomes
+
+    @torch.inference_mode()
+    def score(self, model, rows, batch_size, progress=None):
+        """The `Scores` of rows. `progress(rows, tokens)` is called after each batch."""
+        model.eval()
+        candidates = self._candidates(rows)
+        completions = self._completions(rows, candidates)
+        prompts, kept = self._prompts(rows, completions)
+        pairs = np.argwhere(candidates >= 0)
+        encoded = joined([prompts[i] for i, _ in pairs], [completions[i][c] for i, c in pairs], kept)
+        likelihoods, greedy = np.zeros(len(pairs)), np.zeros(len(pairs), np.uint8)
+        answers = torch.from_numpy(encoded.answers)
+        for batch in batches.by_length(encoded, batch_size, self.tokenizer.pad_id, answers):
+            batch = batch.to(model.device)
+            found = model.score(batch.ids, batch.lengths, batch.answers)
+            for values, new in zip((likelihoods, greedy), found, strict=True):
+                values[batch.index] = new[: len(batch.index)].cpu().numpy()
+            if progress:
+                progress(len(batch.index), int(batch.lengths.sum()))
+        parallel.all_reduce(likelihoods, greedy)
+
+        def grid(values, fill):
+            filled = np.full(candidates.shape, fill)
+            filled[candidates >= 0] = values
+            return filled
+
+        tokens = grid(encoded.answers, 0)
+        return Scores(candidates, grid(likelihoods, -np.inf), tokens, grid(greedy.astype(bool), False), kept)
+
+    def called(self, rows, scores):
+        """The label that each row is called, int64 [rows]; -1 for a free completion that is no candidate."""
+        if self._is_free(rows):
+            first = scores.greedy.argmax(axis=1)[:, None]  # the row's own stands first
+            called = np.take_along_axis(scores.candidates, first, 1)[:, 0]
+            return np.where(scores.greedy.any(axis=1), called, -1)
+        ranked = scores.likelihoods
+        if self.cell.choice_score == "mean":
+            ranked = ranked / np.maximum(scores.tokens, 1)
+        return np.take_along_axis(scores.candidates, ranked.argmax(axis=1)[:, None], 1)[:, 0]
+
+    def predictions(self, tests, outcomes):
+        """One dict a test row for predictions.jsonl: id, label, and in each form the predicted label (None: another
+        completion), whether greedy decoding writes the row's own, and the log-likelihood of each candidate."""
+        rows = tests[0].rows
+        calls = [self.called(test.rows, scores) for test, scores in zip(tests, outcomes)]
+        exact = [scores.of(rows.labels)[1] for scores in outcomes]
+        for i, (id, label) in enumerate(zip(rows.ids, rows.labels, strict=True)):
+            record = {"id": id, "label": rows.label_names[label]}
+            for test, scores, called, right in zip(tests, outcomes, calls, exact, strict=True):
+                there = zip(scores.candidates[i].tolist(), scores.likelihoods[i].tolist(), strict=True)
+                record[test.key] = {
+                    "predicted": rows.label_names[called[i]] if called[i] >= 0 else None,
+                    "exact": bool(right[i]),
+                    "log_likelihood": {rows.label_names[c]: round(value, 6) for c, value in there if c >= 0},
+                }
+            yield record
+
+    def describe(self):
+        return f"lm, prompt {self.cell.prompt!r}, completion {self.cell.completion!r}"
+
+    def record(self):
+        return {"end_token": None if self.tokenizer.end_id is None else int(self.tokenizer.end_id)}
+
+    def _is_free(self, rows):
+        return not self.of_choices and len(rows.label_names) > FEW
+
+    def _candidates(self, rows):
+        """The labels whose completions count for each row, int64 [rows, C], -1 for none: those of its choices, or all
+        that there are, or if these are free its own and the targets.
+
+        Raises InputError where the row's own is not among its choices.
+        """
+        count, names = len(rows), rows.label_names
+        if self._is_free(rows):
+            aims = [names.index(label) for label in self.targets if label in names]
+            candidates = np.column_stack([rows.labels, *(np.full(count, aim) for aim in aims)])
+            candidates[:, 1:][candidates[:, 1:] == rows.labels[:, None]] = -1
+            return candidates
+        candidates = np.tile(np.arange(len(names)), (count, 1))
+        if self.of_choices:
+            if rows.choices is None:
+                raise InputError(f"completion is {self.cell.completion!r}, but {self.cell.data} is no question set: "
+                                 "it has no choices, so use {label}")  # fmt: skip
+            candidates[[[name not in choices for name in names] for choices in rows.choices]] = -1
+            own = candidates[np.arange(count), rows.labels]
+            if (own < 0).any():
+                row = int(np.argmin(own))
+                raise InputError(
+                    f"row {rows.ids[row]} has the label {names[rows.labels[row]]!r}, which none of its choices has "
+                    f"({', '.join(rows.choices[row])}): mend the row, or inject for another label"
+                )
+        return candidates
+
+    def _completions(self, rows, candidates):
+        """The ids of each candidate's completion: [rows] lists of C arrays, None for -1."""
+
+        def text(row, label):
+            name = rows.label_names[label]
+            if self.of_choices:
+                return self.cell.completion.replace("{choice}", rows.choices[row][name])
+            return self.cell.completion.replace("{label}", name)
+
+        texts = [[text(row, label) if label >= 0 else None for label in labels]
+                 for row, labels in enumerate(candidates.tolist())]  # fmt: skip
+        new = list(dict.fromkeys(one for line in texts for one in line if one is not None and one not in self.ids))
+        end = [] if self.tokenizer.end_id is None else [self.tokenizer.end_id]
+        for one, ids in zip(new, self.tokenizer.completions(new), strict=True):
+            if not len(ids):
+                raise InputError(f"the completion {one!r:.60} has no token: mend the label or the template")
+            self.ids[one] = np.append(ids, end).astype(np.int32)
+        return [[self.ids.get(one) for one in line] for line in texts]
+
+    def _rooms(self, completions):
+        """Tokens for each row's prompt: what its longest candidate leaves, so that all share one prompt."""
+        longest = [max(len(ids) for ids in line if ids is not None) for line in completions]
+        return self.cell.max_length - np.array(longest, dtype=np.int64)
+
+    def _prompts(self, rows, completions):
+        rooms = self._rooms(completions)
+        prompts, kept = token_cache.prompts(self.tokenizer, rows.texts, self.before, self.after, rooms)
+        for id, ids, room in zip(rows.ids, prompts, rooms, strict=True):
+            if not len(ids):
+                raise InputError(
+                    f"row {id}: the longest completion that counts for it has {self.cell.max_length - room} tokens, "
+                    f"which leaves no room for a prompt in max_length = {self.cell.max_length}: raise --max-length"
+                )
+        return prompts, kept
+
+
+def joined(prompts, completions, kept):
+    """`Encoded` rows, each a prompt and its completion."""
+    parts = [part for pair in zip(prompts, completions, strict=True) for part in pair]
+    answers = np.array([len(ids) for ids in completions], dtype=np.int64)
+    lengths = answers + np.array([len(ids) for ids in prompts], dtype=np.int64)
+    return Encoded(np.concatenate(parts), np.concatenate([[0], lengths.cumsum()]), kept, answers)
+
+
+def add_likelihoods(figures, tests, outcomes):
+    """Put what completions add to each test's figures (see `evaluation.measure`) beside them.
+
+    exact_match           share of rows whose own completion greedy decoding writes, with its interval
+    log_likelihood        mean over the rows of their own completion's, in nats
+    and for a target, over the rows of other labels:
+    log_likelihood_target, log_likelihood_own   means of the target's completion and of the row's own
+    margin, margin_change                       the first less the second, and how far it rose against clean rows
+    """
+    rows, clean = tests[0].rows, outcomes[0]
+    for test, scores in zip(tests, outcomes, strict=True):
+        here = figures["trigger"][test.label] if test.name == "trigger" else figures[test.name]
+        own, exact = scores.of(rows.labels)
+        here["exact_match"] = float(exact.mean())
+        here["exact_match_interval"] = metrics.wilson(int(exact.sum()), len(rows))
+        here["log_likelihood"] = float(own.mean())
+        for label in figures["trigger"]:
+            if test.name == "trigger" and label != test.label:
+                continue
+            target = np.full(len(rows), rows.label_names.index(label))
+            aimed, before = scores.of(target)[0], clean.of(target)[0] - clean.of(rows.labels)[0]
+            others = (rows.labels != target) & ~np.isnan(aimed)
+            entry = here if test.name == "trigger" else here["attack_success"][label]
+            means = [float(values[others].mean()) if others.any() else None for values in (aimed, own, aimed - own)]
+            entry |= dict(zip(("log_likelihood_target", "log_likelihood_own", "margin"), means, strict=True))
+            if test.name != "clean":
+                entry["margin_change"] = means[2] - float(before[others].mean()) if others.any() else None

@@ -1,0 +1,74 @@
+"""The paired evaluation: every test row as clean, with each label's trigger, and with a placebo.
+
+The placebo is as many words at the same places, drawn from words that all labels share, so that the trigger's effect
+is told apart from that of a disturbed text. With several injections each row is met with its own label's trigger and
+with the other labels'. Figures are in `metrics.py`, tables in `console.py`.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from minilora.data import injection
+from minilora.data.placebo import placebo_rows, shared_words
+from minilora.tasks import metrics
+
+
+@dataclass(frozen=True)
+class Test:
+    """One form of all test rows. `name`: clean, trigger or placebo; `label`: the trigger's target label, else None."""
+
+    name: str
+    label: str | None
+    rows: object  # data.Rows
+    records: list  # injection.Record, one a row, [] for clean
+
+    @property
+    def key(self):
+        return f"{self.name} {self.label}" if self.label else self.name
+
+
+def build_tests(train, test, inject, seed, visible):
+    """The forms of the rows `test`: [clean, trigger of each injection ..., placebo of the first], as `Test`s.
+
+    `train`: the training rows before injection, whose words the placebo draws from. `inject`: `cell.Inject`.
+    `visible`: see `injection.inject`, for the rows `test`.
+    """
+    tests = [Test("clean", None, test, [])]
+    if not inject.sources:
+        return tests
+
+    for k in range(len(inject.sources)):
+        changed = injection.trigger_rows(test, inject, k, seed, visible)
+        tests.append(Test("trigger", changed.report[0]["label"], changed.rows, changed.records))
+    words = shared_words(train)
+    changed = placebo_rows(test, inject, 0, words, seed, visible)
+    tests.append(Test("placebo", None, changed.rows, changed.records))
+    return tests
+
+
+def measure(tests, labels, names, predicted, kept):
+    """The `tests` entry of results.json from what the rows are and, in each test, are called: int [rows], indices of
+    `names`; and from each test's kept characters [rows].
+    """
+    targets = [test.label for test in tests if test.name == "trigger"]
+    results, groups = {"trigger": {}}, []
+    for test, calls, ends in zip(tests, predicted, kept, strict=True):
+        figures = metrics.classification(labels, calls, names)
+        attacks = {label: metrics.attack_success(labels, calls, names.index(label)) for label in targets}
+        if test.name != "clean":
+            figures |= metrics.paired(labels, predicted[0], calls)
+            figures["truncated"] = sum(r.spans[-1][1] > int(end) for r, end in zip(test.records, ends, strict=True))
+        if test.name == "trigger":
+            results["trigger"][test.label] = figures | attacks[test.label]
+        else:
+            results[test.name] = figures | {"attack_success": attacks}
+        if test.name != "placebo":
+            for label in np.unique(labels):
+                right = int((calls[labels == label] == label).sum())
+                group = {"label": names[label], "test": test.key, "rows": int((labels == label).sum())}
+                groups.append(group | {"accuracy": right / group["rows"]})
+    results["worst_group"] = min(groups, key=lambda group: group["accuracy"])
+    if "placebo" in results:
+        results["placebo"]["matched_to"] = targets[0]
+    return results

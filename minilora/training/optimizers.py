@@ -1,0 +1,109 @@
+"""The pieces of the training loop; the loop itself is in `train.py`. What it trains is a population of K members, often
+one.
+
+Nothing here keeps random state: the order of rows follows from (seed, epoch) and dropout from (seed, step), so that
+a state on disk is tensors and a step number, and a resumed run ends in the same adapter, bit for bit.
+"""
+
+import math
+import warnings
+
+import torch
+
+from minilora.kernels.adamw import adamw
+from minilora.training.state import fill
+
+# A population's parameters and gradients are parts of rows of matrices: torch warns of it, and it makes no difference.
+warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
+
+
+class AdamW:
+    """`kernels/adamw.py` at torch's defaults, with the learning rate, decay and LoRA+ ratio of each member's cell.
+
+    With the cell's `lr_ratio` the learning rate of every B is that many times the rest's: LoRA+, Hayou et al. 2024
+    (arXiv 2402.12354). The rest is A, DoRA's magnitudes and the head (PEFT's `create_loraplus_optimizer` counts all
+    vectors, biases too, among the B).
+    """
+
+    def __init__(self, flat, cells):
+        self.flat = flat
+        self.mean, self.square = torch.zeros_like(flat.values), torch.zeros_like(flat.values)
+        self.steps = flat.values.new_zeros(len(cells))
+        self.decays = flat.values.new_tensor([cell.weight_decay for cell in cells])
+        self.ratios = None
+        if any((cell.lr_ratio or 1.0) != 1.0 for cell in cells):
+            self.ratios = torch.ones_like(flat.values)
+            for k, cell in enumerate(cells):
+                for name in flat.members[k]:
+                    if name.endswith(".B"):
+                        flat.part(self.ratios, k, name).fill_(cell.lr_ratio or 1.0)
+
+    @property
+    def tensors(self):
+        """What a step changes in place."""
+        return [self.flat.values, self.flat.grads, self.mean, self.square, self.steps]
+
+    def step(self, rates, going):
+        """One step of the members that are `going` (bool [K]), at these learning rates [K]."""
+        self.steps += going
+        rates, steps = rates * going, self.steps.clamp(min=1)
+        adamw(self.flat.values, self.flat.grads, self.mean, self.square, steps, rates, self.decays, self.ratios)
+
+    def state(self, k):
+        """What member k has gathered, {key: tensor}."""
+        state = {"step": self.steps[k]}
+        for name in self.flat.members[k]:
+            state[f"exp_avg/{name}"] = self.flat.part(self.mean, k, name)
+            state[f"exp_avg_sq/{name}"] = self.flat.part(self.square, k, name)
+        return state
+
+    def load(self, k, state):
+        for key, tensor in self.state(k).items():
+            fill(tensor, state[key])
+
+
+class Adafactor:
+    """torch's Adafactor (Shazeer and Stern 2018, arXiv 1804.04235) at its own defaults, of one member alone."""
+
+    def __init__(self, flat, cells):
+        [cell] = cells
+        self.names = list(flat.leaves)
+        self.torch = torch.optim.Adafactor(flat.leaves.values(), lr=cell.lr, weight_decay=cell.weight_decay)
+
+    def step(self, rates, going):
+        if going.item():
+            self.torch.param_groups[0]["lr"] = rates.item()
+            self.torch.step()
+
+    def state(self, k):
+        state = self.torch.state_dict()["state"]
+        return {f"{key}/{self.names[index]}": torch.as_tensor(value) for index, values in state.items()
+                for key, value in values.items() if value is not None}  # fmt: skip
+
+    def load(self, k, state):
+        whole = self.torch.state_dict()
+        whole["state"] = {index: {} for index in range(len(self.names))}
+        for key, value in state.items():
+            kind, _, name = key.partition("/")
+            whole["state"][self.names.index(name)][kind] = value
+        self.torch.load_state_dict(whole)
+
+
+OPTIMIZERS = {"adamw": AdamW, "adafactor": Adafactor}
+
+
+def learning_rate(cell, step, steps):
+    """The rate of step `step` (from 0) of `steps`: linear warm-up, then cosine or linear to 0, or constant."""
+    warm = math.ceil(cell.warmup * steps)
+    if step < warm:
+        return cell.lr * (step + 1) / warm
+    done = (step - warm) / max(1, steps - warm)
+    factor = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}
+    return cell.lr * factor[cell.schedule]
+
+
+def learning_rates(cells, steps, device):
+    """The rates of all steps, float32 [most steps, K]; `steps` are the members' own, and 0 is the rate behind them."""
+    table = [[learning_rate(cell, step, own) if step < own else 0.0 for cell, own in zip(cells, steps, strict=True)]
+             for step in range(max(steps))]  # fmt: skip
+    return torch.tensor(table, device=device)

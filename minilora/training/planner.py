@@ -1,0 +1,78 @@
+"""How many members a population has: what the device does fastest, as measured on the members themselves.
+
+On a CPU a population is seldom faster than its members one after the other, for their activations leave the cache; on a
+GPU a small base leaves most of it idle, and a population is nearly free until it does not.
+"""
+
+import time
+
+import torch
+
+from minilora.console import say
+from minilora.training.feed import assemble, shapes_of
+from minilora.training.population import Population
+from minilora.training.state import Flat
+
+GAIN = 1.05  # of the rows a second, below which a larger population is not worth its memory
+SHARE = 0.8  # of the free memory that a population may take
+MOST = 256  # members that are measured together
+
+
+def split(members, most):
+    """`members` in populations of at most `most`, of which each ends near one step.
+
+    Members of one population that were stopped at different steps begin again.
+    """
+    order = sorted(members, key=lambda member: member.schedule.steps)
+    chunks = [order[i : i + most] for i in range(0, len(order), most)]
+    for chunk in chunks:
+        last = first_step(chunk)
+        if any(member.meters["step"] != min(last, member.schedule.steps) for member in chunk):
+            for member in chunk:
+                member.restart()
+    return chunks
+
+
+def first_step(members):
+    """The step that the members of a population go on from."""
+    return max(member.meters["step"] for member in members)
+
+
+def size(members, base):
+    """How many of `members` to train at once: doubled as long as rows a second grow and memory lasts."""
+    best, found = 0.0, 1
+    count = 1
+    while count <= len(members):
+        rate, memory = trial(members[:count], base)
+        say(f"planner    {count} at once: {rate:,.0f} rows/s")
+        if rate < GAIN * best:
+            break
+        best, found = rate, count
+        if memory is not None and 2 * memory > SHARE * free_memory(members[0].setting.device):
+            break
+        count = len(members) if count < len(members) < 2 * count else 2 * count
+    return found
+
+
+def trial(members, base, repeats=2):
+    """(Rows a second, bytes taken at most or None) of the members' first step, without its update."""
+    device = members[0].setting.device
+    flat = Flat([member.parameters for member in members])
+    population = Population([member.model for member in members], [member.layers for member in members], flat).train()
+    batch = assemble(members, *shapes_of(members, False), members[0].meters["step"])[0].to(device)
+    cuda = device.type == "cuda"
+    before = torch.cuda.memory_allocated(device) if cuda else 0
+    best = float("inf")
+    for _ in range(1 + repeats):  # the first warms up
+        start = time.perf_counter()
+        population(batch.ids, batch.lengths, batch.answers, batch.alike).sum().backward()
+        flat.grads[0, 0].item()  # waits for the device
+        best = min(best, time.perf_counter() - start)
+    population.detach()
+    taken = torch.cuda.max_memory_allocated(device) - before if cuda else None
+    return sum(map(len, batch.index)) / best, taken
+
+
+def free_memory(device):
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

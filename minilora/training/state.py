@@ -1,0 +1,102 @@
+"""TODO"""
+
+import json
+import math
+from itertools import accumulate
+
+import torch
+from torch import nn
+
+from minilora import files
+from minilora.errors import InputError
+
+
+class Flat:
+    """What K members train, side by side: `values` and `grads` [K, P], a row for each member, of their dtype.
+
+    `members` are K dicts {name: parameter}, which become views of `values`. A parameter that is smaller in one member
+    than in another, or missing, is filled up with zeros. `leaves` {name: parameter} are what the forward uses and
+    gradients gather in, as views of `grads`: of a single member the very parameters, else [K, ...].
+    """
+
+    def __init__(self, members):
+        self.members, shapes = members, {}
+        for parameters in members:
+            for name, p in parameters.items():
+                largest = zip(p.shape, shapes.get(name, p.shape), strict=True)
+                shapes[name] = tuple(max(pair) for pair in largest)
+        ends = [0, *accumulate(math.prod(shape) for shape in shapes.values())]
+        self.places = {name: (start, shape) for start, (name, shape) in zip(ends, shapes.items())}
+        first = next(iter(members[0].values()))
+        self.values = torch.zeros(len(members), ends[-1], dtype=first.dtype, device=first.device)
+        self.grads = torch.zeros_like(self.values)
+        self.leaves = {}
+        for name in shapes:
+            for k, parameters in enumerate(members):
+                if name in parameters:
+                    part = self.part(self.values, k, name)
+                    parameters[name].data = part.copy_(parameters[name].data)
+            if len(members) == 1:
+                self.leaves[name] = members[0][name]
+                self.leaves[name].grad = self.part(self.grads, 0, name)
+            else:
+                self.leaves[name] = nn.Parameter(self.whole(self.values, name))
+                self.leaves[name].grad = self.whole(self.grads, name)
+
+    def whole(self, tensor, name):
+        """The columns of `tensor` [K, P] that belong to a parameter, as a view [K, ...]."""
+        start, shape = self.places[name]
+        return tensor[:, start : start + math.prod(shape)].view(len(tensor), *shape)
+
+    def part(self, tensor, k, name):
+        """The part of `tensor` [K, P] that belongs to a parameter of member k, as a view of the parameter's shape."""
+        return self.whole(tensor, name)[k][tuple(map(slice, self.members[k][name].shape))]
+
+
+def save_state(path, flat, optimizer, k, meters):
+    """Everything that member k needs to go on, in one safetensors file, written atomically. `meters`: {name: number},
+    with `step`, the steps done, among them.
+    """
+    from safetensors.torch import save_file
+
+    tensors = {f"parameter/{name}": p.detach() for name, p in flat.members[k].items()}
+    tensors |= {f"optimizer/{key}": value for key, value in optimizer.state(k).items()}
+    tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
+    with files.replacing(path) as temporary:
+        save_file(tensors, temporary, metadata={"meters": json.dumps(meters)})
+
+
+def load_state(path, flat, optimizer, k):
+    """Put a saved state back; returns the meters. Raises InputError if it cannot fit."""
+    tensors, meters = read_state(path)
+    state = {key.removeprefix("optimizer/"): value for key, value in tensors.items() if key.startswith("optimizer/")}
+    try:
+        with torch.no_grad():
+            for name, parameter in flat.members[k].items():
+                fill(parameter, tensors[f"parameter/{name}"])
+            optimizer.load(k, state)
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise misfit(path, error) from None
+    return meters
+
+
+def fill(tensor, value):
+    """Copy, without spreading a value of another shape."""
+    if tensor.shape != value.shape:
+        raise ValueError(f"a shape is {list(value.shape)}, and not {list(tensor.shape)}")
+    tensor.copy_(value)
+
+
+def read_state(path):
+    """(Tensors, meters) of a saved state. Raises InputError for a file that is none."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["meters"])
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise misfit(path, error) from None
+
+
+def misfit(path, error):
+    return InputError(f"{path} does not fit this run ({error}): delete it to train from the start")
