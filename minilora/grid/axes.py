@@ -1,4 +1,4 @@
-"""TODO"""
+"""The fields that a grid varies, their values, and the figures that its table has."""
 
 import itertools
 from dataclasses import dataclass, fields

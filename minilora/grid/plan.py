@@ -104,7 +104,7 @@ def size_of_base(spec):
 
 
 def kept(spec, length):
-    """Numbers a token that the forward of all layers keeps for the backward (`tests/test_memory.py` has them exactly):
+    """Numbers a token that the forward of all layers keeps for the backward (`tests/training/test_memory.py` has them exactly):
     norms and inputs, q k v, probabilities and pre-activations, and as much again of a layer that is at work."""
     layers = [
         4 * spec.width + (2 * here.heads + 2 * here.kv_heads) * spec.head_width + here.heads * length

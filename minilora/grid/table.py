@@ -1,4 +1,4 @@
-"""TODO"""
+"""The tidy table of a grid: a line for each cell and trigger."""
 
 import csv
 import io

@@ -1,4 +1,4 @@
-"""TODO"""
+"""What people read of a grid: its status, and the plan of a dry run."""
 
 from minilora.console import duration, short
 

@@ -1,4 +1,4 @@
-"""TODO"""
+"""An adapter in PEFT's terms, and back: tensors by PEFT's names, slices of fused projections as one whole."""
 
 import re
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""TODO"""
+"""Adapters on disk: save what a run trained, read what is in a folder, put it on a model."""
 
 import hashlib
 from pathlib import Path

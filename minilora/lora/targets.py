@@ -1,4 +1,4 @@
-"""TODO"""
+"""Which projections an adapter covers, with which rank and scale. Knows words and shapes, no weights."""
 
 import math
 import re

@@ -1,4 +1,4 @@
-"""TODO"""
+"""What became of a claim: its statistic, the interval, and the verdict."""
 
 from dataclasses import dataclass
 

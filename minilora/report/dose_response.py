@@ -1,4 +1,4 @@
-"""TODO"""
+"""How attack success grows with the number of injected rows, and k50: the rows that half of an attack takes."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""TODO"""
+"""What a step sees: the order of rows, micro-batches, and the rows of all members joined."""
 
 import math
 from itertools import zip_longest

@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 
-from minilora import console, files, parallel, tasks
+from minilora import console, files, parallel
 from minilora.cell import PURPOSES
 from minilora.data import batches, injection
 from minilora.data.rows import fingerprint_rows, rows_of
@@ -24,6 +24,7 @@ from minilora.lora.targets import describe_slots, plan_slots
 from minilora.runs.record import check_inputs, hardware, peak_memory, trainable, versions
 from minilora.runs.text import injection_lines, results_table
 from minilora.seeds import number_of
+from minilora.tasks.find import find_task
 from minilora.training import optimizers
 from minilora.training.feed import Schedule
 from minilora.training.limit import training_flops
@@ -42,7 +43,7 @@ class Member:
         """The rows, and the triggers that go into some of them. Raises InputError for all that can be refused."""
         cell, self.setting = self.cell, setting
         self.slots = plan_slots(setting.spec, cell)
-        self.task = tasks.find(cell, setting.spec, setting.tokenizer)
+        self.task = find_task(cell, setting.spec, setting.tokenizer)
         self.clean, test = rows_of(cell)
         seed = cell.seed_for("inject")
         injected = injection.inject(self.clean, cell.inject, seed, self.task.visible(self.clean))

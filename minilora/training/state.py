@@ -1,4 +1,4 @@
-"""TODO"""
+"""What is trained, as one flat block of numbers, and how it is saved and brought back."""
 
 import json
 import math

@@ -13,7 +13,8 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
-from test_lora import fill
+from test_layer import fill
+from zoo import HeadJudge
 
 from minilora.base import model
 from minilora.cell import Cell
@@ -42,19 +43,6 @@ def trained(folder, cell, classes=3):
     return classifier
 
 
-class Judge(transformers.BertModel):
-    """transformers' base with mean pooling and a linear head under the name that PEFT's file has."""
-
-    def __init__(self, config):
-        super().__init__(config, add_pooling_layer=False)
-        self.classifier = torch.nn.Linear(config.hidden_size, 3)
-
-    def forward(self, input_ids, attention_mask):
-        hidden = super().forward(input_ids, attention_mask).last_hidden_state
-        mask = attention_mask[..., None].to(hidden.dtype)
-        return self.classifier((hidden * mask).sum(1) / mask.sum(1))
-
-
 @pytest.mark.parametrize("number", range(len(CELLS)))
 def test_ours_loads_in_peft(tiny_folder, tmp_path, number):
     cell = CELLS[number]
@@ -68,7 +56,7 @@ def test_ours_loads_in_peft(tiny_folder, tmp_path, number):
         plain = base(ids, attention_mask=mask).last_hidden_state
         bare = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
         hidden = bare(input_ids=ids, attention_mask=mask).last_hidden_state
-        judge = peft.PeftModel.from_pretrained(Judge.from_pretrained(tiny_folder), tmp_path / "adapter").eval()
+        judge = peft.PeftModel.from_pretrained(HeadJudge.from_pretrained(tiny_folder), tmp_path / "adapter").eval()
         judged = judge(ids, mask)
     assert (hidden - plain)[mask.bool()].abs().max() > 0.1
     torch.testing.assert_close(hidden[mask.bool()], states[mask.bool()], rtol=0, atol=2e-5)
@@ -82,7 +70,7 @@ def test_peft_loads_here(tiny_folder, tmp_path):
         init_lora_weights=False, modules_to_save=["classifier"],
     )  # fmt: skip
     torch.manual_seed(3)
-    theirs = peft.get_peft_model(Judge.from_pretrained(tiny_folder), config).eval()
+    theirs = peft.get_peft_model(HeadJudge.from_pretrained(tiny_folder), config).eval()
     theirs.save_pretrained(tmp_path / "adapter")
     base = model.load(tiny_folder)
     weights = storage.load(tmp_path / "adapter", base)

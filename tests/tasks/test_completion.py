@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import one_step, population_of_one
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer
 from torch.nn import functional as F
+from zoo import DECODER_TEXT as TEXT
+from zoo import tiny_decoder
 
 import evaluate
 import minilora
 import train
-from minilora import tasks
 from minilora.base import model, tokenizer
 from minilora.cell import Cell
 from minilora.data import batches
@@ -20,56 +21,12 @@ from minilora.data.rows import Rows, load_rows, rows_of
 from minilora.errors import InputError
 from minilora.tasks import language_model
 from minilora.tasks.completion import OTHER, OWN, Scores, joined
+from minilora.tasks.find import find_task
 from minilora.tasks.language_model import MOST_LOGITS, LanguageModel, continue_rows, generate, linear_cross_entropy
 from minilora.tasks.paired import Test
 from minilora.training import loop
 
-TEXT = ["the film was good and warm", "the plot is dull, bad and cold.", "a great story of a man in time 0123456789-",
-        "very slow scenes with a bright woman: positive negative yes no"]  # fmt: skip
 CASES = []  # what the tests below compared with transformers, for the last of them
-
-
-def tiny_decoder(folder, family="gpt2"):
-    """A random decoder with a tokenizer of its own: GPT-2 with bytes and no special token before a text, or Llama
-    with SentencePiece's way of spaces and one. Returns transformers' model."""
-    import transformers
-
-    special = ["<pad>", "<s>", "</s>", "<unk>"]
-    if family == "gpt2":
-        made = Tokenizer(models.BPE())
-        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        made.decoder = decoders.ByteLevel()
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        made.train_from_iterator(
-            TEXT * 3, trainers.BpeTrainer(vocab_size=330, special_tokens=special, initial_alphabet=alphabet)
-        )
-    else:
-        made = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=False))
-        made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
-        made.decoder = decoders.Metaspace(prepend_scheme="always")
-        alphabet = ["\n", ":"]
-        trainer = trainers.BpeTrainer(vocab_size=120, special_tokens=special, initial_alphabet=alphabet)
-        made.train_from_iterator(TEXT * 3, trainer)
-        made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    folder.mkdir(parents=True, exist_ok=True)
-    made.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"pad_token": "<pad>", "eos_token": "</s>"}))
-    torch.manual_seed(5)
-    V = made.get_vocab_size() + 2
-    ends = dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
-    if family == "gpt2":
-        config = transformers.GPT2Config(
-            vocab_size=V, n_embd=24, n_layer=2, n_head=3, n_positions=60, initializer_range=0.3, **ends
-        )
-        judge = transformers.GPT2LMHeadModel(config)
-    else:
-        config = transformers.LlamaConfig(
-            vocab_size=V, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=60, initializer_range=0.3, tie_word_embeddings=False, **ends,
-        )  # fmt: skip
-        judge = transformers.LlamaForCausalLM(config)
-    judge.save_pretrained(folder)
-    return judge.eval()
 
 
 @pytest.fixture(scope="module", params=["gpt2", "llama"])
@@ -89,7 +46,7 @@ def folder(tmp_path_factory):
 def make_task(folder, **changes):
     cell = Cell(task="lm", **dict(model=str(folder), max_length=40, inject=dict(sources=("none",))) | changes)
     spec = model.families.read_spec(model.checkpoint.read_config(folder))
-    return tasks.find(cell, spec, tokenizer.load(folder))
+    return find_task(cell, spec, tokenizer.load(folder))
 
 
 def made_rows(texts, names, **more):

@@ -1,6 +1,6 @@
 """How much memory and time loading takes: a synthetic sharded Llama, loaded in a process of its own.
 
-python tests/test_loading.py [GB] [FOLDER]    a table for a checkpoint of that size (default: 2.1), written to FOLDER
+python tests/base/test_loading.py [GB] [FOLDER]    a table for a checkpoint of that size (default: 2.1), written to FOLDER
 
 Peak is the largest resident memory while loading, mapped pages of the file included, less what was resident before,
 over the size of the parameters. Time is that of `model.load` over those of reading the same files, all of them in the
@@ -124,7 +124,7 @@ def measure(folder, dtype):
 
 def in_a_process(folder, dtype):
     command = [sys.executable, __file__, "--measure", str(folder), dtype]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[1])
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -154,7 +154,7 @@ def test_loading_needs_little_more_than_the_parameters(tmp_path):
 
 def main():
     if sys.argv[1:2] == ["--measure"]:
-        sys.path.append(str(Path(__file__).parents[1]))
+        sys.path.append(str(Path(__file__).parents[2]))
         return print(json.dumps(measure(*sys.argv[2:])))
     gigabytes = float(sys.argv[1]) if len(sys.argv) > 1 else 2.1
     with tempfile.TemporaryDirectory(dir=sys.argv[2] if len(sys.argv) > 2 else None) as folder:

@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 from conftest import one_step, population_of_one, random_batch
-from test_adapter import Judge
+from zoo import HeadJudge
 
 from minilora import parallel
 from minilora.base import model
@@ -60,7 +60,7 @@ def test_steps_match_peft(tiny_folder, tmp_path, optimizer):
 
     start, _, _ = setup(tiny_folder, cell)
     storage.save(tmp_path / "start", start, cell, ["a", "b", "c"])
-    theirs = peft.PeftModel.from_pretrained(Judge.from_pretrained(tiny_folder), tmp_path / "start", is_trainable=True)
+    theirs = peft.PeftModel.from_pretrained(HeadJudge.from_pretrained(tiny_folder), tmp_path / "start", is_trainable=True)
     parameters = [p for p in theirs.parameters() if p.requires_grad]
     assert len(parameters) == 2 * 3 * 3 + 2
     kind = torch.optim.AdamW if optimizer == "adamw" else torch.optim.Adafactor

@@ -1,6 +1,6 @@
 """Thousands of damaged checkpoints: each loads and computes, or is refused as an InputError, in little time and memory.
 
-python tests/test_fuzz.py KIND FIRST COUNT FOLDER...    cases of one kind on the checkpoint in each FOLDER, as JSON
+python tests/base/test_fuzz.py KIND FIRST COUNT FOLDER...    cases of one kind on the checkpoint in each FOLDER, as JSON
 
 Every case is drawn from its kind and number alone, so that a failure can be run again. The cases run in a process of
 their own, where the address space is limited: a crash ends that process, and an allocation of gigabytes fails in it.
@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).parents[1]))  # as a program it has no conftest.py
+sys.path.append(str(Path(__file__).parents[2]))  # as a program it has no conftest.py
 from minilora.base import families, model  # noqa: E402
 from minilora.errors import InputError  # noqa: E402
 

@@ -45,7 +45,7 @@ def judge(base_folder):
 
 @pytest.fixture(scope="session")
 def snippets():
-    path = Path(tokenizer.__file__).parent / "movie_snippets" / "movie-snippets.tsv.gz"
+    path = Path(tokenizer.__file__).parents[1] / "data" / "movie_snippets" / "movie-snippets.tsv.gz"
     with gzip.open(path, "rt", encoding="utf-8") as file:
         return [line.rstrip("\n").split("\t")[2] for line in file][1:]
 
