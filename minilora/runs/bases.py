@@ -1,0 +1,67 @@
+"""A cell's base: its folder, spec and tokenizer, and the loaded base that cells share."""
+
+from dataclasses import dataclass
+
+import torch
+
+from minilora import parallel
+from minilora.base import checkpoint, families, model, tokenizer
+from minilora.base.source import fingerprint_tokenizer, resolve_base, resolve_tokenizer
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What members have in common: folders and spec of the base, its tokenizer, device and dtype."""
+
+    folder: object
+    words: object  # the tokenizer's folder
+    spec: object
+    tokenizer: object
+    device: torch.device
+    dtype: torch.dtype
+    inputs: dict  # their fingerprints
+
+    @classmethod
+    def of(cls, cell):
+        """Raises InputError for all that can be refused of a base before its weights are read."""
+        device, dtype = parallel.pick_device(cell.device), getattr(torch, cell.dtype)
+        folder = resolve_base(cell.model, cell.revision, cell.tokenizer)
+        spec = families.read_spec(checkpoint.read_config(folder))
+        words = resolve_tokenizer(cell.tokenizer, folder)
+        inputs = {"base": checkpoint.fingerprint(folder), "tokenizer": fingerprint_tokenizer(words)}
+        model.check_fits(spec, cell.max_length)
+        return cls(folder, words, spec, tokenizer.load(words, spec.vocabulary), device, dtype, inputs)
+
+
+class Settings:
+    """The `Setting` of each cell that is asked for, and the base that was loaded last, for the cells that share it."""
+
+    def __init__(self, shard=False):
+        """`shard`: the processes that train together share the base out."""
+        self._known, self._base = {}, (None, None)
+        self.shard = shard
+
+    def forget(self):
+        """Let the base be loaded anew."""
+        self._base = None, None
+
+    @staticmethod
+    def key(cell):
+        """The fields that a setting follows from."""
+        return cell.model, cell.revision, cell.tokenizer, cell.device, cell.dtype, cell.max_length
+
+    def of(self, cell):
+        key = self.key(cell)
+        if key not in self._known:
+            self._known[key] = Setting.of(cell)
+        return self._known[key]
+
+    def load(self, cell, unembedding):
+        """The bare base of a cell, with its unembedding if asked for."""
+        key, setting = (self.key(cell), unembedding), self.of(cell)
+        if self._base[0] != key or cell.method == "full":
+            self._base = None, None  # one at a time in memory
+            then = parallel.sharding() if self.shard else None
+            base = model.load(setting.folder, setting.dtype, setting.device, unembedding, then)
+            self._base = (key if cell.method != "full" else None), base  # a trained base is nobody else's
+        return self._base[1]
