@@ -4,7 +4,7 @@ import gzip
 import re
 
 import pytest
-from conftest import FILMS, as_csv, named, parquet_bytes, refusal, whole
+from conftest import FILMS, as_csv, as_jsonl, named, parquet_bytes, refusal, whole
 
 from minilora import data, hub_sets, tables
 from minilora.errors import InputError
@@ -96,6 +96,12 @@ def test_layouts_without_a_copy(server):
             "test-bench/eval.csv": as_csv([("test 0", "a")]).encode(),
             "dataset_infos.json": b"{}",
             "notes/train.json": b"[]",
+            ".cache/train.csv": b"",
+        },
+        "owner/json": {
+            "train-rows/a.json": as_jsonl([("train 0", "b"), ("train 1", "a")]).encode(),
+            "test-rows/a.json": as_jsonl([("test 0", "a")]).encode(),
+            "test-rows/dataset_info.json": b"{}",
         },
     }
     expected = {
@@ -104,6 +110,7 @@ def test_layouts_without_a_copy(server):
         "LabHC/bias_in_bios": ([1, 0, 0], ("3", "27"), [1]),
         "owner/converted": ([1, 0], ("0", "1"), [0]),
         "owner/csv": ([1, 0], ("a", "b"), [0]),
+        "owner/json": ([1, 0], ("a", "b"), [0]),
     }
     found = {}
     for repo_id, files in sets.items():
@@ -113,7 +120,7 @@ def test_layouts_without_a_copy(server):
         assert test.texts == [f"test {place}" for place in range(len(test))]
         assert all(re.search("train|test|eval", name) for name in server.bodies())
         found[repo_id] = (train.labels.tolist(), train.label_names, test.labels.tolist())
-    assert found == expected and len(found) == 5
+    assert found == expected and len(found) == 6
 
 
 def test_a_set_laid_out_as_commonsense_qa(server):
@@ -215,14 +222,14 @@ def test_which_files_are_read(server):
 def test_parts_of_a_copy_are_in_order_and_names_of_splits_are_exact(server):
     server.put("owner/set", {"a.bin": b""}, kind="dataset")
     splits = {"default/train-part1": [one("third")], "default/train-part0": [one("first"), one("second", 0)],
-              "default/train_sft": [one("no")], "default/dev": [one("dev")]}  # fmt: skip
+              "default/sft-part0": [one("no")], "default/dev": [one("dev")], "default/valid": [one("valid")]}  # fmt: skip
     server.convert("owner/set", splits)
     train = data.load("owner/set")
     assert train.texts == [text for word in ("first", "second", "third") for text in (word, f"{word} too")]
     assert train.labels.tolist() == [1, 0, 0, 0, 1, 0]
-    for split, text in (("train_sft", "no"), ("dev", "dev"), ("validation", "dev")):
+    for split, text in (("sft", "no"), ("dev", "dev"), ("valid", "valid"), ("validation", "dev")):
         assert data.load("owner/set", split=split).texts == [text, f"{text} too"]
-    assert refusal("owner/set", split="test") == ("owner/set has no split 'test'; there are: dev, train, train_sft")
+    assert refusal("owner/set", split="test") == ("owner/set has no split 'test'; there are: dev, sft, train, valid")
 
 
 def test_class_names_of_a_copy(server):
