@@ -222,7 +222,8 @@ def test_which_files_are_read(server):
 def test_parts_of_a_copy_are_in_order_and_names_of_splits_are_exact(server):
     server.put("owner/set", {"a.bin": b""}, kind="dataset")
     splits = {"default/train-part1": [one("third")], "default/train-part0": [one("first"), one("second", 0)],
-              "default/sft-part0": [one("no")], "default/dev": [one("dev")], "default/valid": [one("valid")]}  # fmt: skip
+              "default/sft-part0": [one("no")], "default/dev": [one("dev")],
+              "default/valid": [one("valid")]}  # fmt: skip
     server.convert("owner/set", splits)
     train = data.load("owner/set")
     assert train.texts == [text for word in ("first", "second", "third") for text in (word, f"{word} too")]
