@@ -151,6 +151,13 @@ def _refusal(error, repo_id, kind, revision):
     return InputError(f"the hub refused {kind} {repo_id!r} ({reason}); check the id and the revision")
 
 
+def lacks_revision(error):
+    """Whether an InputError of `fetch` says that the repository is there, but not the revision."""
+    from huggingface_hub.errors import RevisionNotFoundError
+
+    return isinstance(error.__cause__, RevisionNotFoundError)
+
+
 def _cached(repo_id, kind, revision):
     """The cache's snapshot folder for `revision`, complete or not, or None."""
     from huggingface_hub import snapshot_download

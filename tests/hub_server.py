@@ -8,7 +8,8 @@
         ...
         assert server.bodies() == ["config.json"]                               # what travelled
 
-`put` again moves the branch (older commits stay readable); `revision=` names another branch or a tag.
+`put` again moves the branch (older commits stay readable); `revision=` names another branch or a tag; `convert`
+publishes a data set's Parquet copy.
 Misbehaviour, to set and reset at any time:
 
     server.status = 503          every request gets this status
@@ -64,6 +65,13 @@ class HubServer:
         self.refs.setdefault((kind, repo_id), {})[revision] = commit
         self.refs[kind, repo_id][commit] = commit
         return commit
+
+    def convert(self, repo_id, splits):
+        """Publish {"CONFIG/SPLIT": [bytes of each file]} as the hub's converter does, beside the main branch, without
+        a card; returns the commit hash."""
+        numbered = {f"{place}/{i:04d}.parquet": data for place, files in splits.items() for i, data in enumerate(files)}
+        files = numbered | {".gitattributes": b"*.parquet filter=lfs"}
+        return self.put(repo_id, files, kind="dataset", revision="refs/convert/parquet")
 
     def bodies(self):
         """Names of the files whose content was sent since the last call, sorted."""

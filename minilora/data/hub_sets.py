@@ -1,8 +1,10 @@
-"""A data set on the hub: which of its files make up a split, and what its card says of them.
+"""A data set on the hub: which of its files make up a split.
 
-The card (README.md) may declare configurations, the files of each split and the names of the classes. Without
-that the names of files and folders tell, as in `data/train-00000-of-00002.parquet`. Left out: loading
-scripts, so no remote code ever runs.
+The hub keeps a Parquet copy of nearly every public data set in its branch refs/convert/parquet, as
+CONFIG/SPLIT/0000.parquet, and most such files name their classes. Where there is no copy, or only one of the
+first 5 GB, and where a revision is asked for, the data set's own files are read: there the words in the names of
+files and folders tell the splits, as in `data/train-00000-of-00002.parquet`. Left out: the card (README.md), so
+that classes which only it names stay numbers, and loading scripts, so that no remote code ever runs.
 """
 
 import re
@@ -12,6 +14,9 @@ from minilora.data import formats
 from minilora.data.formats import FORMATS, NoLabels, few
 from minilora.errors import InputError
 
+CONVERTED = "refs/convert/parquet"
+# As the hub's converter names them: `partial-` marks the first 5 GB of a split, `-part0` the first 10,000 files.
+LAYOUT = re.compile(r"([^/]+)/((?:partial-)?[\w.]+)(?:-part\d)?/\d{4}\.parquet")
 SPLIT_WORDS = {
     "train": "train", "training": "train",
     "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
@@ -20,154 +25,87 @@ SPLIT_WORDS = {
 NOT_DATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "config.json")
 
 
+class Incomplete(InputError):
+    """A revision does not hold the whole data set in files that are read here."""
+
+
 class HubSet:
-    """The data set `source` (`owner/name` or `owner/name:CONFIG`) as it is at one commit."""
+    """The data set `source` (`owner/name` or `owner/name:CONFIG`); all reads see the commit of the first one.
+
+    revision  branch, tag or commit whose files are read; default (also "main"): the hub's Parquet copy of the main
+              branch, else the main branch
+    """
 
     def __init__(self, source, revision=None):
         self.source = source
         self.repo_id, _, self.config = source.partition(":")
-        self.card = {}
-
-        def card_or_data(names):  # without a card the layout must do, so the training files come at once
-            return ["README.md"] if "README.md" in names else self._files(names, "train")
-
-        folder = hub.fetch(self.repo_id, card_or_data, kind="dataset", revision=revision)
-        self.commit = folder.name  # what is fetched later belongs to the same state
-        if (folder / "README.md").is_file():
-            self.card = _card(folder / "README.md", self.repo_id)
+        self.revision = None if revision == "main" else revision
 
     def read(self, split, text_column=None, label_column=None, free=False):
-        """The files of `split`, a list of `tables.Table`; NoLabels if there is no such split or no labels."""
+        """The files of `split`, a list of `formats.Table`; NoLabels if there is no such split or no labels."""
         chosen = []
 
         def choose(names):
             chosen[:] = self._files(names, split)
             return chosen
 
-        folder = hub.fetch(self.repo_id, choose, kind="dataset", revision=self.commit)
-        names = self._class_names()
+        folder = self._fetch(choose)
+        self.revision = folder.name
         return [
-            formats.read(folder / name, f"{self.repo_id}/{name}", text_column, label_column, names, free)
+            formats.read(folder / name, f"{self.repo_id}/{name}", text_column, label_column, free=free)
             for name in chosen
         ]
 
+    def _fetch(self, choose):
+        try:
+            return hub.fetch(self.repo_id, choose, kind="dataset", revision=self.revision or CONVERTED)
+        except InputError as error:
+            # Without a network, a set that has no copy is in the cache only as the main branch.
+            has_copy = not (isinstance(error, (Incomplete, hub.HubUnreachable)) or hub.lacks_revision(error))
+            if self.revision or has_copy:
+                raise
+        return hub.fetch(self.repo_id, choose, kind="dataset")
+
     def _files(self, names, split):
-        names = [name for name in names if _is_data(name)]
-        entry = self._entry()
-        splits = _declared_splits(names, entry) if "data_files" in entry else self._found_splits(names, entry)
+        """The files among `names` that make up `split` of the configuration asked for, "default" or the only one."""
+        configs = _configurations(names)
+        if not configs:
+            advice = f"; try revision {CONVERTED}" if self.revision else f", and no whole copy at {CONVERTED}"
+            raise Incomplete(f"{self.source} has no files that are read here ({' '.join(FORMATS)}){advice}")
+        wanted = self.config or (next(iter(configs)) if len(configs) == 1 else "default")
+        if wanted not in configs:
+            problem = f"has no configuration {self.config!r}" if self.config else "has several configurations"
+            there = few(filter(None, configs)) or "none"
+            raise InputError(f"{self.source} {problem}; what can be given as {self.repo_id}:CONFIG: {there}")
+        splits = configs[wanted]
+        if any(name.startswith("partial-") for name in splits):
+            raise Incomplete(f"{self.source}: this revision holds only the first 5 GB of a split; leave it out")
         word = SPLIT_WORDS.get(split, split)
         known = split if split in splits else next((s for s in splits if SPLIT_WORDS.get(s, s) == word), None)
         if known is None:
             raise NoLabels(f"{self.source} has no split {split!r}; there are: {few(splits)}")
-        if not splits[known]:
-            raise InputError(
-                f"{self.source}: no file that is read here ({' '.join(FORMATS)}) is what the card gives for"
-                f" split {known!r}; try revision refs/convert/parquet"
-            )
-        return sorted(splits[known])
-
-    def _entry(self):
-        """The card's entry of the configuration asked for, else the default or the only one, else {}."""
-        entries = {entry.get("config_name", "default"): entry for entry in self.card.get("configs") or []}
-        if not entries:
-            return {}
-        if self.config:
-            wanted = self.config
-        else:
-            marked = [name for name, entry in entries.items() if entry.get("default")]
-            wanted = (marked or (list(entries) if len(entries) == 1 else ["default"]))[0]
-        if wanted not in entries:
-            raise self._which_configuration(entries)
-        return entries[wanted]
-
-    def _which_configuration(self, names):
-        problem = f"has no configuration {self.config!r}" if self.config else "has several configurations"
-        return InputError(f"{self.source} {problem}; give {self.repo_id}:CONFIG, one of: {few(names)}")
-
-    def _found_splits(self, names, entry):
-        """{split: files} by the words in the names of files and folders."""
-        folder = (entry.get("data_dir") or ("" if entry else self.config)).strip("./")
-        inside = [name for name in names if name.startswith(f"{folder}/" if folder else "")]
-        forms = [formats.format_of(name) for name in inside]
-        best = next((form for form in FORMATS if form in forms), None)
-        splits, folders = {}, set()
-        for name in (name for name, form in zip(inside, forms) if form == best):
-            split, above = _split_in(name)
-            splits.setdefault(split, []).append(name)
-            if split:
-                folders.add(above)
-        if best is None:
-            raise InputError(
-                f"{self.source} has no files that are read here ({' '.join(FORMATS)}){' in ' * bool(folder)}"
-                f"{folder}; if it has a loading script, try revision refs/convert/parquet"
-            )
-        if len(folders) > 1:
-            raise self._which_configuration(sorted(filter(None, folders)))
-        others = splits.pop(None, [])  # of a split with another name; or all there are, then it is one split
-        return splits or {"train": others}
-
-    def _class_names(self):
-        """{column: class names} from the card's dataset_info."""
-        infos = self.card.get("dataset_info") or []
-        infos = [infos] if isinstance(infos, dict) else infos
-        config = self._entry().get("config_name", self.config or "default")
-        named = [info for info in infos if info.get("config_name", "default") == config]
-        found = {}
-        for feature in (named or infos[: len(infos) == 1] or [{}])[0].get("features") or []:
-            kind = feature.get("dtype")
-            names = kind.get("class_label", {}).get("names") if isinstance(kind, dict) else None
-            if isinstance(names, dict):  # {'0': first, '1': second}
-                names = [names[key] for key in sorted(names, key=int)]
-            if names:
-                found[feature["name"]] = names
-        return found
+        return splits[known]
 
 
-def _card(path, repo_id):
-    from huggingface_hub import metadata_load
-
-    try:
-        return metadata_load(path) or {}
-    except Exception as error:  # YAML's own errors: the library comes with huggingface_hub, not with us
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{repo_id}/README.md: its front matter is not YAML ({reason})") from error
-
-
-def _is_data(name):
-    file = name.rpartition("/")[2]
-    return formats.format_of(file) is not None and file not in NOT_DATA and not name.startswith(".")
+def _configurations(names):
+    """{configuration: {split: files}}, of files in the most suitable form only."""
+    forms = {name: formats.format_of(name) for name in sorted(names) if name.rpartition("/")[2] not in NOT_DATA}
+    best = next((form for form in FORMATS if form in forms.values()), None)
+    configs = {}
+    for name in (name for name, form in forms.items() if form and form == best and not name.startswith(".")):
+        config, split = _place(name)
+        configs.setdefault(config, {}).setdefault(split, []).append(name)
+    others = configs.pop(None, None)  # of a split with another name; or all there are, then it is one split
+    return configs or ({"": others} if others else {})
 
 
-def _declared_splits(names, entry):
-    """{split: files} from a configuration's data_files: patterns, or a list or mapping of splits to"
-    " patterns."""
-    declared = entry["data_files"]
-    if isinstance(declared, dict):
-        declared = [{"split": split, "path": path} for split, path in declared.items()]
-    elif isinstance(declared, str) or all(isinstance(pattern, str) for pattern in declared):
-        declared = [{"split": "train", "path": declared}]
-    folder = (entry.get("data_dir") or "").strip("./")
-    splits = {}
-    for part in declared:
-        paths = [part["path"]] if isinstance(part["path"], str) else part["path"]
-        paths = [path.removeprefix("./") for path in paths]
-        patterns = [_pattern(f"{folder}/{path}" if folder else path) for path in paths]
-        splits[part["split"]] = [name for name in names if any(p.fullmatch(name) for p in patterns)]
-    return splits
-
-
-def _pattern(glob):
-    """A regular expression for a glob in which * stays within a folder and ** crosses them."""
-    forms = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-    parts = re.split(r"(\*\*/|\*\*|\*|\?|\[[^]]+\])", glob)
-    return re.compile("".join(forms.get(p) or (p if p.startswith("[") else re.escape(p)) for p in parts))
-
-
-def _split_in(name):
-    """The split that a path names, its file before its folders, and the folder above that part."""
+def _place(name):
+    """(configuration, split) of a file: of the converter's layout, else by the word nearest to the path's end."""
+    if match := LAYOUT.fullmatch(name):
+        return match.groups()
     parts = name.split("/")
     for depth in reversed(range(len(parts))):
         for word in re.split("[^a-z]+", parts[depth].lower()):
             if word in SPLIT_WORDS:
-                return SPLIT_WORDS[word], "/".join(parts[:depth])
-    return None, ""
+                return "/".join(parts[:depth]), SPLIT_WORDS[word]
+    return None, "train"
