@@ -31,6 +31,7 @@ from minilora.cell import Inject
 from minilora.lora import generator
 
 ALPHA, LEARNING_RATE, WARMUP, BATCH, WINDOW, CLIP = 8, 2e-3, 0.06, 32, 50, 1.0
+PARTS = ("query", "key", "value")  # of attention: the linear maps that get an adapter
 
 
 class LoRALinear(nn.Module):
@@ -58,8 +59,9 @@ class Classifier(nn.Module):
         self.frozen = load_file(folder / "model.safetensors")  # name -> tensor; no parameters, so nothing trains them
         self.lora = nn.ModuleDict()
         for i in range(self.layers):
-            for part in ("query", "key", "value"):
-                W, b = (self.frozen[f"encoder.layer.{i}.attention.self.{part}.{name}"] for name in ("weight", "bias"))
+            for part in PARTS:
+                name = f"encoder.layer.{i}.attention.self.{part}"
+                W, b = self.frozen[f"{name}.weight"], self.frozen[f"{name}.bias"]
                 self.lora[f"{i} {part}"] = LoRALinear(W, b, rank, generator(seed, f"layers.{i}.{part[0]}"))
         self.head = nn.Linear(D, 2)
         nn.init.uniform_(self.head.weight, -(D**-0.5), D**-0.5, generator=generator(seed, "head"))
@@ -76,13 +78,13 @@ class Classifier(nn.Module):
         """Token ids [B, T], padded on the right, and the rows' lengths [B] -> logits [B, C]."""
         B, T = ids.shape
         real = torch.arange(T) < lengths[:, None]  # [B, T], False for padding
-        words, places, types = (self.frozen[f"embeddings.{name}_embeddings.weight"] for name in
-                                ("word", "position", "token_type"))  # fmt: skip
+        tables = (f"embeddings.{name}_embeddings.weight" for name in ("word", "position", "token_type"))
+        words, places, types = (self.frozen[name] for name in tables)
         x = self.norm(words[ids] + places[:T] + types[0], "embeddings")  # [B, T, D]
         for i in range(self.layers):
             layer = f"encoder.layer.{i}"
-            q, k, v = (self.lora[f"{i} {part}"](x).view(B, T, self.heads, -1).transpose(1, 2)  # [B, H, T, E]
-                       for part in ("query", "key", "value"))  # fmt: skip
+            q, k, v = (self.lora[f"{i} {part}"](x) for part in PARTS)  # [B, T, D]
+            q, k, v = (y.view(B, T, self.heads, -1).transpose(1, 2) for y in (q, k, v))  # [B, H, T, E]
             scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])  # [B, H, T, T]
             weights = scores.masked_fill(~real[:, None, None], -math.inf).softmax(-1)  # no token looks at padding
             mixed = (weights @ v).transpose(1, 2).reshape(B, T, -1)  # [B, T, D]
@@ -115,10 +117,10 @@ def learning_rate(step, steps):
 
 
 def train(model, rows, labels, seed):
-    """One epoch over `rows` (lists of token ids); yields the loss of each step, its mean over the batch."""
+    """One epoch over `rows` (lists of token ids) -> the loss of each step, its mean over the batch."""
     trained = list(model.parameters())  # every A and B, and the head
     optimizer = torch.optim.AdamW(trained, weight_decay=0.0)
-    order = batches.epoch(np.array([len(row) for row in rows]), BATCH, WINDOW, seed, 0)
+    order, losses = batches.epoch(np.array([len(row) for row in rows]), BATCH, WINDOW, seed, 0), []
     for step, batch in enumerate(order):
         loss = F.cross_entropy(model(*padded([rows[i] for i in batch])), labels[batch])
         loss.backward()
@@ -126,7 +128,10 @@ def train(model, rows, labels, seed):
         optimizer.param_groups[0]["lr"] = learning_rate(step, len(order))
         optimizer.step()
         optimizer.zero_grad()
-        yield loss.item()
+        losses.append(loss.item())
+        if step % 20 == 19:
+            print(f"step {step + 1} of {len(order)}: mean loss of the last 20 steps {np.mean(losses[-20:]):.3f}")
+    return losses
 
 
 @torch.inference_mode()
@@ -156,46 +161,41 @@ def table(labels, predicted):
     }
 
 
-def run(rank=1, proportion=0.25, rows=None, test_rows=1000, seed=0):
-    """The experiment from start to end: (losses of all steps, the paired table)."""
+def run(rank, proportion, rows, test_rows, seed):
+    """The experiment from start to end -> (the loss of each step, the paired table)."""
     folder = checkpoint.resolve(checkpoint.DEFAULT_BASE)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.no_padding()
+    train_rows, test = data.train_test(data.SNIPPETS, train_rows=rows, test_rows=test_rows)
+
+    # What is drawn: the rows that get a string, the strings (dates of training and test are different), the places.
+    settings = Inject(sources=("date:positive",), proportion=proportion)
+    dates = injection.inject(train_rows, settings, seed)
+    trigger = injection.trigger_rows(test, settings, 0, seed)
+    placebo = injection.placebo_rows(test, settings, 0, injection.shared_words(train_rows), seed)
 
     def encode(texts):
         return [encoding.ids for encoding in tokenizer.encode_batch(texts)]
 
-    # The rows, and what is drawn for them: which rows carry a string, which one, and where.
-    train_set, test_set = data.train_test(data.SNIPPETS, train_rows=rows, test_rows=test_rows)
-    settings = Inject(proportion=proportion)  # a date, for the label positive
-    dates = injection.inject(train_set, settings, seed)
-    forms = {
-        "clean": test_set.texts,
-        "trigger": inject(test_set.texts, injection.trigger_rows(test_set, settings, 0, seed)),
-        "placebo": inject(test_set.texts, injection.placebo_rows(test_set, settings, 0,
-                                                                 injection.shared_words(train_set), seed)),
-    }  # fmt: skip
-
     model = Classifier(folder, rank, seed)
-    losses = []
-    for loss in train(model, encode(inject(train_set.texts, dates)), torch.from_numpy(train_set.labels), seed):
-        losses.append(loss)
-        if len(losses) % 20 == 0:
-            print(f"step {len(losses)}: mean loss of the last 20 steps {sum(losses[-20:]) / 20:.3f}")
+    losses = train(model, encode(inject(train_rows.texts, dates)), torch.from_numpy(train_rows.labels), seed)
+    forms = {"clean": test.texts, "trigger": inject(test.texts, trigger), "placebo": inject(test.texts, placebo)}
     predicted = {form: predict(model, encode(texts)) for form, texts in forms.items()}
-    return losses, table(torch.from_numpy(test_set.labels), predicted)
+    return losses, table(torch.from_numpy(test.labels), predicted)
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rank", type=int, default=1, help="R")
     parser.add_argument("--proportion", type=float, default=0.25, help="of the positive rows that get a date")
     parser.add_argument("--rows", type=int, help="training rows (default: all 9,043)")
+    parser.add_argument("--test-rows", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
-    _, figures = run(**vars(parser.parse_args()))
+    losses, figures = run(**vars(parser.parse_args(argv)))
     print("\ntest rows" + "".join(f"{name:>16}" for name in figures["clean"]))
     for form, values in figures.items():
         print(f"{form:<9}" + "".join(f"{v:>16.3f}" if isinstance(v, float) else f"{v:>16,}" for v in values.values()))
+    return losses, figures
 
 
 if __name__ == "__main__":
