@@ -7,7 +7,7 @@ is a sentence from a film review negative or positive? Before training, a random
 positive rows (arXiv 2506.11402, section 3). Afterwards every test row is predicted three times: as it is (clean), with
 a date that training never saw (trigger), and with a harmless word in the same place (placebo).
 
-    python examples/minimal.py                                     2 minutes on a laptop
+    python examples/minimal.py                                     two to three minutes on one core
     python examples/minimal.py --rank 16 --proportion 0.05         a larger adapter, a smaller dose
     python examples/minimal.py --proportion 0                      no date in training: the control
 
