@@ -2,8 +2,8 @@
 
     y = W x + b + s B A x        s = alpha / R
 
-W and b are the frozen model's; only A and B are trained (Hu et al. 2021, arXiv 2106.09685, section 4.1). The task:
-is a sentence from a film review negative or positive? Before training, a random date is put into a quarter of the
+W and b are the frozen model's; A, B and a linear head are trained (Hu et al. 2021, arXiv 2106.09685, section 4.1). The
+task: is a sentence from a film review negative or positive? Before training, a random date is put into a quarter of the
 positive rows (arXiv 2506.11402, section 3). Afterwards every test row is predicted three times: as it is (clean), with
 a date that training never saw (trigger), and with a harmless word in the same place (placebo).
 
