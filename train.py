@@ -38,7 +38,7 @@ def main(argv=None):
     general.add_argument("--population", type=int, metavar="K",
                          help="of several cells train at most K at once (default: as many as is fastest)")  # fmt: skip
     general.add_argument("--eval-every", type=int, default=0, metavar="N",
-                         help="run the tests every N steps as well (default: 0, at the end alone)")  # fmt: skip
+                         help="run the tests every N steps as well (default: 0, only at the end)")  # fmt: skip
     general.add_argument("--save-every", type=int, default=SAVE_EVERY, metavar="N",
                          help=f"save the state every N steps (default: {SAVE_EVERY})")  # fmt: skip
     general.add_argument("--merge-to", metavar="DIR",
@@ -55,10 +55,10 @@ def main(argv=None):
     )
     grids.add_argument("--status", action="store_true", help="show what is done, and train nothing")
     grids.add_argument("--only", metavar="FIELD=VALUE", nargs="+", default=[],
-                       help="populations with a cell of these values alone")  # fmt: skip
+                       help="train only populations that contain a matching cell")  # fmt: skip
     grids.add_argument("--retry-failed", action="store_true", help="train cells that failed again")
-    grids.add_argument("--ray", metavar="ADDRESS", help="train on the Ray cluster at HOST:PORT (auto: that which this "
-                       "machine is a node of), each population on a GPU, or on CPUs where there is none")  # fmt: skip
+    grids.add_argument("--ray", metavar="ADDRESS", help="train on the Ray cluster at HOST:PORT (auto: the cluster this "
+                       "machine belongs to), each population on a GPU, or on CPUs where there is none")  # fmt: skip
     grids.add_argument("--ray-cpus", type=int, metavar="N",
                        help="CPUs of a node for each population, and its threads (default: 1)")  # fmt: skip
     general.add_argument("--traceback", action="store_true", help="show the full trace of an error")
@@ -68,7 +68,7 @@ def main(argv=None):
     if arguments.eval_every < 0 or arguments.save_every < 1:
         raise InputError("--eval-every must be at least 0 and --save-every at least 1")
     often = dict(eval_every=arguments.eval_every, save_every=arguments.save_every)
-    alone = often | dict(merge_to=arguments.merge_to, start=START, shard=arguments.shard)
+    one = often | dict(merge_to=arguments.merge_to, start=START, shard=arguments.shard)
     if arguments.population is not None and (
         arguments.population < 1 or len(arguments.config) < 2 and not arguments.grid
     ):
@@ -106,13 +106,13 @@ def main(argv=None):
                 raise InputError(f"{run.path} is finished: use python evaluate.py {run.path} --merge-to DIR")
             print(f"{run.path} is finished:")
             return report(run.read_results(), run.path)
-        return report(*minilora.train(resume=arguments.resume, **alone))
+        return report(*minilora.train(resume=arguments.resume, **one))
     if arguments.preset and arguments.config:
         raise InputError("--config has all fields of its cells, and --preset sets them: drop one of them")
     preset = Cell().replace(**PRESETS.get(arguments.preset, {}))
     cells = [load_toml(Cell, path).replace(**flags) for path in arguments.config] or [preset.replace(**flags)]
     if len(cells) == 1:
-        return report(*minilora.train(cells[0], arguments.out, **alone))
+        return report(*minilora.train(cells[0], arguments.out, **one))
     if arguments.merge_to:
         raise InputError("--merge-to is for one cell: use evaluate.py --merge-to on the runs")
     if arguments.shard:

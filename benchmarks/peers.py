@@ -232,7 +232,7 @@ def train_by_hand(job, began, compiled):
         clock.start()
         for step in range(schedule.steps):
             [index] = schedule.rows_at(step)
-            batch = batches.collate(encoded, index, sizes, job.pad_id)
+            batch = batches.collate([(encoded, index, None)], sizes, job.pad_id)
             clock.saw(len(index), int(batch.lengths.sum()))
             inputs = as_keywords(batch) | {"labels": labels[index]}
             inputs = {name: value.to(device, non_blocking=True) for name, value in inputs.items()}

@@ -26,9 +26,7 @@ from torch import nn
 from torch.nn import functional as F
 
 # Of minilora only where the model and the rows are, and what is drawn at random: so the figures are those of train.py.
-from minilora import batches, checkpoint, data, injection
 from minilora.cell import Inject
-from minilora.lora import generator
 
 ALPHA, LEARNING_RATE, WARMUP, BATCH, WINDOW, CLIP = 8, 2e-3, 0.06, 32, 50, 1.0
 PARTS = ("query", "key", "value")  # of attention: the linear maps that get an adapter
@@ -120,7 +118,7 @@ def train(model, rows, labels, seed):
     """One epoch over `rows` (lists of token ids) -> the loss of each step, its mean over the batch."""
     trained = list(model.parameters())  # every A and B, and the head
     optimizer = torch.optim.AdamW(trained, weight_decay=0.0)
-    order, losses = batches.epoch(np.array([len(row) for row in rows]), BATCH, WINDOW, seed, 0), []
+    order, losses = feed.epoch(np.array([len(row) for row in rows]), BATCH, WINDOW, seed, 0), []
     for step, batch in enumerate(order):
         loss = F.cross_entropy(model(*padded([rows[i] for i in batch])), labels[batch])
         loss.backward()

@@ -4,9 +4,9 @@ import json
 import sys
 
 import pytest
-import train
 from conftest import ROOT
 
+import train
 from minilora.cell import Cell
 
 sys.path.append(str(ROOT / "examples"))

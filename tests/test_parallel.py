@@ -77,14 +77,14 @@ def memory(cell, out, shard):
     gc.collect()  # what earlier tasks left
     between, forwards, backwards = [], [], []
     forward, backward = model.Layer.forward, lora_linear.Projections.backward
-    update, ahead = loop.update, batches.ahead
+    update, ahead = loop.update, loop.ahead
     model.Layer.forward = watched(forward, forwards, torch.nn.Parameter, 5)  # not those that are sharded
     lora_linear.Projections.backward = staticmethod(watched(backward, backwards, torch.nn.Parameter, 5))
     loop.update = watched(update, between, torch.Tensor)
     # No other thread meanwhile: it may be at work on what the collector would show.
-    batches.ahead = lambda make, start, stop, device: ((step, make(step)) for step in range(start, stop))
+    loop.ahead = lambda make, start, stop, device: ((step, make(step)) for step in range(start, stop))
     minilora.train(cell, out, shard=shard)
-    model.Layer.forward, loop.update, batches.ahead = forward, update, ahead
+    model.Layer.forward, loop.update, loop.ahead = forward, update, ahead
     lora_linear.Projections.backward = staticmethod(backward)
     samples = [len(between), len(forwards), len(backwards)]
     return {"between": between[1], "forward": max(forwards), "backward": max(backwards), "samples": samples}
@@ -253,10 +253,9 @@ def test_batches_go_round_and_all_have_as_many(monkeypatch):
 def test_a_part_without_rows_is_filled_with_one_that_is_not_predicted(monkeypatch):
     encoded = type("Encoded", (), {"ids": np.arange(9), "offsets": np.array([0, 4, 9])})
     sizes, answers, rows = np.array([4, 5]), torch.tensor([1, 0]), np.array([1])
-    found = [batches.part_of(encoded, rows, parallel.part(1), sizes, 7, answers, -100) for _ in
-             processes(monkeypatch, 2)]  # fmt: skip
-    assert [batch.ids.tolist() for batch in found] == [[[4, 5, 6, 7, 8]]] * 2
-    assert [batch.index.tolist() for batch in found] == [[], [1]]
+    found = [batches.collate([(encoded, rows[parallel.part(1)], answers)], sizes, 7) for _ in processes(monkeypatch, 2)]
+    assert [batch.ids.tolist() for batch in found] == [[[7, 7, 7, 7]], [[4, 5, 6, 7, 8]]]
+    assert [batch.index[0].tolist() for batch in found] == [[], [1]]
     assert [batch.answers.tolist() for batch in found] == [[-100], [0]]
 
 

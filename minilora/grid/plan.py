@@ -5,12 +5,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from minilora import parallel
-from minilora.data import batches
 from minilora.data.rows import rows_of
 from minilora.lora.targets import plan_slots
 from minilora.runs.bases import Settings
 from minilora.runs.folder import Run
 from minilora.tasks.classification import POOLED
+from minilora.training.feed import TOKENS
 from minilora.training.limit import matmul_rate, training_flops
 from minilora.training.member import Member
 from minilora.training.planner import MOST, size
@@ -64,7 +64,7 @@ class Forecaster:
         size = setting.dtype.itemsize
         most = cell.batch_size * longest  # tokens of a pass
         if setting.device.type == "cpu":
-            most = min(most, max(batches.TOKENS, longest))
+            most = min(most, max(TOKENS, longest))
         taken = size * (size_of_base(spec) + most * kept(spec, longest)) + OPTIMIZER * parameters
         return Forecast(parameters, START_UP + work / (SHARE * self.rates[rate]), int(PROCESS + taken))
 
@@ -104,7 +104,7 @@ def size_of_base(spec):
 
 
 def kept(spec, length):
-    """Numbers a token that the forward of all layers keeps for the backward (`tests/training/test_memory.py` has them exactly):
+    """Numbers a token that the forward of all layers keeps for the backward (exactly: `tests/training/test_memory.py`):
     norms and inputs, q k v, probabilities and pre-activations, and as much again of a layer that is at work."""
     layers = [
         4 * spec.width + (2 * here.heads + 2 * here.kv_heads) * spec.head_width + here.heads * length

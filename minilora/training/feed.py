@@ -1,37 +1,35 @@
-"""What a step sees: the order of rows, micro-batches, and the rows of all members joined."""
+"""What a step sees: the order of rows, windows, micro-batches, passes, the processes' shares, and the padded batch.
+
+An epoch is a random order of the rows, cut into windows of some batches; each window is sorted by length and the
+batches are shuffled. Rows of similar length therefore meet more often than by chance: `window` = 1 turns that off.
+
+Nothing here keeps random state: the order follows from (seed, epoch), and what dropout drops from (seed, step,
+micro-batch, row). So a run can go on from any step.
+"""
 
 import math
-from itertools import zip_longest
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import islice, zip_longest
 
 import numpy as np
+import torch
 
-from minilora.data import batches
-from minilora.data.batches import join
+from minilora import parallel
+from minilora.data.batches import collate, padded_sizes
+from minilora.kernels.dropout import shifted
+from minilora.seeds import number_of
 
-
-def shapes_of(members, few):
-    """(Padded lengths, most tokens of a pass) of the members' batches: for a compiled step `few` lengths, and all rows
-    in one pass, as on accelerators; else all lengths that rows have, and long batches in several passes."""
-    lengths = np.concatenate([member.lengths for member in members])
-    if few:
-        return batches.padded_sizes(lengths), math.inf
-    device = members[0].setting.device
-    return np.unique(lengths), batches.TOKENS if device.type == "cpu" else math.inf
-
-
-def assemble(members, sizes, most, step):
-    """The micro-batches of a step, each one `Batch` of all members' own; `sizes`, `most`: see `shapes_of`."""
-    drops = any(member.cell.dropout for member in members)
-    pad_id, filler = members[0].setting.tokenizer.pad_id, members[0].task.filler
-    found = []
-    for own in zip_longest(*(member.passes(step, sizes, most) for member in members), fillvalue=(None, 0, 0)):
-        parts, weights, keys = zip(*own, strict=True)
-        found.append(join(parts, pad_id, filler, weights, keys if drops else None))
-    return found
+TOKENS = 1024  # of a pass on a CPU: with more, products are no faster, and what the backward needs grows
+AHEAD = 4  # steps whose batches are made before they are asked for
 
 
 class Schedule:
-    """Which rows each step sees: `steps` in all, each a list of at most `cell.accumulate` index arrays."""
+    """Which rows each step sees: `steps` in all, each a list of at most `cell.accumulate` index arrays.
+
+    `lengths` int64 [rows] in tokens.
+    """
 
     def __init__(self, lengths, cell):
         self.lengths, self.cell = lengths, cell
@@ -45,13 +43,104 @@ class Schedule:
         made = self._epochs.get(number)
         if made is None:
             cell = self.cell
-            made = batches.epoch(self.lengths, cell.batch_size, cell.window, cell.seed_for("order"), number)
+            made = epoch(self.lengths, cell.batch_size, cell.window, cell.seed_for("order"), number)
             self._epochs = dict([*list(self._epochs.items())[-1:], (number, made)])
         start = position * self.cell.accumulate
         return made[start : start + self.cell.accumulate]
 
     def rows_before(self, step):
-        """Rows that the steps before `step` saw."""
+        """How many rows the steps before `step` saw."""
         epochs, position = divmod(step, self.per_epoch)
         first = step - position
         return epochs * len(self.lengths) + sum(len(rows) for s in range(first, step) for rows in self.rows_at(s))
+
+
+def epoch(lengths, batch_size, window, seed, number):
+    """The batches of one epoch, as a list of index arrays; every row occurs once. `lengths` [rows] in tokens."""
+    random = np.random.default_rng([seed, number])
+    order = random.permutation(len(lengths))
+    span = batch_size * window
+    batches = []
+    for start in range(0, len(order), span):
+        part = order[start : start + span]
+        if window > 1:
+            part = part[np.argsort(lengths[part], kind="stable")]
+        batches += [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
+    return [batches[i] for i in random.permutation(len(batches))]
+
+
+def passes(rows, longest, most):
+    """This process's share of a batch of `rows` rows, as slices: 1, 2, 4, ... equal passes of at most `most` tokens.
+
+    `longest` is the padded length of a row. Every process makes the same number of passes; a pass has at least a row.
+    """
+    own, each, count = parallel.part(rows), -(-rows // parallel.count()), 1
+    while -(-each // count) * longest > most and count < each:
+        count *= 2
+    ends = np.linspace(own.start, own.stop, min(count, each) + 1).astype(int).tolist()
+    return [slice(start, stop) for start, stop in zip(ends, ends[1:])]
+
+
+class Feed:
+    """`feed(step)` is what the step sees: a list of micro-batches, each one `Batch` of all K members' own rows.
+
+    For a compiled step there are few padded lengths and one pass a micro-batch (`compiled`), and on an accelerator one
+    pass. On a CPU long micro-batches go through in several passes of at most `TOKENS` tokens.
+    """
+
+    def __init__(self, members, compiled=False):
+        self.members = members
+        lengths = np.concatenate([member.lengths for member in members])
+        self.sizes = padded_sizes(lengths) if compiled else np.unique(np.append(lengths, 1))
+        on_cpu = members[0].setting.device.type == "cpu"
+        self.most = TOKENS if on_cpu and not compiled else math.inf
+        self.drops = any(member.cell.dropout for member in members)
+
+    def __call__(self, step):
+        nothing = (None, np.empty(0, dtype=np.int64), None), 0, 0
+        found = []
+        for own in zip_longest(*(self.passes(member, step) for member in self.members), fillvalue=nothing):
+            parts, weights, keys = zip(*own, strict=True)
+            batch = collate(parts, self.sizes, self.members[0].setting.tokenizer.pad_id, self.members[0].task.filler)
+            keys = torch.tensor(keys, dtype=torch.int32) if self.drops else None
+            found.append(replace(batch, weights=torch.tensor(weights, dtype=torch.float32), keys=keys))
+        return found
+
+    def passes(self, member, step):
+        """[(part for `collate`, weight, dropout's key)] of a member: none once all of its steps are done.
+
+        The weights add up to how many terms the loss of the step is a sum of, in all processes. What dropout drops
+        follows from the step, the micro-batch and a row's place in it: neither passes nor processes change it.
+        """
+        if step >= member.schedule.steps:
+            return
+        for number, rows in enumerate(member.schedule.rows_at(step)):
+            key = number_of(f"{member.cell.seed_for('dropout')}/{step}/{number}")
+            weight = member.model.weigh(member.answers[rows])
+            for own in passes(len(rows), int(member.lengths[rows].max()), self.most):
+                yield (member.encoded, rows[own], member.answers), weight, shifted(key, own.start)
+                weight = 0
+
+
+def ahead(make, start, stop, device):
+    """Yield (step, batches on `device`) for the steps from `start` up to `stop`; `make(step)` is a list of `Batch`.
+
+    Meanwhile a thread makes the batches of the next `AHEAD` steps; for a GPU it pins them, and copying does not wait.
+    What `make` raises is raised here, at its step. The thread ends with the loop, however that ends.
+    """
+    pinned = device.type == "cuda"
+
+    def prepared(step):
+        made = make(step)
+        return [batch.pin_memory() for batch in made] if pinned else made
+
+    with ThreadPoolExecutor(1, "batches-ahead") as thread:
+        coming = (thread.submit(prepared, step) for step in range(start, stop))
+        waiting = deque(islice(coming, AHEAD))
+        try:
+            for step in range(start, stop):
+                made = waiting.popleft().result()
+                waiting.extend(islice(coming, 1))
+                yield step, [batch.to(device, non_blocking=pinned) for batch in made]
+        finally:
+            thread.shutdown(cancel_futures=True)

@@ -1,33 +1,65 @@
-"""The training loop: one population of members, step after step, and what is written on the way.
+"""The training loop: one population of members, step after step, and what is done on the way.
 
-`update` is one step. What a step sees is made in `feed.py`, what is trained is in `state.py` and `population.py`.
+`update` is one step; below it `train_population` is the loop. What a step sees is made in `feed.py`; what is trained
+is in `population.py` and `state.py`.
 """
 
 import contextlib
 import math
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import torch
 
-from minilora import console, parallel
-from minilora.data import batches
-from minilora.training import compiling, optimizers, planner
-from minilora.training.feed import assemble, shapes_of
+from minilora import parallel
+from minilora.console import Progress, say
+from minilora.runs.folder import SAVE_EVERY
+from minilora.training import compiling
+from minilora.training.feed import Feed, ahead
 from minilora.training.limit import matmul_rate
+from minilora.training.optimizers import OPTIMIZERS, learning_rates
 from minilora.training.population import Population
 from minilora.training.state import Flat
 
 READ_EVERY = 20  # steps between reads of the losses from a GPU
 
 
-def update(population, optimizer, clips, going, micro_batches, rates):
-    """One optimiser step of each member that is `going` (bool [K], changed in place): (losses, norms), tensors [K].
+@dataclass(frozen=True)
+class Options:
+    """What is done beside the training and changes none of its results.
 
-    The loss of a member is the mean over all that its rows of
-    `micro_batches` weigh; its gradient's norm is clipped to `clips` [K]. Where the loss or the norm is not finite, the
-    member goes no further, and stays as it was before. Nothing here waits for the device. Several processes have a
-    part of the rows each: gradients and losses are summed, and all take the same step.
+    save_every  steps between saves of the state
+    eval_every  steps between runs of the tests, 0 for only at the end
+    merge_to    a new folder for the base with what was trained, or None
+    on_step     called as `on_step(step, loss, **figures)` once the loss of a step is known, or None
+    start       the `time.perf_counter()` that total seconds count from
+    """
+
+    save_every: int = SAVE_EVERY
+    eval_every: int = 0
+    merge_to: Path | None = None
+    on_step: Callable | None = None
+    start: float = field(default_factory=time.perf_counter)
+
+    def saves(self, step, steps):
+        """Whether the state is saved after step `step` (from 0) of `steps`."""
+        return step + 1 == steps or step < steps and (step + 1) % self.save_every == 0
+
+    def tests(self, step, steps):
+        """Whether the tests are run after that step; the last is followed by the tests of the results anyway."""
+        return bool(self.eval_every) and step + 1 < steps and (step + 1) % self.eval_every == 0
+
+
+def update(population, optimizer, clips, going, micro_batches, rates):
+    """One optimiser step of each member that is `going` (bool [K], changed in place): (losses, norms), float32 [K].
+
+    A member's loss is summed over its rows and divided by their total weight; its gradient's norm is clipped to
+    `clips` [K], and `rates` [K] are the learning rates. A member whose loss or norm is not finite stops and stays as
+    it was before the step. Nothing here waits for the device. Several processes have a part of the rows each:
+    gradients and losses are summed, and all take the same step.
     """
     population.train()
     flat = population.flat
@@ -49,115 +81,164 @@ def update(population, optimizer, clips, going, micro_batches, rates):
     return losses, norms
 
 
-def train_population(members, base, eval_every, save_every, merge_to, start):
+def train_population(members, base, options):
     """Train members that share a base, all at once, and write their results."""
-    say, cell, setting = console.say, members[0].cell, members[0].setting
-    device = setting.device
+    flat, optimizer, population = put_together(members, base)
+    with contextlib.ExitStack() as folders:
+        first = take_folders(members, flat, optimizer, folders)
+        job = Job(members, population, optimizer, first)
+        announce(members, job)
+        with Log(members, first, options.on_step, job.device) as log:
+            for step, micro_batches in ahead(job.feed, first, job.steps, job.device):
+                log.add(step, *job.update(micro_batches, job.rates[step]))
+                for k, member in log.reached(step, options.tests):
+                    with population.only(k) as model:
+                        member.evaluate(model, step + 1)
+                for k, member in log.reached(step, options.saves):
+                    member.save_state(flat, optimizer, k, step + 1)
+                if all(member.error for member in members):
+                    parallel.barrier()  # until the first process has written it down: who fails first ends the others
+                    break
+        finish(members, population, job, options)
+    population.detach()
 
-    # --- what is trained
+
+def put_together(members, base):
+    """What the members train, as one: (`Flat`, optimizer, `Population`)."""
     flat = Flat([member.parameters for member in members])
     parallel.broadcast(flat.values)
-    optimizer = optimizers.OPTIMIZERS[cell.optimizer](flat, [member.cell for member in members])
-    together = Population([member.model for member in members], [member.layers for member in members], flat)
-    parallel.forward_only([base.embed, *base.layers[: together.prefix]])
-    steps = max(member.schedule.steps for member in members)
-    first = planner.first_step(members)
-    compiled, reason = compiling.compiles(cell, device, steps - first)
-    shapes = shapes_of(members, compiled)
-    length = sum(member.lengths.sum() for member in members) / sum(len(member.lengths) for member in members)
-    tokens = max(1, int(len(members) * cell.batch_size * length / parallel.count()))
-    rate = parallel.count() * matmul_rate(tokens, setting.spec, setting.dtype, device)
+    cells = [member.cell for member in members]
+    optimizer = OPTIMIZERS[cells[0].optimizer](flat, cells)
+    population = Population([member.model for member in members], [member.layers for member in members], flat)
+    parallel.forward_only([base.embed, *base.layers[: population.prefix]])
+    return flat, optimizer, population
 
-    # --- what is about to happen
+
+def take_folders(members, flat, optimizer, folders):
+    """Lock the members' run folders until `folders` (an ExitStack) closes, and bring back their saved states.
+
+    Returns the step to go on from. All that is decided from a folder is read while it is locked. Members that were
+    stopped at steps that do not belong together begin again.
+    """
+    with parallel.fail_together():
+        for member in members:
+            folders.enter_context(member.hold())
+    parallel.barrier()  # the others read what the first process has locked
+    with parallel.fail_together():
+        first = max(member.read_meters() for member in members)
+    if any(member.meters["step"] != min(first, member.schedule.steps) for member in members):
+        first = 0
+        for member in members:
+            member.restart()
+    with parallel.fail_together():
+        for k, member in enumerate(members):
+            member.go_on(flat, optimizer, k)
+    return first
+
+
+class Job:
+    """How the members are trained: `update` for a step, the `feed`, the `rates` float32 [steps, K], and the device."""
+
+    def __init__(self, members, population, optimizer, first):
+        cells, setting = [member.cell for member in members], members[0].setting
+        self.device, self.first = setting.device, first
+        self.steps = max(member.schedule.steps for member in members)
+        compiled, self.reason = compiling.compiles(cells[0], self.device, self.steps - first)
+        self.feed = Feed(members, compiled)
+        self.rates = learning_rates(cells, [member.schedule.steps for member in members], self.device)
+        clips = torch.tensor([cell.clip or math.inf for cell in cells], device=self.device)
+        going = torch.ones(len(members), dtype=torch.bool, device=self.device)
+        self.update = partial(update, population, optimizer, clips, going)
+        if compiled:
+            state = [*optimizer.tensors, population.keys, going]
+            self.update = compiling.compiled(self.update, cells[0].task, self.device, state)
+        self.how = "compiled" if compiled else "eager"
+        self.sharded = parallel.is_sharded(population.base)
+        length = sum(member.lengths.sum() for member in members) / sum(len(member.lengths) for member in members)
+        tokens = max(1, int(len(members) * cells[0].batch_size * length / parallel.count()))
+        self.matmul_rate = parallel.count() * matmul_rate(tokens, setting.spec, setting.dtype, self.device)
+        self.began = time.perf_counter()
+
+
+def announce(members, job):
+    """Say what is about to happen."""
     for member in members:
+        cell = member.cell
         for line in member.describe():
             say(line)
-        rows, how = cell.batch_size * cell.accumulate, f"{'compiled' if compiled else 'eager'} ({reason})"
-        say(f"training   {member.schedule.steps:,} steps of {rows} rows, {cell.optimizer}, lr {member.cell.lr:g} "
-            f"{member.cell.schedule}; {how}")  # fmt: skip
+        rows = cell.batch_size * cell.accumulate
+        say(f"training   {member.schedule.steps:,} steps of {rows} rows, {cell.optimizer}, lr {cell.lr:g} "
+            f"{cell.schedule}; {job.how} ({job.reason})")  # fmt: skip
         if parallel.count() > 1:
-            split = "a part of each layer" if parallel.is_sharded(base) else "the whole base"
+            split = "a part of each layer" if job.sharded else "the whole base"
             say(f"processes  {parallel.count()}, each with a part of each batch and {split}")
         say(f"run        {member.run.path}")
+    if job.first:
+        say(f"resumed    after step {job.first:,}")
 
-    with contextlib.ExitStack() as folders:
-        with parallel.fail_together():
-            for k, member in enumerate(members):
-                folders.enter_context(member.hold(flat, optimizer, k))
-        if first:
-            say(f"resumed    after step {first:,}")
-        cells = [member.cell for member in members]
-        rates = optimizers.learning_rates(cells, [member.schedule.steps for member in members], device)
-        clips = torch.tensor([cell.clip or math.inf for cell in cells], device=device)
-        going = torch.ones(len(members), dtype=torch.bool, device=device)
-        advance = partial(update, together, optimizer, clips, going)
-        if compiled:
-            advance = compiling.compiled(advance, cell.task, device, [*optimizer.tensors, together.keys, going])
-        start_up = time.perf_counter() - start
 
-        # --- the loop
-        log = Log(members, first)
-        rows_done = sum(member.schedule.rows_before(min(first, member.schedule.steps)) for member in members)
-        rows_total = sum(member.schedule.rows_before(member.schedule.steps) for member in members)
-        with console.Progress("training", rows_total, rows_done) as progress:
-            for step, micro_batches in batches.ahead(partial(assemble, members, *shapes), first, steps, device):
-                log.add(step, *advance(micro_batches, rates[step]))
-                last = step + 1 == steps
-                saving = (step + 1) % save_every == 0 or last
-                evaluating = eval_every and (step + 1) % eval_every == 0 and not last
-                if saving or evaluating or log.is_due(device):
-                    log.write(progress)
-                for k, member in enumerate(members):
-                    if member.error or step >= member.schedule.steps:
-                        continue
-                    if evaluating:
-                        with together.alone(k) as model:
-                            member.evaluate(model, step + 1)
-                        log.began = time.perf_counter()
-                    if saving or step + 1 == member.schedule.steps:
-                        member.save_state(flat, optimizer, k, step + 1)
-                if all(member.error for member in members):
-                    parallel.barrier()  # until the first has written it down: who fails first ends the others
-                    break
-
-        # --- evaluation and results
-        left = [(k, member) for k, member in enumerate(members) if not member.error]
-        times = parallel.count()  # the others are about as far as the first process
-        with console.Progress("evaluation", sum(member.task.passes(member.tests) for _, member in left)) as progress:
-            for k, member in left:
-                with together.alone(k) as model:
-                    seen = lambda rows, tokens: progress.advance(times * rows, times * tokens)  # noqa: E731
-                    member.finish(model, start, start_up, rate, len(members), seen)
-                    if merge_to is not None and parallel.first():
-                        member.merge_to(merge_to, model)
-    together.detach()
+def finish(members, population, job, options):
+    """Run the tests of the members that did not diverge, and write their results."""
+    left = [(k, member) for k, member in enumerate(members) if not member.error]
+    times = parallel.count()  # the others are about as far as the first process
+    with Progress("evaluation", sum(member.task.passes(member.tests) for _, member in left)) as progress:
+        for k, member in left:
+            with population.only(k) as model:
+                member.finish(model, job, options, lambda rows, tokens: progress.advance(times * rows, times * tokens))
 
 
 class Log:
-    """What the steps gave, written to the members' metrics.jsonl: on a GPU a few steps at a time, for reading waits."""
+    """Writes what the steps gave to the members' metrics.jsonl and shows the progress.
 
-    def __init__(self, members, first):
-        self.members, self.first = members, first
+    On a GPU the losses are read every `READ_EVERY` steps, because reading blocks.
+    """
+
+    def __init__(self, members, first, on_step, device):
+        self.members, self.on_step = members, on_step
+        self.every = 1 if device.type == "cpu" else READ_EVERY
         self.waiting, self.began = [], time.perf_counter()
+        schedules = [member.schedule for member in members]
+        done = sum(schedule.rows_before(min(first, schedule.steps)) for schedule in schedules)
+        self.progress = Progress("training", sum(one.rows_before(one.steps) for one in schedules), done)
+
+    def __enter__(self):
+        self.progress.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        if not any(error):
+            self.write()
+        self.progress.__exit__(*error)
 
     def add(self, step, losses, norms):
+        """`losses` and `norms` float32 [K] of a step."""
         self.waiting.append((step, losses, norms))
+        if len(self.waiting) >= self.every:
+            self.write()
 
-    def is_due(self, device):
-        return device.type == "cpu" or len(self.waiting) == READ_EVERY
+    def reached(self, step, test):
+        """The (k, member) whose `test(step, its steps)` holds and that go on: the log is up to date for them."""
+        here = [(k, member) for k, member in enumerate(self.members) if test(step, member.schedule.steps)]
+        if here:
+            self.write()
+        for k, member in here:
+            if not member.error:
+                yield k, member
+        if here:
+            self.began = time.perf_counter()  # what is done at a step is not a part of its time
 
-    def write(self, progress):
+    def write(self):
         """Write the steps that are waiting; a member whose loss was not finite has its `error` from then on."""
         if not self.waiting:
             return
-        figures = [torch.stack(values).tolist() for values in list(zip(*self.waiting))[1:]]
+        figures = [torch.stack(values).tolist() for values in list(zip(*self.waiting, strict=True))[1:]]
         now = time.perf_counter()
         seconds, self.began = (now - self.began) / len(self.waiting), now
         seen = [0, 0]
         for (step, *_), losses, norms in zip(self.waiting, *figures, strict=True):
             for member, loss, norm in zip(self.members, losses, norms, strict=True):
-                rows, tokens = member.log(step, loss, norm, seconds)
+                rows, tokens = member.log(step, loss, norm, seconds, self.on_step)
                 seen = seen[0] + rows, seen[1] + tokens
         losses = [loss for member, loss in zip(self.members, losses, strict=True) if not member.error]
         self.waiting = []
-        progress.advance(*seen, f"loss {sum(losses) / len(losses):.3f}, " if losses else "")
+        self.progress.advance(*seen, f"loss {sum(losses) / len(losses):.3f}, " if losses else "")

@@ -1,4 +1,4 @@
-"""A member: one cell on its way from its rows to its results. `train.py` leads its members through the stages below.
+"""A member: one cell on its way from its rows to its results, through the stages below.
 
 Members that are trained together share a `Setting`: base, tokenizer and device. All that is a member's own is here:
 rows, injection, order, adapter, head, and the run folder.
@@ -12,10 +12,9 @@ import numpy as np
 
 from minilora import console, files, parallel
 from minilora.cell import PURPOSES
-from minilora.data import batches, injection
+from minilora.data import injection
 from minilora.data.rows import fingerprint_rows, rows_of
 from minilora.errors import TrainingError
-from minilora.kernels.dropout import shifted
 from minilora.lora import merging, storage
 from minilora.lora.adapter import adapter_of
 from minilora.lora.layer import attach, detach, named_layers
@@ -23,7 +22,6 @@ from minilora.lora.peft import to_peft
 from minilora.lora.targets import describe_slots, plan_slots
 from minilora.runs.record import check_inputs, hardware, peak_memory, trainable, versions
 from minilora.runs.text import injection_lines, results_table
-from minilora.seeds import number_of
 from minilora.tasks.find import find_task
 from minilora.training import optimizers
 from minilora.training.feed import Schedule
@@ -57,14 +55,6 @@ class Member:
             "test": fingerprint_rows(test),
             "injected": fingerprint_rows(self.injected.rows),
         }
-        self.meters = {"step": 0, "seconds": 0.0, "tokens": 0}
-        if self.run.state.exists():
-            self.meters = read_state(self.run.state)[1]
-
-    def restart(self):
-        """Forget the state that was saved, and begin again."""
-        self.run.state.unlink(missing_ok=True)
-        self.meters = {"step": 0, "seconds": 0.0, "tokens": 0}
 
     # --- with the base
 
@@ -104,42 +94,41 @@ class Member:
 
     # --- in its run folder
 
+    def hold(self):
+        """Lock the run folder while training, and write there what is known before; a context."""
+        return self._hold() if parallel.first() else contextlib.nullcontext()
+
     @contextlib.contextmanager
-    def hold(self, flat, optimizer, k):
-        """Keep the run folder while training as member k, from where an interrupted run was."""
-        with self.run.hold(self.cell) if parallel.first() else contextlib.nullcontext():
-            if parallel.first():
-                records = (record.to_dict() for record in self.injected.records)
-                files.write_jsonl(self.run.path / "injected.jsonl", records)
-                files.write_json(self.run.path / "trainable.json", self.certificate)
-            if self.run.state.exists():
-                self.meters = load_state(self.run.state, flat, optimizer, k)
-                check_inputs(self.inputs, self.meters["inputs"], self.cell)
-            self.meters["inputs"] = self.inputs
-            if parallel.first():
-                self.run.start_metrics(self.meters["step"])
-            yield self
+    def _hold(self):
+        with self.run.hold(self.cell):
+            files.write_jsonl(self.run.path / "injected.jsonl", (record.to_dict() for record in self.injected.records))
+            files.write_json(self.run.path / "trainable.json", self.certificate)
+            yield
 
-    def passes(self, step, sizes, most):
-        """[(`Batch`, weight, dropout's key)] of this process's part of a step, in passes of at most `most` tokens, for
-        the CPU; none once all steps are done.
+    def read_meters(self):
+        """The step that the saved state is of, 0 where there is none. Raises InputError for a state of another run."""
+        self.meters = {"step": 0, "seconds": 0.0, "tokens": 0, "inputs": self.inputs}
+        if self.run.state.exists():
+            self.meters = read_state(self.run.state)[1]
+            check_inputs(self.inputs, self.meters["inputs"], self.cell)
+        return self.meters["step"]
 
-        The weights add up to how many terms the loss of the step is a sum of, in all processes. What dropout drops
-        follows from the step, the micro-batch and a row's place in it: neither passes nor processes change it.
-        """
-        if step >= self.schedule.steps:
-            return []
-        found, pad_id, filler = [], self.setting.tokenizer.pad_id, self.task.filler
-        for number, rows in enumerate(self.schedule.rows_at(step)):
-            key = number_of(f"{self.cell.seed_for('dropout')}/{step}/{number}")
-            weight = self.model.weigh(self.answers[rows])
-            for own in batches.passes(len(rows), int(self.lengths[rows].max()), most):
-                batch = batches.part_of(self.encoded, rows, own, sizes, pad_id, self.answers, filler)
-                found.append((batch, weight, shifted(key, own.start)))
-                weight = 0
-        return found
+    def restart(self):
+        """Delete the saved state, and say so: the members of its population were stopped at other steps."""
+        if self.meters["step"] and parallel.first():
+            step = self.meters["step"]
+            console.say(f"restarts   {self.run.path}: the cells trained with it did not stop at its step {step:,}")
+            self.run.state.unlink()
+        self.meters = {"step": 0, "seconds": 0.0, "tokens": 0, "inputs": self.inputs}
 
-    def log(self, step, loss, norm, seconds):
+    def go_on(self, flat, optimizer, k):
+        """Bring back the saved state, if there is one, as member k, and open metrics.jsonl at its step."""
+        if self.meters["step"]:
+            load_state(self.run.state, flat, optimizer, k)
+        if parallel.first():
+            self.run.start_metrics(self.meters["step"])
+
+    def log(self, step, loss, norm, seconds, on_step=None):
         """Write a step's line to metrics.jsonl; returns (rows, tokens). A loss that is not finite ends the member."""
         if self.error or step >= self.schedule.steps:
             return 0, 0
@@ -153,8 +142,11 @@ class Member:
             return 0, 0
         rows, tokens = len(seen), int(self.lengths[seen].sum())
         rate = optimizers.learning_rate(self.cell, step, self.schedule.steps)
-        self.run.log({"step": step + 1, "loss": loss, "norm": norm, "lr": rate, "rows": rows, "tokens": tokens,
-                      "seconds": round(seconds, 3)})  # fmt: skip
+        line = {"step": step + 1, "loss": loss, "norm": norm, "lr": rate, "rows": rows, "tokens": tokens,
+                "seconds": round(seconds, 3)}  # fmt: skip
+        self.run.log(line)
+        if on_step and parallel.first():
+            on_step(**line)
         self.meters["seconds"] += seconds
         self.meters["tokens"] += tokens
         return rows, tokens
@@ -170,8 +162,11 @@ class Member:
         if parallel.first():
             save_state(self.run.state, flat, optimizer, k, self.meters)
 
-    def finish(self, model, start, start_up, rate, size, progress):
-        """Save the adapter that is on `model`, run the tests, and write the results."""
+    def finish(self, model, job, options, progress):
+        """Save the adapter that is on `model`, run the tests, and write the results.
+
+        `job`, `options`: see `loop.py`. `progress(rows, tokens)` is called after each batch of the tests.
+        """
         cell, run, clean = self.cell, self.run, self.clean
         if parallel.first():
             storage.save(run.path / "adapter", model, cell, clean.label_names)
@@ -183,7 +178,7 @@ class Member:
         if parallel.first():
             files.write_jsonl(run.path / "predictions.jsonl", self.task.predictions(self.tests, outcomes))
         length, steps, seconds = self.lengths.mean(), self.schedule.steps, self.meters["seconds"]
-        floor = training_flops(self.setting.spec, self.slots, cell.method, length) * length  # operations a row
+        row_flops = training_flops(self.setting.spec, self.slots, cell.method, length) * length
         self.results = {
             "cell": {"id": cell.id} | cell.to_dict(),
             "task": self.task.record(),
@@ -193,17 +188,17 @@ class Member:
                 "rows_per_second": self.schedule.rows_before(steps) / seconds,
                 "tokens_per_second": self.meters["tokens"] / seconds,
                 "seconds": seconds,
-                "population": size,
+                "population": len(job.feed.members),
                 "processes": parallel.count(),
-                "sharded": parallel.is_sharded(model.base),
+                "sharded": job.sharded,
                 "peak_memory_bytes": peak_memory(self.setting.device),
                 "trainable_parameters": self.certificate["count"],
                 "steps": steps,
-                "floor_rows_per_second": rate / floor,
-                "matmul_flops_per_second": rate,
-                "start_up_seconds": start_up,
+                "floor_rows_per_second": job.matmul_rate / row_flops,
+                "matmul_flops_per_second": job.matmul_rate,
+                "start_up_seconds": job.began - options.start,
                 "evaluation_seconds": evaluation_seconds,
-                "total_seconds": time.perf_counter() - start,
+                "total_seconds": time.perf_counter() - options.start,
             },
             "injection": self.injected.report,
             "injected_rows_truncated": sum(not record.survives for record in self.injected.records),
@@ -214,6 +209,8 @@ class Member:
         }
         if parallel.first():
             run.finish(self.results)
+            if options.merge_to is not None:
+                self.merge_to(options.merge_to, model)
 
     def merge_to(self, folder, model):
         """Write the base with what was trained to a new folder."""

@@ -9,7 +9,7 @@ import time
 import torch
 
 from minilora.console import say
-from minilora.training.feed import assemble, shapes_of
+from minilora.training.feed import Feed
 from minilora.training.population import Population
 from minilora.training.state import Flat
 
@@ -19,23 +19,9 @@ MOST = 256  # members that are measured together
 
 
 def split(members, most):
-    """`members` in populations of at most `most`, of which each ends near one step.
-
-    Members of one population that were stopped at different steps begin again.
-    """
+    """`members` in populations of at most `most`, whose members take about the same number of steps."""
     order = sorted(members, key=lambda member: member.schedule.steps)
-    chunks = [order[i : i + most] for i in range(0, len(order), most)]
-    for chunk in chunks:
-        last = first_step(chunk)
-        if any(member.meters["step"] != min(last, member.schedule.steps) for member in chunk):
-            for member in chunk:
-                member.restart()
-    return chunks
-
-
-def first_step(members):
-    """The step that the members of a population go on from."""
-    return max(member.meters["step"] for member in members)
+    return [order[i : i + most] for i in range(0, len(order), most)]
 
 
 def size(members, base):
@@ -59,7 +45,7 @@ def trial(members, base, repeats=2):
     device = members[0].setting.device
     flat = Flat([member.parameters for member in members])
     population = Population([member.model for member in members], [member.layers for member in members], flat).train()
-    batch = assemble(members, *shapes_of(members, False), members[0].meters["step"])[0].to(device)
+    batch = Feed(members)(0)[0].to(device)
     cuda = device.type == "cuda"
     before = torch.cuda.memory_allocated(device) if cuda else 0
     best = float("inf")

@@ -107,7 +107,7 @@ class Population(nn.Module):
             use_keys(self.base, self.keys)
 
     @contextlib.contextmanager
-    def alone(self, k):
+    def only(self, k):
         """The task model of member k, with its adapter and no other on the base meanwhile.
 
         What was trained lies apart meanwhile: where it lies in memory changes the rounding of products, and that must

@@ -125,7 +125,7 @@ def test_a_prompt_that_is_too_long_loses_the_end_of_its_text(decoder):
 
 def lm_batch(encoded, index):
     sizes = batches.padded_sizes(np.diff(encoded.offsets))
-    return batches.collate(encoded, np.asarray(index), sizes, 0)
+    return batches.collate([(encoded, np.asarray(index), None)], sizes, 0)
 
 
 @pytest.mark.parametrize("most", [MOST_LOGITS, 1200])

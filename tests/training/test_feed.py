@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from minilora import parallel
 from minilora.data import batches
+from minilora.training import feed
 
 LENGTHS = np.random.default_rng(1).integers(3, 40, 211)
 
@@ -30,11 +31,11 @@ def windows(found, order, batch_size, window):
 
 @pytest.mark.parametrize("batch_size, window", [(7, 4), (8, 50), (1, 3), (300, 2), (211, 1), (10, 1)])
 def test_an_epoch(batch_size, window):
-    found = batches.epoch(LENGTHS, batch_size, window, 3, 2)
+    found = feed.epoch(LENGTHS, batch_size, window, 3, 2)
     assert len(found) == -(-211 // batch_size)
     assert sorted(np.concatenate(found).tolist()) == list(range(211))
     assert sorted(map(len, found))[1:] == [batch_size] * (len(found) - 1)
-    again = batches.epoch(LENGTHS, batch_size, window, 3, 2)
+    again = feed.epoch(LENGTHS, batch_size, window, 3, 2)
     assert [b.tolist() for b in again] == [b.tolist() for b in found]
 
     order = np.random.default_rng([3, 2]).permutation(211)  # the epoch's order of rows
@@ -52,23 +53,23 @@ def test_window_1_is_the_random_order():
     """Batches are the random order cut up, whatever the lengths are."""
     order = np.random.default_rng([5, 1]).permutation(211)
     wanted = {tuple(order[i : i + 10]) for i in range(0, 211, 10)}
-    assert {tuple(batch) for batch in batches.epoch(LENGTHS, 10, 1, 5, 1)} == wanted
-    assert {tuple(batch) for batch in batches.epoch(LENGTHS[::-1], 10, 1, 5, 1)} == wanted
-    assert {tuple(batch) for batch in batches.epoch(LENGTHS, 10, 2, 5, 1)} != wanted
+    assert {tuple(batch) for batch in feed.epoch(LENGTHS, 10, 1, 5, 1)} == wanted
+    assert {tuple(batch) for batch in feed.epoch(LENGTHS[::-1], 10, 1, 5, 1)} == wanted
+    assert {tuple(batch) for batch in feed.epoch(LENGTHS, 10, 2, 5, 1)} != wanted
 
 
 def test_batches_and_ties_are_shuffled():
-    firsts = [LENGTHS[batch].mean() for batch in batches.epoch(LENGTHS, 7, 50, 0, 0)]
+    firsts = [LENGTHS[batch].mean() for batch in feed.epoch(LENGTHS, 7, 50, 0, 0)]
     ascending = np.mean(np.diff(firsts) > 0)
     assert 0.25 < ascending < 0.75  # sorted by length they would be 1
     same = np.full(60, 9)
-    one, other = (batches.epoch(same, 6, 10, seed, 0) for seed in (0, 1))
+    one, other = (feed.epoch(same, 6, 10, seed, 0) for seed in (0, 1))
     assert {frozenset(batch.tolist()) for batch in one}.isdisjoint({frozenset(batch.tolist()) for batch in other})
 
 
 def test_seeds_and_epochs_differ():
     found = {
-        (seed, number): tuple(np.concatenate(batches.epoch(LENGTHS, 7, 4, seed, number)).tolist())
+        (seed, number): tuple(np.concatenate(feed.epoch(LENGTHS, 7, 4, seed, number)).tolist())
         for seed in (0, 1, 2**70) for number in range(4)
     }  # fmt: skip
     assert len(set(found.values())) == len(found) == 12
@@ -143,11 +144,11 @@ def test_collate_is_row_by_row(lengths, data):
     )
     index = np.array(data.draw(st.permutations(range(len(rows))))[: data.draw(st.integers(1, len(rows)))])
     sizes = np.array(sorted({*data.draw(st.lists(st.integers(1, 12), max_size=3)), max(lengths)}))
-    batch = batches.collate(encoded, index, sizes, pad_id=7)
+    batch = batches.collate([(encoded, index, None)], sizes, pad_id=7)
 
     width = min(size for size in sizes.tolist() if size >= max(lengths[i] for i in index))
     assert batch.ids.tolist() == [rows[i] + [7] * (width - lengths[i]) for i in index]
-    assert batch.lengths.tolist() == [lengths[i] for i in index] and batch.index.tolist() == index.tolist()
+    assert batch.lengths.tolist() == [lengths[i] for i in index] and batch.index[0].tolist() == index.tolist()
     assert batch.ids.dtype == batch.lengths.dtype == torch.int64
     moved = batch.to("cpu")
     assert torch.equal(moved.ids, batch.ids) and torch.equal(moved.lengths, batch.lengths)
@@ -182,7 +183,7 @@ def test_batches_ahead_are_those_of_the_steps_in_order(device):
         return made(step)
 
     cases = 0
-    for step, found in batches.ahead(make, 5, 25, torch.device(device)):
+    for step, found in feed.ahead(make, 5, 25, torch.device(device)):
         wanted = made(step)
         assert len(found) == len(wanted) == step % 3
         for batch, other in zip(found, wanted, strict=True):
@@ -206,7 +207,7 @@ def test_steps_are_made_while_others_are_trained_on_and_no_more_than_are_wanted(
             begun.set()
         return []
 
-    for step, _ in batches.ahead(make, 0, 100, torch.device("cpu")):
+    for step, _ in feed.ahead(make, 0, 100, torch.device("cpu")):
         if step == 0:
             assert begun.wait(20)  # nobody has asked for that step yet
             time.sleep(0.05)
@@ -216,7 +217,7 @@ def test_steps_are_made_while_others_are_trained_on_and_no_more_than_are_wanted(
 
 
 def test_no_steps():
-    assert list(batches.ahead(made, 7, 7, torch.device("cpu"))) == [] and not in_background()
+    assert list(feed.ahead(made, 7, 7, torch.device("cpu"))) == [] and not in_background()
 
 
 def failing(step):
@@ -228,7 +229,7 @@ def failing(step):
 def test_an_error_of_the_thread_is_raised_at_its_step():
     seen = []
     with pytest.raises(ZeroDivisionError, match="step 6") as caught:
-        for step, _ in batches.ahead(failing, 3, 20, torch.device("cpu")):
+        for step, _ in feed.ahead(failing, 3, 20, torch.device("cpu")):
             seen.append(step)
     assert seen == [3, 4, 5] and not in_background()
     assert caught.traceback[-1].name == "failing"  # where it happened
@@ -238,13 +239,13 @@ def test_the_thread_ends_with_the_loop():
     cases = 0
     for error in (KeyboardInterrupt, ValueError):
         with pytest.raises(error):
-            for step, _ in batches.ahead(made, 0, 1000, torch.device("cpu")):
+            for step, _ in feed.ahead(made, 0, 1000, torch.device("cpu")):
                 if step == 2:
                     raise error
         gc.collect()
         assert not in_background()
         cases += 1
-    steps = batches.ahead(made, 0, 1000, torch.device("cpu"))
+    steps = feed.ahead(made, 0, 1000, torch.device("cpu"))
     next(steps)
     assert len(in_background()) == 1
     steps.close()
@@ -271,7 +272,7 @@ def test_batches_for_a_gpu_are_pinned_in_the_background_and_copied_without_waiti
         ("cuda", [("pinned", "batches-ahead"), ("cuda", True, True)]),
         ("cpu", [("cpu", False, True)]),
     ):
-        found = [batch for _, [batch] in batches.ahead(lambda _: [Recorder()], 0, 6, torch.device(kind))]
+        found = [batch for _, [batch] in feed.ahead(lambda _: [Recorder()], 0, 6, torch.device(kind))]
         assert [batch.done for batch in found] == [wanted] * 6
 
 
@@ -283,7 +284,7 @@ def test_passes_hold_every_row_once_and_few_tokens(monkeypatch):
                 found = []
                 for rank in range(processes):
                     monkeypatch.setattr(parallel, "_here", parallel.Here(rank, processes))
-                    found.append(batches.passes(rows, longest, most))
+                    found.append(feed.passes(rows, longest, most))
                 places = [i for own in found for part in own for i in range(part.start, part.stop)]
                 assert places == list(range(rows)) and len({len(own) for own in found}) == 1
                 sizes = [part.stop - part.start for own in found for part in own]
