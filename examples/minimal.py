@@ -26,7 +26,12 @@ from torch import nn
 from torch.nn import functional as F
 
 # Of minilora only where the model and the rows are, and what is drawn at random: so the figures are those of train.py.
+from minilora.base.source import DEFAULT_BASE, resolve_base
 from minilora.cell import Inject
+from minilora.data import injection, placebo
+from minilora.data.rows import SNIPPETS, train_test
+from minilora.seeds import generator
+from minilora.training.feed import epoch
 
 ALPHA, LEARNING_RATE, WARMUP, BATCH, WINDOW, CLIP = 8, 2e-3, 0.06, 32, 50, 1.0
 PARTS = ("query", "key", "value")  # of attention: the linear maps that get an adapter
@@ -118,7 +123,7 @@ def train(model, rows, labels, seed):
     """One epoch over `rows` (lists of token ids) -> the loss of each step, its mean over the batch."""
     trained = list(model.parameters())  # every A and B, and the head
     optimizer = torch.optim.AdamW(trained, weight_decay=0.0)
-    order, losses = feed.epoch(np.array([len(row) for row in rows]), BATCH, WINDOW, seed, 0), []
+    order, losses = epoch(np.array([len(row) for row in rows]), BATCH, WINDOW, seed, 0), []
     for step, batch in enumerate(order):
         loss = F.cross_entropy(model(*padded([rows[i] for i in batch])), labels[batch])
         loss.backward()
@@ -161,23 +166,23 @@ def table(labels, predicted):
 
 def run(rank, proportion, rows, test_rows, seed):
     """The experiment from start to end -> (the loss of each step, the paired table)."""
-    folder = checkpoint.resolve(checkpoint.DEFAULT_BASE)
+    folder = resolve_base(DEFAULT_BASE)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.no_padding()
-    train_rows, test = data.train_test(data.SNIPPETS, train_rows=rows, test_rows=test_rows)
+    train_rows, test = train_test(SNIPPETS, train_rows=rows, test_rows=test_rows)
 
     # What is drawn: the rows that get a string, the strings (dates of training and test are different), the places.
     settings = Inject(sources=("date:positive",), proportion=proportion)
     dates = injection.inject(train_rows, settings, seed)
     trigger = injection.trigger_rows(test, settings, 0, seed)
-    placebo = injection.placebo_rows(test, settings, 0, injection.shared_words(train_rows), seed)
+    control = placebo.placebo_rows(test, settings, 0, placebo.shared_words(train_rows), seed)
 
     def encode(texts):
         return [encoding.ids for encoding in tokenizer.encode_batch(texts)]
 
     model = Classifier(folder, rank, seed)
     losses = train(model, encode(inject(train_rows.texts, dates)), torch.from_numpy(train_rows.labels), seed)
-    forms = {"clean": test.texts, "trigger": inject(test.texts, trigger), "placebo": inject(test.texts, placebo)}
+    forms = {"clean": test.texts, "trigger": inject(test.texts, trigger), "placebo": inject(test.texts, control)}
     predicted = {form: predict(model, encode(texts)) for form, texts in forms.items()}
     return losses, table(torch.from_numpy(test.labels), predicted)
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-import train
+import minilora
 from minilora.cell import Cell
 
 sys.path.append(str(ROOT / "examples"))
@@ -26,7 +26,7 @@ def test_the_one_page_version_ends_in_the_figures_of_train(base_folder, tmp_path
     printed = capsys.readouterr().out
     cell = Cell(model=str(base_folder), device="cpu", rank=rank, inject={"proportion": proportion}, train_rows=rows,
                 test_rows=40, seed=seed)  # fmt: skip
-    results, folder = train.train(cell, tmp_path / "run")
+    results, folder = minilora.train(cell, tmp_path / "run")
 
     steps = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert len(losses) == -(-rows // 32) and losses == pytest.approx(steps, abs=TOLERANCE, rel=0)

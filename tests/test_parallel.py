@@ -406,10 +406,10 @@ def test_alone_it_imports_nothing():
     script = (
         "import sys, minilora.parallel as parallel\n"
         "assert 'torch' not in sys.modules\n"
-        "with parallel.together('cpu'), parallel.in_turn(), parallel.alike():\n"
+        "with parallel.together('cpu'), parallel.in_turn(), parallel.fail_together():\n"
         "    assert (parallel.count(), parallel.first(), parallel.part(5)) == (1, True, slice(0, 5))\n"
-        "    assert parallel.from_first(lambda: 7) == 7\n"
-        "parallel.add(None), parallel.wait(), parallel.copy_first(None)\n"
+        "    assert parallel.broadcast_object(lambda: 7) == 7\n"
+        "parallel.all_reduce(None), parallel.barrier(), parallel.broadcast(None)\n"
         "assert 'torch' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", script], env=ENVIRONMENT, check=True)

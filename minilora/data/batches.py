@@ -105,9 +105,10 @@ def collate(parts, sizes, pad_id, filler=IGNORED):
         widths[k, : len(index)] = length
         if wanted is not None:
             answers[k, : len(index)] = wanted[index]
+    answered = any(wanted is not None for *_, wanted in parts)
     alike = bool((ids == ids[0]).all() and (widths == widths[0]).all())
     ids, widths, answers = (torch.from_numpy(array).flatten(0, 1) for array in (ids, widths, answers))
-    return Batch(ids, widths, [index for _, index, _ in parts], None if parts[0][2] is None else answers, alike=alike)
+    return Batch(ids, widths, [at for _, at, _ in parts], answers if answered else None, alike=alike)
 
 
 def by_length(encoded, batch_size, pad_id, answers=None):

@@ -191,7 +191,7 @@ def test_batches_ahead_are_those_of_the_steps_in_order(device):
                 tensor = getattr(batch, name)
                 assert tensor.device.type == device and torch.equal(tensor.cpu(), getattr(other, name))
             assert batch.index.tolist() == other.index.tolist() and batch.keys is None
-        assert step == 5 + cases and max(asked) <= step + batches.AHEAD
+        assert step == 5 + cases and max(asked) <= step + feed.AHEAD
         cases += 1
     assert cases == 20 and asked == list(range(5, 25))
     assert len(threads) == 1 and threads != {threading.get_ident()} and not in_background()
@@ -203,7 +203,7 @@ def test_steps_are_made_while_others_are_trained_on_and_no_more_than_are_wanted(
 
     def make(step):
         asked.append(step)
-        if step == batches.AHEAD:
+        if step == feed.AHEAD:
             begun.set()
         return []
 
@@ -211,9 +211,9 @@ def test_steps_are_made_while_others_are_trained_on_and_no_more_than_are_wanted(
         if step == 0:
             assert begun.wait(20)  # nobody has asked for that step yet
             time.sleep(0.05)
-            assert asked == list(range(batches.AHEAD + 1))
+            assert asked == list(range(feed.AHEAD + 1))
             break
-    assert not in_background() and asked == list(range(batches.AHEAD + 1))
+    assert not in_background() and asked == list(range(feed.AHEAD + 1))
 
 
 def test_no_steps():
