@@ -13,78 +13,31 @@ python evaluate.py GRID                            of a grid: its tables, figure
 import math
 from pathlib import Path
 
+import minilora
 from minilora import parallel
 from minilora.cell import Cell
 from minilora.command import Parser, add_flags, exit_cleanly, given_flags
 from minilora.errors import InputError
-
-# What a test may change of a cell; its other fields made the adapter.
-CHANGES = ("model", "tokenizer", "device", "text_column", "label_column", "inject_sources", "inject_count",
-           "inject_density", "inject_location", "inject_split", "seed_inject")  # fmt: skip
+from minilora.runs.folder import CHANGES
 
 
 def evaluate(folder, *, data=None, batch_size=None, scale=1.0, added=(), merge_to=None, **changes):
-    """Run the tests of the finished run in `folder`, `changes` made to its cell: (figures, predictions).
+    """Run the tests of the finished run in `folder`: (figures, predictions).
 
-    The figures are as `tests` in results.json, the predictions as the lines of predictions.jsonl. `data` names other
-    test rows, which `text_column` and `label_column` then speak of. `scale` multiplies what the adapter changes, and
-    `added` [(folder of a run or an adapter, weight)] are stacked on top of it. With `merge_to` the base with all that
-    is written to that new folder (see `export.write`). Raises InputError for a run that is not finished.
+    The figures are as `tests` in results.json, the predictions as the lines of predictions.jsonl. `merge_to` is a new
+    folder for the base with all that (see `merging.write`); the other arguments are those of `minilora.open`.
     """
-    import torch
+    from minilora.console import Progress, say
+    from minilora.lora import merging
 
-    from minilora import console, parallel
-    from minilora.base import checkpoint, families, model, tokenizer
-    from minilora.base.source import fingerprint_tokenizer, resolve_base, resolve_tokenizer
-    from minilora.data.rows import align, fingerprint_rows, load_rows, rows_of, with_targets
-    from minilora.lora import merging, storage
-    from minilora.runs.folder import Run
-    from minilora.runs.record import check_inputs
-    from minilora.tasks.find import find_task
-
-    run = Run(folder)
-    trained = run.read_cell()
-    if not run.finished:
-        raise InputError(f"{folder} holds no finished run: go on with python train.py --resume {folder}")
-    cell = trained.replace(**changes)
+    run = minilora.open(folder, data=data, scale=scale, added=added, **changes)
     if merge_to is not None:
-        merging.check(merge_to, cell)
-
-    # --- rows: the training rows give the placebo its words and the labels their names
-    clean, test = rows_of(trained)
-    inputs = {"train": fingerprint_rows(clean), "test": fingerprint_rows(test)}
-    if data is not None:
-        free = cell.task == "lm"
-        test = load_rows(data, text_column=cell.text_column, label_column=cell.label_column, free=free)
-        test = align(test, clean.label_names, data, free)
-    test = with_targets(test, cell)
-
-    # --- model
-    source = resolve_base(cell.model, cell.revision, cell.tokenizer)
-    spec = families.read_spec(checkpoint.read_config(source))
-    words = resolve_tokenizer(cell.tokenizer, source)
-    inputs |= {"base": checkpoint.fingerprint(source), "tokenizer": fingerprint_tokenizer(words)}
-    check_inputs(inputs, run.read_results()["inputs"], cell)
-    text_tokenizer = tokenizer.load(words, spec.vocabulary)
-    cell_task = find_task(cell, spec, text_tokenizer)
-    dtype, device = getattr(torch, cell.dtype), parallel.pick_device(cell.device)
-    base = model.load(source, dtype, device, cell_task.unembedding)
-    trained_model = cell_task.model(base, clean.label_names)
-    for other, _ in added:
-        there = Run(other)
-        if there.finished and there.read_results()["inputs"]["base"] != inputs["base"]:
-            raise InputError(f"--add {other}: it was trained on another base than {folder}: choose another")
-    others = [(storage.find(other), weight) for other, weight in added]
-    storage.restore(run.path / "adapter", trained_model, cell.method, scale, others)
-    if merge_to is not None:
-        merged = merging.write(merge_to, trained_model, cell, clean.label_names, source=source, tokenizer=words)
-        console.say(f"merged     {merge_to}: {merging.describe(merged)}")
-
-    # --- tests
-    tests = cell_task.build_tests(clean, test, cell.seed_for("inject"))
-    with console.Progress("evaluation", cell_task.passes(tests)) as progress:
-        figures, outcomes = cell_task.run_tests(trained_model, tests, batch_size or cell.batch_size, progress.advance)
-    return figures, list(cell_task.predictions(tests, outcomes))
+        merging.check(merge_to, run.cell)
+        source, words = run.setting.folder, run.setting.words
+        merged = merging.write(merge_to, run.model, run.cell, run.labels, source=source, tokenizer=words)
+        say(f"merged     {merge_to}: {merging.describe(merged)}")
+    with Progress("evaluation", run.task.passes(run.tests)) as progress:
+        return run.run_tests(batch_size, progress.advance)
 
 
 def compare(folder, predictions):

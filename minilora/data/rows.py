@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minilora.data import formats
+from minilora.data import formats, given
 from minilora.data.hub_sets import HubSet
 from minilora.data.triggers import parse_all
 from minilora.errors import InputError
@@ -70,6 +70,11 @@ def load_rows(source, *, text_column=None, label_column=None, split="train", rev
         raise InputError(f"{source} has no splits or revisions; only hub data sets do")
     if source == SNIPPETS:
         return _snippets(text_column, label_column)
+    if source.startswith(given.PREFIX):
+        path = given.path_of(source)
+        if not path.exists():
+            raise InputError(f"the rows {source} were given in Python and are not in {path.parent}: give them again")
+        return _assemble([formats.read(path, source, text_column, label_column, free=free)], source, free)
     path = Path(source)
     if path.is_dir():
         raise InputError(f"{source} is a folder; name a file in it")

@@ -24,6 +24,9 @@ from minilora.files import read_json
 
 LOCK = ".lock"
 SAVE_EVERY = 100  # steps between saves of the state
+# What opening may change of a run's cell; its other fields made the adapter.
+CHANGES = ("model", "tokenizer", "device", "text_column", "label_column", "inject_sources", "inject_count",
+           "inject_density", "inject_location", "inject_split", "seed_inject")  # fmt: skip
 
 
 class Run:

@@ -187,6 +187,10 @@ class Classification:
         """The forms of the test rows, a list of `evaluation.Test`; `train`: the training rows before injection."""
         return build_tests(train, test, self.cell.inject, seed, self.visible(test))
 
+    def label_scores(self, model, texts, labels, batch_size):
+        """Logits float32 [rows, C] of texts; C labels."""
+        return predict(model, self.tokenizer, texts, self.cell.max_length, batch_size)[0]
+
     def describe(self):
         return f"classification, head {self.cell.head} on {self.cell.pooling} pooling"
 

@@ -20,7 +20,7 @@ import torch
 from minilora import parallel
 from minilora.base.tokenizer import Encoded
 from minilora.data import batches, token_cache
-from minilora.data.rows import FEW
+from minilora.data.rows import FEW, Rows
 from minilora.data.triggers import parse_all
 from minilora.errors import InputError
 from minilora.tasks import metrics
@@ -147,10 +147,7 @@ class Completion:
             first = scores.greedy.argmax(axis=1)[:, None]  # the row's own stands first
             called = np.take_along_axis(scores.candidates, first, 1)[:, 0]
             return np.where(scores.greedy.any(axis=1), called, -1)
-        ranked = scores.likelihoods
-        if self.cell.choice_score == "mean":
-            ranked = ranked / np.maximum(scores.tokens, 1)
-        return np.take_along_axis(scores.candidates, ranked.argmax(axis=1)[:, None], 1)[:, 0]
+        return np.take_along_axis(scores.candidates, self.ranked(scores).argmax(axis=1)[:, None], 1)[:, 0]
 
     def predictions(self, tests, outcomes):
         """One dict a test row for predictions.jsonl: id, label, and in each form the predicted label (None: another
@@ -168,6 +165,23 @@ class Completion:
                     "log_likelihood": {rows.label_names[c]: round(value, 6) for c, value in there if c >= 0},
                 }
             yield record
+
+    def label_scores(self, model, texts, labels, batch_size):
+        """The log-likelihood of each label's completion, float64 [rows, C], ranked as `choice_score` says.
+
+        Raises InputError where the completions are free text or the choices of a question.
+        """
+        ids = [str(number) for number in range(1, len(texts) + 1)]
+        rows = Rows(ids, list(texts), np.zeros(len(texts), np.int64), tuple(labels))
+        if self.of_choices or self._is_free(rows) or not labels:
+            raise InputError("the completions are no fixed set of labels, so there are no probabilities of labels")
+        return self.ranked(self.score(model, rows, batch_size))
+
+    def ranked(self, scores):
+        """What ranks the candidates of each row, float64 [rows, C]: the sum over a completion's tokens or the mean."""
+        if self.cell.choice_score == "mean":
+            return scores.likelihoods / np.maximum(scores.tokens, 1)
+        return scores.likelihoods
 
     def describe(self):
         return f"lm, prompt {self.cell.prompt!r}, completion {self.cell.completion!r}"

@@ -12,7 +12,7 @@ import numpy as np
 
 from minilora import console, files, parallel
 from minilora.cell import PURPOSES
-from minilora.data import injection
+from minilora.data import given, injection
 from minilora.data.rows import fingerprint_rows, rows_of
 from minilora.errors import TrainingError
 from minilora.lora import merging, storage
@@ -103,6 +103,8 @@ class Member:
         with self.run.hold(self.cell):
             files.write_jsonl(self.run.path / "injected.jsonl", (record.to_dict() for record in self.injected.records))
             files.write_json(self.run.path / "trainable.json", self.certificate)
+            if self.cell.data.startswith(given.PREFIX):
+                given.copy_to(self.cell.data, self.run.path)
             yield
 
     def read_meters(self):

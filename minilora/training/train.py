@@ -10,6 +10,7 @@ from pathlib import Path
 from minilora import parallel
 from minilora.cell import Cell
 from minilora.console import say
+from minilora.data.given import keep_rows
 from minilora.errors import InputError
 from minilora.lora import merging
 from minilora.runs.bases import Settings
@@ -24,12 +25,15 @@ def train(
     cell: Cell | None = None,
     out: str | Path | None = None,
     *,
+    rows=None,
     resume: str | Path | None = None,
     shard: bool = False,
     **options,
 ) -> tuple[dict, Path]:
     """Train `cell` into the run folder `out` (default: one named after the cell, under runs/), or go on in `resume`.
 
+    rows     the data, in place of the cell's: a list of dicts or of (text, label) pairs, a dict of columns, a pandas or
+             a `datasets` table. The cell then names them by the hash of what they hold.
     options  the fields of `loop.Options`: `save_every`, `eval_every`, `merge_to`, `on_step`
     shard    split the frozen base among the processes that torchrun started, which train the one cell together
 
@@ -44,6 +48,10 @@ def train(
         cell = run.read_cell()
         run.check_unfinished()
     cell = Cell() if cell is None else cell
+    if rows is not None:
+        if resume is not None:
+            raise InputError("a resumed run has its rows already: leave rows out")
+        cell = cell.replace(data=keep_rows(rows))
     parallel.check(cell, shard)
     with parallel.together(cell.device):
         run = run or parallel.broadcast_object(lambda: Run.plan(out, cell))
