@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -18,6 +17,7 @@ from minilora import errors, files, grid
 from minilora.errors import InputError
 from minilora.grid_folder import GridFolder, is_full
 
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
 STATES = ("finished", "failed", "interrupted", "waiting")
 
 
@@ -100,31 +100,78 @@ def test_a_whole_grid(text, tmp_path):
     assert before == results_of(out) | {"table": before["table"]}
 
 
+# Trains a grid in children of one process, which has imported all they need: a first one to its end, and then as many as
+# there are other arguments, each killed at that part of the first one's moments. A moment is a step, or what is done to a
+# file in the grid's folder. Where a child gets to its end, the next begins another folder. Prints what each left.
+KILLER = """
+import os, signal, sys
+import train
+from minilora import export, grid, grid_folder, report, tables, training
+
+path, *parts = sys.argv[1:]
+train.SAVE_EVERY = 4
+
+def child(out, last):
+    count = 0
+    def moment():
+        nonlocal count
+        count += 1
+        if count == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+    def watch(event, arguments):
+        if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir") and out + "/" in str(arguments[0]):
+            moment()
+    update = training.update
+    training.update = lambda *arguments: (moment(), update(*arguments))[1]
+    sys.addaudithook(watch)
+    train.main(["--grid", path, "--out", out])
+    with open("moments", "w") as file:
+        file.write(str(count))
+
+def run(out, last=None):
+    process = os.fork()
+    if not process:
+        status = 1
+        try:
+            child(out, last)
+            status = 0
+        finally:
+            sys.stderr.flush()
+            os._exit(status)
+    status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    made = os.path.exists(out + "/grid.json")
+    counts = grid_folder.GridFolder.find(out).counts() if made else {}
+    print("child", status, *(state for state in counts if counts[state]), flush=True)
+    return status
+
+assert run("whole") == 0
+with open("moments") as file:
+    moments = int(file.read())
+number = 0
+for part in parts:
+    number += run(f"killed-{number}", max(1, round(float(part) * moments))) == 0
+"""
+
+
 def test_killed_at_random_moments(text, tmp_path):
-    path = write(tmp_path, text)
-    train.train_grid(grid.read(path), tmp_path / "whole")
-    kills, states, draw = 0, set(), random.Random(3)
-    out = tmp_path / "killed"
-    while kills < 20:
-        process = script("--grid", path, "--out", out, start_new_session=True)
-        deadline = time.monotonic() + draw.uniform(0.5, 4.0)
-        while process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-        if process.poll() is not None:  # it got to the end: kill other grids until there were 20
-            assert outcome(process)[0] == 0
-            out = tmp_path / f"killed-{kills}"
-            continue
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        kills += 1
-        if out.exists() and (out / "grid.json").exists():
-            states |= {state for state, count in GridFolder.find(out).counts().items() if count}
-    assert kills == 20 and {"finished", "waiting"} <= states
-    for folder in sorted(tmp_path.glob("killed*")):
-        code, _, err = outcome(script("--grid", path, "--out", folder))
-        assert code == 0, err
+    path, draw = write(tmp_path, text), random.Random(3)
+    (tmp_path / "killer.py").write_text(KILLER)
+    parts = [str(draw.uniform(0.0, 0.6)) for _ in range(26)]
+    command = [sys.executable, "killer.py", path, *parts]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    children = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("child ")]
+    statuses = [int(status) for status, *_ in children]
+    assert len(statuses) == 27 and set(statuses) == {0, -signal.SIGKILL}
+    assert statuses.count(-signal.SIGKILL) >= 16
+    assert {"finished", "interrupted", "waiting"} == {state for _, *states in children for state in states}
+    whole = results_of(tmp_path / "whole")
+    folders = sorted(tmp_path.glob("killed-*"))
+    assert len(folders) >= 4
+    for folder in folders:
+        train.train_grid(grid.read(path), folder)
         assert (folder / "table.csv").read_bytes() == (tmp_path / "whole" / "table.csv").read_bytes()
-        assert results_of(folder) == results_of(tmp_path / "whole")
+        assert results_of(folder) == whole
 
 
 def test_a_killed_population_ends_as_it_would_have(text, tmp_path, monkeypatch):
