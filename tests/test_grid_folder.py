@@ -100,9 +100,9 @@ def test_a_whole_grid(text, tmp_path):
     assert before == results_of(out) | {"table": before["table"]}
 
 
-# Trains a grid in children of one process, which has imported all they need: a first one to its end, and then as many as
-# there are other arguments, each killed at that part of the first one's moments. A moment is a step, or what is done to a
-# file in the grid's folder. Where a child gets to its end, the next begins another folder. Prints what each left.
+# Trains a grid in children of one process, which has imported all they need: a first one to its end, then one for each
+# of the other arguments, killed at that part of the moments that the first one had. A moment is a step, or what is done
+# to a file in the grid's folder. Where a child gets to its end, the next begins another folder. Prints what each left.
 KILLER = """
 import os, signal, sys
 import train
