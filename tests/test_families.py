@@ -243,7 +243,10 @@ def test_compiles_as_one_graph(family, beast):
     """Soft-caps, windows, norms of heads, rotations by row; few rows and more, short and long."""
     folder, judge = beast(family, next(iter(zoo.FAMILIES[family].cases)))
     base = load(folder, judge)
-    layers = adapted(base, judge)
+    adapted(base, judge)
+    base.layers = base.layers[:2]  # later ones are as these, and take their time to compile
+    layers = dict(lora.named_layers(base))
+    assert len(layers) == 2 * len(base.spec.targets)
     torch._dynamo.reset()
     compiled = torch.compile(base, fullgraph=True, backend="aot_eager", dynamic=True)
     for length in (9, 30, 60):
