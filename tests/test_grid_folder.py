@@ -12,12 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import train
 from conftest import ROOT
+from mortal import Mortal
 
 from minilora import errors, files, grid
 from minilora.errors import InputError
 from minilora.grid_folder import GridFolder, is_full
 
-ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
 STATES = ("finished", "failed", "interrupted", "waiting")
 
 
@@ -100,78 +100,28 @@ def test_a_whole_grid(text, tmp_path):
     assert before == results_of(out) | {"table": before["table"]}
 
 
-# Trains a grid in children of one process, which has imported all they need: a first one to its end, then one for each
-# of the other arguments, killed at that part of the moments that the first one had. A moment is a step, or what is done
-# to a file in the grid's folder. Where a child gets to its end, the next begins another folder. Prints what each left.
-KILLER = """
-import os, signal, sys
-import train
-from minilora import export, grid, grid_folder, report, tables, training
-
-path, *parts = sys.argv[1:]
-train.SAVE_EVERY = 4
-
-def child(out, last):
-    count = 0
-    def moment():
-        nonlocal count
-        count += 1
-        if count == last:
-            os.kill(os.getpid(), signal.SIGKILL)
-    def watch(event, arguments):
-        if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir") and out + "/" in str(arguments[0]):
-            moment()
-    update = training.update
-    training.update = lambda *arguments: (moment(), update(*arguments))[1]
-    sys.addaudithook(watch)
-    train.main(["--grid", path, "--out", out])
-    with open("moments", "w") as file:
-        file.write(str(count))
-
-def run(out, last=None):
-    process = os.fork()
-    if not process:
-        status = 1
-        try:
-            child(out, last)
-            status = 0
-        finally:
-            sys.stderr.flush()
-            os._exit(status)
-    status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-    made = os.path.exists(out + "/grid.json")
-    counts = grid_folder.GridFolder.find(out).counts() if made else {}
-    print("child", status, *(state for state in counts if counts[state]), flush=True)
-    return status
-
-assert run("whole") == 0
-with open("moments") as file:
-    moments = int(file.read())
-number = 0
-for part in parts:
-    number += run(f"killed-{number}", max(1, round(float(part) * moments))) == 0
-"""
-
-
 def test_killed_at_random_moments(text, tmp_path):
     path, draw = write(tmp_path, text), random.Random(3)
-    (tmp_path / "killer.py").write_text(KILLER)
-    parts = [str(draw.uniform(0.0, 0.6)) for _ in range(26)]
-    command = [sys.executable, "killer.py", path, *parts]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=ENVIRONMENT)
-    assert done.returncode == 0, done.stderr
-    children = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("child ")]
-    statuses = [int(status) for status, *_ in children]
-    assert len(statuses) == 27 and set(statuses) == {0, -signal.SIGKILL}
-    assert statuses.count(-signal.SIGKILL) >= 16
-    assert {"finished", "interrupted", "waiting"} == {state for _, *states in children for state in states}
-    whole = results_of(tmp_path / "whole")
-    folders = sorted(tmp_path.glob("killed-*"))
-    assert len(folders) >= 4
-    for folder in folders:
-        train.train_grid(grid.read(path), folder)
-        assert (folder / "table.csv").read_bytes() == (tmp_path / "whole" / "table.csv").read_bytes()
-        assert results_of(folder) == whole
+    number, kills, states = 0, 0, set()
+    with Mortal(tmp_path / "log") as mortal:
+        status, moments = mortal.run(["--grid", path, "--out", tmp_path / "whole"], tmp_path / "whole")
+        assert status == 0 and moments > 6 * 15
+        while kills < 20:
+            out = tmp_path / f"killed-{number}"
+            status, _ = mortal.run(["--grid", path, "--out", out], out, draw.randint(1, moments * 6 // 10))
+            assert status in (0, -signal.SIGKILL), mortal.log.read_text()
+            if status == 0:  # it got to the end: kill another grid
+                number += 1
+                continue
+            kills += 1
+            if (out / "grid.json").exists():
+                states |= {state for state, count in GridFolder.find(out).counts().items() if count}
+        assert states == {"finished", "interrupted", "waiting"} and number >= 3
+        whole = results_of(tmp_path / "whole")
+        for folder in sorted(tmp_path.glob("killed-*")):
+            assert mortal.run(["--grid", path, "--out", folder], folder)[0] == 0, mortal.log.read_text()
+            assert (folder / "table.csv").read_bytes() == (tmp_path / "whole" / "table.csv").read_bytes()
+            assert results_of(folder) == whole
 
 
 def test_a_killed_population_ends_as_it_would_have(text, tmp_path, monkeypatch):
