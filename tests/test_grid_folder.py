@@ -54,6 +54,13 @@ def script(*arguments, **settings):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **settings)
 
 
+def main(capsys, *arguments):
+    """(stdout, stderr) of train.py in this process."""
+    capsys.readouterr()
+    train.main(list(map(str, arguments)))
+    return capsys.readouterr()
+
+
 def outcome(process):
     out, err = process.communicate()
     return process.returncode, out, err
@@ -69,7 +76,7 @@ def results_of(folder):
     return found
 
 
-def test_a_whole_grid(text, tmp_path):
+def test_a_whole_grid(text, tmp_path, capsys):
     out = tmp_path / "out"
     code, shown, err = outcome(script("--grid", write(tmp_path, text), "--out", out))
     assert code == 0, err
@@ -95,8 +102,8 @@ def test_a_whole_grid(text, tmp_path):
         assert (tmp_path / "alone" / name).read_bytes() == (out / "cells" / entry.name / name).read_bytes()
     # Once more changes nothing, and says so.
     before = results_of(out) | {"table": (out / "table.csv").stat().st_mtime_ns}
-    code, shown, err = outcome(script("--grid", out))
-    assert code == 0 and "6 finished" in shown and "[" not in err
+    shown, err = main(capsys, "--grid", out)
+    assert "6 finished" in shown and "[" not in err
     assert before == results_of(out) | {"table": before["table"]}
 
 
@@ -163,7 +170,7 @@ def test_two_processes_share_the_work(text, tmp_path):
     assert (out / "table.csv").exists()
 
 
-def test_a_cell_that_fails_is_recorded_and_the_rest_go_on(text, tmp_path):
+def test_a_cell_that_fails_is_recorded_and_the_rest_go_on(text, tmp_path, capsys):
     made = grid.read(write(tmp_path, text + "[[include]]\nlr = 1e30\nclip = 0.0\n[[include]]\nmax_length = 900\n"))
     folder = train.train_grid(made, tmp_path / "out", size=3)
     assert folder.counts() == {"finished": 6, "failed": 2, "interrupted": 0, "waiting": 0}
@@ -179,10 +186,8 @@ def test_a_cell_that_fails_is_recorded_and_the_rest_go_on(text, tmp_path):
         return [path.stat().st_mtime_ns for path in paths]
 
     before = written()
-    code, shown, _ = outcome(script("--grid", tmp_path / "out", "--status"))
-    assert (
-        code == 0 and "8 cells, 6 finished, 2 failed" in shown and "--retry-failed" in shown and "37 positions" in shown
-    )
+    shown, _ = main(capsys, "--grid", tmp_path / "out", "--status")
+    assert "8 cells, 6 finished, 2 failed" in shown and "--retry-failed" in shown and "37 positions" in shown
     train.train_grid(made, tmp_path / "out")  # failed ones are left alone
     assert folder.counts()["failed"] == 2
     assert written() == before
@@ -239,10 +244,9 @@ def test_only_some(text, tmp_path):
     assert not (tmp_path / "out" / "table.csv").exists()
 
 
-def test_a_dry_run_and_the_status_write_nothing(text, tmp_path):
+def test_a_dry_run_and_the_status_write_nothing(text, tmp_path, capsys):
     path, out = write(tmp_path, text), tmp_path / "out"
-    code, shown, err = outcome(script("--grid", path, "--out", out, "--dry-run", "--population", 4))
-    assert code == 0, err
+    shown, _ = main(capsys, "--grid", path, "--out", out, "--dry-run", "--population", 4)
     made = grid.read(path)
     lines = [line.split() for line in shown.splitlines()[1:7]]
     assert [line[0] for line in lines] == [entry.name for entry in made.entries]
@@ -250,8 +254,8 @@ def test_a_dry_run_and_the_status_write_nothing(text, tmp_path):
     counts = [3 * 3 * rank * (24 + 24) + 2 * 24 + 2 for rank in (2, 2, 3, 3, 1, 1)]
     assert [int(line[2].replace(",", "")) for line in lines] == counts
     assert "6 cells in 2 populations, 6 of them left" in shown and all(len(line) <= 100 for line in shown.splitlines())
-    code, shown, _ = outcome(script("--grid", path, "--out", out, "--status"))
-    assert code == 0 and "6 cells, 6 waiting" in shown and not out.exists()
+    shown, _ = main(capsys, "--grid", path, "--out", out, "--status")
+    assert "6 cells, 6 waiting" in shown and not out.exists()
 
 
 def test_folders_that_hold_something_else(text, tmp_path):
