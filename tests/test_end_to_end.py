@@ -89,10 +89,10 @@ def start(*arguments):
 def test_resume_after_sigkill_ends_in_the_same_adapter(cell, tmp_path):
     (tmp_path / "cell.toml").write_text(cell.replace(steps=120).to_toml())
     whole = tmp_path / "whole"
-    first, every = ["--config", tmp_path / "cell.toml", "--out"], ["--save-every", 6]
+    first, every = ["--config", tmp_path / "cell.toml", "--out"], ["--save-every", 4]
     with Mortal(tmp_path / "log") as mortal:
         status, moments = mortal.run([*first, whole, *every], whole)
-        assert status == 0 and moments > 120 + 120 // 6
+        assert status == 0 and moments > 120 + 120 // 4
         for last in (moments // 8, moments // 5, moments * 2 // 5, moments * 7 // 10):
             folder = tmp_path / str(last)
             killed = mortal.run([*first, folder, *every], folder, last)

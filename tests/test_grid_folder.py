@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import train
 from conftest import ROOT
-from mortal import Mortal
+from mortal import Mortal, saving_often
 
 from minilora import errors, files, grid
 from minilora.errors import InputError
@@ -70,7 +70,7 @@ def results_of(folder):
     """Everything that the cells of a grid's folder came to, but what a clock says."""
     found = {}
     for path in sorted((folder / "cells").iterdir()):
-        for name in ("adapter/adapter_model.safetensors", "predictions.jsonl", "injected.jsonl"):
+        for name in ("cell.toml", "adapter/adapter_model.safetensors", "predictions.jsonl", "injected.jsonl"):
             found[path.name, name] = (path / name).read_bytes()
         found[path.name, "tests"] = json.loads((path / "results.json").read_text())["tests"]
     return found
@@ -109,24 +109,30 @@ def test_a_whole_grid(text, tmp_path, capsys):
 
 def test_killed_at_random_moments(text, tmp_path):
     path, draw = write(tmp_path, text), random.Random(3)
-    number, kills, states = 0, 0, set()
+    number, kills, states = 1, 0, set()
     with Mortal(tmp_path / "log") as mortal:
-        status, moments = mortal.run(["--grid", path, "--out", tmp_path / "whole"], tmp_path / "whole")
-        assert status == 0 and moments > 6 * 15
-        while kills < 20:
-            out = tmp_path / f"killed-{number}"
-            status, _ = mortal.run(["--grid", path, "--out", out], out, draw.randint(1, moments * 6 // 10))
-            assert status in (0, -signal.SIGKILL), mortal.log.read_text()
-            if status == 0:  # it got to the end: kill another grid
-                number += 1
-                continue
-            kills += 1
+
+        def go_on(name, last=0):
+            out = tmp_path / name
+            status, moments = mortal.run(["--grid", path, "--out", out], out, last)
+            assert status in ((0, -signal.SIGKILL) if last else (0,)), mortal.log.read_text()
             if (out / "grid.json").exists():
-                states |= {state for state, count in GridFolder.find(out).counts().items() if count}
+                states.update(state for state, count in GridFolder.find(out).counts().items() if count)
+            return status, moments
+
+        moments = go_on("whole")[1]
+        assert moments > 6 * 15
+        for last in range(1, 25):  # one is killed at each of its first moments
+            assert go_on("killed-0", last)[0] != 0
+        while kills < 12:
+            if go_on(f"killed-{number}", draw.randint(1, moments * 6 // 10))[0]:
+                kills += 1
+            else:  # it got to the end: kill another grid
+                number += 1
         assert states == {"finished", "interrupted", "waiting"} and number >= 3
         whole = results_of(tmp_path / "whole")
         for folder in sorted(tmp_path.glob("killed-*")):
-            assert mortal.run(["--grid", path, "--out", folder], folder)[0] == 0, mortal.log.read_text()
+            go_on(folder.name)
             assert (folder / "table.csv").read_bytes() == (tmp_path / "whole" / "table.csv").read_bytes()
             assert results_of(folder) == whole
 
@@ -140,7 +146,7 @@ def test_a_killed_population_ends_as_it_would_have(text, tmp_path, monkeypatch):
 
     from minilora.member import Member
 
-    monkeypatch.setattr(train, "SAVE_EVERY", 4)
+    monkeypatch.setattr(train, "train_population", saving_often(train.train_population))
     for method, number in (("save_state", 5), ("finish", 2)):
         real, calls = getattr(Member, method), []
 
