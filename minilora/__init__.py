@@ -5,7 +5,6 @@ into. Importing the package imports nothing heavy: a public name is loaded when 
 """
 
 import importlib
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,11 +16,6 @@ __version__ = "0.2.0"
 __all__ = ["Cell", "open", "train", "train_together"]
 
 _HOMES = {"Cell": "cell", "open": "runs.trained", "train": "training.train", "train_together": "training.train"}
-
-if not (Path(__file__).parent / "kernels").is_dir():
-    # In a checkout the operators are in kernels/ beside the package, in a wheel inside it. They are `minilora.kernels`
-    # in both, never `kernels`: Hugging Face has a package of that name, which transformers imports.
-    __path__.append(str(Path(__file__).parents[1]))
 
 
 def __getattr__(name):

@@ -13,6 +13,7 @@ import time
 import pytest
 import torch
 from conftest import ROOT, tiny_bert
+from mortal import Mortal
 from safetensors.torch import load_file, save_file
 
 import evaluate
@@ -90,34 +91,24 @@ def start(*arguments):
 
 
 def test_resume_after_sigkill_ends_in_the_same_adapter(cell, tmp_path):
-    cell = cell.replace(steps=400)
-    minilora.train(cell, tmp_path / "whole")
-    (tmp_path / "cell.toml").write_text(cell.to_toml())
-    kills = 0
-    for number, lines in enumerate((1, 45, 133, 290)):
-        folder = tmp_path / str(number)
-        arguments = ["--config", tmp_path / "cell.toml", "--out", folder, "--save-every", 20]
-        for _ in range(2):  # killed twice: once from the start, once while resumed
-            process = start(*arguments)
-            path = folder / "metrics.jsonl"
-            while process.poll() is None and not (path.exists() and path.read_text().count("\n") >= lines):
-                time.sleep(0.002)
-            if process.poll() is None:
-                process.send_signal(signal.SIGKILL)
-                kills += 1
-            process.communicate()
-            arguments = ["--resume", folder, "--save-every", 20]
-            lines += 30
-        last = start(*arguments)
-        output, _ = last.communicate(timeout=120)
-        assert last.returncode == 0, output
-        assert adapter_bytes(folder) == adapter_bytes(tmp_path / "whole")
-        assert (folder / "predictions.jsonl").read_bytes() == (tmp_path / "whole" / "predictions.jsonl").read_bytes()
-        losses = [[json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-                  for run in (folder, tmp_path / "whole")]  # fmt: skip
-        assert losses[0] == losses[1] and len(losses[0]) == 400
-        assert not (folder / "state.safetensors").exists()
-    assert kills >= 6
+    (tmp_path / "cell.toml").write_text(cell.replace(steps=120).to_toml())
+    whole = tmp_path / "whole"
+    first, every = ["--config", tmp_path / "cell.toml", "--out"], ["--save-every", 4]
+    with Mortal(tmp_path / "log") as mortal:
+        status, moments = mortal.run([*first, whole, *every], whole)
+        assert status == 0 and moments > 120 + 120 // 4
+        for last in (moments // 8, moments // 5, moments * 2 // 5, moments * 7 // 10):
+            folder = tmp_path / str(last)
+            killed = mortal.run([*first, folder, *every], folder, last)
+            again = mortal.run(["--resume", folder, *every], folder, moments // 8)  # killed while resumed
+            assert killed[0] == again[0] == -signal.SIGKILL, mortal.log.read_text()
+            assert mortal.run(["--resume", folder, *every], folder)[0] == 0, mortal.log.read_text()
+            assert adapter_bytes(folder) == adapter_bytes(whole)
+            assert (folder / "predictions.jsonl").read_bytes() == (whole / "predictions.jsonl").read_bytes()
+            losses = [[json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+                      for run in (folder, whole)]  # fmt: skip
+            assert losses[0] == losses[1] and len(losses[0]) == 120
+            assert not (folder / "state.safetensors").exists()
 
 
 def test_resume_of_a_finished_run_shows_it(cell, tmp_path, capsys):
@@ -332,9 +323,8 @@ def test_a_folder_in_use_is_refused(cell, tmp_path):
         while not (tmp_path / "run" / "metrics.jsonl").exists():
             assert first.poll() is None
             time.sleep(0.01)
-        second = start("--resume", tmp_path / "run")
-        output, _ = second.communicate(timeout=60)
-        assert second.returncode == 2 and "in use" in output.splitlines()[-1]
+        with pytest.raises(InputError, match="in use by another process"):
+            train.main(["--resume", str(tmp_path / "run")])
     finally:
         first.kill()
         first.communicate()

@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -104,16 +105,16 @@ def test_a_commit_fetched_by_its_hash_serves_its_branch_offline_too(server):
 
 
 @pytest.mark.parametrize("status", [500, 503, 429, 403, 404])
-def test_a_hub_that_is_down_is_answered_from_the_cache_or_at_once(server, tmp_path, status):
+def test_a_hub_that_is_down_is_answered_from_the_cache_or_at_once(server, tmp_path, monkeypatch, status):
     server.put("owner/model", FILES)
     server.put("owner/other", FILES)
     folder = hub.fetch("owner/model", weights)
-    server.status = status
-    start = time.monotonic()
+    server.status, slept = status, []
+    monkeypatch.setattr(time, "sleep", slept.append)
     assert hub.fetch("owner/model", weights) == folder
     with pytest.raises(hub.HubUnreachable) as caught:
         hub.fetch("owner/other", weights)
-    assert time.monotonic() - start < 2
+    assert slept == []  # it was not tried again later
     assert str(caught.value) == (
         f"cannot reach the hub for model 'owner/other' (tried {server.url}: it answered {status}), and the"
         f" cache {tmp_path / 'hf/hub'} holds no complete copy of revision 'main'; three ways on: go online"
@@ -124,19 +125,20 @@ def test_a_hub_that_is_down_is_answered_from_the_cache_or_at_once(server, tmp_pa
 def test_a_hub_that_hangs_is_given_up_on(server, monkeypatch):
     monkeypatch.setattr(hub, "PATIENCE_SECONDS", 0.3)
     server.put("owner/model", FILES)
-    server.hang = 30
+    server.hang = 600
     start = time.monotonic()
     with pytest.raises(hub.HubUnreachable, match="no answer in 0.3 s|timed out"):
         hub.fetch("owner/model", weights)
-    assert time.monotonic() - start < 3
+    assert time.monotonic() - start < 300
 
 
 def test_a_name_look_up_that_hangs_is_given_up_on():
-    start = time.monotonic()
+    answer, ended = threading.Event(), []
     with pytest.raises(TimeoutError):
-        hub._within(0.2, lambda: time.sleep(2))
-    assert time.monotonic() - start < 1
-    assert hub._within(1, lambda: 5) == 5
+        hub._within(0.2, lambda: ended.append(answer.wait(60)))
+    assert ended == []
+    answer.set()
+    assert hub._within(600, lambda: 5) == 5
     with pytest.raises(KeyError):
         hub._within(1, lambda: {}[0])
 
@@ -246,17 +248,19 @@ def test_a_repository_that_cannot_be_read_says_what_to_do(server):
 
 def run(environment, *arguments):
     code = (
-        "import json, sys\n"
+        "import json, time\n"
         "from minilora import hub\n"
         "from minilora.errors import InputError\n"
+        "slept = []\n"
+        "time.sleep = slept.append\n"
         "try: print(json.dumps(['folder', str(hub.fetch('owner/model', list))]))\n"
         "except InputError as error: print(json.dumps([type(error).__name__, str(error)]))\n"
+        "assert not slept, slept\n"  # as before it tries again
     )
-    start = time.monotonic()
     environment = environment | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout), time.monotonic() - start
+    return json.loads(done.stdout)
 
 
 def test_the_environment_is_honoured_in_a_process_of_its_own(tmp_path):
@@ -264,25 +268,24 @@ def test_the_environment_is_honoured_in_a_process_of_its_own(tmp_path):
         commit = server.put("owner/model", FILES)
         environment = server.environment(tmp_path / "home")
         offline = environment | {"HF_HUB_OFFLINE": "1"}
-        (kind, message), _ = run(offline)
+        kind, message = run(offline)
         assert kind == "HubUnreachable" and "HF_HUB_OFFLINE" in message
         assert server.requests == []
 
-        (kind, folder), _ = run(environment)
+        kind, folder = run(environment)
         assert (kind, Path(folder).name) == ("folder", commit)
         assert Path(folder).is_relative_to(tmp_path / "home")
         server.requests.clear()
-        assert run(offline)[0] == ["folder", folder]
+        assert run(offline) == ["folder", folder]
         assert server.requests == []
 
         elsewhere = environment | {"HF_HUB_CACHE": str(tmp_path / "cache")}
-        assert Path(run(elsewhere)[0][1]).is_relative_to(tmp_path / "cache")
+        assert Path(run(elsewhere)[1]).is_relative_to(tmp_path / "cache")
 
     # The server is gone now: refused connections.
-    assert run(environment)[0] == ["folder", folder]
-    (kind, message), seconds = run(environment | {"HF_HOME": str(tmp_path / "empty")})
+    assert run(environment) == ["folder", folder]
+    kind, message = run(environment | {"HF_HOME": str(tmp_path / "empty")})
     assert kind == "HubUnreachable" and server.url in message
-    assert seconds < 5
 
 
 def test_importing_the_module_does_not_import_huggingface_hub():

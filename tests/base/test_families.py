@@ -239,12 +239,16 @@ def test_a_decoder_saved_without_its_head(family, beast, tmp_path):
     assert ran == len(zoo.FAMILIES[family].cases) >= 2
 
 
-@pytest.mark.parametrize("family", ["bert", "gemma2", "phi3", "qwen3"])
+@pytest.mark.parametrize("family", ["gemma2", "phi3", "qwen3"])
 def test_compiles_as_one_graph(family, beast):
-    """Soft-caps, windows, norms of heads, rotations by row; few rows and more, short and long."""
+    """Soft-caps, windows, norms of heads, rotations by row; few rows and more, short and long. (See test_compiling.py
+    for BERT.)"""
     folder, judge = beast(family, next(iter(zoo.FAMILIES[family].cases)))
     base = load(folder, judge)
-    layers = adapted(base, judge)
+    adapted(base, judge)
+    base.layers = base.layers[:2]  # later ones are as these, and take their time to compile
+    layers = dict(named_layers(base))
+    assert len(layers) == 2 * len(base.spec.targets)
     torch._dynamo.reset()
     compiled = torch.compile(base, fullgraph=True, backend="aot_eager", dynamic=True)
     for length in (9, 30, 60):

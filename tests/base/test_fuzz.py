@@ -214,7 +214,7 @@ def in_a_process(kind, count, *folders):
     """(loaded, refused) of each folder, after the checks that hold for all."""
     command = [sys.executable, __file__, kind, "0", str(count), *map(str, folders)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
     assert {folder: result["failed"] for folder, result in found.items() if result["failed"]} == {}
@@ -227,7 +227,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="the address space is
 
 
 @linux
-@pytest.mark.parametrize("kind, count", [("weights", 1500), ("shard", 500), ("index", 500)])
+@pytest.mark.parametrize("kind, count", [("weights", 1000), ("shard", 500), ("index", 500)])
 def test_damaged_weights_load_or_are_refused(tiny_folder, kind, count):
     if kind != "weights":
         from safetensors.torch import load_file, save_file
@@ -250,7 +250,7 @@ def test_damaged_configurations_load_or_are_refused(tmp_path):
 
     for family, entry in zoo.FAMILIES.items():
         zoo.build(family, next(iter(entry.cases)), tmp_path / family)
-    counts = in_a_process("config", 120, *(tmp_path / family for family in zoo.FAMILIES))
+    counts = in_a_process("config", 80, *(tmp_path / family for family in zoo.FAMILIES))
     assert len(counts) == len(families.FAMILIES) >= 18
     assert min(loaded for loaded, _ in counts) > 10 and min(refused for _, refused in counts) > 10
 

@@ -124,7 +124,7 @@ def measure(folder, dtype):
 
 def in_a_process(folder, dtype):
     command = [sys.executable, __file__, "--measure", str(folder), dtype]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[2])
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

@@ -294,7 +294,7 @@ def test_processes_share_the_folder(entries, words, folder, tmp_path):
     running = [subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True,
                                 stderr=subprocess.PIPE) for _ in range(3)]  # fmt: skip
     for process in running:
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=600)
         assert (process.returncode, out, err) == (0, "done\n", "")
     left = list(folder.iterdir())
     assert all(path.suffix == ".safetensors" for path in left) and len(left) == min(entries, 3)

@@ -7,11 +7,11 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import ROOT
+from mortal import Mortal, saving_often
 
 import minilora
 import train
@@ -58,6 +58,13 @@ def script(*arguments, **settings):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **settings)
 
 
+def main(capsys, *arguments):
+    """(stdout, stderr) of train.py in this process."""
+    capsys.readouterr()
+    train.main(list(map(str, arguments)))
+    return capsys.readouterr()
+
+
 def outcome(process):
     out, err = process.communicate()
     return process.returncode, out, err
@@ -67,13 +74,13 @@ def results_of(folder):
     """Everything that the cells of a grid's folder came to, but what a clock says."""
     found = {}
     for path in sorted((folder / "cells").iterdir()):
-        for name in ("adapter/adapter_model.safetensors", "predictions.jsonl", "injected.jsonl"):
+        for name in ("cell.toml", "adapter/adapter_model.safetensors", "predictions.jsonl", "injected.jsonl"):
             found[path.name, name] = (path / name).read_bytes()
         found[path.name, "tests"] = json.loads((path / "results.json").read_text())["tests"]
     return found
 
 
-def test_a_whole_grid(text, tmp_path):
+def test_a_whole_grid(text, tmp_path, capsys):
     out = tmp_path / "out"
     code, shown, err = outcome(script("--grid", write(tmp_path, text), "--out", out))
     assert code == 0, err
@@ -99,36 +106,39 @@ def test_a_whole_grid(text, tmp_path):
         assert (tmp_path / "alone" / name).read_bytes() == (out / "cells" / entry.name / name).read_bytes()
     # Once more changes nothing, and says so.
     before = results_of(out) | {"table": (out / "table.csv").stat().st_mtime_ns}
-    code, shown, err = outcome(script("--grid", out))
-    assert code == 0 and "6 finished" in shown and "[" not in err
+    shown, err = main(capsys, "--grid", out)
+    assert "6 finished" in shown and "[" not in err
     assert before == results_of(out) | {"table": before["table"]}
 
 
 def test_killed_at_random_moments(text, tmp_path):
-    path = write(tmp_path, text)
-    train_grid(read_grid(path), tmp_path / "whole")
-    kills, states, draw = 0, set(), random.Random(3)
-    out = tmp_path / "killed"
-    while kills < 20:
-        process = script("--grid", path, "--out", out, start_new_session=True)
-        deadline = time.monotonic() + draw.uniform(0.5, 4.0)
-        while process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-        if process.poll() is not None:  # it got to the end: kill other grids until there were 20
-            assert outcome(process)[0] == 0
-            out = tmp_path / f"killed-{kills}"
-            continue
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        kills += 1
-        if out.exists() and (out / "grid.json").exists():
-            states |= {state for state, count in GridFolder.find(out).counts().items() if count}
-    assert kills == 20 and {"finished", "waiting"} <= states
-    for folder in sorted(tmp_path.glob("killed*")):
-        code, _, err = outcome(script("--grid", path, "--out", folder))
-        assert code == 0, err
-        assert (folder / "table.csv").read_bytes() == (tmp_path / "whole" / "table.csv").read_bytes()
-        assert results_of(folder) == results_of(tmp_path / "whole")
+    path, draw = write(tmp_path, text), random.Random(3)
+    number, kills, states = 1, 0, set()
+    with Mortal(tmp_path / "log") as mortal:
+
+        def go_on(name, last=0):
+            out = tmp_path / name
+            status, moments = mortal.run(["--grid", path, "--out", out], out, last)
+            assert status in ((0, -signal.SIGKILL) if last else (0,)), mortal.log.read_text()
+            if (out / "grid.json").exists():
+                states.update(state for state, count in GridFolder.find(out).counts().items() if count)
+            return status, moments
+
+        moments = go_on("whole")[1]
+        assert moments > 6 * 15
+        for last in range(1, 25):  # one is killed at each of its first moments
+            assert go_on("killed-0", last)[0] != 0
+        while kills < 12:
+            if go_on(f"killed-{number}", draw.randint(1, moments * 6 // 10))[0]:
+                kills += 1
+            else:  # it got to the end: kill another grid
+                number += 1
+        assert states == {"finished", "interrupted", "waiting"} and number >= 3
+        whole = results_of(tmp_path / "whole")
+        for folder in sorted(tmp_path.glob("killed-*")):
+            go_on(folder.name)
+            assert (folder / "table.csv").read_bytes() == (tmp_path / "whole" / "table.csv").read_bytes()
+            assert results_of(folder) == whole
 
 
 def test_a_killed_population_ends_as_it_would_have(text, tmp_path, monkeypatch):
@@ -138,9 +148,10 @@ def test_a_killed_population_ends_as_it_would_have(text, tmp_path, monkeypatch):
     settled = json.loads((tmp_path / "whole" / "populations.json").read_text())["populations"]
     assert settled == [[entry.name for entry in made.entries[i : i + 3]] for i in (0, 3)]
 
+    from minilora.training import train as training
     from minilora.training.member import Member
 
-    monkeypatch.setattr(train, "SAVE_EVERY", 4)
+    monkeypatch.setattr(training, "train_population", saving_often(training.train_population))
     for method, number in (("save_state", 5), ("finish", 2)):
         real, calls = getattr(Member, method), []
 
@@ -170,7 +181,7 @@ def test_two_processes_share_the_work(text, tmp_path):
     assert (out / "table.csv").exists()
 
 
-def test_a_cell_that_fails_is_recorded_and_the_rest_go_on(text, tmp_path):
+def test_a_cell_that_fails_is_recorded_and_the_rest_go_on(text, tmp_path, capsys):
     made = read_grid(write(tmp_path, text + "[[include]]\nlr = 1e30\nclip = 0.0\n[[include]]\nmax_length = 900\n"))
     folder = train_grid(made, tmp_path / "out", size=3)
     assert folder.counts() == {"finished": 6, "failed": 2, "interrupted": 0, "waiting": 0}
@@ -186,10 +197,8 @@ def test_a_cell_that_fails_is_recorded_and_the_rest_go_on(text, tmp_path):
         return [path.stat().st_mtime_ns for path in paths]
 
     before = written()
-    code, shown, _ = outcome(script("--grid", tmp_path / "out", "--status"))
-    assert (
-        code == 0 and "8 cells, 6 finished, 2 failed" in shown and "--retry-failed" in shown and "37 positions" in shown
-    )
+    shown, _ = main(capsys, "--grid", tmp_path / "out", "--status")
+    assert "8 cells, 6 finished, 2 failed" in shown and "--retry-failed" in shown and "37 positions" in shown
     train_grid(made, tmp_path / "out")  # failed ones are left alone
     assert folder.counts()["failed"] == 2
     assert written() == before
@@ -246,10 +255,9 @@ def test_only_some(text, tmp_path):
     assert not (tmp_path / "out" / "table.csv").exists()
 
 
-def test_a_dry_run_and_the_status_write_nothing(text, tmp_path):
+def test_a_dry_run_and_the_status_write_nothing(text, tmp_path, capsys):
     path, out = write(tmp_path, text), tmp_path / "out"
-    code, shown, err = outcome(script("--grid", path, "--out", out, "--dry-run", "--population", 4))
-    assert code == 0, err
+    shown, _ = main(capsys, "--grid", path, "--out", out, "--dry-run", "--population", 4)
     made = read_grid(path)
     lines = [line.split() for line in shown.splitlines()[1:7]]
     assert [line[0] for line in lines] == [entry.name for entry in made.entries]
@@ -257,8 +265,8 @@ def test_a_dry_run_and_the_status_write_nothing(text, tmp_path):
     counts = [3 * 3 * rank * (24 + 24) + 2 * 24 + 2 for rank in (2, 2, 3, 3, 1, 1)]
     assert [int(line[2].replace(",", "")) for line in lines] == counts
     assert "6 cells in 2 populations, 6 of them left" in shown and all(len(line) <= 100 for line in shown.splitlines())
-    code, shown, _ = outcome(script("--grid", path, "--out", out, "--status"))
-    assert code == 0 and "6 cells, 6 waiting" in shown and not out.exists()
+    shown, _ = main(capsys, "--grid", path, "--out", out, "--status")
+    assert "6 cells, 6 waiting" in shown and not out.exists()
 
 
 def test_folders_that_hold_something_else(text, tmp_path):
