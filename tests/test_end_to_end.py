@@ -21,9 +21,8 @@ import minilora
 import train
 from minilora.cell import Cell
 from minilora.command import exit_cleanly
-from minilora.data import batches
 from minilora.errors import InputError, TrainingError
-from minilora.training import loop
+from minilora.training import feed, loop
 
 FILES = {"cell.toml", "adapter", "metrics.jsonl", "injected.jsonl", "trainable.json", "predictions.jsonl",
          "results.json", ".lock"}  # fmt: skip
@@ -343,7 +342,7 @@ def test_a_batch_in_several_passes_is_the_same_step(cell, tmp_path, monkeypatch)
     cell = cell.replace(steps=6, accumulate=2, dropout=0.3)
     found = []
     for most in (1, 40, math.inf):
-        monkeypatch.setattr(batches, "TOKENS", most)
+        monkeypatch.setattr(feed, "TOKENS", most)
         minilora.train(cell, tmp_path / str(most))
         found.append(load_file(tmp_path / str(most) / "adapter" / "adapter_model.safetensors"))
     for other in found[1:]:
