@@ -5,9 +5,9 @@ page's earlier ones; `toml` a grid; `text` what a command printed, which nobody 
 is a command too. Commands run in this process, in a folder that has what pages speak of (`runs/NAME`, `reviews.csv`).
 
 How a command shrinks. Where it names no base or data it gets the tiny ones, else each hub id in `HUB` becomes a local
-folder or file; a single cell takes 2 steps, and so does `minilora.Cell(...)`. A grid's file keeps two values an axis. What
-cannot run here is in `ELSEWHERE` with the reason, and its flags are parsed all the same. Tables and figures are not
-measured again.
+folder or file; a single cell takes 2 steps, and so does `minilora.Cell(...)`. A grid's file keeps two values an axis.
+What cannot run here is in `ELSEWHERE` with the reason, and its flags are parsed all the same. Tables and figures are
+not measured again.
 """
 
 import contextlib
@@ -16,13 +16,15 @@ import importlib
 import json
 import random
 import re
+import runpy
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 import zoo
-from conftest import ROOT, tiny_bert
+from conftest import FAST, ROOT, tiny_bert
 
 import evaluate
 import minilora
@@ -124,8 +126,8 @@ def write_rows(path, *labels):
 def write_questions(path):
     with open(path, "w", encoding="utf-8") as file:
         for row in range(120):
-            choices = {"label": list("ABC"), "text": ["good", "bad", "slow"]}
-            file.write(json.dumps({"question": f"film {row} is", "choices": choices, "answerKey": "ABC"[row % 3]}) + "\n")
+            choices, key = {"label": list("ABC"), "text": ["good", "bad", "slow"]}, "ABC"[row % 3]
+            file.write(json.dumps({"question": f"film {row} is", "choices": choices, "answerKey": key}) + "\n")
 
 
 SMALL = dict(model="bases/tiny", data="rows.csv", steps=2, test_rows=20, max_length=30)
@@ -177,7 +179,7 @@ def test_the_pages_have_commands_and_blocks():
 
 
 @pytest.mark.parametrize("page, words", COMMANDS, ids=[f"{page} {' '.join(words)}"[:90] for page, words in COMMANDS])
-def test_a_command(page, words, parse_only, capsys):
+def test_a_command(page, words, parse_only, capsys, monkeypatch):
     words = [HUB.get(word, word) for word in words]
     start = elsewhere(words)
     if start is not None:
@@ -185,7 +187,8 @@ def test_a_command(page, words, parse_only, capsys):
         return parse(start, words)
     assert words[0] == "python", f"{words[0]} is no command that these tests know: say in ELSEWHERE who runs it"
     if words[1] == "-m":
-        importlib.import_module(words[2]).main(words[3:])
+        monkeypatch.setattr(sys, "argv", words[2:])
+        runpy.run_module(words[2], run_name="__main__", alter_sys=True)
     else:
         main = {"train.py": train.main, "evaluate.py": evaluate.main}[words[1]]
         if "--help" in words:
@@ -310,6 +313,10 @@ def test_tables_name_all_that_there_is():
     rooms = set(re.findall(r"^\| `(\w+)/` \|", TEXTS["README.md"], re.MULTILINE))
     there = {path.parent.name for path in (ROOT / "minilora").glob("*/__init__.py")}
     assert rooms == there
+
+
+def test_fast_files_exist():
+    assert len(FAST) >= 30 and all((ROOT / "tests" / name).is_file() for name in FAST)
 
 
 def test_the_readmes_row_is_one_of_the_default_cell(base_folder):
