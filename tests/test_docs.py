@@ -70,7 +70,7 @@ def fences(page, *languages):
 
 def commands(page):
     """Each command of a page as a list of words, as bash reads it: of the fences, and of the text around them."""
-    lines = [line for body in fences(page, "", "sh") for line in body.splitlines() if line.strip()]
+    lines = [line for body in fences(page, "", "sh") for line in body.replace("\\\n", "").splitlines() if line.strip()]
     lines += re.findall(r"`(python [^`]+)`", FENCE.sub("", TEXTS[page]).replace("\n", " "))
     script = "\n".join(f"printf '%s\\0' {one}\nprintf '\\1'" for line in lines for one in line.split(" && "))
     read = subprocess.run(["bash", "-euc", script], capture_output=True, check=True, text=True).stdout
