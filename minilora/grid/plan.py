@@ -104,9 +104,8 @@ def size_of_base(spec):
 
 
 def kept(spec, length):
-    """Numbers a token that the forward of all layers keeps for the backward (`tests/training/test_memory.py`).
-
-    Those of norms and inputs, q k v, probabilities and pre-activations, and as much again of one layer at work."""
+    """Numbers a token that the forward of all layers keeps for the backward (`tests/training/test_memory.py` has them exactly):
+    norms and inputs, q k v, probabilities and pre-activations, and as much again of a layer that is at work."""
     layers = [
         4 * spec.width + (2 * here.heads + 2 * here.kv_heads) * spec.head_width + here.heads * length
         + (1 + spec.gated) * here.inner

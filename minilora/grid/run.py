@@ -25,8 +25,7 @@ def train_grid(grid, out, *, size=None, only=None, retry_failed=False, nodes=Non
     if retry_failed:
         folder.forget_failures()
     with console.quiet():
-        how = nodes.settle if nodes else settle
-        chunks = folder.populations(lambda entries: how(entries, size, settings))
+        chunks = folder.populations(lambda entries: nodes.settle(entries, size, settings) if nodes else settle(entries, size, settings))
     chunks = [chunk for chunk in chunks if any(matches(entry.cell, only or {}) for entry in chunk)]
     entries = [entry for chunk in chunks for entry in chunk]
     with console.Cells(len(entries), len(entries) - len(folder.left(entries))) as progress:

@@ -66,8 +66,7 @@ def restore(folder, model, method, weight=1.0, added=()):
     folder = Path(folder)
     if method == "lora":
         own = read(folder, model.base)
-        others = [(read(other, model.base), share) for other, share in added]
-        put_adapter(combine([(own, weight), *others]) if added else own, model.base)
+        put_adapter(combine([(own, weight), *((read(f, model.base), w) for f, w in added)]) if added else own, model.base)
         scale_by(model.base, 1.0 if added else weight)
         state = {"classifier." + name: value for name, value in own.head.items()}
     elif added or weight != 1:
@@ -108,8 +107,8 @@ def begin(base, cell, slots):
         ]
         differing = f"{differing[0]}, and {len(differing) - 1} more" if differing else "the variant"
         raise InputError(
-            f"{folder} is not the cell's adapter (they differ in {differing}): it has {flags_of(found)}; "
-            "use these flags, or another --start"
+            f"{folder} is not the cell's adapter (they differ in {differing}): it has {flags_of(found)}; use these flags, "
+            "or another --start"
         )
     if cell.dropout and any(part.A0 is not None for part in found.parts.values()):
         raise InputError(
