@@ -110,6 +110,7 @@ def world(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def inside(world, monkeypatch):
     monkeypatch.chdir(world)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(world / "cache"))
 
 
 def write_rows(path, *labels):
@@ -268,7 +269,7 @@ def check_what_readers_add(space):
     config = json.loads(Path("bases/decoder/config.json").read_text())
     assert read_spec(config | {"model_type": "my_llama"}).qk_norm == "head"
     run = space["run"]
-    moved = [space["share_of_a_layer"](run, run.rows.texts[:9], layer) for layer in range(3)]
+    moved = [space["share_of_a_layer"](run, run.rows.rows.texts[:9], layer) for layer in range(3)]
     assert all(share > 0 for share in moved)
 
 
