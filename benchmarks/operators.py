@@ -10,6 +10,7 @@ above it. Times are of forward and backward, the median of repeats interleaved w
 reference has all its inputs in the dtype of the first, so that in bfloat16 it is less exact than the operator.
 """
 
+import contextlib
 import os
 import statistics
 import time
@@ -304,10 +305,8 @@ def contenders(operator, shape, dtype, device):
     calls = {"operator": operator.call, "reference": as_one(operator.reference)}
     inputs = {name: operator.make(shape, maker(dtype, device)) for name in [*calls, "peer"]}
     if operator.peer is not None:
-        try:
+        with contextlib.suppress(ImportError):  # where PEFT is not installed its column stays empty
             calls["peer"] = operator.peer(*inputs["peer"])
-        except ImportError:
-            pass  # PEFT is not installed: its column stays empty
     return {name: runner(call, inputs[name]) for name, call in calls.items()}
 
 

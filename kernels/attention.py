@@ -101,7 +101,7 @@ def attention(q, k, v, mask, scale, cap=None):
         if mask is None:
             mask = torch.full((1, 1, T, T), -torch.inf, device=q.device).triu_(1)
         return batched(q, k, v, mask, scale, cap)
-    grouped = True if q.shape[1] != k.shape[1] else False  # of torch.compile's symbols it takes none
+    grouped = True if q.shape[1] != k.shape[1] else False  # noqa: SIM210  of torch.compile's symbols it takes none
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
     )

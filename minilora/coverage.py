@@ -85,6 +85,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    from minilora import coverage, errors
+    from minilora.command import exit_cleanly
 
-    errors.exit_cleanly(coverage.main)  # of the module that the others import, so that there is one Slot
+    exit_cleanly(main)

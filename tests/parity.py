@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import torch
 
-sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parent / "base")]  # from the repository, installed or not
+sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parent / "base")]  # installed or not
 
 import test_families as tests
 import zoo

@@ -582,7 +582,8 @@ def write_tokenizer(folder):
     (Path(folder) / "tokenizer_config.json").write_text(json.dumps({"pad_token": "[PAD]", "unk_token": "[UNK]"}))
 
 
-DECODER_TEXT = ["the film was good and warm", "the plot is dull, bad and cold.", "a great story of a man in time 0123456789-",
+DECODER_TEXT = ["the film was good and warm", "the plot is dull, bad and cold.",
+        "a great story of a man in time 0123456789-",
         "very slow scenes with a bright woman: positive negative yes no"]  # fmt: skip
 
 

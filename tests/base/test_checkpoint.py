@@ -735,6 +735,7 @@ def test_the_fingerprint_is_the_sha256_of_all_weights(tmp_path):
 
 
 def test_the_modules_do_not_import_torch():
-    program = "import sys, minilora.base.source, minilora.base.checkpoint, minilora.base.tokenizer; sys.exit('torch' in sys.modules)"
+    imports = "import sys, minilora.base.source, minilora.base.checkpoint, minilora.base.tokenizer"
+    program = f"{imports}; sys.exit('torch' in sys.modules)"
     root = Path(checkpoint.__file__).parents[2]
     assert subprocess.run([sys.executable, "-c", program], cwd=root).returncode == 0

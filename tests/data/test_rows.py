@@ -17,7 +17,7 @@ from minilora.errors import InputError
 
 
 def test_movie_snippets():
-    packed = importlib.resources.files("minilora") / "movie_snippets/movie-snippets.tsv.gz"
+    packed = importlib.resources.files("minilora") / "data/movie_snippets/movie-snippets.tsv.gz"
     lines = gzip.decompress(packed.read_bytes()).decode().splitlines()[1:]
     assert len(lines) == 10_605
     cells = [line.split("\t") for line in lines]

@@ -171,7 +171,9 @@ def test_logits_are_formed_for_completions_alone(folder, monkeypatch):
     seen = []
     true = linear_cross_entropy
     monkeypatch.setattr(
-        language_model, "linear_cross_entropy", lambda hidden, *a: (seen.append(tuple(hidden.shape)), true(hidden, *a))[1]
+        language_model,
+        "linear_cross_entropy",
+        lambda hidden, *a: (seen.append(tuple(hidden.shape)), true(hidden, *a))[1],
     )
     cell_task = make_task(folder)
     encoded, answers = cell_task.encode(made_rows(TEXT, ["good", "bad", "good", "warm"]))

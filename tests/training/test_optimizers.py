@@ -60,7 +60,8 @@ def test_steps_match_peft(tiny_folder, tmp_path, optimizer):
 
     start, _, _ = setup(tiny_folder, cell)
     storage.save(tmp_path / "start", start, cell, ["a", "b", "c"])
-    theirs = peft.PeftModel.from_pretrained(HeadJudge.from_pretrained(tiny_folder), tmp_path / "start", is_trainable=True)
+    judge = HeadJudge.from_pretrained(tiny_folder)
+    theirs = peft.PeftModel.from_pretrained(judge, tmp_path / "start", is_trainable=True)
     parameters = [p for p in theirs.parameters() if p.requires_grad]
     assert len(parameters) == 2 * 3 * 3 + 2
     kind = torch.optim.AdamW if optimizer == "adamw" else torch.optim.Adafactor

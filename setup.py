@@ -1,0 +1,5 @@
+"""The packages: minilora with its rooms, and kernels/ as minilora.kernels. Everything else is in pyproject.toml."""
+
+from setuptools import find_packages, setup
+
+setup(packages=[*find_packages(include=["minilora*"]), "minilora.kernels"], package_dir={"minilora.kernels": "kernels"})
