@@ -2,4 +2,4 @@
 
 from setuptools import find_packages, setup
 
-setup(packages=[*find_packages(include=["minilora*"]), "minilora.kernels"], package_dir={"minilora.kernels": "kernels"})
+setup(packages=find_packages(include=["minilora*"]), package_dir={"minilora.kernels": "kernels"})
