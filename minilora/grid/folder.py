@@ -11,7 +11,6 @@ Several processes may work in one folder: each takes populations that nobody hol
 
 import contextlib
 import errno
-import fcntl
 import os
 import shutil
 from pathlib import Path
@@ -84,13 +83,8 @@ class GridFolder:
     @contextlib.contextmanager
     def lock(self, name, wait=True):
         """Hold the lock file `name`; gives whether it is held, which is always so with `wait`."""
-        with open(self.path / name, "a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                yield False
-            else:
-                yield True
+        with files.lock(self.path / name, wait) as held:
+            yield held
 
     # --- populations
 
