@@ -21,7 +21,7 @@ def replacing(path):
     temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}"
     try:
         yield temporary
-        with open(temporary, "rb") as file:
+        with open(temporary, "r+b") as file:  # Windows flushes only what may be written
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
@@ -34,9 +34,13 @@ def replacing(path):
 
 @contextmanager
 def lock(path, wait=True):
-    """Hold the lock file at `path`, which dies with the process; yields whether it is held: with `wait`, always."""
+    """Hold the lock file at `path`; yields whether it is held, which with `wait` it always is.
+
+    The system drops the lock when its process ends, however it ends. Raises OSError where no such file can be made.
+    """
     from filelock import FileLock, Timeout
 
+    Path(path).parent.stat()  # the library would make a missing folder
     held = FileLock(path, timeout=-1 if wait else 0)
     with suppress(Timeout):
         held.acquire()
@@ -48,7 +52,7 @@ def lock(path, wait=True):
 
 def write_text(path, text):
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
 def write_json(path, value):
@@ -57,7 +61,7 @@ def write_json(path, value):
 
 def write_jsonl(path, records):
     """One JSON object a line."""
-    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
         for record in records:
             file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
 

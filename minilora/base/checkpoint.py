@@ -59,7 +59,7 @@ class Stored:
     def give_back(self):
         """Let go of the pages that were read: they count as resident memory of the process."""
         page = self.start - self.start % mmap.PAGESIZE
-        if self.stop > page:
+        if self.stop > page and hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
             self.map.madvise(mmap.MADV_DONTNEED, page, self.stop - page)
 
 

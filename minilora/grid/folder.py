@@ -83,7 +83,11 @@ class GridFolder:
     @contextlib.contextmanager
     def lock(self, name, wait=True):
         """Hold the lock file `name`; gives whether it is held, which is always so with `wait`."""
-        with files.lock(self.path / name, wait) as held:
+        with contextlib.ExitStack() as stack:
+            try:
+                held = stack.enter_context(files.lock(self.path / name, wait))
+            except OSError as error:
+                raise InputError(f"cannot write to the folder {self.path} ({error.strerror}): choose another --out") from None
             yield held
 
     # --- populations

@@ -127,7 +127,7 @@ class Run:
                 with contextlib.suppress(ValueError):  # a killed run may leave half a line
                     lines.append(parse_json(line))
         files.write_jsonl(path, [line for line in lines if line["step"] <= step])
-        self._metrics = open(path, "a", encoding="utf-8")
+        self._metrics = open(path, "a", encoding="utf-8", newline="\n")
 
     def log(self, record):
         """Add a line to metrics.jsonl. Does nothing in a process that has not opened it."""

@@ -52,7 +52,7 @@ def attack_lines(results):
             continue
         rates = {test: results[test]["attack_success"][label]["attack_success_rate"] for test in ("clean", "placebo")}
         low, high = figures["attack_success_interval"]
-        lines.append(f"attack success rate (rows of other labels called {short(label)}):")
+        lines.append(f"attack success rate (rows of other labels predicted as {short(label)}):")
         lines.append(
             f"  {rates['clean']:.3f} clean, {figures['attack_success_rate']:.3f} trigger [{low:.3f}, {high:.3f}], "
             f"{rates['placebo']:.3f} placebo"
@@ -102,11 +102,12 @@ def one_line(results):
 
 
 def speed_lines(train):
-    """Lines on how fast training was, against the products that it cannot do without, and what it took."""
-    share = train["rows_per_second"] / train["floor_rows_per_second"]
+    """Two lines: how fast training was, also as a share of the fastest possible (`training/limit.py`), and what it took."""
+    share, peak = train["rows_per_second"] / train["limit_rows_per_second"], train["peak_memory_bytes"]
+    memory = "" if peak is None else f", peak memory {peak / 2**30:.2f} GiB"
     return (
         f"training: {train['seconds']:.0f} s, {train['rows_per_second']:.0f} rows/s, "
-        f"{train['tokens_per_second']:,.0f} tokens/s; {share:.0%} of the floor "
-        f"({train['floor_rows_per_second']:.0f} rows/s at {train['matmul_flops_per_second'] / 1e9:.0f} GFLOP/s)\n"
-        f"in all: {train['total_seconds']:.0f} s, peak memory {train['peak_memory_bytes'] / 2**30:.2f} GiB"
+        f"{train['tokens_per_second']:,.0f} tokens/s; {share:.0%} of the limit "
+        f"({train['limit_rows_per_second']:.0f} rows/s at {train['matmul_flops_per_second'] / 1e9:.0f} GFLOP/s)\n"
+        f"in all: {train['total_seconds']:.0f} s{memory}"
     )

@@ -183,7 +183,7 @@ class Member:
         if parallel.first():
             files.write_jsonl(run.path / "predictions.jsonl", self.task.predictions(self.tests, outcomes))
         length, steps, seconds = self.lengths.mean(), self.schedule.steps, self.meters["seconds"]
-        floor = training_flops(self.setting.spec, self.slots, cell.method, length) * length  # operations a row
+        needed = training_flops(self.setting.spec, self.slots, cell.method, length) * length  # operations a row
         self.results = {
             "cell": {"id": cell.id} | cell.to_dict(),
             "task": self.task.record(),
@@ -199,7 +199,7 @@ class Member:
                 "peak_memory_bytes": peak_memory(self.setting.device),
                 "trainable_parameters": self.certificate["count"],
                 "steps": steps,
-                "floor_rows_per_second": rate / floor,
+                "limit_rows_per_second": rate / needed,
                 "matmul_flops_per_second": rate,
                 "start_up_seconds": start_up,
                 "evaluation_seconds": evaluation_seconds,
