@@ -89,8 +89,8 @@ def heat_maps(lines, grid):
     rest = f", {', '.join(others)}" if others else ""
     return figure, (
         f"Means over seeds{rest} for each {down} and {across}. Attack success: share of the test rows of other labels "
-        "that are called by the trigger's label under the trigger; flip rate: share of all test rows that the trigger "
-        "makes called otherwise; degradation: accuracy on clean rows less that under the trigger. Hatched: no cell is "
+        "that are predicted as the trigger's label under the trigger; flip rate: share of all test rows whose prediction "
+        "the trigger changes; degradation: accuracy on clean rows less that under the trigger. Hatched: no cell is "
         "finished."
     )
 
@@ -254,7 +254,7 @@ def k50(curves):
     if len(series) > 1:
         panel.legend()
     return figure, (
-        "Injected rows at which half of the test rows of other labels are called by the trigger's, with 95% intervals. "
+        "Injected rows at which half of the test rows of other labels are predicted as the trigger's, with 95% intervals. "
         "Shaded: the rows that were injected; a hollow arrow says that the interval goes on beyond them, where nothing "
         "was measured."
     )

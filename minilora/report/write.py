@@ -117,7 +117,7 @@ def k50_table(curves):
             (*map(shown, curve.group.values()), doses, curve.k50_text(), slope, f"{curve.floor:.3f}", uninjected)
         )
     heads = (*curves[0].group, "doses (rows)", "k50 (rows)", "slope", "success on clean rows", "success uninjected")
-    note = ("k50: injected rows at which half of the test rows of other labels are called by the trigger's, by a "
+    note = ("k50: injected rows at which half of the test rows of other labels are predicted as the trigger's, by a "
             "logistic in the log of the rows that starts from the attack success on clean rows and ends at 1, with a "
             "95% interval over seeds and test rows; outside the doses that were measured, their bound alone. Slope: "
             "of the logit, for each e-fold of the rows. Success uninjected: under the trigger, where no row was "
