@@ -50,6 +50,21 @@ def lock(path, wait=True):
         held.release()
 
 
+def try_folder(path, flag):
+    """Raise InputError, which names the flag, where no folder can be made at `path`. Leaves nothing behind."""
+    made = []
+    try:
+        for folder in (*reversed(Path(path).parents), Path(path)):
+            if not os.path.lexists(folder):
+                folder.mkdir()
+                made.append(folder)
+    except OSError as error:
+        raise InputError(f"cannot make the folder {path} ({error.strerror}): choose another {flag}") from None
+    finally:
+        for folder in reversed(made):
+            folder.rmdir()
+
+
 def write_text(path, text):
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")

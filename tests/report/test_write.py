@@ -132,10 +132,10 @@ def test_marginal_means(folder):
             for line in own:
                 if line[name] is not None:
                     settings.setdefault(tuple(line[one] for one in fields), []).append(line[name])
-            found, low, high = mean.figures[name]
+            found, low, high = mean.metrics[name]
             assert found == pytest.approx(np.mean([np.mean(values) for values in settings.values()]))
             assert low < found < high < low + 0.2
-    assert len({mean.figures["attack_success"] for mean in means.values()}) == 15  # the head's cells are 4 of them
+    assert len({mean.metrics["attack_success"] for mean in means.values()}) == 15  # the head's cells are 4 of them
     assert not any(field == "seed" for field, _ in means)
 
 
@@ -151,7 +151,7 @@ def test_several_labels_are_a_field(tmp_path):
 def test_cells_without_a_trigger_have_their_clean_accuracy(tmp_path):
     folder = made_grid.make(tmp_path, '[grid]\nrank = [1, 2]\n"inject.sources" = [[], ["date:positive"]]')
     means = {mean.value: mean for mean in summary.marginal_means(table_rows(folder), folder.grid.varied)}
-    assert set(means[""].figures) == {"clean_accuracy"} and set(means["date:positive"].figures) == set(summary.SHOWN)
+    assert set(means[""].metrics) == {"clean_accuracy"} and set(means["date:positive"].metrics) == set(summary.SHOWN)
 
 
 # --- all of it
