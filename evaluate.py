@@ -183,7 +183,8 @@ def main_of_grid(arguments, changes):
         states = ", ".join(f"{count:,} {state}" for state, count in counts.items() if count and state != "finished")
         print(f"{missing:,} of {len(folder.grid.entries):,} cells are missing ({states}): all below is of the others\n")
     print(text)
-    print("\nwritten:", *(f"  {path}" for path in paths), sep="\n")
+    if paths:
+        print("\nwritten:", *(f"  {path}" for path in paths), sep="\n")
     if left_out:
         print("left out:", *(f"  {reason}" for reason in left_out), sep="\n")
 
