@@ -106,8 +106,8 @@ def test_short():
 
 
 def test_what_a_terminal_would_obey_is_written_out(capsys):
-    obeyed = {"\x1b[31m": r"\x1b[31m", "\u202eab": r"\u202eab", "\x9b1m": r"\x9b1m", "\u2066": r"\u2066", "\udc80": r"\udc80",
-              "a\rb": r"a\rb", "\x00": r"\x00", "\u061c": r"\u061c", "\x07": r"\x07"}  # fmt: skip
+    obeyed = {"\x1b[31m": r"\x1b[31m", "\u202eab": r"\u202eab", "\x9b1m": r"\x9b1m", "\u2066": r"\u2066",
+              "\udc80": r"\udc80", "a\rb": r"a\rb", "\x00": r"\x00", "\u061c": r"\u061c", "\x07": r"\x07"}  # fmt: skip
     kept = ["a\tb\nc", "é 日本 🎉 العربية", "", "\\x1b"]
     assert {text: console.visible(text) for text in obeyed} == obeyed and len(obeyed) == 9
     assert [console.visible(text) for text in kept] == kept

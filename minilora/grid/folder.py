@@ -87,7 +87,9 @@ class GridFolder:
             try:
                 held = stack.enter_context(files.lock(self.path / name, wait))
             except OSError as error:
-                raise InputError(f"cannot write to the folder {self.path} ({error.strerror}): choose another --out") from None
+                raise InputError(
+                    f"cannot write to the folder {self.path} ({error.strerror}): choose another --out"
+                ) from None
             yield held
 
     # --- populations

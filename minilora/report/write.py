@@ -76,7 +76,8 @@ def write_report(folder):
         files.write_text(folder.path / "report.html", page.render(folder, lines, tables, drawn, made, left_out))
         paths.append(folder.path / "report.html")
     except OSError as error:
-        left_out.append(f"{'all other' if paths else 'all'} files: cannot write to {folder.path} ({error.strerror or error})")
+        which = "all other files" if paths else "all files"
+        left_out.append(f"{which}: cannot write to {folder.path} ({error.strerror or error})")
     return "\n\n".join(filter(None, (means_text(means), claims_text(decisions)))), paths, left_out
 
 

@@ -35,7 +35,7 @@ class Run:
 
     @classmethod
     def plan(cls, out, cell, taken=()):
-        """A new run at `out`, or by default at runs/NAME, with a number where that exists or is among the paths `taken`.
+        """A new run at `out`, or by default at runs/NAME; with a number where that exists or is among `taken` (paths).
 
         Raises InputError if something is at `out`, before any long preparation.
         """

@@ -67,7 +67,7 @@ def hardware(device):
 
 
 def peak_memory(device):
-    """Bytes: the process's peak resident memory, or the peak allocation on a GPU. None where the system does not say."""
+    """Bytes: the process's peak resident memory, or the peak allocation on a GPU. None: the system does not say."""
     import torch
 
     if device.type == "cuda":

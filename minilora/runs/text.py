@@ -6,9 +6,9 @@ FLIPS = "  flips vs clean        McNemar p"
 
 
 def results_table(results):
-    """The table of a run's tests, from the `tests` entry of results.json: a string of lines.
+    """The table of a run's tests, from the `tests` entry of results.json, as lines of text.
 
-    The predicted counts are left out where there is no room for those of all labels.
+    Predicted counts are shown for all labels, or for none if there is no room for all.
     """
     rows = [("clean", results["clean"])]
     rows += [(short(f"trigger of {label}"), metrics) for label, metrics in results["trigger"].items()]
@@ -102,7 +102,7 @@ def one_line(results):
 
 
 def speed_lines(train):
-    """Two lines: how fast training was, also as a share of the fastest possible (`training/limit.py`), and what it took."""
+    """Two lines: how fast training was, also as a share of the limit (`training/limit.py`), and what it took."""
     share, peak = train["rows_per_second"] / train["limit_rows_per_second"], train["peak_memory_bytes"]
     memory = "" if peak is None else f", peak memory {peak / 2**30:.2f} GiB"
     return (
