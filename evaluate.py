@@ -14,7 +14,7 @@ import math
 from pathlib import Path
 
 import minilora
-from minilora import parallel
+from minilora import files, parallel
 from minilora.cell import Cell
 from minilora.command import Parser, add_flags, exit_cleanly, given_flags
 from minilora.errors import InputError
@@ -42,8 +42,6 @@ def evaluate(folder, *, data=None, batch_size=None, scale=1.0, added=(), merge_t
 
 def compare(folder, predictions):
     """How many of the run's own predictions came out the same: (same, all). They are matched by row and test."""
-    from minilora import files
-
     before = files.read_jsonl(Path(folder) / "predictions.jsonl")
     pairs = [(old[test]["predicted"], new.get(test, {}).get("predicted")) for old, new in zip(before, predictions)
              for test in old if test not in ("id", "label")]  # fmt: skip
@@ -92,6 +90,10 @@ def main(argv=None):
     if out and out.exists():
         raise InputError(f"{out} exists: choose another --out")
 
+    for flag, folder in (("--out", arguments.out), ("--merge-to", arguments.merge_to)):
+        if folder:
+            files.try_folder(folder, flag)
+
     if not math.isfinite(arguments.scale):
         raise InputError(f"--scale is {arguments.scale}, but must be a finite number")
     added = [parse_added(text) for text in arguments.add]
@@ -100,7 +102,6 @@ def main(argv=None):
     figures, predictions = evaluate(
         arguments.run, batch_size=arguments.batch, merge_to=arguments.merge_to, **settings, **changes
     )
-    from minilora import files
     from minilora.runs.text import results_table
 
     print(results_table(figures))
@@ -135,7 +136,8 @@ def main_of_grid(arguments, changes):
         states = ", ".join(f"{count:,} {state}" for state, count in counts.items() if count and state != "finished")
         print(f"{missing:,} of {len(folder.grid.entries):,} cells are missing ({states}): all below is of the others\n")
     print(text)
-    print("\nwritten:", *(f"  {path}" for path in paths), sep="\n")
+    if paths:
+        print("\nwritten:", *(f"  {path}" for path in paths), sep="\n")
     if left_out:
         print("left out:", *(f"  {reason}" for reason in left_out), sep="\n")
 

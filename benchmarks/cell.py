@@ -4,8 +4,8 @@ Each peer runs in a process of its own with as many threads, so that memory peak
 interleaved (a, b, c, a, b, c), so that a machine that slows down slows all; the median is reported with the spread, and
 ratios are medians of the ratios within a repeat. Each of minilora's peers is there at its best setting, and PEFT +
 Trainer also as its documentation has it (`peers.py` says what these are). FLOP/s are those that the job cannot do
-without (`minilora/roof.py`), whatever a peer really does, over the machine's rate at products of a batch's size,
-measured once a repeat.
+without (`minilora/training/limit.py`), whatever a peer really does, over the machine's rate at products of a batch's
+size, measured once a repeat.
 """
 
 import importlib.util
@@ -31,7 +31,7 @@ FACTORS = {
     "inject_sources", "inject_proportion", "rank", "alpha", "scaling", "targets", "layers", "pooling", "epochs",
     "batch_size", "lr", "schedule", "warmup", "seed",
 }  # fmt: skip
-ROOFS = "roofs"
+LIMITS = "limits"
 WARM_UP = 5
 
 
@@ -85,11 +85,11 @@ def measure(cell, names=None, repeats=1, warm_up=WARM_UP, threads=None, until=No
         }
         names = [name for name in PEERS if not left_out.get(name)]
     missing = {name: why for name in names if (why := lacks(name, device))}
-    records, failed = {name: [] for name in [ROOFS, *names]}, {}
+    records, failed = {name: [] for name in [LIMITS, *names]}, {}
     with tempfile.TemporaryDirectory() as folder:
         shared = job.write(cell, folder, warm_up)
         needed, lengths = necessary(shared)
-        todo = [ROOFS, *(name for name in names if name not in missing)]
+        todo = [LIMITS, *(name for name in names if name not in missing)]
         for repeat in range(repeats):
             if repeat and until is not None and time.monotonic() > until:
                 say(f"time is up after {repeat} of {repeats} repeats")
@@ -99,7 +99,8 @@ def measure(cell, names=None, repeats=1, warm_up=WARM_UP, threads=None, until=No
                 if name in failed:
                     continue
                 began = time.time()
-                outcome = run_alone("benchmarks.roofs" if name == ROOFS else "benchmarks.peers", name, folder, threads,
+                module = "benchmarks.limits" if name == LIMITS else "benchmarks.peers"
+                outcome = run_alone(module, name, folder, threads,
                                     None if until is None else max(1.0, until - time.monotonic()))  # fmt: skip
                 if name in PEERS and "error" not in outcome and outcome["threads"] != threads:
                     outcome = {"error": f"it took {outcome['threads']} threads, not {threads}"}
@@ -110,10 +111,10 @@ def measure(cell, names=None, repeats=1, warm_up=WARM_UP, threads=None, until=No
                 records[name].append(outcome)
                 rate = f"{outcome['rows_per_second']:.1f} rows/s, " if name in PEERS else ""
                 say(f"repeat {repeat + 1}/{repeats}: {name}: {rate}{time.time() - began:.0f} s in all")
-    if ROOFS in failed:
-        raise RuntimeError(f"the roofs cannot be measured: {failed[ROOFS]}")
-    measured = records.pop(ROOFS)
-    roofs = {key: max(record[key] for record in measured) for key in measured[0]}
+    if LIMITS in failed:
+        raise RuntimeError(f"the limits cannot be measured: {failed[LIMITS]}")
+    measured = records.pop(LIMITS)
+    limits = {key: max(record[key] for record in measured) for key in measured[0]}
     results = {
         "cell": cell.to_dict(),
         "rows": len(shared.train),
@@ -122,7 +123,7 @@ def measure(cell, names=None, repeats=1, warm_up=WARM_UP, threads=None, until=No
         "warm_up_steps": warm_up,
         "repeats": repeats,
         "load_before": load,
-        "roofs": roofs,
+        "limits": limits,
         "peers": {},
         "hardware": hardware(device) | {"threads": threads},
         "versions": versions() | report.versions("transformers", "peft", "accelerate", "unsloth"),
@@ -134,7 +135,7 @@ def measure(cell, names=None, repeats=1, warm_up=WARM_UP, threads=None, until=No
         elif name in failed:
             peer["failed"] = failed[name]
         else:
-            peer |= summary(name, records, needed, roofs, "bfloat16" if name == "minilora-bfloat16" else cell.dtype)
+            peer |= summary(name, records, needed, limits, "bfloat16" if name == "minilora-bfloat16" else cell.dtype)
         results["peers"][name] = peer
     add_agreement(results["peers"])
     return results
@@ -186,7 +187,7 @@ def necessary(shared):
     return total / len(lengths), lengths
 
 
-def summary(name, records, needed, roofs, dtype):
+def summary(name, records, needed, limits, dtype):
     """Medians over the repeats, with the spread of the rates; `dtype` is that of the products."""
     own = records[name]
 
@@ -210,8 +211,8 @@ def summary(name, records, needed, roofs, dtype):
         "ratio_to_loop": over("peft-loop", "rows_per_second"),
         "memory_ratio": over(BASELINE, "peak_memory_bytes"),
         "flops_per_second": needed * median("rows_per_second"),
-        "roof": dtype,
-        "roof_share": needed * median("rows_per_second") / roofs[dtype],
+        "limit": dtype,
+        "limit_share": needed * median("rows_per_second") / limits[dtype],
         "peak_memory_bytes": median("peak_memory_bytes"),
         "start_up_seconds": median("start_up_seconds"),
         "accuracy": accuracy,

@@ -3,7 +3,7 @@
 One cell on a base of Llama-3.2-1B's shape with random weights, in bfloat16, 8 rows of 512 tokens a batch; and a grid of
 64 cells on the default base, or one of its shape with random weights where the cache does not hold it. Nothing is
 downloaded, and peers that are not installed are left out with a line. Model-FLOP use is the operations that the
-job cannot do without (`minilora/roof.py`) over the measured rate of products. The peers of the grid train a
+job cannot do without (`minilora/training/limit.py`) over the measured rate of products. The peers of the grid train a
 spread-out part of the cells, and their time is scaled to all.
 """
 
@@ -78,7 +78,7 @@ def measure(cell, cells, names=PEERS, grid_names=grid.PEERS, part=16, repeats=3,
     ratios = {name: side["ratio"] for name, side in together["sides"].items() if side.get("ratio")}
     found = {
         "one_cell": best.get("ratio"),
-        "model_flop_use": best.get("roof_share"),
+        "model_flop_use": best.get("limit_share"),
         "over_unsloth": best and "accuracy" in unsloth and best["rows_per_second"] / unsloth["rows_per_second"] or None,
         "grid": ratios.get(peers.BASELINE),
     }

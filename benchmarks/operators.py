@@ -1,10 +1,10 @@
-"""`python -m benchmarks operators`: each operator of kernels/ against its reference, PEFT's layer and the roof.
+"""`python -m benchmarks operators`: each operator of kernels/ against its reference, PEFT's layer and the limit.
 
 An operator is a line of `OPERATORS`: how its inputs are made, itself, and what it is compared with. Everything else
 follows from these. FLOPs are counted while the reference runs forward and backward: products exactly, anything else as
 one operation for each number of its largest operand. Bytes are the least that must move: forward, all inputs are read
 and the outputs written; backward, inputs and the outputs' gradients are read, and the gradients of what is trained
-written. The roof is the lower of the measured rate of products and of that of memory times the arithmetic intensity
+written. The limit is the lower of the measured rate of products and of that of memory times the arithmetic intensity
 (FLOPs a byte): Williams, Waterman and Patterson 2009 (CACM 52, 4). An operator whose inputs lie in a cache may so be
 above it. Times are of forward and backward, the median of repeats interleaved with what it is compared with. A
 reference has all its inputs in the dtype of the first, so that in bfloat16 it is less exact than the operator.
@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from minilora.kernels import adamw, attention, cross_entropy, dora_linear, linear, lora_linear, mlp, norms, rotary
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -30,9 +29,10 @@ from minilora import parallel
 from minilora.command import Parser
 from minilora.console import Progress
 from minilora.errors import InputError
+from minilora.kernels import adamw, attention, cross_entropy, dora_linear, linear, lora_linear, mlp, norms, rotary
 from minilora.runs.record import hardware, versions
 
-from . import report, roofs
+from . import limits, report
 
 
 @dataclass(frozen=True)
@@ -320,15 +320,15 @@ def clock(work, device):
 
 
 def measure(shape, dtypes, device, repeats, names=None, progress=None):
-    """What results.json has of each operator at each dtype, and the roofs."""
+    """What results.json has of each operator at each dtype, and the limits."""
     load = os.getloadavg()[0]
     lines, rates = [], {name: 0.0 for name in ("float32", "bfloat16", "memory")}
     chosen = [operator for operator in OPERATORS if names is None or operator.name.split()[0] in names]
     for operator in chosen:
         for name in ("float32", "bfloat16"):
-            rate = roofs.product_rate(shape, getattr(torch, name), device)
+            rate = limits.product_rate(shape, getattr(torch, name), device)
             rates[name] = max(rates[name], rate)
-        rates["memory"] = max(rates["memory"], roofs.stream_rate(device, seconds=0.2))
+        rates["memory"] = max(rates["memory"], limits.stream_rate(device, seconds=0.2))
         for name in operator.dtypes:
             if name not in dtypes:
                 continue
@@ -350,10 +350,10 @@ def measure(shape, dtypes, device, repeats, names=None, progress=None):
                 progress(1, 0)
     for line in lines:
         line["intensity"] = line["operations"] / line["bytes"]
-        line["roof"] = min(rates[line["dtype"]], rates["memory"] * line["intensity"])
+        line["limit"] = min(rates[line["dtype"]], rates["memory"] * line["intensity"])
         line["operations_per_second"] = line["operations"] / line["operator_seconds"]
-        line["roof_share"] = line["operations_per_second"] / line["roof"]
-    return {"operators": lines, "roofs": rates, "shape": vars(shape), "repeats": repeats, "load_before": load,
+        line["limit_share"] = line["operations_per_second"] / line["limit"]
+    return {"operators": lines, "limits": rates, "shape": vars(shape), "repeats": repeats, "load_before": load,
             "hardware": hardware(device), "versions": versions() | report.versions("peft")}  # fmt: skip
 
 

@@ -261,15 +261,15 @@ def finish(job, clock, model):
     memory."""
     from minilora.runs.record import peak_memory
 
-    called = {name: predict(job, model, rows) for name, rows in job.tests.items()}
+    predicted = {name: predict(job, model, rows) for name, rows in job.tests.items()}
     labels = job.tests["clean"].labels
     attacks = {}
     for name, rows in job.tests.items():
         if name.startswith("trigger "):
             label = rows.label_names.index(name.removeprefix("trigger "))
-            attacks[name] = float((called[name][labels != label] == label).mean())
+            attacks[name] = float((predicted[name][labels != label] == label).mean())
     return clock.record() | {
-        "accuracy": float((called["clean"] == labels).mean()),
+        "accuracy": float((predicted["clean"] == labels).mean()),
         "attack_success": attacks,
         "test_rows": len(labels),
         "peak_memory_bytes": peak_memory(job.device),
@@ -285,12 +285,12 @@ def predict(job, model, rows):
 
     model.eval()
     encoded, _ = job.encode(rows)
-    called = np.empty(len(rows), dtype=np.int64)
+    predicted = np.empty(len(rows), dtype=np.int64)
     with torch.inference_mode(), torch.autocast(job.device.type, torch.bfloat16, enabled=job.cell.dtype == "bfloat16"):
         for batch in batches.by_length(encoded, job.cell.batch_size, job.pad_id):
             inputs = {name: value.to(job.device) for name, value in as_keywords(batch).items()}
-            called[batch.index] = model(**inputs)["logits"].argmax(1).cpu().numpy()
-    return called
+            predicted[batch.index] = model(**inputs)["logits"].argmax(1).cpu().numpy()
+    return predicted
 
 
 PEERS = {

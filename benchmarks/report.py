@@ -89,7 +89,7 @@ CELL = (
     "ratio",
     "tuned",
     "loop",
-    "roof",
+    "limit",
     "GiB",
     "memory",
     "start s",
@@ -111,7 +111,7 @@ def cell_lines(results):
             f"{low:.0f}-{high:.0f}",
             f"{peer['tokens_per_second']:,.0f}",
             *(times(peer[key]) for key in ("ratio", "ratio_to_tuned", "ratio_to_loop")),
-            f"{peer['roof_share']:.0%}",
+            f"{peer['limit_share']:.0%}",
             f"{peer['peak_memory_bytes'] / 2**30:.2f}",
             times(peer["memory_ratio"]),
             f"{peer['start_up_seconds']:.1f}",
@@ -126,7 +126,7 @@ def times(ratio):
 
 def cell_notes(results):
     """What the columns mean, and what is amiss."""
-    cell, roofs = results["cell"], results["roofs"]
+    cell, limits = results["cell"], results["limits"]
     notes = [
         f"{short(cell['model'], 50)}, {short(cell['data'])}: {results['rows']:,} rows of "
         f"{results['tokens_a_row']:.1f} tokens, {cell['epochs']} epochs, rank {cell['rank']}",
@@ -134,8 +134,8 @@ def cell_notes(results):
         f"rates: median of {results['repeats']} interleaved repeats, of tokens without padding, without the first "
         f"{results['warm_up_steps']} steps",
         "ratio: rows/s over peft + Trainer in the same repeat; tuned, loop: over peft + Trainer tuned, and peft loop",
-        f"roof: share of the measured {roofs['float32'] / 1e9:,.0f} GFLOP/s in float32 or "
-        f"{roofs['bfloat16'] / 1e9:,.0f} in bfloat16 that the least operations of the job come to",
+        f"limit: share of the measured {limits['float32'] / 1e9:,.0f} GFLOP/s in float32 or "
+        f"{limits['bfloat16'] / 1e9:,.0f} in bfloat16 that the least operations of the job come to",
         "GiB: peak memory of the process, or on a GPU of its tensors; memory: over peft + Trainer's",
     ]
     errors = [peer["standard_error"] for peer in results["peers"].values() if "standard_error" in peer]
@@ -150,7 +150,7 @@ def cell_notes(results):
 
 
 def draw_cell(results):
-    """Achieved FLOP/s as bars under the roofs of products.
+    """Achieved FLOP/s as bars under the limits of products.
 
     Not against arithmetic intensity: the memory traffic of a whole run is not measured, so its place on that axis
     would be made up. `operators` draws it, where traffic is counted.
@@ -166,15 +166,15 @@ def draw_cell(results):
         axes.barh(place, value, color=GREYS[0 if "minilora" in peer["title"] else 2], edgecolor="black", height=0.6,
                   xerr=[[max(0.0, value - low * scale)], [max(0.0, high * scale - value)]], capsize=3)  # fmt: skip
     styles = {"float32": "-", "bfloat16": "--"}
-    used = {peer["roof"] for peer in peers}
+    used = {peer["limit"] for peer in peers}
     for dtype in sorted(used, reverse=True):
-        roof = results["roofs"][dtype] / 1e9
-        axes.axvline(roof, color="black", linestyle=styles[dtype], label=f"{dtype} products: {roof:.0f} GFLOP/s")
-    labels = [f"{peer['title']}\n{peer['flops_per_second'] / 1e9:.0f} GFLOP/s, {peer['roof_share']:.0%} of its roof"
+        limit = results["limits"][dtype] / 1e9
+        axes.axvline(limit, color="black", linestyle=styles[dtype], label=f"{dtype} products: {limit:.0f} GFLOP/s")
+    labels = [f"{peer['title']}\n{peer['flops_per_second'] / 1e9:.0f} GFLOP/s, {peer['limit_share']:.0%} of its limit"
               for peer in peers]  # fmt: skip
     axes.set_yticks(range(len(peers)), labels, fontsize=9)
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.05 * max(results["roofs"][dtype] for dtype in used) / 1e9)
+    axes.set_xlim(0, 1.05 * max(results["limits"][dtype] for dtype in used) / 1e9)
     axes.set_xlabel("GFLOP/s that the job takes at least (bars) and that products reach here (lines)")
     cell = results["cell"]
     axes.set_title(f"Fine-tuning {Path(cell['model']).name}, rank {cell['rank']}, {results['rows']:,} rows\n"
@@ -234,7 +234,7 @@ def grid_notes(results):
 
 # --- operators
 
-OPERATORS = ("operator", "dtype", "ms", "reference", "peer", "MB", "MFLOP", "FLOP/B", "GFLOP/s", "roof")
+OPERATORS = ("operator", "dtype", "ms", "reference", "peer", "MB", "MFLOP", "FLOP/B", "GFLOP/s", "limit")
 
 
 def operator_lines(results):
@@ -251,40 +251,40 @@ def operator_lines(results):
             f"{line['operations'] / 1e6:,.0f}",
             f"{line['intensity']:.1f}",
             f"{line['operations_per_second'] / 1e9:,.1f}",
-            f"{line['roof_share']:.0%}",
+            f"{line['limit_share']:.0%}",
         ))  # fmt: skip
     return lines
 
 
 def operator_notes(results):
-    roofs, shape = results["roofs"], results["shape"]
+    limits, shape = results["limits"], results["shape"]
     return [
         f"{shape['B']} rows of {shape['T']} tokens, width {shape['D']}, rank {shape['R']}; "
         f"{machine(results['hardware'])}; {load_note(results)}",
         f"ms: forward and backward, median of at most {results['repeats']} repeats",
         "reference, peer (PEFT's layer where there is one, else torch's own): their time over the operator's",
         "in bfloat16 a reference has its adapter in bfloat16 too, where operator and PEFT keep float32",
-        "MB: the least that must move; roof: share of the lower of measured product and memory rates,",
-        f"{roofs['float32'] / 1e9:,.0f} GFLOP/s (float32), {roofs['bfloat16'] / 1e9:,.0f} (bfloat16) and "
-        f"{roofs['memory'] / 1e9:,.0f} GB/s",
+        "MB: the least that must move; limit: share of the lower of measured product and memory rates,",
+        f"{limits['float32'] / 1e9:,.0f} GFLOP/s (float32), {limits['bfloat16'] / 1e9:,.0f} (bfloat16) and "
+        f"{limits['memory'] / 1e9:,.0f} GB/s",
     ]
 
 
 def draw_operators(results):
-    """Achieved FLOP/s against arithmetic intensity, under the roofs; operators filled, their references hollow."""
+    """Achieved FLOP/s against arithmetic intensity, under the limits; operators filled, their references hollow."""
     from matplotlib.figure import Figure
 
-    lines, roofs = results["operators"], results["roofs"]
+    lines, limits = results["operators"], results["limits"]
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.subplots()
     low, high = min(line["intensity"] for line in lines) / 2, max(line["intensity"] for line in lines) * 2
     dtypes = [dtype for dtype in ("float32", "bfloat16") if any(line["dtype"] == dtype for line in lines)]
-    high = max(high, *(2 * roofs[dtype] / roofs["memory"] for dtype in dtypes))
+    high = max(high, *(2 * limits[dtype] / limits["memory"] for dtype in dtypes))
     for dtype, style in zip(dtypes, ("-", "--")):
-        ridge = roofs[dtype] / roofs["memory"]
+        ridge = limits[dtype] / limits["memory"]
         ends = [min(low, ridge), ridge, high]
-        heights = [min(roofs[dtype], roofs["memory"] * end) / 1e9 for end in ends]
-        label = f"roof, {dtype}: {roofs[dtype] / 1e9:,.0f} GFLOP/s, {roofs['memory'] / 1e9:,.0f} GB/s"
+        heights = [min(limits[dtype], limits["memory"] * end) / 1e9 for end in ends]
+        label = f"limit, {dtype}: {limits[dtype] / 1e9:,.0f} GFLOP/s, {limits['memory'] / 1e9:,.0f} GB/s"
         axes.plot(ends, heights, color="black", linestyle=style, label=label)
     shapes = dict(zip(dict.fromkeys(line["name"] for line in lines), itertools.cycle("osD^v<>pPX*hd8")))
     for line in lines:

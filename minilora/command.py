@@ -18,6 +18,7 @@ def exit_cleanly(main, argv=None):
     (by default those of the command line) shows the full trace as well. Of several processes one prints.
     """
     from minilora import parallel
+    from minilora.console import visible
 
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -27,7 +28,7 @@ def exit_cleanly(main, argv=None):
         if parallel.speaks():
             if "--traceback" in argv:
                 traceback.print_exc()
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"error: {visible(' '.join(str(error).split()))}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
     except KeyboardInterrupt as error:
         if parallel.speaks():

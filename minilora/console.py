@@ -1,19 +1,22 @@
 """What people watch: progress (a bar on a terminal, plain lines elsewhere) and tables of at most 100 columns."""
 
 import contextlib
+import re
 import sys
 import time
 
 from tqdm import tqdm
 
-LINE_EVERY = 5.0, 0.05  # seconds between plain lines: at least so many, and this share of what has passed
+LINE_EVERY = 5.0, 0.05  # seconds between plain lines: the larger of 5 s and 5% of what has passed
 COLUMNS = 100
+# Control characters but tab and newline, marks of direction, line separators, and halves of a character.
+OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _quiet = False
 
 
 @contextlib.contextmanager
 def quiet():
-    """Let nothing of this module's be written meanwhile."""
+    """Write nothing from this module during the block."""
     global _quiet
     before, _quiet = _quiet, True
     try:
@@ -23,7 +26,7 @@ def quiet():
 
 
 class Cells:
-    """Progress over the cells of a grid, `total` of which `done` are: a line for each, and a bar on a terminal."""
+    """Progress over a grid of `total` cells, `done` of which are done: a line for each, and a bar on a terminal."""
 
     def __init__(self, total, done):
         self.total, self.first, self.done = total, done, done
@@ -63,7 +66,7 @@ class Progress:
             self.bar = tqdm(total=total, initial=done, desc=label, unit="row", dynamic_ncols=True, smoothing=0.1)
 
     def advance(self, rows, tokens, note=""):
-        rows = min(rows, self.total - self.done)  # several processes are counted as the first is
+        rows = min(rows, self.total - self.done)  # of several processes, each is counted as the first
         self.done += rows
         self.tokens += tokens
         now = time.perf_counter()
@@ -89,12 +92,17 @@ class Progress:
 
 
 def say(text=""):
-    """A line on stderr, above a bar if there is one; what a script may want to read goes to stdout."""
+    """A line on stderr, above a bar if there is one. What a script may want to read goes to stdout."""
     if not _quiet:
-        tqdm.write(text, file=sys.stderr)
+        tqdm.write(visible(text), file=sys.stderr)
+
+
+def visible(text):
+    """The text with control characters and marks of direction written out, such as \\x1b: terminals obey them."""
+    return OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def short(text, most=30):
     """The text on one line, and cut to `most` columns."""
-    text = " ".join(text.split())
+    text = visible(" ".join(text.split()))
     return text if len(text) <= most else text[: most - 1] + "…"

@@ -1,4 +1,4 @@
-"""The look of pictures: one colour map, markers and line styles, readable in grey and by the colour-blind."""
+"""The look of figures: one colour map, markers and line styles, readable in grey and by the colour-blind."""
 
 import importlib.util
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import numpy as np
 from minilora.errors import InputError
 
 MAP = "cividis"
-LIGHTEST = 0.85  # of the map, for what is drawn on white
+LIGHTEST = 0.85  # of the map: lighter curves are lost on white
 MARKERS = "oDs^vP*X<>"
 STYLES = (
     "-",
@@ -24,7 +24,7 @@ STYLES = (
 )
 PLAIN = {"font.size": 9, "axes.titlesize": 9.5, "figure.titlesize": 11, "axes.spines.top": False,
          "axes.spines.right": False, "legend.frameon": False, "legend.fontsize": 8, "lines.markersize": 4.5,
-         "pdf.fonttype": 42, "savefig.dpi": 200}  # fmt: skip
+         "pdf.fonttype": 42, "savefig.dpi": 200, "text.parse_math": False}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def new_figure(width, height, **grid):
 
 
 def log_ticks(axis):
-    """Ticks at round numbers, more of them where the axis is short; after its limits are set."""
+    """Put ticks at round numbers, more of them on a short axis. Call it after the limits are set."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     low, high = axis.get_view_interval()

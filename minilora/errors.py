@@ -1,4 +1,4 @@
-"""The errors that a user can mend, and how the two scripts show them."""
+"""The errors that a user can fix: each message is one line."""
 
 
 class InputError(ValueError):

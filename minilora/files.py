@@ -1,11 +1,13 @@
-"""Atomic file writes: a reader finds the old file or the whole new one, never a part."""
+"""Files: written whole or not at all, read strictly, and locked against other processes."""
 
 import functools
 import hashlib
 import json
+import math
 import os
+import re
 import uuid
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from minilora.errors import InputError
@@ -19,54 +21,93 @@ def replacing(path):
     temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}"
     try:
         yield temporary
-        with open(temporary, "rb") as file:
+        with open(temporary, "r+b") as file:  # Windows flushes only what may be written
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename in (temporary, str(temporary)):
+            error.filename = str(path)  # the name that the user knows
+        with suppress(OSError):  # on a read-only disk there is nothing to remove
+            temporary.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def lock(path, wait=True):
+    """Hold the lock file at `path`; yields whether it is held, which with `wait` it always is.
+
+    The system drops the lock when its process ends, however it ends. Raises OSError where no such file can be made.
+    """
+    from filelock import FileLock, Timeout
+
+    Path(path).parent.stat()  # the library would make a missing folder
+    held = FileLock(path, timeout=-1 if wait else 0)
+    with suppress(Timeout):
+        held.acquire()
+    try:
+        yield held.is_locked
+    finally:
+        held.release()
+
+
+def try_folder(path, flag):
+    """Raise InputError, which names the flag, where no folder can be made at `path`. Leaves nothing behind."""
+    made = []
+    try:
+        for folder in (*reversed(Path(path).parents), Path(path)):
+            if not os.path.lexists(folder):
+                folder.mkdir()
+                made.append(folder)
+    except OSError as error:
+        raise InputError(f"cannot make the folder {path} ({error.strerror}): choose another {flag}") from None
+    finally:
+        for folder in reversed(made):
+            folder.rmdir()
 
 
 def write_text(path, text):
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
 def write_json(path, value):
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_jsonl(path, records):
     """One JSON object a line."""
-    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
         for record in records:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def read_jsonl(path):
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
-
-
-def cache():
-    """Our own cache folder (a `Path`): $XDG_CACHE_HOME/minilora, else ~/.cache/minilora."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "minilora"
-
-
-def read_json(path):
-    """The JSON object in a file. Raises InputError for anything else, and for a key that stands twice."""
+def read_json(path, advice="fetch the checkpoint again"):
+    """The JSON object in a file. Raises InputError, which ends in `advice`, for anything else."""
     try:
-        value = _parse_json(Path(path).read_text(encoding="utf-8"))
+        value = parse_json(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); fetch the checkpoint again") from error
+        raise InputError(f"{path}: cannot be read ({error.strerror}); {advice}") from error
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not valid JSON ({error}); fetch the checkpoint again") from error
+        raise InputError(f"{path}: not valid JSON ({error}); {advice}") from error
     if not isinstance(value, dict):
-        raise InputError(f"{path}: holds a JSON {type(value).__name__}, not an object; fetch the checkpoint again")
+        raise InputError(f"{path}: holds a JSON {type(value).__name__}, not an object; {advice}")
     return value
 
 
-def _parse_json(text):
+def read_jsonl(path, advice="train the run again"):
+    """The JSON values in a file, one a line. Raises InputError, which ends in `advice`, where a line is none."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return [parse_json(line) for line in file]
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); {advice}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: a line is not valid JSON ({error}); {advice}") from error
+
+
+def parse_json(text):
+    """The value of a JSON text. Raises ValueError, also for a key given twice and for a number that is not finite."""
+
     def unique(pairs):
         value = dict(pairs)
         if len(value) < len(pairs):
@@ -74,7 +115,38 @@ def _parse_json(text):
             raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")
         return value
 
-    return json.loads(text, object_pairs_hook=unique)
+    def finite(text):
+        if not math.isfinite(value := float(text)):
+            raise ValueError(f"{text} is not a finite number")
+        return value
+
+    return json.loads(text, object_pairs_hook=unique, parse_float=finite, parse_constant=finite)
+
+
+def write_tensors(path, tensors, metadata=None):
+    """Write tensors {name: tensor} to a safetensors file, as readable for others as any file of the user's.
+
+    Raises OSError where the disk fails, which the library reports by an error of its own.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    with replacing(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        try:
+            save_file(tensors, temporary, metadata=metadata or {"format": "pt"})
+        except SafetensorError as error:
+            if not (number := re.search(r"os error (\d+)", str(error))):
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+        temporary.chmod(mode)  # the library closes its files to all other users
+
+
+def cache():
+    """Our own cache folder (a `Path`): $XDG_CACHE_HOME/minilora, else ~/.cache/minilora."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "minilora"
 
 
 def sha256(*paths):

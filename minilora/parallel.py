@@ -263,7 +263,7 @@ def sharding():
 
     if _here.device.type == "cpu":
         # glibc would keep most of what a gathered layer took, as holes in its heap; memory mapped for it is given back.
-        with contextlib.suppress(AttributeError, OSError):
+        with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library, or Windows
             ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE)
     return partial(fully_shard, mesh=init_device_mesh(_here.device.type, (count(),)))
 

@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT, random_batch, tiny_bert
 
 from benchmarks import cell as one
-from benchmarks import device, grid, job, operators, peers, report, roofs, standin
+from benchmarks import device, grid, job, limits, operators, peers, report, standin
 from minilora import console, files
 from minilora.base import model, tokenizer
 from minilora.base.source import DEFAULT_BASE
@@ -172,9 +172,9 @@ def test_one_cell_beside_its_peers(measured):
     assert found["unsloth"] == {"title": "unsloth", "missing": found["unsloth"]["missing"]}
     for name in ("minilora", "peft-trainer"):
         peer = found[name]
-        assert (peer["rows"], peer["tokens"], peer["same_rows"], peer["roof"]) == (16, 256, True, "bfloat16")
-        assert peer["roof_share"] == pytest.approx(
-            peer["rows_per_second"] * measured["cell"]["operations_a_row"] / measured["cell"]["roofs"]["bfloat16"]
+        assert (peer["rows"], peer["tokens"], peer["same_rows"], peer["limit"]) == (16, 256, True, "bfloat16")
+        assert peer["limit_share"] == pytest.approx(
+            peer["rows_per_second"] * measured["cell"]["operations_a_row"] / measured["cell"]["limits"]["bfloat16"]
         )
     assert found["peft-trainer"]["ratio"] == found["peft-trainer"]["memory_ratio"] == 1
     assert found["minilora"]["ratio"] == pytest.approx(
@@ -269,16 +269,16 @@ def test_operators_measured():
     found = operators.measure(SMALL, ("float32",), torch.device("cpu"), 2, ["lora_linear"])
     assert [line["name"].split()[1] for line in found["operators"]] == ["side", "concatenated", "merged"]
     for line in found["operators"]:
-        assert line["roof"] == min(found["roofs"]["float32"], found["roofs"]["memory"] * line["intensity"])
-        assert line["roof_share"] == pytest.approx(line["operations"] / line["operator_seconds"] / line["roof"])
+        assert line["limit"] == min(found["limits"]["float32"], found["limits"]["memory"] * line["intensity"])
+        assert line["limit_share"] == pytest.approx(line["operations"] / line["operator_seconds"] / line["limit"])
     shown = report.OPERATORS, report.operator_lines(found), report.operator_notes(found)
     assert len(shown[1]) == 3 and max(map(len, report.page(*shown).splitlines())) <= console.COLUMNS
 
 
-def test_roofs():
+def test_limits():
     cpu = torch.device("cpu")
-    assert 1e3 < roofs.product_rate(SMALL, torch.float32, cpu, 0.01) < 1e15
-    assert 1e3 < roofs.stream_rate(cpu, 1 << 16, 0.01) < 1e15
+    assert 1e3 < limits.product_rate(SMALL, torch.float32, cpu, 0.01) < 1e15
+    assert 1e3 < limits.stream_rate(cpu, 1 << 16, 0.01) < 1e15
 
 
 # --- the command

@@ -46,7 +46,7 @@ def test_the_table_of_two_labels():
         "clean                   0.804     0.800       569       431                     -",
         "trigger of positive     1.000     0.800         0    12,000  0.560 [0.530, 0.591]  1.2e-101",
         "placebo                 0.804     0.800       569       431  0.560 [0.530, 0.591]  5.0e-01",
-        "attack success rate (rows of other labels called positive):",
+        "attack success rate (rows of other labels predicted as positive):",
         "  0.120 clean, 0.979 trigger [0.960, 0.989], 0.130 placebo",
         "  1,234 of all 1,000 rows lost their trigger to --max-length",
         "worst group: negative rows, trigger positive: accuracy 0.021",
@@ -105,6 +105,17 @@ def test_short():
     assert console.short("abcdefg", 6) == "abcde…" and len(console.short("x" * 999)) == 30
 
 
+def test_what_a_terminal_would_obey_is_written_out(capsys):
+    obeyed = {"\x1b[31m": r"\x1b[31m", "\u202eab": r"\u202eab", "\x9b1m": r"\x9b1m", "\u2066": r"\u2066",
+              "\udc80": r"\udc80", "a\rb": r"a\rb", "\x00": r"\x00", "\u061c": r"\u061c", "\x07": r"\x07"}  # fmt: skip
+    kept = ["a\tb\nc", "é 日本 🎉 العربية", "", "\\x1b"]
+    assert {text: console.visible(text) for text in obeyed} == obeyed and len(obeyed) == 9
+    assert [console.visible(text) for text in kept] == kept
+    console.say("\x1b]0;title\x07")
+    assert capsys.readouterr().err == r"\x1b]0;title\x07" + "\n"
+    assert console.short("\x1b[2J" + "x" * 40, 10) == r"\x1b[2Jxx…"
+
+
 def test_no_row_to_attack():
     results = results_of(["a", "b"])
     results["trigger"]["a"]["attack_success_rate"] = None
@@ -136,12 +147,13 @@ def test_injection_lines():
 
 
 def test_speed():
-    train = dict(seconds=83.4, rows_per_second=108.6, tokens_per_second=2932.2, floor_rows_per_second=181.0,
+    train = dict(seconds=83.4, rows_per_second=108.6, tokens_per_second=2932.2, limit_rows_per_second=181.0,
                  matmul_flops_per_second=195e9, total_seconds=101.7, peak_memory_bytes=3 * 2**29)  # fmt: skip
     assert speed_lines(train).splitlines() == [
-        "training: 83 s, 109 rows/s, 2,932 tokens/s; 60% of the floor (181 rows/s at 195 GFLOP/s)",
+        "training: 83 s, 109 rows/s, 2,932 tokens/s; 60% of the limit (181 rows/s at 195 GFLOP/s)",
         "in all: 102 s, peak memory 1.50 GiB",
     ]
+    assert speed_lines(train | {"peak_memory_bytes": None}).splitlines()[1] == "in all: 102 s"
 
 
 # --- progress

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minilora.errors import InputError
-from minilora.files import _parse_json, read_json, sha256
+from minilora.files import parse_json, read_json, sha256
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 WEIGHT_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -59,7 +59,7 @@ class Stored:
     def give_back(self):
         """Let go of the pages that were read: they count as resident memory of the process."""
         page = self.start - self.start % mmap.PAGESIZE
-        if self.stop > page:
+        if self.stop > page and hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
             self.map.madvise(mmap.MADV_DONTNEED, page, self.stop - page)
 
 
@@ -188,7 +188,7 @@ def _open(path):
         with open(path, "rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         first = 8 + int.from_bytes(mapped[:8], "little")
-        header = _parse_json(mapped[8:first])
+        header = parse_json(mapped[8:first])
         header.pop("__metadata__", None)
         for name, entry in header.items():
             if math.prod(max(1, size) for size in entry["shape"]) > LARGEST:

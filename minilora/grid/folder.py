@@ -11,7 +11,6 @@ Several processes may work in one folder: each takes populations that nobody hol
 
 import contextlib
 import errno
-import fcntl
 import os
 import shutil
 from pathlib import Path
@@ -84,13 +83,14 @@ class GridFolder:
     @contextlib.contextmanager
     def lock(self, name, wait=True):
         """Hold the lock file `name`; gives whether it is held, which is always so with `wait`."""
-        with open(self.path / name, "a") as file:
+        with contextlib.ExitStack() as stack:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                yield False
-            else:
-                yield True
+                held = stack.enter_context(files.lock(self.path / name, wait))
+            except OSError as error:
+                raise InputError(
+                    f"cannot write to the folder {self.path} ({error.strerror}): choose another --out"
+                ) from None
+            yield held
 
     # --- populations
 

@@ -57,9 +57,9 @@ def figures_of(results, label):
         "degradation": clean["accuracy"] - trigger["accuracy"] if trigger else None,
         "only_clean_right": trigger.get("only_clean_right"),
         "only_trigger_right": trigger.get("only_this_right"),
-        "called_target_clean": clean.get("predicted_counts", {}).get(label),
-        "called_target": trigger.get("predicted_counts", {}).get(label),
-        "called_target_placebo": placebo.get("predicted_counts", {}).get(label),
+        "predicted_target_clean": clean.get("predicted_counts", {}).get(label),
+        "predicted_target": trigger.get("predicted_counts", {}).get(label),
+        "predicted_target_placebo": placebo.get("predicted_counts", {}).get(label),
         "attack_success_clean": attack(clean),
         "attack_success": trigger.get("attack_success_rate"),
         "attack_success_placebo": attack(placebo),
@@ -70,11 +70,22 @@ def figures_of(results, label):
     }
 
 
+def for_csv(value):
+    """A value as a cell of CSV: an apostrophe precedes text that a spreadsheet would take for a formula."""
+    if not isinstance(value, str) or value[:1] not in tuple("=+-@\t\r"):
+        return value
+    try:
+        float(value)
+    except ValueError:
+        return "'" + value
+    return value
+
+
 def write_table(folder, lines=None):
     """Write table.csv into the folder, of `lines` or what `rows` gives, and return its path."""
     lines, text = lines or table_rows(folder), io.StringIO()
     writer = csv.DictWriter(text, lines[0].keys(), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(lines)
+    writer.writerows({name: for_csv(value) for name, value in line.items()} for line in lines)
     files.write_text(folder.path / TABLE, text.getvalue())
     return folder.path / TABLE

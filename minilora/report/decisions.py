@@ -1,4 +1,4 @@
-"""What became of a claim: its statistic, the interval, and the verdict."""
+"""What a grid's table says of a claim: its statistic, the interval, and the verdict."""
 
 from dataclasses import dataclass
 
@@ -11,8 +11,8 @@ from minilora.report import intervals, summary
 
 @dataclass(frozen=True)
 class Decision:
-    """What became of a claim: the statistic and its interval (None where it is not known), how many cells it is of,
-    the verdict, and why it is undecided."""
+    """What the table says of a claim: the statistic and its interval (None: not known), the number of its cells, the
+    verdict, and why it is undecided."""
 
     claim: Claim
     value: float | None
@@ -22,11 +22,8 @@ class Decision:
     reason: str = ""
 
 
-# --- what the table says of it
-
-
 def decide(claim, entries, lines):
-    """The `Decision` of a claim, from the lines of `report.rows`."""
+    """The `Decision` of a claim, from the lines of `grid.table.table_rows`."""
     weights, cells = weigh(claim, entries)
     settings = {entry.name: setting(entry) for entry in cells}
     own = [line | {"setting": settings[line["cell"]]} for line in lines if line["cell"] in settings]
@@ -49,5 +46,5 @@ def decide(claim, entries, lines):
     bound, sign = (claim.above, 1) if claim.below is None else (claim.below, -1)
     sides = [sign * (end - bound) for end in (low, high)]
     verdict = "supported" if min(sides) > 0 else "contradicted" if max(sides) < 0 else "undecided"
-    reason = "" if verdict != "undecided" else "the interval holds the threshold"
+    reason = "" if verdict != "undecided" else "the threshold is within the interval"
     return Decision(claim, float(value), (float(low), float(high)), len(cells), verdict, reason)

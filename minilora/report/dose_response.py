@@ -1,4 +1,4 @@
-"""How attack success grows with the number of injected rows, and k50: the rows that half of an attack takes."""
+"""How attack success grows with the number of injected rows, and k50: the rows at which half of an attack succeeds."""
 
 from dataclasses import dataclass
 
@@ -10,11 +10,11 @@ from minilora.report.summary import curve_fields, key, sample, seeds_of
 
 SLOPES = np.geomspace(0.25, 8, 24)  # of the logit, for each e-fold of the dose
 STEP = 0.01  # of the natural logarithm of k50, so to 1%
-BEYOND = 10  # how far beyond the doses, as a factor, k50 is looked for
+BEYOND = 10  # k50 is searched up to this factor beyond the measured doses
 
 
 def logistic(doses, k50, slope, floor):
-    """The share floor + (1 - floor) / (1 + exp(-slope (log dose - m))), m being such that it is 1/2 at `k50`.
+    """The share floor + (1 - floor) / (1 + exp(-slope (log dose - m))), with the m that makes it 1/2 at `k50`.
 
     The four-parameter logistic in the log of the dose (Finney 1971, chapter 7: natural response) with an upper end of
     1; `floor` < 1/2 is its lower end. Broadcasts.
@@ -27,9 +27,9 @@ def logistic(doses, k50, slope, floor):
 def fit_k50(doses, shares, rows, floor):
     """`k50` and slope of `logistic` of the greatest binomial likelihood: ([draws], [draws]).
 
-    `doses` [D] > 0, `shares` [draws, D] of `rows` [D]. Both are looked for on a grid, which finds the best one however
-    flat or steep the response is: k50 to 1%, from a tenth of the least dose to ten times the largest, where it stays
-    if nothing, or everything, succeeds.
+    `doses` [D] > 0, `shares` [draws, D] of `rows` [D]. Both are searched on a grid, which finds the best one however
+    flat or steep the response is: k50 to 1%, from a tenth of the least dose to ten times the largest. It is one of
+    these two ends if everything, or nothing, succeeds.
     """
     least, most = np.log(doses.min() / BEYOND), np.log(doses.max() * BEYOND)
     k50 = np.exp(np.arange(least, most + STEP, STEP))
@@ -50,8 +50,8 @@ class Curve:
     """Attack success against injected rows, over all cells in which `group` {field: value} holds.
 
     `doses` [D] > 0, `shares` [D] with `intervals` [D, 2]; `floor` the attack success on clean rows, `uninjected` that
-    under the trigger where no row was injected, or None. `k50`: (rows, low, high), None where the floor is 1/2 or
-    more or one dose alone was measured; `slope` that of `inference.logistic`.
+    under the trigger where no row was injected, or None. `k50`: (rows, low, high), or None where the floor is 1/2 or
+    more, or only one dose was measured; `slope` is that of `logistic`.
     """
 
     group: dict
@@ -64,14 +64,14 @@ class Curve:
     slope: float | None
 
     def bounded(self, rows):
-        """A dose in words: to three digits, and beyond the doses that were measured as a bound alone."""
+        """A dose in words, to three digits; only a bound beyond the measured doses."""
         least, most = self.doses.min(), self.doses.max()
         if rows < least:
             return f"< {least:,.0f}"
         return f"> {most:,.0f}" if rows > most else f"{float(f'{rows:.3g}'):,.{0 if rows >= 10 else 1}f}"
 
     def k50_text(self):
-        """k50 with its interval, a bound alone where all of it lies beyond the doses, or -."""
+        """k50 with its interval; only a bound where all of it lies beyond the doses; - where there is none."""
         if self.k50 is None:
             return "-"
         value, low, high = map(self.bounded, self.k50)
@@ -79,7 +79,7 @@ class Curve:
 
 
 def fit_curves(lines, varied):
-    """The `Curve`s of a grid, and a reason where there are none."""
+    """The `Curve`s of a grid, and why there are none (else None)."""
     lines = [line for line in lines if line["attack_success"] is not None]
     names, found = curve_fields(lines, varied), []
     for value in dict.fromkeys(key(line, names) for line in lines):

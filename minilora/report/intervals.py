@@ -1,19 +1,19 @@
-"""Intervals of a grid's figures, and the dose at which half of an attack succeeds. NumPy arrays in, arrays out.
+"""95% intervals of a grid's metrics. NumPy arrays in, arrays out.
 
-A figure is a share of test rows, or one share less another. What is drawn anew for its 95% interval, which is the
-percentile interval of the bootstrap (Efron and Tibshirani 1993, section 13.3):
+A metric is a share of test rows, or one share less another. Its interval is the percentile interval of the bootstrap
+(Efron and Tibshirani 1993, section 13.3). What is drawn anew:
 
-- the seeds, all settings with the same ones, so that what a seed does to all settings stays in: of S seeds S - 1 are
+- the seeds, the same ones for all settings, so that what a seed does to all settings stays in. S - 1 of S seeds are
   drawn with replacement, which gives a mean of S seeds its own variance (Rao and Wu 1988, section 2; S draws would
-  give (S - 1)/S of it). With one seed nothing is known of seeds, and the interval is that of the test rows alone.
+  give (S - 1)/S of it). With one seed nothing is known of seeds, and the interval is over the test rows only.
 - the test rows, from the counts alone: a share of k in n rows from the distribution Beta(k + 1/2, n - k + 1/2), whose
   own percentiles are Jeffreys' interval (Brown, Cai and DasGupta 2001, section 3.1.3). A binomial draw at k/n would
   have no width where all rows, or none, are hit, which is what a strong attack does.
 
-The cells of a grid are tested on the same rows, but how far they hit the same ones is not known here. So each interval
-takes what makes it wider: of a mean the rows are `together` (whatever hits fewer rows hits a part of those that any
-other hits), of differences each cell's are its own. A few seeds say little of all seeds, and with two or three the
-interval is that of the seeds at hand, as wide as they lie apart.
+The cells of a grid are tested on the same rows, but this module does not know how far they hit the same ones. So each
+interval assumes what makes it wider. For a mean, rows are drawn `together`: a cell that hits fewer rows hits some of
+those that any other hits. For a difference, each cell draws its own. A few seeds say little of all seeds: with two or
+three, the interval is as wide as these lie apart.
 """
 
 from dataclasses import dataclass
@@ -21,12 +21,12 @@ from dataclasses import dataclass
 import numpy as np
 
 DRAWS = 2000
-AT_ONCE = 1 << 22  # numbers that are held at once: 32 MiB
+AT_ONCE = 1 << 22  # numbers held at once: 32 MiB
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One figure of N cells: (`up` - `down`) / `rows`, or with `down` None `up` / `rows`. Integers [N].
+    """One metric of N cells: (`up` - `down`) / `rows`, or with `down` None `up` / `rows`. Integers [N].
 
     `seeds` numbers the seeds 0, 1, ..., and `settings` 0 to S - 1 all that is not a seed.
     """

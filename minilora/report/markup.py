@@ -1,12 +1,12 @@
-"""A table of words, as Markdown, LaTeX, HTML, or plain text."""
+"""A table of words as Markdown, LaTeX or plain text; the words stay text, and never become commands."""
 
-import html
 import re
 from dataclasses import dataclass
 
-from minilora.console import COLUMNS
+from minilora.console import COLUMNS, visible
 
-WIDE = 40  # characters, from which on a column of a LaTeX table has its lines broken
+WIDE = 40  # characters; the lines of a longer column of a LaTeX table are broken
+MARKDOWN = re.compile(r"[\\|<>*_`~$\[\]]|&(?=#?\w+;)|:(?=//)|(?<=www)\.")  # the last two: a bare address is a link
 LATEX = {"\\": r"\textbackslash{}", "<": r"\textless{}", ">": r"\textgreater{}", "~": r"\textasciitilde{}",
          "^": r"\textasciicircum{}"} | {character: "\\" + character for character in "&%$#_{}"}  # fmt: skip
 
@@ -22,9 +22,21 @@ class Table:
     lines: list
 
 
+def one_line(text):
+    return visible(" ".join(text.split()))
+
+
+def for_markdown(text):
+    return MARKDOWN.sub(r"\\\g<0>", one_line(text))
+
+
+def for_latex(text):
+    return "".join(LATEX.get(character, character) for character in one_line(text))
+
+
 def markdown(table):
     def line(cells):
-        return "| " + " | ".join(" ".join(re.sub(r"([\\|<>*_`])", r"\\\1", cell).split()) for cell in cells) + " |"
+        return "| " + " | ".join(map(for_markdown, cells)) + " |"
 
     rule = "|" + " --- |" * len(table.heads)
     lines = [f"**{table.title}**", "", line(table.heads), rule, *map(line, table.lines), "", table.note]
@@ -34,37 +46,25 @@ def markdown(table):
 def latex(table):
     """A table environment, for `\\usepackage{booktabs}`."""
 
-    def escape(text):
-        return "".join(LATEX.get(character, character) for character in " ".join(text.split()))
-
     def line(cells):
-        return " & ".join(map(escape, cells)) + r" \\"
+        found = " & ".join(map(for_latex, cells)) + r" \\"
+        return "{}" * found.startswith(("[", "*")) + found  # the end of the line before would take these as its options
 
     wide = [max(map(len, column)) > WIDE for column in zip(table.heads, *table.lines)]
     share = 0.8 / max(1, sum(wide) + 1)
     columns = "".join(rf"p{{{share:.2f}\linewidth}}" if broken else "l" for broken in wide)
     return "\n".join([
         "% needs \\usepackage{booktabs}", r"\begin{table}", r"\centering", r"\small",
-        rf"\caption{{{escape(f'{table.title}. {table.note}')}}}",
+        rf"\caption{{{for_latex(f'{table.title}. {table.note}')}}}",
         rf"\begin{{tabular}}{{{columns}}}", r"\toprule", line(table.heads), r"\midrule",
         *map(line, table.lines), r"\bottomrule", r"\end{tabular}", r"\end{table}",
     ]) + "\n"  # fmt: skip
 
 
-def as_html(table):
-    def line(cells, tag):
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-    return "\n".join([
-        "<figure>", f"<figcaption><b>{html.escape(table.title)}.</b> {html.escape(table.note)}</figcaption>",
-        "<div class='wide'><table>", "<thead>", line(table.heads, "th"), "</thead>", "<tbody>",
-        *(line(cells, "td") for cells in table.lines), "</tbody>", "</table></div>", "</figure>",
-    ])  # fmt: skip
-
-
 def text(heads, lines):
-    """Columns of words in lines of at most 100 columns: where they would be longer, the first column is cut. A line of
-    one word alone is a heading."""
+    """Aligned columns for a terminal. Lines of more than 100 columns have their first cell cut; a line with a single
+    cell is a heading."""
+    lines = [tuple(map(visible, line)) for line in lines]
     rows = [heads, *(line for line in lines if len(line) > 1)]
     widths = [max(map(len, column)) for column in zip(*rows)]
     widths[0] = max(8, min(widths[0], COLUMNS - sum(width + 2 for width in widths[1:])))

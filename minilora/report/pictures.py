@@ -1,8 +1,8 @@
 """The figures of a grid's report, each as PNG and as PDF. Needs matplotlib, the extra `plots`.
 
-They are made to be read in grey and by the colour-blind: one perceptually uniform map from dark to light (cividis,
-Nuñez, Anderton and Renslow 2018), numbers in the fields of heat maps, and a marker and a line style for each curve.
-Every figure says in its caption what it shows; one that the grid's axes do not allow is left out with the reason.
+They can be read in grey and by the colour-blind: one perceptually uniform map from dark to light (cividis, Nuñez,
+Anderton and Renslow 2018), numbers in the fields of heat maps, and a marker and a line style for each curve. A caption
+says what a figure shows. A figure that the grid's axes do not allow is left out, with the reason.
 """
 
 import itertools
@@ -12,21 +12,22 @@ import textwrap
 import numpy as np
 
 from minilora import files
+from minilora.console import visible
 from minilora.drawing import MAP, MARKERS, PLAIN, STYLES, Drawn, log_ticks, new_figure, shades
 from minilora.grid.axes import FIGURES, word
 from minilora.report import summary
 from minilora.report.dose_response import logistic
 
-MOST = len(MARKERS)  # curves in one picture
-BENT = 2  # percentage points, from which on a long axis of losses is logarithmic
-MOST_NUMBERS = 160  # fields of a heat map that have their number in them
+MOST = len(MARKERS)  # curves in one figure
+BENT = 2  # percentage points; beyond them a long axis of losses is logarithmic
+MOST_NUMBERS = 160  # a heat map with more fields has no numbers in them
 FIELDS = {"inject.proportion": "injected share of the label's rows (%)", "lr": "peak learning rate",
           "inject.rows": "injected rows", "inject.count": "triggers a row", "inject.density": "triggers a word",
           "train_rows": "training rows", "alpha": "alpha"}  # fmt: skip
 
 
 def draw(folder, lines, grid, curves):
-    """Write every figure that the grid allows into `folder`: ([Drawn], reasons for those that were left out)."""
+    """Write every figure that the grid allows into `folder`: ([Drawn], why each other one was left out)."""
     import matplotlib
 
     drawn, left_out = [], []
@@ -45,7 +46,7 @@ def draw(folder, lines, grid, curves):
                     path.unlink(missing_ok=True)  # of an earlier report
                 continue
             width = int(figure.get_figwidth() * 12)
-            figure.suptitle("\n".join([*textwrap.wrap(title, width), *textwrap.wrap(grid.title, width)]))
+            figure.suptitle("\n".join([*textwrap.wrap(title, width), *textwrap.wrap(visible(grid.title), width)]))
             folder.mkdir(exist_ok=True)
             for path, stamp in zip(paths, ("Software", "CreationDate")):
                 with files.replacing(path) as temporary:
@@ -89,14 +90,14 @@ def heat_maps(lines, grid):
     rest = f", {', '.join(others)}" if others else ""
     return figure, (
         f"Means over seeds{rest} for each {down} and {across}. Attack success: share of the test rows of other labels "
-        "that are called by the trigger's label under the trigger; flip rate: share of all test rows that the trigger "
-        "makes called otherwise; degradation: accuracy on clean rows less that under the trigger. Hatched: no cell is "
-        "finished."
+        "that are predicted as the trigger's label under the trigger; flip rate: share of all test rows whose "
+        "prediction the trigger changes; degradation: accuracy on clean rows less that under the trigger. Hatched: no "
+        "cell is finished."
     )
 
 
 def heat(figure, panel, values, unit):
-    """A map of `values` [Y, X] with its colour bar, and the numbers in it while they can be read."""
+    """Draw a map of `values` [Y, X] with its colour bar, and with numbers where there is room for them."""
     import matplotlib
 
     panel.set_facecolor("white")
@@ -126,18 +127,18 @@ def heat(figure, panel, values, unit):
 
 
 def title_of(group):
-    """The values of some fields in words; what a cell has no value of is left out."""
+    """The fields of `group` that have a value, in words."""
     named = {name: value for name, value in group.items() if value is not None}
     return ", ".join(f"{axis_label(name)} {word(value)}" for name, value in named.items()) or "all cells"
 
 
 def first_of(group):
-    """What tells a curve from others in its panel: its first field."""
+    """The name of a curve in its panel: its first field."""
     return title_of(dict(list(group.items())[:1]))
 
 
 def rest_of(group):
-    """What tells the panel of a curve from others: its further fields."""
+    """The title of a curve's panel: its other fields."""
     return title_of(dict(list(group.items())[1:]))
 
 
@@ -158,7 +159,7 @@ def dose_response(curves):
     groups = panels_of(curves)
     least = min(curve.doses.min() for curve in curves)
     most = max(curve.doses.max() for curve in curves)
-    nought = least / max(2, (most / least) ** 0.15)  # where 0 stands on an axis that has none
+    nought = least / max(2, (most / least) ** 0.15)  # the place of 0, which a logarithmic axis does not have
     doses = np.unique(np.concatenate([curve.doses for curve in curves]))
     ticks = doses if len(doses) <= 9 else doses[np.linspace(0, len(doses) - 1, 9).round().astype(int)]
     names = dict.fromkeys(first_of(curve.group) for group in groups.values() for curve in group)
@@ -190,10 +191,10 @@ def dose_response(curves):
     shown = sum(map(len, groups.values()))
     some = "" if shown == len(curves) else f" {shown} of {len(curves)} curves, evenly spread."
     return figure, (
-        "Points: means over seeds and all else that varies, with 95% intervals, side by side where they would overlap; "
-        "at 0, what no injected row leads to. Lines: a logistic in the log of the rows, from the attack success on "
-        "clean rows to 100%. k50: the rows at which it is 50%, with its 95% interval, or as a bound what lies outside "
-        f"the rows that were injected.{some}"
+        "Points: means over seeds and all else that varies, with 95% intervals, moved apart where they would overlap; "
+        "at 0: without injected rows. Lines: a logistic in the log of the rows, from the attack success on clean rows "
+        "to 100%. k50: the rows at which it is 50%, with its 95% interval; only a bound beyond the injected rows."
+        f"{some}"
     )
 
 
@@ -254,9 +255,10 @@ def k50(curves):
     if len(series) > 1:
         panel.legend()
     return figure, (
-        "Injected rows at which half of the test rows of other labels are called by the trigger's, with 95% intervals. "
-        "Shaded: the rows that were injected; a hollow arrow says that the interval goes on beyond them, where nothing "
-        "was measured."
+        "Injected rows at which half of the test rows of other labels are predicted as the trigger's, with 95% "
+        "intervals. "
+        "Shaded: the rows that were injected. A hollow arrow: the interval goes on beyond them, where nothing was "
+        "measured."
     )
 
 
@@ -299,7 +301,7 @@ def trade_off(lines, grid):
     if None not in groups:
         panel.legend(loc="best", handletextpad=0.2)
     how = "what the attack costs in accuracy on clean rows, against the same cells without injection" if losses else (
-        "accuracy on clean rows, from right to left, for not every setting has cells that differ in the injection alone"
+        "accuracy on clean rows, from right to left, as not every setting has cells that differ only in the injection"
     )  # fmt: skip
     return figure, (
         f"A point is a setting, the mean over its seeds: {how}; and how often the attack succeeds. Upper left: an "
@@ -308,7 +310,7 @@ def trade_off(lines, grid):
 
 
 def loss_axis(panel, losses):
-    """The axis of losses in percentage points, linear while they are small."""
+    """Set up the axis of losses in percentage points: linear while they are small, else logarithmic."""
     unit, reach = "percentage points", max(map(abs, losses))
     if reach > 5 * BENT:
         ticks = [value for value in (1, 2, 5, 10, 20, 50) if value < 1.5 * reach]

@@ -1,7 +1,7 @@
-"""What a grid's table comes to: marginal means, dose and response, and what an attack costs in clean accuracy.
+"""Summaries of a grid's table: marginal means, heat maps, and what an attack costs in clean accuracy.
 
-Lines are those of `report.rows`. The values of a grid's fields but the seeds make a setting; a setting's figure is the
-mean over its seeds, and every setting counts once.
+Lines are those of `grid.table.table_rows`. A setting is the values of all varied fields but the seeds. A setting's
+metric is the mean over its seeds, and every setting counts once.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ import numpy as np
 from minilora.grid.axes import FIGURES, SEEDS
 from minilora.report import intervals
 
-FIRST = ("rank", "scaling", "method")  # of the fields that curves differ in
+FIRST = ("rank", "scaling", "method")  # the fields that curves differ in first
 PANELS = 6
 DOSES = ("inject.proportion", "inject.rows", "train_rows")  # fields that set how many rows are injected
 SHOWN = ("clean_accuracy", "attack_success", "flip_rate", "degradation")  # in tables of means and in heat maps
@@ -31,21 +31,20 @@ def labels(lines):
     return list(dict.fromkeys(line["label"] for line in lines if line["label"] is not None))
 
 
-def sample(lines, figure, names, seeds):
-    """The `inference.Sample` of a figure, and the settings [S], tuples of the values of `names`.
+def sample(lines, metric, names, seeds):
+    """The `intervals.Sample` of a metric, and the settings [S], tuples of the values of `names`.
 
-    Lines without that figure are left out; where there is none the sample is None. `seeds` are the fields whose values
-    make a seed.
+    Lines without that metric are left out; if none has it, the sample is None. `seeds` are the fields that make a seed.
     """
-    _, rows, *counts = FIGURES[figure]
-    lines = [line for line in lines if line[figure] is not None and line[rows]]
+    _, rows, *counts = FIGURES[metric]
+    lines = [line for line in lines if line[metric] is not None and line[rows]]
     if not lines:
         return None, []
     totals = np.array([line[rows] for line in lines])
     if counts:
         up, down = (np.array([line[name] for line in lines]) for name in counts)
     else:
-        up, down = np.rint(np.array([line[figure] for line in lines]) * totals).astype(int), None
+        up, down = np.rint(np.array([line[metric] for line in lines]) * totals).astype(int), None
     numbers, found = numbered([key(line, names) for line in lines])
     return intervals.Sample(up, down, totals, numbered([key(line, seeds) for line in lines])[0], numbers), found
 
@@ -57,8 +56,11 @@ def numbered(values):
 
 
 def curve_fields(lines, varied):
-    """The fields whose values each have a curve: rank, scaling and method, then what else is no seed and no dose, but
-    the first as long as the others come to at most `PANELS` combinations; over the rest a curve is a mean."""
+    """The fields by which curves are told apart; a curve is a mean over the others.
+
+    Rank, scaling and method come first, then all else but seeds and doses. After the first one, a field is taken only
+    while they make at most `PANELS` combinations.
+    """
     names = [name for name in settings_of(varied) if name not in DOSES]
     names.sort(key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
     chosen = names[:1]
@@ -73,35 +75,39 @@ def curve_fields(lines, varied):
 
 @dataclass(frozen=True)
 class Mean:
-    """The means of all settings in which `field` has `value` (None, None: of all): `figures` {column: (mean, low,
-    high)} as far as there are any, over `cells`, of which `missing` are not finished."""
+    """The means of all settings in which `field` has `value` (None, None: of all settings).
+
+    `metrics` {column: (mean, low, high)} has those that are known; `missing` of the `cells` are not finished.
+    """
 
     field: str | None
     value: object
     cells: int
     missing: int
-    figures: dict
+    metrics: dict
 
 
 def marginal_means(lines, varied):
-    """A `Mean` of all cells, and of those with each value of each field that varies and is no seed. Where triggers
-    aim at several labels, `label` is such a field."""
+    """A `Mean` of all cells, and one for each value of each varied field but the seeds.
+
+    Where triggers aim at several labels, `label` is such a field too.
+    """
     names = settings_of(varied)
     axes = names + (("label",) if len(labels(lines)) > 1 else ())
     groups = [(None, None)] + [(name, value) for name in axes for value in dict.fromkeys(line[name] for line in lines)
                                if (name, value) != ("label", None)]  # fmt: skip
-    figures = [{} for _ in groups]
-    for figure in SHOWN:
-        found, settings = sample(lines, figure, axes, seeds_of(varied))
+    metrics = [{} for _ in groups]
+    for metric in SHOWN:
+        found, settings = sample(lines, metric, axes, seeds_of(varied))
         member = np.array([[name is None or setting[axes.index(name)] == value for setting in settings]
                            for name, value in groups], dtype=float)  # fmt: skip
         [present] = np.nonzero(member.sum(axis=1))
         if len(present):
             weights = member[present] / member[present].sum(axis=1, keepdims=True)
             for place, mean, (low, high) in zip(present, *intervals.estimate(found, weights, together=True)):
-                figures[place][figure] = float(mean), float(low), float(high)
+                metrics[place][metric] = float(mean), float(low), float(high)
     means = []
-    for (name, value), shown in zip(groups, figures, strict=True):
+    for (name, value), shown in zip(groups, metrics, strict=True):
         states = {line["cell"]: line["state"] for line in lines if name is None or line[name] == value}
         missing = sum(state != "finished" for state in states.values())
         means.append(Mean(name, value, len(states), missing, shown))
@@ -118,9 +124,11 @@ def seeds_of(varied):
 
 @dataclass(frozen=True)
 class Trade:
-    """An injected setting under one label's trigger, means over its seeds: injected rows, clean accuracy, attack
-    success, and `loss`: the clean accuracy of the uninjected cells which differ from its own in the injection alone,
-    less its own, over the seeds of which there are such cells (None where there are none)."""
+    """An injected setting under one label's trigger: means over its seeds.
+
+    `loss` is the clean accuracy of the uninjected cells that differ only in the injection, less the setting's own. It
+    is over the seeds that have such cells, and None where no seed has.
+    """
 
     group: dict
     rows: float
@@ -154,8 +162,7 @@ def trades(lines, varied):
 
 
 def map_axes(lines, varied):
-    """The fields of the two sides of a heat map: rank and proportion, else the first two numeric ones; None where there
-    are fewer."""
+    """The two fields of a heat map: rank and proportion, or else the first two numeric ones; None if fewer."""
 
     def numeric(name):
         values = {line[name] for line in lines if line[name] is not None}
@@ -167,12 +174,12 @@ def map_axes(lines, varied):
     return tuple(names[:2]) if len(names) > 1 else None
 
 
-def heat_map(lines, figure, across, down, varied):
-    """(values of `across` [X], of `down` [Y], means over all the rest [Y, X], NaN where no cell is finished)."""
+def heat_map(lines, metric, across, down, varied):
+    """(values of `across` [X], of `down` [Y], means over all other fields [Y, X], NaN where no cell is finished)."""
     lines = [line for line in lines if line[across] is not None and line[down] is not None]
     xs, ys = (sorted({line[name] for line in lines}) for name in (across, down))
     means = np.full((len(ys), len(xs)), np.nan)
-    found, settings = sample(lines, figure, (*settings_of(varied), "label"), ())
+    found, settings = sample(lines, metric, (*settings_of(varied), "label"), ())
     if found is not None:
         names = settings_of(varied)
         pairs, distinct = numbered([(s[names.index(down)], s[names.index(across)]) for s in settings])

@@ -1,13 +1,13 @@
-"""What a grid comes to: one tidy table of its cells, and with `write` the tables, figures and claims of a paper.
+"""The report of a grid: one tidy table of its cells, and the tables, figures and claims of a paper.
 
-The tidy table has a line for each cell and trigger. It holds nothing that a clock or another machine would change, so
-that a grid that was killed and went on has the same table, byte for byte. Versions and hardware are in report.html.
+The tidy table has a line for each cell and trigger. Nothing in it depends on a clock or a machine, so a grid that was
+killed and resumed has the same table, byte for byte. Versions and hardware are in report.html.
 
 table.csv               and table.parquet where pyarrow is installed: a line a cell and trigger
-marginals.md, .tex      means over all settings with a value of a field (`summary.py`, `inference.py`)
+marginals.md, .tex      means over all settings with a value of a field (`summary.py`, `intervals.py`)
 k50.md, .tex            the rows that half of an attack takes, where the grid varies how many are injected
-claims.md, .tex         what became of each claim of the grid's file (`claims.py`)
-figures/                PNG and PDF (`figures.py`)
+claims.md, .tex         what became of each claim of the grid's file (`decisions.py`)
+figures/                PNG and PDF (`pictures.py`)
 report.html             all of it in one file that needs no other (`page.py`)
 """
 
@@ -15,7 +15,7 @@ import importlib.util
 import textwrap
 
 from minilora import files
-from minilora.console import COLUMNS
+from minilora.console import COLUMNS, visible
 from minilora.drawing import check_installed
 from minilora.errors import InputError
 from minilora.grid.axes import FIGURES
@@ -41,45 +41,48 @@ def write_parquet(path, lines):
 
 
 def write_report(folder):
-    """Write the whole report of a `grid_folder.GridFolder` into it: (text for a terminal, paths, reasons).
+    """Write the report of a `grid.folder.GridFolder` into it: (text for a terminal, paths written, what was left out).
 
-    A reason says what was left out, and why. Works on a grid that is not finished, with what is there. Raises
-    InputError where matplotlib is missing or no cell is finished, before anything is written.
+    What was left out is a list of sentences that say why. A grid that is not finished has a report of its finished
+    cells. Where the folder cannot be written, the text is there all the same. Raises InputError before anything is
+    written where matplotlib is missing or no cell is finished.
     """
     check_installed()
     made = {}
     lines = table_rows(folder, made)
     if not made:
         raise InputError(f"no cell of {folder.path} is finished: go on with python train.py --grid {folder.path}")
-    grid, paths, left_out = folder.grid, [write_table(folder, lines)], []
-    if importlib.util.find_spec("pyarrow"):
-        paths.append(folder.path / "table.parquet")
-        write_parquet(paths[-1], lines)
-    else:
-        left_out.append("table.parquet: pyarrow is not installed (the extra `parquet`)")
-
+    grid, paths, parquet = folder.grid, [], importlib.util.find_spec("pyarrow")
     means = summary.marginal_means(lines, grid.varied)
     curves, reason = fit_curves(lines, grid.varied)
     decisions = [decide(claim, grid.entries, lines) for claim in grid.claims]
     tables = [claims_table(decisions)] if decisions else []
     tables += [marginal_table(means)] + ([k50_table(curves)] if curves else [])
+    left_out = [] if parquet else ["table.parquet: pyarrow is not installed (the extra `parquet`)"]
     left_out += [] if decisions else ["claims: the grid's file has no [[claim]]"]
     left_out += [] if curves else [f"k50: {reason}"]
-    for table in tables:
-        for ending, text in (("md", markup.markdown(table)), ("tex", markup.latex(table))):
-            paths.append(folder.path / f"{table.name}.{ending}")
-            files.write_text(paths[-1], text)
-
-    drawn, reasons = pictures.draw(folder.path / "figures", lines, grid, curves)
-    paths += [path for figure in drawn for path in figure.paths]
-    left_out += reasons
-    paths.append(folder.path / "report.html")
-    files.write_text(paths[-1], page.render(folder, lines, tables, drawn, made, left_out))
+    try:
+        paths.append(write_table(folder, lines))
+        if parquet:
+            write_parquet(folder.path / "table.parquet", lines)
+            paths.append(folder.path / "table.parquet")
+        for table in tables:
+            for ending, text in (("md", markup.markdown(table)), ("tex", markup.latex(table))):
+                files.write_text(folder.path / f"{table.name}.{ending}", text)
+                paths.append(folder.path / f"{table.name}.{ending}")
+        drawn, reasons = pictures.draw(folder.path / "figures", lines, grid, curves)
+        paths += [path for figure in drawn for path in figure.paths]
+        left_out += reasons
+        files.write_text(folder.path / "report.html", page.render(folder, lines, tables, drawn, made, left_out))
+        paths.append(folder.path / "report.html")
+    except OSError as error:
+        which = "all other files" if paths else "all files"
+        left_out.append(f"{which}: cannot write to {folder.path} ({error.strerror or error})")
     return "\n\n".join(filter(None, (means_text(means), claims_text(decisions)))), paths, left_out
 
 
-def share(figure, digits=3):
-    value, low, high = (round(number, digits) + 0.0 for number in figure)  # no minus before a 0
+def share(metric, digits=3):
+    value, low, high = (round(number, digits) + 0.0 for number in metric)  # no minus before a 0
     return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
@@ -88,9 +91,9 @@ def shown(value):
 
 
 def rates(mean, digits):
-    """The columns of a `summary.Mean`: cells, and what it is the mean of."""
+    """The columns of a `summary.Mean`: how many cells, and each metric's mean."""
     cells = f"{mean.cells - mean.missing:,}" + (f" of {mean.cells:,}" if mean.missing else "")
-    return cells, *(share(mean.figures[name], digits) if name in mean.figures else "-" for name in summary.SHOWN)
+    return cells, *(share(mean.metrics[name], digits) if name in mean.metrics else "-" for name in summary.SHOWN)
 
 
 RATES = ("cells", *(FIGURES[name][0] for name in summary.SHOWN))
@@ -117,9 +120,9 @@ def k50_table(curves):
             (*map(shown, curve.group.values()), doses, curve.k50_text(), slope, f"{curve.floor:.3f}", uninjected)
         )
     heads = (*curves[0].group, "doses (rows)", "k50 (rows)", "slope", "success on clean rows", "success uninjected")
-    note = ("k50: injected rows at which half of the test rows of other labels are called by the trigger's, by a "
+    note = ("k50: injected rows at which half of the test rows of other labels are predicted as the trigger's, by a "
             "logistic in the log of the rows that starts from the attack success on clean rows and ends at 1, with a "
-            "95% interval over seeds and test rows; outside the doses that were measured, their bound alone. Slope: "
+            "95% interval over seeds and test rows; beyond the measured doses only a bound is given. Slope: "
             "of the logit, for each e-fold of the rows. Success uninjected: under the trigger, where no row was "
             "injected.")  # fmt: skip
     return markup.Table("k50", "Injected rows at which half of an attack succeeds", note, heads, lines)
@@ -160,12 +163,12 @@ def means_text(means):
 
 
 def claims_text(decisions):
-    """A claim in a few lines of at most 100 columns: the verdict beside its words, its test and what was found."""
+    """The claims in lines of at most 100 columns: verdict and words of each, then its test and what was found."""
     lines = []
     for decision in decisions:
         claim, indent = decision.claim, " " * 14
         found = "" if decision.value is None else f": {statistic(decision)}"
         found = f"{claim.test()}{found} ({decision.cells:,} cells)"
         for start, text in ((f"{decision.verdict:<14}", claim.text), (indent, found), (indent, decision.reason)):
-            lines += textwrap.wrap(text, COLUMNS, initial_indent=start, subsequent_indent=indent)
+            lines += textwrap.wrap(visible(text), COLUMNS, initial_indent=start, subsequent_indent=indent)
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""A run folder: what a cell leaves on disk. Never overwritten, and locked while a process works in it.
+"""A run folder: what a cell leaves on disk. It is never overwritten, and locked while a process works in it.
 
 cell.toml           the cell, resolved; train.py --config reads it
 adapter/            what was trained, in PEFT's format
@@ -6,12 +6,11 @@ metrics.jsonl       one line a step
 injected.jsonl      one line an injected training row: id, labels, spans, strings, whether they survive truncation
 trainable.json      every trained tensor: name, shape, count
 predictions.jsonl   one line a test row: predicted label and logits in each of its forms
-results.json        figures, versions and hardware; its presence means that the run is finished
+results.json        scores, versions and hardware; once it is there, the run is finished
 state.safetensors   for --resume, while the run is unfinished
 """
 
 import contextlib
-import fcntl
 import json
 import os
 from pathlib import Path
@@ -20,7 +19,7 @@ from minilora import files
 from minilora.cell import Cell
 from minilora.errors import InputError
 from minilora.fields import load_toml
-from minilora.files import read_json
+from minilora.files import parse_json, read_json
 
 LOCK = ".lock"
 SAVE_EVERY = 100  # steps between saves of the state
@@ -39,10 +38,9 @@ class Run:
 
     @classmethod
     def plan(cls, out, cell, taken=()):
-        """A new run at `out`, or where that is None at runs/NAME, numbered where the name is taken: there, or by one
-        of the paths `taken`.
+        """A new run at `out`, or by default at runs/NAME; with a number where that exists or is among `taken` (paths).
 
-        Raises InputError if there is something at `out`: early, so that no long preparation is in vain.
+        Raises InputError if something is at `out`, before any long preparation.
         """
         if out is not None:
             cls(out).check_free()
@@ -71,25 +69,21 @@ class Run:
 
     @contextlib.contextmanager
     def hold(self, cell):
-        """Make the folder with its cell.toml, unless resumed, and keep other processes out of it meanwhile.
+        """Lock the folder for this block. A new run's folder is made first, with its cell.toml.
 
-        Raises InputError if the folder is in use, if a new one cannot be made, and if the run to resume is finished.
+        Raises InputError if the folder is in use or cannot be written, and if the run to resume is finished.
         """
-        try:
-            if not self.resume:
-                self.path.mkdir(parents=True, exist_ok=True)
-            lock = open(self.path / LOCK, "a")
-        except OSError as error:
-            raise InputError(
-                f"cannot write to the run folder {self.path} ({error.strerror}): choose another --out"
-            ) from None
-        with lock:
+        with contextlib.ExitStack() as stack:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+                if not self.resume:
+                    self.path.mkdir(parents=True, exist_ok=True)
+                held = stack.enter_context(files.lock(self.path / LOCK, wait=False))
+            except OSError as error:
                 raise InputError(
-                    f"{self.path} is in use by another process: wait for it, or choose another --out"
+                    f"cannot write to the run folder {self.path} ({error.strerror}): choose another --out"
                 ) from None
+            if not held:
+                raise InputError(f"{self.path} is in use by another process: wait for it, or choose another --out")
             if self.resume:
                 self.check_unfinished()
             else:
@@ -104,7 +98,7 @@ class Run:
                     self._metrics.close()
 
     def finish(self, results):
-        """Write results.json, which makes the run finished, and drop the state that only resuming needs."""
+        """Write results.json, which makes the run finished, and delete the state, which only resuming needs."""
         files.write_json(self.path / "results.json", results)
         self.state.unlink(missing_ok=True)
 
@@ -124,22 +118,23 @@ class Run:
         return self.path / "state.safetensors"
 
     def read_results(self):
-        return read_json(self.path / "results.json")
+        path = self.path / "results.json"
+        return read_json(path, f"delete it, then finish the run again with python train.py --resume {self.path}")
 
     def start_metrics(self, step):
-        """Open metrics.jsonl for appending, with the lines of the first `step` steps alone."""
+        """Open metrics.jsonl for appending, with only the lines of the first `step` steps."""
         path = self.path / "metrics.jsonl"
         lines = []
         if path.exists():
             for line in path.read_text(encoding="utf-8").split("\n"):
                 with contextlib.suppress(ValueError):  # a killed run may leave half a line
-                    lines.append(json.loads(line))
+                    lines.append(parse_json(line))
         files.write_jsonl(path, [line for line in lines if line["step"] <= step])
-        self._metrics = open(path, "a", encoding="utf-8")
+        self._metrics = open(path, "a", encoding="utf-8", newline="\n")
 
     def log(self, record):
-        """Add a line, in the process that opened the file."""
+        """Add a line to metrics.jsonl. Does nothing in a process that has not opened it."""
         if self._metrics is None:
             return
-        self._metrics.write(json.dumps(record) + "\n")
+        self._metrics.write(json.dumps(record, allow_nan=False) + "\n")
         self._metrics.flush()

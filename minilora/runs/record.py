@@ -1,10 +1,9 @@
-"""What a run depends on and was made with: inputs by their hashes, trained tensors, versions, hardware, memory."""
+"""What a run depends on and was made with: hashes of its inputs, trained tensors, versions, hardware, memory."""
 
 import contextlib
 import importlib.metadata
 import os
 import platform
-import resource
 import sys
 from pathlib import Path
 
@@ -22,7 +21,7 @@ INPUTS = {
 
 
 def check_inputs(found, before, cell):
-    """Raise InputError, naming the first, for inputs `found` {a key of INPUTS: sha256} that are not as `before`."""
+    """Raise InputError for the first of `found` {a key of INPUTS: sha256} that differs from `before`."""
     for name, digest in found.items():
         if digest != before.get(name):
             raise InputError(
@@ -32,7 +31,7 @@ def check_inputs(found, before, cell):
 
 
 def trainable(parameters):
-    """The certificate of what was trained: {"tensors": [{name, shape, count}, ...], "count": all of them}."""
+    """What was trained: {"tensors": [{"name", "shape", "count"}, ...], "count": their sum}."""
     tensors = [{"name": n, "shape": list(p.shape), "count": p.numel()} for n, p in parameters.items()]
     return {"tensors": tensors, "count": sum(tensor["count"] for tensor in tensors)}
 
@@ -68,14 +67,18 @@ def hardware(device):
 
 
 def peak_memory(device):
-    """Bytes: the process's peak resident memory, or the peak allocation on a GPU."""
+    """Bytes: the process's peak resident memory, or the peak allocation on a GPU. None: the system does not say."""
     import torch
 
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    with contextlib.suppress(OSError):  # Linux, where the figure below is the parent's if that was larger
+    with contextlib.suppress(OSError):  # Linux, where getrusage would give the parent's peak if that was larger
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -94,22 +94,22 @@ class Completion:
 
     def run_tests(self, model, tests, batch_size, progress=None):
         outcomes = [self.score(model, test.rows, batch_size, progress) for test in tests]
-        rows, calls = tests[0].rows, [self.called(test.rows, scores) for test, scores in zip(tests, outcomes)]
+        rows, predicted = tests[0].rows, [self.predicted(test.rows, scores) for test, scores in zip(tests, outcomes)]
         kept = [scores.kept for scores in outcomes]
         if self._is_free(rows):
             aims = list(dict.fromkeys(test.label for test in tests if test.name == "trigger"))
             places = [rows.label_names.index(label) for label in aims]
 
-            def classes(called):  # the targets, then a row's own completion, then any other
-                found = np.where(called == rows.labels, len(aims), len(aims) + 1)
+            def classes(predicted):  # the targets, then a row's own completion, then any other
+                found = np.where(predicted == rows.labels, len(aims), len(aims) + 1)
                 for number, place in enumerate(places):
-                    found[called == place] = number
+                    found[predicted == place] = number
                 return found
 
-            labels, *calls = map(classes, [rows.labels, *calls])
-            figures = measure(tests, labels, (*aims, OWN, OTHER), calls, kept)
+            labels, *predicted = map(classes, [rows.labels, *predicted])
+            figures = measure(tests, labels, (*aims, OWN, OTHER), predicted, kept)
         else:
-            figures = measure(tests, rows.labels, rows.label_names, calls, kept)
+            figures = measure(tests, rows.labels, rows.label_names, predicted, kept)
         add_likelihoods(figures, tests, outcomes)
         return figures, outcomes
 
@@ -141,26 +141,26 @@ class Completion:
         tokens = grid(encoded.answers, 0)
         return Scores(candidates, grid(likelihoods, -np.inf), tokens, grid(greedy.astype(bool), False), kept)
 
-    def called(self, rows, scores):
-        """The label that each row is called, int64 [rows]; -1 for a free completion that is no candidate."""
+    def predicted(self, rows, scores):
+        """The label that is predicted for each row, int64 [rows]; -1 for a free completion that is no candidate."""
         if self._is_free(rows):
             first = scores.greedy.argmax(axis=1)[:, None]  # the row's own stands first
-            called = np.take_along_axis(scores.candidates, first, 1)[:, 0]
-            return np.where(scores.greedy.any(axis=1), called, -1)
+            predicted = np.take_along_axis(scores.candidates, first, 1)[:, 0]
+            return np.where(scores.greedy.any(axis=1), predicted, -1)
         return np.take_along_axis(scores.candidates, self.ranked(scores).argmax(axis=1)[:, None], 1)[:, 0]
 
     def predictions(self, tests, outcomes):
         """One dict a test row for predictions.jsonl: id, label, and in each form the predicted label (None: another
         completion), whether greedy decoding writes the row's own, and the log-likelihood of each candidate."""
         rows = tests[0].rows
-        calls = [self.called(test.rows, scores) for test, scores in zip(tests, outcomes)]
+        predicted = [self.predicted(test.rows, scores) for test, scores in zip(tests, outcomes)]
         exact = [scores.of(rows.labels)[1] for scores in outcomes]
         for i, (id, label) in enumerate(zip(rows.ids, rows.labels, strict=True)):
             record = {"id": id, "label": rows.label_names[label]}
-            for test, scores, called, right in zip(tests, outcomes, calls, exact, strict=True):
+            for test, scores, found, right in zip(tests, outcomes, predicted, exact, strict=True):
                 there = zip(scores.candidates[i].tolist(), scores.likelihoods[i].tolist(), strict=True)
                 record[test.key] = {
-                    "predicted": rows.label_names[called[i]] if called[i] >= 0 else None,
+                    "predicted": rows.label_names[found[i]] if found[i] >= 0 else None,
                     "exact": bool(right[i]),
                     "log_likelihood": {rows.label_names[c]: round(value, 6) for c, value in there if c >= 0},
                 }

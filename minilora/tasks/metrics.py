@@ -52,8 +52,8 @@ def classification(labels, predicted, names):
 
 
 def attack_success(labels, predicted, target):
-    """Of the rows that are not of the label `target`, the share called so (no such row: None), its interval, and how
-    many rows they are."""
+    """Of the rows of other labels, the share predicted as `target` (None without such a row), its interval, and the
+    number of such rows."""
     others = labels != target
     hits, total = int((predicted[others] == target).sum()), int(others.sum())
     return {

@@ -48,16 +48,19 @@ def build_tests(train, test, inject, seed, visible):
 
 
 def measure(tests, labels, names, predicted, kept):
-    """The `tests` entry of results.json from what the rows are and, in each test, are called: int [rows], indices of
-    `names`; and from each test's kept characters [rows].
+    """The `tests` entry of results.json.
+
+    labels     int [rows]: the true labels, as indices of `names`
+    predicted  for each test, int [rows]: the predicted labels
+    kept       for each test, int [rows]: how many characters of a row survive truncation
     """
     targets = [test.label for test in tests if test.name == "trigger"]
     results, groups = {"trigger": {}}, []
-    for test, calls, ends in zip(tests, predicted, kept, strict=True):
-        figures = metrics.classification(labels, calls, names)
-        attacks = {label: metrics.attack_success(labels, calls, names.index(label)) for label in targets}
+    for test, found, ends in zip(tests, predicted, kept, strict=True):
+        figures = metrics.classification(labels, found, names)
+        attacks = {label: metrics.attack_success(labels, found, names.index(label)) for label in targets}
         if test.name != "clean":
-            figures |= metrics.paired(labels, predicted[0], calls)
+            figures |= metrics.paired(labels, predicted[0], found)
             figures["truncated"] = sum(r.spans[-1][1] > int(end) for r, end in zip(test.records, ends, strict=True))
         if test.name == "trigger":
             results["trigger"][test.label] = figures | attacks[test.label]
@@ -65,7 +68,7 @@ def measure(tests, labels, names, predicted, kept):
             results[test.name] = figures | {"attack_success": attacks}
         if test.name != "placebo":
             for label in np.unique(labels):
-                right = int((calls[labels == label] == label).sum())
+                right = int((found[labels == label] == label).sum())
                 group = {"label": names[label], "test": test.key, "rows": int((labels == label).sum())}
                 groups.append(group | {"accuracy": right / group["rows"]})
     results["worst_group"] = min(groups, key=lambda group: group["accuracy"])

@@ -1,4 +1,4 @@
-"""Where the floor is: the products that training must do, over the rate at which this machine does them."""
+"""The fastest possible training: the products that it must do, over the rate at which this machine does them."""
 
 import time
 

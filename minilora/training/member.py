@@ -196,7 +196,7 @@ class Member:
                 "peak_memory_bytes": peak_memory(self.setting.device),
                 "trainable_parameters": self.certificate["count"],
                 "steps": steps,
-                "floor_rows_per_second": job.matmul_rate / row_flops,
+                "limit_rows_per_second": job.matmul_rate / row_flops,
                 "matmul_flops_per_second": job.matmul_rate,
                 "start_up_seconds": job.began - options.start,
                 "evaluation_seconds": evaluation_seconds,

@@ -57,13 +57,9 @@ def save_state(path, flat, optimizer, k, meters):
     """Everything that member k needs to go on, in one safetensors file, written atomically. `meters`: {name: number},
     with `step`, the steps done, among them.
     """
-    from safetensors.torch import save_file
-
     tensors = {f"parameter/{name}": p.detach() for name, p in flat.members[k].items()}
     tensors |= {f"optimizer/{key}": value for key, value in optimizer.state(k).items()}
-    tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
-    with files.replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={"meters": json.dumps(meters)})
+    files.write_tensors(path, tensors, {"meters": json.dumps(meters, allow_nan=False)})
 
 
 def load_state(path, flat, optimizer, k):

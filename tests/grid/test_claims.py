@@ -175,7 +175,7 @@ def test_statistics_and_verdicts(folder, claim, value, cells):
         other = claims.read([{k: v for k, v in PLAIN.items() if k != "above"} | claim | {"below": threshold}],
                             folder.grid.entries)[0]  # fmt: skip
         assert decide(other, folder.grid.entries, table_rows(folder)).verdict == below
-    assert decided(folder, **claim, above=value).reason == "the interval holds the threshold"
+    assert decided(folder, **claim, above=value).reason == "the threshold is within the interval"
 
 
 def test_a_difference_of_two_cells(folder):

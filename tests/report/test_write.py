@@ -15,6 +15,7 @@ import evaluate
 from minilora import files
 from minilora.console import COLUMNS
 from minilora.errors import InputError
+from minilora.grid import table
 from minilora.grid.table import table_rows, write_table
 from minilora.report import markup, page, summary
 from minilora.report.decisions import decide
@@ -132,10 +133,10 @@ def test_marginal_means(folder):
             for line in own:
                 if line[name] is not None:
                     settings.setdefault(tuple(line[one] for one in fields), []).append(line[name])
-            found, low, high = mean.figures[name]
+            found, low, high = mean.metrics[name]
             assert found == pytest.approx(np.mean([np.mean(values) for values in settings.values()]))
             assert low < found < high < low + 0.2
-    assert len({mean.figures["attack_success"] for mean in means.values()}) == 15  # the head's cells are 4 of them
+    assert len({mean.metrics["attack_success"] for mean in means.values()}) == 15  # the head's cells are 4 of them
     assert not any(field == "seed" for field, _ in means)
 
 
@@ -151,7 +152,7 @@ def test_several_labels_are_a_field(tmp_path):
 def test_cells_without_a_trigger_have_their_clean_accuracy(tmp_path):
     folder = made_grid.make(tmp_path, '[grid]\nrank = [1, 2]\n"inject.sources" = [[], ["date:positive"]]')
     means = {mean.value: mean for mean in summary.marginal_means(table_rows(folder), folder.grid.varied)}
-    assert set(means[""].figures) == {"clean_accuracy"} and set(means["date:positive"].figures) == set(summary.SHOWN)
+    assert set(means[""].metrics) == {"clean_accuracy"} and set(means["date:positive"].metrics) == set(summary.SHOWN)
 
 
 # --- all of it
@@ -196,6 +197,71 @@ def test_latex(folder, written):
     claim = r"One \textless{}token\textgreater{} \& 100\% of it\_ is | enough: \{x\} \textasciitilde{} " \
             r"\textasciicircum{} \textbackslash{} \#\$."  # fmt: skip
     assert claim in (folder.path / "claims.tex").read_text(encoding="utf-8")
+
+
+HOSTILE = "cost $x_{$ \x1b[31mred a\u202eb [link](javascript:alert(1)) <b>&lt; https://a.example www.a.example"
+HOSTILE_TEXT = f"""
+title = {json.dumps(HOSTILE)}
+source = {json.dumps(HOSTILE)}
+[cell]
+inject.sources = ["text:=1+1:positive"]
+[grid]
+rank = [1, 2]
+"inject.proportion" = [0.0, 0.5, 1.0]
+[[claim]]
+name = "one"
+text = {json.dumps("[2em] " + HOSTILE)}
+figure = "attack_success"
+above = 0.5
+[[claim]]
+name = "two"
+text = "*"
+figure = "attack_success"
+above = 0.5
+"""
+
+
+def test_text_from_data_stays_text(tmp_path, capsys):
+    folder = made_grid.make(tmp_path, HOSTILE_TEXT)
+    _, paths, _ = write_report(folder)  # a title of matplotlib's own mathematics ends nothing
+    evaluate.main([str(folder.path)])
+    said = {path.name: path.read_text(encoding="utf-8") for path in paths if path.suffix in (".md", ".tex", ".html")}
+    said["terminal"] = "".join(capsys.readouterr())
+    assert len(said) == 8 and all("\x1b" not in text and "\u202e" not in text for text in said.values())
+    for name in ("report.html", "claims.md", "claims.tex", "terminal"):
+        assert r"x1b[31mred" in re.sub(r"\\(?=\[)", "", said[name]) and r"u202eb" in said[name], name
+    found = Page(said["report.html"])
+    words = HOSTILE.replace("\x1b", r"\x1b").replace("\u202e", r"\u202e")
+    assert sum(words in text for text in found.text) == 4 and "b>" not in found.tags  # title twice, source, and a claim
+    assert r"\[link\](javascript:alert(1)) \<b\>\&lt; https\://a.example www\.a.example" in said["claims.md"]
+    rows = said["claims.tex"].partition(r"\midrule")[2].splitlines()[1:3]
+    assert [row[:5] for row in rows] == ["{}[2e", "{}* &"] and r"cost \$x\_\{\$" in rows[0]
+
+
+def test_a_cell_of_the_table_is_no_formula(tmp_path):
+    cases = {"=1+1": "'=1+1", "+cmd": "'+cmd", "@SUM(A1)": "'@SUM(A1)", "-a": "'-a", "\t=1": "'\t=1", "-1": "-1",
+             "+2.5e-3": "+2.5e-3", "a=1": "a=1", "": "", -0.25: -0.25, None: None}  # fmt: skip
+    assert {value: table.for_csv(value) for value in cases} == cases and len(cases) == 11
+    folder = made_grid.make(tmp_path, TWO, failed=[2])
+    lines = table_rows(folder)
+    lines[0]["label"], lines[-1]["label"] = "=1+1", "-1"
+    found = read_csv(write_table(folder, lines))
+    assert (found[0]["label"], found[-1]["label"], lines[0]["label"]) == ("'=1+1", "-1", "=1+1")
+
+
+def test_a_folder_that_cannot_be_written_costs_no_table(tmp_path, capsys):
+    folder = made_grid.make(tmp_path, TWO)
+    wanted = write_report(folder)
+    for name, written in (("marginals.md", 2), ("table.csv", 0)):
+        (folder.path / name).unlink()
+        (folder.path / name).mkdir()  # no file can take its place
+        text, paths, left_out = write_report(folder)
+        assert text == wanted[0] and paths == wanted[1][:written] and left_out[:-1] == wanted[2][:2]
+        files_left = "all other files" if written else "all files"
+        assert left_out[-1] == f"{files_left}: cannot write to {folder.path} (Is a directory)"
+    evaluate.main([str(folder.path)])
+    out = capsys.readouterr().out
+    assert "written:" not in out and "all cells" in out and "all files: cannot write to" in out
 
 
 def test_plain_text_cuts_the_first_column():

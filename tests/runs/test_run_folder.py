@@ -1,20 +1,24 @@
 """The run folder with its lock, atomic files, and how an error leaves a script."""
 
+import errno
 import json
 import os
 import signal
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT
+from safetensors import safe_open
 
 from minilora import files
 from minilora.cell import Cell
 from minilora.command import exit_cleanly
 from minilora.errors import InputError, TrainingError
+from minilora.runs import record
 from minilora.runs.folder import Run
 from minilora.runs.record import hardware, trainable, versions
 
@@ -293,6 +297,92 @@ def test_json_round_trips(tmp_path):
     assert files.read_jsonl(tmp_path / "a.jsonl") == []
 
 
+def test_json_is_strict(tmp_path):
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="not JSON compliant"):
+            files.write_json(tmp_path / "a.json", {"a": [value]})
+        with pytest.raises(ValueError, match="not JSON compliant"):
+            files.write_jsonl(tmp_path / "a.json", [{"a": value}])
+    assert entries(tmp_path) == []
+    damaged = ["", "{", '{"a": NaN}', '{"a": -Infinity}', '{"a": 1e999}', '{"a": 1, "a": 2}', "[1]", "null", "[" * 9999]
+    for text in damaged:
+        (tmp_path / "a.json").write_text(text)
+        with pytest.raises(InputError, match=r"a.json: .*; do so") as caught:
+            files.read_json(tmp_path / "a.json", "do so")
+        assert len(str(caught.value)) < 300
+        if text not in ("", "[1]", "null"):
+            (tmp_path / "b.jsonl").write_text('{"a": 1}\n' + text + "\n")
+            with pytest.raises(InputError, match=r"b.jsonl: a line is not valid JSON .*; do so"):
+                files.read_jsonl(tmp_path / "b.jsonl", "do so")
+    assert len(damaged) == 9
+    (tmp_path / "results.json").write_text('{"tests": ')
+    with pytest.raises(InputError, match=f"results.json: .*; delete it, .* python train.py --resume {tmp_path}"):
+        Run(tmp_path).read_results()
+    for read in (files.read_json, files.read_jsonl):
+        with pytest.raises(InputError, match="absent: cannot be read"):
+            read(tmp_path / "absent")
+
+
+def test_tensors_are_as_open_as_other_files(tmp_path):
+    path, value = tmp_path / "a.safetensors", {"a": torch.arange(6.0).reshape(2, 3).t(), "b": torch.tensor([True])}
+    for mask, mode in ((0o022, 0o644), (0o027, 0o640), (0o002, 0o664)):
+        old = os.umask(mask)
+        try:
+            files.write_tensors(path, value, {"meters": "3"})
+        finally:
+            os.umask(old)
+        assert stat.S_IMODE(path.stat().st_mode) == mode
+    with safe_open(path, "pt") as file:
+        assert file.metadata() == {"meters": "3"} and set(file.keys()) == set(value)
+        assert all(torch.equal(file.get_tensor(name), value[name]) for name in value)
+    assert entries(tmp_path) == ["a.safetensors"]
+
+
+def test_a_full_disk_is_an_os_error_that_names_the_file(tmp_path):
+    """The library's own error is not one. A limit on the size of files stands in for the disk."""
+    script = (
+        "import resource, signal, sys, torch\n"
+        "from minilora import files\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "for write in (lambda: files.write_tensors(sys.argv[1], {'a': torch.ones(9999)}),\n"
+        "              lambda: files.write_text(sys.argv[1], 'x' * 9999)):\n"
+        "    try:\n"
+        "        write()\n"
+        "    except OSError as error:\n"
+        "        print(error.errno)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "file")], cwd=ROOT, capture_output=True,
+                          text=True, check=True)  # fmt: skip
+    assert done.stdout.split() == [str(errno.EFBIG)] * 2 and entries(tmp_path) == []
+    with pytest.raises(OSError) as caught:
+        files.write_text(tmp_path / "absent" / "file", "x")
+    assert caught.value.filename == str(tmp_path / "absent" / "file")  # and not the hidden file beside it
+
+
+def test_a_folder_is_tried_and_left_as_it_was(tmp_path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "there").mkdir()
+    files.try_folder(tmp_path / "a" / "b" / "c", "--out")
+    files.try_folder(tmp_path / "there", "--out")
+    with pytest.raises(InputError, match=r"cannot make the folder .*/file/a \(Not a directory\): choose another --out"):
+        files.try_folder(tmp_path / "file" / "a", "--out")
+    assert entries(tmp_path) == ["file", "there"]
+
+
+def test_nothing_of_unix_is_needed(monkeypatch):
+    """All of it is imported without the modules that Windows does not have, and says nothing of memory there."""
+    paths = [path.relative_to(ROOT) for path in (ROOT / "minilora").rglob("*.py") if path.stem != "__init__"]
+    names = [".".join(path.with_suffix("").parts) for path in paths]
+    script = "import sys, torch, filelock\nsys.modules |= dict.fromkeys(['fcntl', 'resource', 'grp', 'pwd'])\n"
+    script += "\n".join(f"import {name}" for name in [*names, "train", "evaluate"])
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
+    assert len(names) >= 60
+    monkeypatch.setitem(sys.modules, "resource", None)
+    monkeypatch.setattr(record, "Path", lambda path: Path("/absent"))
+    assert record.peak_memory(torch.device("cpu")) is None
+
+
 # --- errors at the script's edge
 
 
@@ -308,12 +398,13 @@ def test_exit_cleanly(capsys):
         (InputError("rank is 0:\n  use   1"), 2, "error: rank is 0: use 1\n"),
         (TrainingError("the loss is nan"), 1, "error: the loss is nan\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
+        (InputError("rank is \x1b[31mx"), 2, "error: rank is \\x1b[31mx\n"),
     ]
     for error, status, line in cases:
         with pytest.raises(SystemExit) as caught:
             exit_cleanly(failing(error), ["--x"])
         assert caught.value.code == status and capsys.readouterr() == ("", line)
-    assert len(cases) == 3
+    assert len(cases) == 4
     with pytest.raises(SystemExit):
         exit_cleanly(failing(InputError("bad")), ["--traceback"])
     shown = capsys.readouterr().err

@@ -249,7 +249,7 @@ def test_scores_of_few_completions(decoder, choice_score):
             values.append(likelihood / (len(ids) if choice_score == "mean" else 1))
             CASES.append("score")
         best.append(int(np.argmax(values)))
-    assert cell_task.called(rows, scores).tolist() == best
+    assert cell_task.predicted(rows, scores).tolist() == best
 
 
 def test_exact_match_is_what_greedy_decoding_writes(decoder):
@@ -514,7 +514,7 @@ def test_questions_with_choices(server, decoder, tmp_path):
                     [{"A": "good", "B": "bad"}, {"B": "warm", "C": "cold"}])  # fmt: skip
     scores = cell_task.score(trained, few, 4)
     assert scores.candidates.tolist() == [[0, 1, -1], [-1, 1, 2]]
-    assert (cell_task.called(few, scores) >= [0, 1]).all() and np.isneginf(scores.likelihoods[0, 2])
+    assert (cell_task.predicted(few, scores) >= [0, 1]).all() and np.isneginf(scores.likelihoods[0, 2])
 
 
 # --- whole runs

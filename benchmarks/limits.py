@@ -1,6 +1,6 @@
 """What the machine can do at most, measured: products of matrices and moves of memory, per second.
 
-`python -m benchmarks.roofs roofs JOB OUT BEGAN` measures them for a job, as `benchmarks.peers` does a peer.
+`python -m benchmarks.limits limits JOB OUT BEGAN` measures them for a job, as `benchmarks.peers` does a peer.
 """
 
 import sys
