@@ -49,7 +49,7 @@ def main(argv):
     group.add_argument("--threads", type=int, metavar="N", help="of each process (default: as many as torch takes)")
     group.add_argument("--out", metavar="DIR", help="write results.json and table.md into this folder")
     group.add_argument("--traceback", action="store_true", help="show the full trace of an error")
-    add_flags(parser, Cell, only=one.FACTORS - {"rank", "inject_proportion"})
+    add_flags(parser, Cell, only={*marked(Cell, "peers")} - {"rank", "inject.proportion"})
     arguments = parser.parse_args(argv)
     for name in ("rows", "cells", "size", "threads"):
         if (value := getattr(arguments, name)) is not None and value < 1:

@@ -5,10 +5,11 @@ import hashlib
 import json
 import os
 import uuid
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
-from minilora.errors import InputError
+from minilora.errors import InputError, shown
 
 
 @contextmanager
@@ -53,16 +54,16 @@ def cache():
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "minilora"
 
 
-def read_json(path):
-    """The JSON object in a file. Raises InputError for anything else, and for a key that stands twice."""
+def read_json(path, advice="fetch the checkpoint again"):
+    """The JSON object in a file. Raises InputError, which ends in `advice`, for anything else."""
     try:
         value = _parse_json(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); fetch the checkpoint again") from error
+        raise InputError(f"{path}: cannot be read ({error.strerror}); {advice}") from error
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not valid JSON ({error}); fetch the checkpoint again") from error
+        raise InputError(f"{path}: not valid JSON ({error}); {advice}") from error
     if not isinstance(value, dict):
-        raise InputError(f"{path}: holds a JSON {type(value).__name__}, not an object; fetch the checkpoint again")
+        raise InputError(f"{path}: holds a JSON {type(value).__name__}, not an object; {advice}")
     return value
 
 
@@ -70,8 +71,8 @@ def _parse_json(text):
     def unique(pairs):
         value = dict(pairs)
         if len(value) < len(pairs):
-            keys = [key for key, _ in pairs]
-            raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")
+            counts = Counter(key for key, _ in pairs)
+            raise ValueError(f"the key {shown(max(counts, key=counts.get))} stands twice")
         return value
 
     return json.loads(text, object_pairs_hook=unique)

@@ -4,7 +4,8 @@ import base64
 import html
 import shlex
 
-from minilora.grid.axes import FIELDS, value_of, word
+from minilora.fields import value_of
+from minilora.grid.axes import FIELDS, word
 from minilora.report import markup
 
 MOST = 200  # failed cells that are listed
@@ -53,9 +54,9 @@ def render(folder, lines, tables, drawn, made, left_out):
     for kind in ("versions", "hardware"):
         values = [(name, ", ".join(found)) for name, found in made[kind].items()]
         parts += [f"<h2>{kind.capitalize()}</h2>", pairs("name", "value", values)]
-    scale = f" --scale {shlex.quote(grid.scale)}" if grid.scale else ""
+    size = f" --size {shlex.quote(grid.size)}" if grid.size else ""
     where = shlex.quote(str(folder.path))
-    command = f"python train.py --grid grid.toml{scale} --out {where}\npython evaluate.py {where}"
+    command = f"python train.py --grid grid.toml{size} --out {where}\npython evaluate.py {where}"
     parts += ["<h2>To reproduce it</h2>", f"<pre>{escape(command)}</pre>", "<p>grid.toml:</p>",
               f"<pre>{escape(grid.text)}</pre>"]  # fmt: skip
     head = f"{HEAD}<title>{escape(grid.title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"

@@ -13,16 +13,13 @@ import numpy as np
 
 from minilora import files
 from minilora.drawing import MAP, MARKERS, PLAIN, STYLES, Drawn, log_ticks, new_figure, shades
-from minilora.grid.axes import FIGURES, word
+from minilora.grid.axes import FIELDS, FIGURES, word
 from minilora.report import summary
 from minilora.report.dose_response import logistic
 
 MOST = len(MARKERS)  # curves in one picture
 BENT = 2  # percentage points, from which on a long axis of losses is logarithmic
 MOST_NUMBERS = 160  # fields of a heat map that have their number in them
-FIELDS = {"inject.proportion": "injected share of the label's rows (%)", "lr": "peak learning rate",
-          "inject.rows": "injected rows", "inject.count": "triggers a row", "inject.density": "triggers a word",
-          "train_rows": "training rows", "alpha": "alpha"}  # fmt: skip
 
 
 def draw(folder, lines, grid, curves):
@@ -55,7 +52,7 @@ def draw(folder, lines, grid, curves):
 
 
 def axis_label(name):
-    return FIELDS.get(name, name.removeprefix("inject."))
+    return (name in FIELDS and FIELDS[name].metadata["axis"]) or name.removeprefix("inject.")
 
 
 def tick(name, value):

@@ -4,16 +4,17 @@ Lines are those of `report.rows`. The values of a grid's fields but the seeds ma
 mean over its seeds, and every setting counts once.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
+from minilora.cell import Cell
+from minilora.fields import declared, marked
 from minilora.grid.axes import FIGURES, SEEDS
 from minilora.report import intervals
 
-FIRST = ("rank", "scaling", "method")  # of the fields that curves differ in
 PANELS = 6
-DOSES = ("inject.proportion", "inject.rows", "train_rows")  # fields that set how many rows are injected
 SHOWN = ("clean_accuracy", "attack_success", "flip_rate", "degradation")  # in tables of means and in heat maps
 
 
@@ -59,8 +60,8 @@ def numbered(values):
 def curve_fields(lines, varied):
     """The fields whose values each have a curve: rank, scaling and method, then what else is no seed and no dose, but
     the first as long as the others come to at most `PANELS` combinations; over the rest a curve is a mean."""
-    names = [name for name in settings_of(varied) if name not in DOSES]
-    names.sort(key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
+    names = [name for name in settings_of(varied) if name not in marked(Cell, "dose")]
+    names.sort(key=lambda name: declared(Cell)[name].metadata["curve"] or math.inf)
     chosen = names[:1]
     for name in names[1:]:
         if len({key(line, [*chosen[1:], name]) for line in lines}) <= PANELS:

@@ -19,11 +19,23 @@ from pathlib import Path
 from minilora import files
 from minilora.cell import Cell
 from minilora.errors import InputError
-from minilora.fields import load_toml
-from minilora.files import read_json
+from minilora.fields import load_toml, read_state
 
 LOCK = ".lock"
 SAVE_EVERY = 100  # steps between saves of the state
+SHARE = (int, float)
+# What readers of results.json rely on.
+RESULTS = {
+    "tests": {
+        "clean": {"rows": int, "accuracy": SHARE},
+        "trigger": {str: {"rows": int, "accuracy": SHARE, "flip_rate": SHARE, "attack_success_rate": (*SHARE, type(None))}},
+        "worst_group": {"label": str, "test": str, "accuracy": SHARE},
+    },
+    "train": {"rows": int, "trainable_parameters": int, "seconds": SHARE},
+    "injection": [{"label": str, "rows": int}],
+    "versions": {str: str},
+    "hardware": {str: (str, int)},
+}  # fmt: skip
 
 
 class Run:
@@ -121,7 +133,9 @@ class Run:
         return self.path / "state.safetensors"
 
     def read_results(self):
-        return read_json(self.path / "results.json")
+        path = self.path / "results.json"
+        advice = f"delete it, then finish the run again with python train.py --resume {self.path}"
+        return read_state(path, RESULTS, advice)
 
     def start_metrics(self, step):
         """Open metrics.jsonl for appending, with the lines of the first `step` steps alone."""
