@@ -155,13 +155,12 @@ def check_value(name, value, kind, limits):
     choices, least, below, most = (limits[key] for key in ("choices", "least", "below", "most"))
     if choices and value not in choices:
         raise InputError(f"{name} is {shown(value)}, but must be one of {', '.join(choices)}")
-    for within, words in (
-        (least is None or value >= least, f"at least {least}"),
-        (most is None or value <= most, f"at most {most}"),
-        (below is None or value < below, f"below {below}"),
-    ):
-        if not within:
-            raise InputError(f"{name} is {shown(value)}, but must be {words}")
+    if least is not None and value < least:
+        raise InputError(f"{name} is {shown(value)}, but must be at least {least}")
+    if most is not None and value > most:
+        raise InputError(f"{name} is {shown(value)}, but must be at most {most}")
+    if below is not None and value >= below:
+        raise InputError(f"{name} is {shown(value)}, but must be below {below}")
     return value
 
 
