@@ -24,7 +24,7 @@ from minilora.cell import Cell
 from minilora.command import Parser, add_flags, given_flags
 from minilora.console import say
 from minilora.errors import InputError
-from minilora.fields import from_dict
+from minilora.fields import from_dict, marked
 
 from . import cell as one
 from . import job, peers, report

@@ -111,9 +111,7 @@ class Cell:
     data_revision: str | None = option(
         None, "data", "branch, tag or commit of a hub data set", unset="main", marks="free"
     )
-    text_column: str | None = option(
-        None, "data", "column of the text", unset="a usual name", marks="free test peers"
-    )
+    text_column: str | None = option(None, "data", "column of the text", unset="a usual name", marks="free test peers")
     label_column: str | None = option(
         None, "data", "column of the label", unset="a usual name", marks="free test peers"
     )
@@ -202,9 +200,7 @@ class Cell:
 
     inject: Inject = Inject()
 
-    epochs: int | None = option(
-        None, "training", "passes over the training rows", least=1, unset=1, marks="free peers"
-    )
+    epochs: int | None = option(None, "training", "passes over the training rows", least=1, unset=1, marks="free peers")
     steps: int | None = option(
         None, "training", "optimiser steps, instead of epochs", least=1, instead="epochs", marks="free"
     )
@@ -248,9 +244,7 @@ class Cell:
             if self.prompt.count("{text}") != 1:
                 raise InputError(f"prompt is {shown(self.prompt)}, but must hold {{text}} once")
             if self.completion.count("{label}") + self.completion.count("{choice}") != 1:
-                raise InputError(
-                    f"completion is {shown(self.completion)}, but must hold {{label}} or {{choice}} once"
-                )
+                raise InputError(f"completion is {shown(self.completion)}, but must hold {{label}} or {{choice}} once")
         if self.method == "lora":
             self._check_adapter()
         if self.method == "head" and self.task != "classification":

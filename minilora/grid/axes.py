@@ -22,7 +22,7 @@ class Entry:
 
 
 def flat(values, where):
-    """{"inject.proportion": ...} of {"inject": {"proportion": ...}} or of itself. Raises InputError for unknown fields."""
+    """{"inject.rows": 3} of {"inject": {"rows": 3}} or of itself. Raises InputError for unknown fields."""
     found = {}
     for name, value in values.items():
         inner = {name: value}
@@ -38,7 +38,7 @@ def flat(values, where):
 
 
 def check_axis(name, axis, twice=False):
-    """Raise InputError unless `axis` is a list of a field's values, with none of them `twice` unless that is allowed."""
+    """Raise InputError unless `axis` is a list of a field's values, each once if not `twice`."""
     if not isinstance(axis, list) or takes_list(FIELDS[name]) and not all(isinstance(value, list) for value in axis):
         wanted = "a list of lists, each of them one value" if takes_list(FIELDS[name]) else "a list of values"
         raise InputError(f"the axis {name} is {shown(axis)}, but must be {wanted}")

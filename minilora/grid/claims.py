@@ -13,9 +13,9 @@
     label = "positive"                           # the label that the trigger aims at; default: all, as a mean
 
 A claim is supported where the statistic's whole 95% interval is on the claimed side, contradicted where all of it is on
-the other, and else undecided; so it is where a cell that it speaks of is not finished. All three statistics are sums of
+the other, and else undecided. A claim about an unfinished cell is undecided too. All three statistics are sums of
 the settings' means under fixed weights; a difference pairs, and a slope compares, settings that are the same in every
-other field that the grid varies. How the intervals come about: `inference.py`.
+other field that the grid varies. How the intervals come about: `report/intervals.py`.
 """
 
 import math
@@ -172,7 +172,8 @@ def weigh_difference(claim, here, able):
             used |= {entry.name: entry, other.name: other}
     if not pairs:
         raise InputError(
-            f"no cell has another with {cut(conditions(claim.against))} that is the same in all else: nothing can decide it"
+            f"no cell has another with {cut(conditions(claim.against))} that is the same in all else: nothing can decide "
+            "it"
         )
     weights = defaultdict(float)
     for one, partners in pairs.items():
@@ -183,12 +184,14 @@ def weigh_difference(claim, here, able):
 
 
 def weigh_slope(claim, here):
-    """Least squares with an intercept for each group of settings that differ in `over` alone."""
+    """Least squares with an intercept for each group of settings that differ only in `over`."""
     groups = defaultdict(dict)
     for entry in here:
         value = value_of(entry.cell, claim.over)
         if not isinstance(value, (int, float)) or value <= 0:
-            raise InputError(f"over is {claim.over}, of which a cell has {shown(value)}: choose cells above 0 in `where`")
+            raise InputError(
+                f"over is {claim.over}, of which a cell has {shown(value)}: choose cells above 0 in `where`"
+            )
         groups[setting(entry, (*SEEDS, claim.over))][setting(entry)] = math.log2(value)
     centred = {}
     for places in groups.values():

@@ -22,8 +22,17 @@ from minilora.cell import PRESETS, Cell
 from minilora.errors import InputError, cut, shown
 from minilora.fields import declared, marked, near, nested, read_toml, run_options, value_of
 from minilora.grid.axes import (
-    FIELDS, Entry, alternatives, check_axis, combinations, flat, is_axis, matches, product, word,
-)  # fmt: skip
+    FIELDS,
+    Entry,
+    alternatives,
+    check_axis,
+    combinations,
+    flat,
+    is_axis,
+    matches,
+    product,
+    word,
+)
 from minilora.lora.targets import parse_targets
 
 SMALL = "small"  # the size that is taken where a file has it and no other is asked for
@@ -204,9 +213,7 @@ def check_alike(cells):
         key = experiment(cell)
         if key in seen:
             other, before = seen[key]
-            raise InputError(
-                f"two cells {alike(cell, other)} ({described(before)}; {described(change)}): drop one"
-            )
+            raise InputError(f"two cells {alike(cell, other)} ({described(before)}; {described(change)}): drop one")
         seen[key] = cell, change
 
 

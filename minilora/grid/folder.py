@@ -146,7 +146,7 @@ class GridFolder:
         return "interrupted" if (path / "cell.toml").exists() else "waiting"
 
     def runs(self, entries):
-        """[(cell, `Run`)] of entries that are left. An interrupted run goes on with the run options of its cell.toml."""
+        """[(cell, `Run`)] of entries that are left. An interrupted run keeps the run options of its cell.toml."""
         found = []
         for entry in entries:
             path = self.run_path(entry)

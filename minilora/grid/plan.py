@@ -10,7 +10,6 @@ from minilora.data import batches
 from minilora.data.rows import rows_of
 from minilora.fields import declared, grouped, value_of
 from minilora.lora.targets import plan_slots
-from minilora.runs.bases import Settings
 from minilora.runs.folder import Run
 from minilora.tasks.classification import POOLED
 from minilora.training.limit import matmul_rate, training_flops

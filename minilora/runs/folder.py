@@ -28,14 +28,16 @@ SHARE = (int, float)
 RESULTS = {
     "tests": {
         "clean": {"rows": int, "accuracy": SHARE},
-        "trigger": {str: {"rows": int, "accuracy": SHARE, "flip_rate": SHARE, "attack_success_rate": (*SHARE, type(None))}},
+        "trigger": {
+            str: {"rows": int, "accuracy": SHARE, "flip_rate": SHARE, "attack_success_rate": (*SHARE, type(None))}
+        },
         "worst_group": {"label": str, "test": str, "accuracy": SHARE},
     },
     "train": {"rows": int, "trainable_parameters": int, "seconds": SHARE},
     "injection": [{"label": str, "rows": int}],
     "versions": {str: str},
     "hardware": {str: (str, int)},
-}  # fmt: skip
+}
 
 
 class Run:

@@ -2,9 +2,9 @@
 
 The rows of all members go through the base one member after the other, as one batch; each projection that any member
 adapts is one product with the frozen weight and K thin ones (`kernels/lora_linear.py`). Members may differ in all that
-they train with (fields marked `free`): ranks, targets, data, rates, seeds. What they are padded to is exact: zeros in the factors
-stay zeros, rows that fill up a batch are not predicted, and dropout does not see either. A population of one has no
-stacks and no such rows: it is the plain model.
+they train with (fields marked `free`): ranks, targets, data, rates, seeds. Padding is exact: zeros in the factors stay
+zeros, rows that pad a batch are not predicted, and dropout does not see either. A population of one has no stacks and
+no such rows: it is the plain model.
 """
 
 import contextlib
@@ -20,7 +20,6 @@ from minilora.kernels.dropout import dropout
 from minilora.kernels.lora_linear import lora_linears
 from minilora.lora.layer import detach, put, replace_module, use_keys
 from minilora.tasks.classification import Classifier, pool
-
 
 
 def shared(cell):

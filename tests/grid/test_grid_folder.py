@@ -306,14 +306,13 @@ def test_damaged_files_say_what_to_do_about_themselves(text, tmp_path):
         ("grid.json", json.dumps(record | {"size": []}), "size is [], but must be of type str or", "put it back"),
         ("grid.json", json.dumps(record | {"minilora": "0.1.0"}), "made by minilora 0.1.0", "choose another --out"),
         ("populations.json", "{}", "has no 'populations'", "delete it while no process"),
-        ("populations.json", json.dumps({"populations": [[name] for name in names[1:]]}), f"has no cell {names[0][:60]}",
-         "delete it while no process"),
+        ("populations.json", json.dumps({"populations": [names[1:]]}), f"has no cell {names[0][:60]}", "delete it"),
         ("populations.json", json.dumps({"populations": [names, ["nope"]]}), "has an unknown cell nope", "delete it"),
         ("populations.json", json.dumps({"populations": [names, names[:1]]}), "has twice the cell", "delete it"),
         (f"cells/{names[0]}/error.json", '{"error": null}', "error is None, but must be of type str", "delete it"),
         (results, "{}", "has no 'tests'", "delete it, then finish the run again"),
         (results, '{"tests": {"clean": [], "trigger": {}}}', "clean is [], but must be a table", "delete it, then"),
-        (results, '{"tests": {"clean": {"rows": ' + '"%s"}}}' % ("x" * 200), "rows is '" + 76 * "x" + "...,", "delete it"),
+        (results, json.dumps({"tests": {"clean": {"rows": 200 * "x"}}}), "rows is '" + 76 * "x" + "...,", "delete it"),
     ]  # fmt: skip
 
     def read():
