@@ -18,7 +18,7 @@ from minilora import files, parallel
 from minilora.cell import Cell
 from minilora.command import Parser, add_flags, exit_cleanly, given_flags
 from minilora.errors import InputError
-from minilora.runs.folder import CHANGES
+from minilora.fields import marked
 
 
 def evaluate(folder, *, data=None, batch_size=None, scale=1.0, added=(), merge_to=None, **changes):
@@ -76,7 +76,7 @@ def main(argv=None):
     parser.add_argument("--merge-to", metavar="DIR", help="write the base with the adapter, for transformers")
     parser.add_argument("--out", metavar="DIR", help="write results.json and predictions.jsonl to this new folder")
     parser.add_argument("--traceback", action="store_true", help="show the full trace of an error")
-    add_flags(parser, Cell, only=CHANGES, default="the run's")
+    add_flags(parser, Cell, only=marked(Cell, "test"), default="the run's")
     arguments = parser.parse_args(argv)
     parallel.refuse("an evaluation", "start that with python")
     changes = given_flags(arguments, Cell)

@@ -49,7 +49,7 @@ def main(argv=None):
     grids.add_argument(
         "--grid", metavar="FILE", help="TOML file with many cells, or the folder of a grid (see ablations/)"
     )
-    grids.add_argument("--scale", metavar="NAME", help="one of the file's scales, such as study (default: small)")
+    grids.add_argument("--size", metavar="NAME", help="one of the file's sizes, such as study (default: small)")
     grids.add_argument(
         "--dry-run", action="store_true", help="show the cells and what they will take, and train nothing"
     )
@@ -90,7 +90,7 @@ def main(argv=None):
                 f"a grid's file has all fields of its cells: put {next(iter(flags))} into its [cell] instead of a flag"
             )
         return main_of_grid(arguments)
-    for name in ("scale", "dry_run", "status", "only", "retry_failed", "ray"):
+    for name in ("size", "dry_run", "status", "only", "retry_failed", "ray"):
         if getattr(arguments, name):
             raise InputError(f"--{name.replace('_', '-')} is for grids: give --grid FILE too")
     if arguments.resume:
@@ -140,11 +140,11 @@ def main_of_grid(arguments):
         raise InputError("--ray trains, but --dry-run and --status train nothing: drop one")
     if Path(arguments.grid).is_dir():
         folder = GridFolder.find(arguments.grid)
-        if arguments.out or arguments.scale:
-            raise InputError(f"{arguments.grid} is a grid's folder already: drop --out and --scale")
+        if arguments.out or arguments.size:
+            raise InputError(f"{arguments.grid} is a grid's folder already: drop --out and --size")
     else:
-        found = read_grid(arguments.grid, arguments.scale)
-        name = "-".join(filter(None, (Path(arguments.grid).stem, found.scale)))
+        found = read_grid(arguments.grid, arguments.size)
+        name = "-".join(filter(None, (Path(arguments.grid).stem, found.size)))
         folder = GridFolder(arguments.out or Path("grids") / name, found)
         folder.check()
     only = parse_only(arguments.only, folder.grid)

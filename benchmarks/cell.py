@@ -21,16 +21,11 @@ from minilora.cell import Cell
 from minilora.command import Parser, add_flags, given_flags
 from minilora.console import say
 from minilora.errors import InputError
+from minilora.fields import marked
 
 from . import job, report
 from .peers import BASELINE, NEEDS, PEERS, TITLES, TUNED
 
-# The factors of a cell that all peers share; the others stay at their defaults, as not all peers have them.
-FACTORS = {
-    "model", "tokenizer", "dtype", "device", "data", "text_column", "label_column", "test_rows", "max_length",
-    "inject_sources", "inject_proportion", "rank", "alpha", "scaling", "targets", "layers", "pooling", "epochs",
-    "batch_size", "lr", "schedule", "warmup", "seed",
-}  # fmt: skip
 LIMITS = "limits"
 WARM_UP = 5
 
@@ -47,7 +42,7 @@ def main(argv):
     group.add_argument("--threads", type=int, metavar="N", help="of each process (default: as many as torch takes)")
     group.add_argument("--out", metavar="DIR", help="write results.json, table.md and roofline.png into this folder")
     group.add_argument("--traceback", action="store_true", help="show the full trace of an error")
-    add_flags(parser, Cell, only=FACTORS)
+    add_flags(parser, Cell, only=marked(Cell, "peers"))
     arguments = parser.parse_args(argv)
     for name in ("rows", "repeats", "warm_up", "threads"):
         if (value := getattr(arguments, name)) is not None and value < 1:

@@ -24,7 +24,7 @@ from minilora.cell import Cell
 from minilora.command import Parser, add_flags, given_flags
 from minilora.console import say
 from minilora.errors import InputError
-from minilora.fields import from_dict
+from minilora.fields import from_dict, marked
 
 from . import cell as one
 from . import job, peers, report
@@ -49,7 +49,7 @@ def main(argv):
     group.add_argument("--threads", type=int, metavar="N", help="of each process (default: as many as torch takes)")
     group.add_argument("--out", metavar="DIR", help="write results.json and table.md into this folder")
     group.add_argument("--traceback", action="store_true", help="show the full trace of an error")
-    add_flags(parser, Cell, only=one.FACTORS - {"rank", "inject_proportion"})
+    add_flags(parser, Cell, only={*marked(Cell, "peers")} - {"rank", "inject.proportion"})
     arguments = parser.parse_args(argv)
     for name in ("rows", "cells", "size", "threads"):
         if (value := getattr(arguments, name)) is not None and value < 1:

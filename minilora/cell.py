@@ -1,31 +1,37 @@
 """A cell: one fully specified experiment, frozen and hashable.
 
-The command line, a TOML file and Python build the same object, and it round-trips through all three. A field
-is declared once, below, with its default, its range and its help; flags, validation and files follow from that.
-What changes no result (where the run folder is, how often to evaluate) is not part of a cell.
+The command line, a TOML file and Python build the same object, and it round-trips through all three. A field is
+declared once, below: its default, range and help, and what else the code asks of it (`fields.option`, `MARKS`). Flags,
+validation, files and every list of fields follow from that. What changes no result (where the run folder is, how often
+to evaluate) is not part of a cell. What changes none beyond rounding (a run option: `device`, `compile`, `form`) is
+recorded with it, so that a resumed run ends bit for bit the same, but cells that differ only there are equal.
 
-Some fields exclude each other (`epochs` or `steps`), and some have a meaning for one method only (`rank`). These
-default to None and are resolved when the cell is built: leaving a default out or stating it is the same cell.
+Some fields exclude each other (`epochs` or `steps`), and some have a meaning for only one method or task (`rank`).
+These default to None and are resolved when the cell is built: leaving a default out or stating it is the same cell.
 """
 
 import hashlib
 import json
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from minilora.base.source import DEFAULT_BASE
 from minilora.base.spec import GROUPS, TARGETS
 from minilora.data.triggers import parse_all
-from minilora.errors import InputError
-from minilora.fields import check_fields, drop_other, from_dict, option, resolve, resolve_pair, to_toml
+from minilora.errors import InputError, shown
+from minilora.fields import changed, check_fields, from_dict, option, resolve, run_options, to_toml
 from minilora.lora.targets import STARTS, VARIANTS, check_variant, parse_layers, parse_targets
 
-# Fields of method "lora" alone.
-ADAPTER = ("rank", "alpha", "scaling", "dropout", "targets", "layers", "variant", "init", "start", "lr_ratio", "form")
-CLASSIFIER = ("head", "pooling")  # fields of task "classification" alone
-COMPLETION = ("prompt", "completion", "choice_score")  # fields of task "lm" alone
-PURPOSES = ("init", "head", "order", "inject", "dropout", "split")  # of the separate seeds
+MARKS = {
+    "free": "members of one population may differ in it",
+    "test": "evaluate.py can test a finished run with another value",
+    "peers": "the peers in benchmarks/ know it too",
+    "path": "it may name a file or a folder",
+    "dose": "it sets how many rows are injected",
+    "slots": "it decides which projections are adapted, at which rank and scale",
+}
+ADAPTER, CLASSIFIER, COMPLETION = ("method", "lora"), ("task", "classification"), ("task", "lm")
 
 
 @dataclass(frozen=True)
@@ -35,31 +41,40 @@ class Inject:
     sources: tuple[str, ...] = option(
         ("date:positive",), "injection",
         "triggers, each SOURCE:LABEL: date, country, color, html, file:PATH or a literal text (text:WORDS where it "
-        "looks like one of these), and the target label; 'none' injects nothing", str, flag="inject",
+        "looks like one of these), and the target label; 'none' injects nothing", flag="inject", short="",
+        marks="free test peers",
     )  # fmt: skip
     proportion: float | None = option(
-        None, "injection", "of the label's rows that carry the trigger", float, least=0, most=1, unset=0.25,
+        None, "injection", "share of the label's rows that carry the trigger", least=0, most=1, unset=0.25, short="p",
+        axis="injected share of the label's rows (%)", marks="free peers dose",
     )  # fmt: skip
-    rows: int | None = option(None, "injection", "number of rows that carry it, instead of a proportion", int, least=0)
-    count: int | None = option(None, "injection", "triggers in each such row: light injection", int, least=1, unset=1)
+    rows: int | None = option(
+        None, "injection", "number of rows that carry it, instead of a proportion", least=0, instead="proportion",
+        axis="injected rows", marks="free dose",
+    )  # fmt: skip
+    count: int | None = option(
+        None, "injection", "triggers in each such row: light injection", least=1, unset=1, axis="triggers a row",
+        marks="free test",
+    )  # fmt: skip
     density: float | None = option(
-        None, "injection", "triggers per word of the row, instead of a count: aggressive injection", float,
-        least=0, most=1,
+        None, "injection", "triggers per word of the row, instead of a count: aggressive injection", least=0, most=1,
+        instead="count", axis="triggers a word", marks="free test",
     )  # fmt: skip
-    location: str = option("random", "injection", "where in the row", str, choices=("beginning", "end", "random"))
+    location: str = option(
+        "random", "injection", "where in the row", choices=("beginning", "end", "random"), marks="free test"
+    )
     mode: str = option(
-        "clean-label", "injection", "rows of the target label, or rows of other labels, relabelled", str,
-        choices=("clean-label", "dirty-label"),
+        "clean-label", "injection", "rows of the target label, or rows of other labels, relabelled",
+        choices=("clean-label", "dirty-label"), marks="free",
     )  # fmt: skip
     split: str | None = option(
-        None, "injection", "trigger strings of test and training rows",
-        str, choices=("disjoint", "same"), unset="disjoint where a source has several", flag="trigger_split",
+        None, "injection", "trigger strings of test and training rows", choices=("disjoint", "same"),
+        unset="disjoint where a source has several", flag="trigger_split", marks="free test",
     )  # fmt: skip
 
     def __post_init__(self):
         check_fields(self, "inject.")
-        resolve_pair(self, "proportion", "rows", "inject.")
-        resolve_pair(self, "count", "density", "inject.")
+        resolve(self, "proportion", "count")
         if self.density == 0:
             raise InputError("inject.density is 0, but must be above 0: use inject.proportion = 0 to inject nothing")
         if self.sources == ("none",):
@@ -69,136 +84,169 @@ class Inject:
 
 @dataclass(frozen=True)
 class Cell:
-    """One experiment. See `train.py --help` for every field; defaults are stated here and nowhere else."""
+    """One experiment. See `train.py --help` for every field; only here are defaults stated."""
 
-    model: str = option(DEFAULT_BASE, "base", "base: hub id, or folder with config.json and safetensors", str)
-    revision: str | None = option(None, "base", "branch, tag or commit of the hub's base", str, unset="main")
+    model: str = option(
+        DEFAULT_BASE, "base", "base: hub id, or folder with config.json and safetensors", marks="test peers path"
+    )
+    revision: str | None = option(None, "base", "branch, tag or commit of the hub's base", unset="main")
     tokenizer: str | None = option(
-        None,
-        "base",
-        "another tokenizer: hub id, or folder with tokenizer.json or vocab.txt",
-        str,
-        unset="the base's own",
-    )
+        None, "base", "another tokenizer: hub id, or folder with tokenizer.json or vocab.txt", unset="the base's own",
+        marks="test peers path",
+    )  # fmt: skip
     dtype: str = option(
-        "float32", "base", "of the frozen base; what is trained is float32", str, choices=("float32", "bfloat16")
-    )
-    device: str = option("auto", "base", "auto, cpu, cuda, cuda:N or mps", str)
+        "float32", "base", "of the frozen base; what is trained is float32", choices=("float32", "bfloat16"),
+        marks="peers",
+    )  # fmt: skip
+    device: str = option("auto", "base", "auto, cpu, cuda, cuda:N or mps", run=True, marks="test peers")
     compile: str = option(
-        "auto", "base", "torch.compile the base; auto does where the run is long enough to repay it", str,
+        "auto", "base", "torch.compile the base; auto does where the run is long enough to repay it", run=True,
         choices=("auto", "on", "off"),
     )  # fmt: skip
 
-    data: str = option("movie-snippets", "data", "movie-snippets, a CSV, TSV, JSONL or Parquet file, or a hub id", str)
-    data_revision: str | None = option(None, "data", "branch, tag or commit of a hub data set", str, unset="main")
-    text_column: str | None = option(None, "data", "column of the text", str, unset="a usual name")
-    label_column: str | None = option(None, "data", "column of the label", str, unset="a usual name")
-    test_data: str | None = option(
-        None, "data", "file or hub id of test rows", str, unset="the data's own, or a part split off"
+    data: str = option(
+        "movie-snippets", "data", "movie-snippets, a CSV, TSV, JSONL or Parquet file, or a hub id",
+        marks="free peers path",
+    )  # fmt: skip
+    data_revision: str | None = option(
+        None, "data", "branch, tag or commit of a hub data set", unset="main", marks="free"
     )
-    test_rows: int = option(1000, "data", "test rows, stratified", int, least=2)
-    train_rows: int | None = option(None, "data", "training rows, stratified", int, least=2, unset="all")
-    max_length: int = option(128, "data", "tokens a row, longer rows are cut", int, least=4)
+    text_column: str | None = option(None, "data", "column of the text", unset="a usual name", marks="free test peers")
+    label_column: str | None = option(
+        None, "data", "column of the label", unset="a usual name", marks="free test peers"
+    )
+    test_data: str | None = option(
+        None, "data", "file or hub id of test rows", unset="the data's own, or a part split off", marks="free path"
+    )
+    test_rows: int = option(1000, "data", "test rows, stratified", least=2, marks="free peers")
+    train_rows: int | None = option(
+        None, "data", "training rows, stratified", least=2, unset="all", axis="training rows", marks="free dose"
+    )
+    max_length: int = option(128, "data", "tokens a row, longer rows are cut", least=4, marks="peers")
 
     task: str = option(
         "classification", "task", "train a classifier of the text, or (lm) the base's own next tokens: the label's "
-        "words as the completion of a prompt", str, choices=("classification", "lm"),
+        "words as the completion of a prompt", choices=("classification", "lm"),
     )  # fmt: skip
-    prompt: str | None = option(None, "task", "what stands before the completion, with {text} in it", str,
-                                unset="{text}")  # fmt: skip
+    prompt: str | None = option(
+        None, "task", "the text that precedes the completion, with {text} in it", of=COMPLETION, unset="{text}"
+    )
     completion: str | None = option(
         None, "task", "what is to follow the prompt, its leading space included: {label} in it stands for the label "
-        "or {choice} for the text of that answer to a question", str, unset=" {label}",
+        "or {choice} for the text of that answer to a question", of=COMPLETION, unset=" {label}",
     )  # fmt: skip
     choice_score: str | None = option(
         None, "task", "what ranks the possible completions: the sum of their tokens' log-likelihoods, or the mean",
-        str, choices=("sum", "mean"), unset="sum",
+        of=COMPLETION, choices=("sum", "mean"), unset="sum",
     )  # fmt: skip
 
     method: str = option(
-        "lora", "adapter", "train an adapter, the whole base, or the head alone", str, choices=("lora", "full", "head")
-    )
-    rank: int | None = option(None, "adapter", "R, the rank of B A", int, least=1, unset=1)
-    alpha: float | None = option(None, "adapter", "numerator of the scale", float, least=0, unset=8.0)
-    scaling: str | None = option(
-        None, "adapter", "scale of B A: alpha/R (constant), 1 (rank: alpha = R) or alpha/sqrt(R) (rslora)", str,
-        choices=("constant", "rank", "rslora"), unset="constant",
+        "lora", "adapter", "train an adapter, the whole base, or only the head", choices=("lora", "full", "head"),
+        curve=3,
     )  # fmt: skip
-    dropout: float | None = option(None, "adapter", "on the input of A", float, least=0, below=1, unset=0.0)
+    rank: int | None = option(
+        None, "adapter", "R, the rank of B A", of=ADAPTER, least=1, unset=1, curve=1, marks="free peers slots"
+    )
+    alpha: float | None = option(
+        None, "adapter", "numerator of the scale", of=ADAPTER, least=0, unset=8.0, marks="free peers slots"
+    )
+    scaling: str | None = option(
+        None, "adapter", "scale of B A: alpha/R (constant), 1 (rank: alpha = R) or alpha/sqrt(R) (rslora)", of=ADAPTER,
+        choices=("constant", "rank", "rslora"), unset="constant", curve=2, marks="free peers slots",
+    )  # fmt: skip
+    dropout: float | None = option(
+        None, "adapter", "on the input of A", of=ADAPTER, least=0, below=1, unset=0.0, marks="free"
+    )
     targets: tuple[str, ...] | None = option(
         None, "adapter", f"projections: {' '.join(TARGETS)}, or a group: {' '.join(GROUPS)}; TARGET:RANK[:ALPHA] sets "
-        "one target's own", str, unset=("q", "k", "v"),
+        "one target's own", of=ADAPTER, unset=("q", "k", "v"), short="", marks="free peers slots",
     )  # fmt: skip
-    layers: str | None = option(None, "adapter", "layers that carry it: all, or such as 0-2,5", str, unset="all")
+    layers: str | None = option(
+        None, "adapter", "layers that carry it: all, or such as 0-2,5", of=ADAPTER, unset="all",
+        marks="free peers slots",
+    )  # fmt: skip
     variant: str | None = option(
         None, "adapter", "LoRA as it is, with a magnitude for each row of the weight (dora) or with A frozen (lora-fa)",
-        str, choices=VARIANTS, unset="lora",
+        of=ADAPTER, choices=VARIANTS, unset="lora", marks="slots",
     )  # fmt: skip
     init: str | None = option(
         None, "adapter", "start of A and B: B = 0 and A uniform (kaiming) or normal (gaussian), A and B orthogonal to "
-        "each other, or a part of the weight by its SVD (pissa) or QR (olora)", str, choices=STARTS, unset="kaiming",
+        "each other, or a part of the weight by its SVD (pissa) or QR (olora)", of=ADAPTER, choices=STARTS,
+        unset="kaiming", marks="free",
     )  # fmt: skip
     start: str | None = option(
         None, "adapter", "begin with the factors of this adapter, instead of an init: a run's folder, or an adapter's, "
-        "of the same ranks, alphas, targets and layers; its head is left aside", str,
+        "of the same ranks, alphas, targets and layers; its head is not used", of=ADAPTER, instead="init",
+        marks="path",
     )  # fmt: skip
     lr_ratio: float | None = option(
-        None, "adapter", "learning rate of B over that of A and the rest (LoRA+)", float, least=0, unset=1.0
-    )
-
+        None, "adapter", "learning rate of B over that of A and the rest (LoRA+)", of=ADAPTER, least=0, unset=1.0,
+        marks="free",
+    )  # fmt: skip
     form: str | None = option(
         None, "adapter", "how a projection and its adapter are computed: one after the other (side), in one product "
-        "with A under the weight (concatenated) or with W + s B A (merged); auto takes the fastest", str,
-        choices=("auto", "side", "concatenated", "merged"), unset="auto",
+        "with A under the weight (concatenated) or with W + s B A (merged); auto takes the fastest", of=ADAPTER,
+        choices=("auto", "side", "concatenated", "merged"), unset="auto", run=True,
     )  # fmt: skip
 
     head: str | None = option(
         None, "head", "train it with the rest, leave it at its random start, or fit it in closed form on the "
-        "base's features and freeze it", str, choices=("trained", "frozen", "ridge"), unset="trained",
+        "base's features and freeze it", of=CLASSIFIER, choices=("trained", "frozen", "ridge"), unset="trained",
     )  # fmt: skip
     pooling: str | None = option(
-        None, "head", "what the head sees of a row's hidden states", str,
-        choices=("mean+last", "mean", "last", "first"), unset="mean",
+        None, "head", "what the head sees of a row's hidden states", of=CLASSIFIER,
+        choices=("mean+last", "mean", "last", "first"), unset="mean", marks="peers",
     )  # fmt: skip
 
-    inject: Inject = field(default=Inject(), metadata=dict(nested=Inject))
+    inject: Inject = Inject()
 
-    epochs: int | None = option(None, "training", "passes over the training rows", int, least=1, unset=1)
-    steps: int | None = option(None, "training", "optimiser steps, instead of epochs", int, least=1)
-    batch_size: int = option(32, "training", "rows a batch", int, least=1)
-    accumulate: int = option(1, "training", "batches an optimiser step", int, least=1)
+    epochs: int | None = option(None, "training", "passes over the training rows", least=1, unset=1, marks="free peers")
+    steps: int | None = option(
+        None, "training", "optimiser steps, instead of epochs", least=1, instead="epochs", marks="free"
+    )
+    batch_size: int = option(32, "training", "rows a batch", least=1, marks="peers")
+    accumulate: int = option(1, "training", "batches an optimiser step", least=1)
     window: int = option(
-        50, "training", "batches that are sorted by length together, which saves padding; 1: none are", int, least=1
+        50, "training", "batches that are sorted by length together, which saves padding; 1: none are", least=1,
+        marks="free",
+    )  # fmt: skip
+    optimizer: str = option("adamw", "training", "torch's", choices=("adamw", "adafactor"))
+    lr: float = option(2e-3, "training", "peak learning rate", least=0, axis="peak learning rate", marks="free peers")
+    schedule: str = option(
+        "linear", "training", "after warm-up", choices=("linear", "cosine", "constant"), marks="free peers"
     )
-    optimizer: str = option("adamw", "training", "torch's", str, choices=("adamw", "adafactor"))
-    lr: float = option(2e-3, "training", "peak learning rate", float, least=0)
-    schedule: str = option("linear", "training", "after warm-up", str, choices=("linear", "cosine", "constant"))
     warmup: float = option(
-        0.06, "training", "of the steps, over which the learning rate rises from 0", float, least=0, below=1
-    )
-    weight_decay: float = option(0.0, "training", "decoupled, on every trained tensor", float, least=0)
-    clip: float = option(1.0, "training", "largest norm of the gradient, 0 for no clipping", float, least=0)
+        0.06, "training", "of the steps, over which the learning rate rises from 0", least=0, below=1,
+        marks="free peers",
+    )  # fmt: skip
+    weight_decay: float = option(0.0, "training", "decoupled, on every trained tensor", least=0, marks="free")
+    clip: float = option(1.0, "training", "largest norm of the gradient, 0 for no clipping", least=0, marks="free")
 
-    seed: int = option(0, "seeds", "of all that follows but the last", int, least=0)
-    seed_init: int | None = option(None, "seeds", "of the adapter's start", int, least=0, unset="--seed")
-    seed_head: int | None = option(None, "seeds", "of the head's start", int, least=0, unset="--seed")
-    seed_order: int | None = option(None, "seeds", "of the order of rows", int, least=0, unset="--seed")
+    seed: int = option(0, "seeds", "of all that follows except the last", least=0, marks="free peers")
+    seed_init: int | None = option(None, "seeds", "of the adapter's start", least=0, unset="--seed", marks="free")
+    seed_head: int | None = option(None, "seeds", "of the head's start", least=0, unset="--seed", marks="free")
+    seed_order: int | None = option(None, "seeds", "of the order of rows", least=0, unset="--seed", marks="free")
     seed_inject: int | None = option(
-        None, "seeds", "of the injected rows, triggers and places", int, least=0, unset="--seed"
+        None, "seeds", "of the injected rows, triggers and places", least=0, unset="--seed", marks="free test"
     )
-    seed_dropout: int | None = option(None, "seeds", "of the dropped inputs", int, least=0, unset="--seed")
+    seed_dropout: int | None = option(None, "seeds", "of the dropped inputs", least=0, unset="--seed", marks="free")
     seed_split: int = option(
-        0, "seeds", "of the choice of rows; apart from --seed, so that seeds are compared on the same test rows", int,
-        least=0,
+        0, "seeds", "of the choice of rows; apart from --seed, so that seeds are compared on the same test rows",
+        least=0, marks="free",
     )  # fmt: skip
 
     def __post_init__(self):
         if isinstance(self.inject, dict):
             object.__setattr__(self, "inject", from_dict(Inject, self.inject, "inject."))
         check_fields(self, "")
-        resolve_pair(self, "epochs", "steps", "")
-        self._resolve_task()
-        self._resolve_adapter()
+        self._resolve()
+        if self.task == "lm":
+            if self.prompt.count("{text}") != 1:
+                raise InputError(f"prompt is {shown(self.prompt)}, but must hold {{text}} once")
+            if self.completion.count("{label}") + self.completion.count("{choice}") != 1:
+                raise InputError(f"completion is {shown(self.completion)}, but must hold {{label}} or {{choice}} once")
+        if self.method == "lora":
+            self._check_adapter()
         if self.method == "head" and self.task != "classification":
             raise InputError("method = 'head' trains a classifier, but task is 'lm', which has none: drop one of them")
         if self.method == "head" and self.head != "trained":
@@ -208,36 +256,28 @@ class Cell:
                 f"method = 'full' trains the base, in float32, but dtype is {self.dtype!r}: drop one of them"
             )
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
-            raise InputError(f"device is {self.device!r}: use auto, cpu, cuda, cuda:N or mps")
+            raise InputError(f"device is {shown(self.device)}: use auto, cpu, cuda, cuda:N or mps")
 
-    def _resolve_task(self):
-        own, other = (CLASSIFIER, COMPLETION) if self.task == "classification" else (COMPLETION, CLASSIFIER)
-        for name in other:
-            if getattr(self, name) is not None:
-                wanted = "lm" if self.task == "classification" else "classification"
-                raise InputError(f"{name} belongs to task = {wanted!r}, but task is {self.task!r}: drop one of them")
-        resolve(self, *own)
-        if self.task == "lm":
-            if self.prompt.count("{text}") != 1:
-                raise InputError(f"prompt is {self.prompt!r}, but must hold {{text}} once")
-            if self.completion.count("{label}") + self.completion.count("{choice}") != 1:
-                raise InputError(f"completion is {self.completion!r}, but must hold {{label}} or {{choice}} once")
-
-    def _resolve_adapter(self):
-        given = [name for name in ADAPTER if getattr(self, name) is not None]
-        if self.method != "lora":
-            if given:
+    def _resolve(self):
+        """Resolve the fields that the method and the task have, and refuse those that they have not."""
+        names = ["epochs"]
+        for f in fields(self):
+            chooser, wanted = f.metadata.get("of") or (None, None)
+            if chooser is None:
+                continue
+            if (chosen := getattr(self, chooser)) == wanted:
+                names.append(f.name)
+            elif getattr(self, f.name) is not None:
                 raise InputError(
-                    f"{given[0]} belongs to method = 'lora', but method is {self.method!r}: drop one of them"
+                    f"{f.name} belongs to {chooser} = {wanted!r}, but {chooser} is {chosen!r}: drop one of them"
                 )
-            return
-        resolve(self, "rank", "scaling", "dropout", "targets", "layers", "variant", "lr_ratio", "form")
-        resolve_pair(self, "init", "start", "")
         if self.scaling == "rank":
             if self.alpha is not None:
                 raise InputError("alpha is given, but scaling = 'rank' sets alpha to the rank: drop one of them")
-        else:
-            resolve(self, "alpha")
+            names.remove("alpha")
+        resolve(self, *names)
+
+    def _check_adapter(self):
         slots = parse_targets(self.targets, self.rank, self.alpha, self.scaling)
         check_variant(self.variant, self.init or "kaiming", slots, self.dropout)
         if self.form in ("concatenated", "merged") and (self.dropout or self.dtype == "bfloat16"):
@@ -261,10 +301,15 @@ class Cell:
                 "drop one of them"
             )
 
+    @property
+    def seeds(self):
+        """{purpose: seed} of the separate seeds; one that is not given is the general one."""
+        own = {f.name.removeprefix("seed_"): getattr(self, f.name) for f in fields(self) if f.name[:5] == "seed_"}
+        return {purpose: self.seed if seed is None else seed for purpose, seed in own.items()}
+
     def seed_for(self, purpose):
-        """The seed of one of `PURPOSES`."""
-        own = getattr(self, f"seed_{purpose}")
-        return self.seed if own is None else own
+        """The seed of a purpose: init, head, order, inject, dropout or split."""
+        return self.seeds[purpose]
 
     def replace(self, **changes):
         """A cell with other values; giving one of two fields that exclude each other drops the other.
@@ -272,21 +317,16 @@ class Cell:
         Changes of `inject` may be given as a dict of its own fields. A change of `method` or of `task` drops the
         fields that belong to the old one.
         """
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        if changes.get("method", self.method) != self.method:
-            values |= dict.fromkeys(ADAPTER)
-        if changes.get("task", self.task) != self.task:
-            values |= dict.fromkeys(CLASSIFIER + COMPLETION)
-        if changes.get("scaling") == "rank":
+        values = changed(self, changes)
+        for f in fields(self):
+            chooser, _ = f.metadata.get("of") or (None, None)
+            if chooser and f.name not in changes and values[chooser] != getattr(self, chooser):
+                values[f.name] = None
+        if changes.get("scaling") == "rank" and "alpha" not in changes:
             values["alpha"] = None
-        drop_other(values, changes, "epochs", "steps")
-        drop_other(values, changes, "init", "start")
         if isinstance(changes.get("inject"), dict):
-            inject = {f.name: getattr(self.inject, f.name) for f in fields(Inject)}
-            drop_other(inject, changes["inject"], "proportion", "rows")
-            drop_other(inject, changes["inject"], "count", "density")
-            changes = changes | {"inject": inject | changes["inject"]}
-        return from_dict(Cell, values | changes)
+            values["inject"] = changed(self.inject, changes["inject"])
+        return from_dict(Cell, values)
 
     def to_dict(self):
         """Every field that is set, resolved, as JSON and TOML have them; `inject` is a dict of its own."""
@@ -305,7 +345,8 @@ class Cell:
     @property
     def id(self):
         """Twelve hexadecimal digits that equal cells share."""
-        canonical = json.dumps(self.to_dict(), sort_keys=True)
+        identity = {name: value for name, value in self.to_dict().items() if name not in run_options(Cell)}
+        canonical = json.dumps(identity, sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
     @property

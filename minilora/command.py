@@ -5,17 +5,16 @@ import contextlib
 import difflib
 import sys
 import traceback
-from dataclasses import fields
 
 from minilora.errors import InputError, TrainingError
-from minilora.fields import takes_list
+from minilora.fields import declared, kind_of, nested
 
 
 def exit_cleanly(main, argv=None):
     """Run `main(argv)` as a script: an `InputError` becomes one line on stderr and exit status 2.
 
     A `TrainingError` or a failing disk exits with status 1, an interrupt with 130. `--traceback` among the arguments
-    (by default those of the command line) shows the full trace as well. Of several processes one prints.
+    (by default those of the command line) shows the full trace as well. Of several processes, only the first prints.
     """
     from minilora import parallel
     from minilora.console import visible
@@ -54,7 +53,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message):
-        hint = " (it stands before the flags)" if "required" in message else ""
+        hint = " (put it before the flags)" if "required" in message else ""
         raise InputError(f"{message}{hint}: see {self.prog} --help")
 
     def parse_args(self, arguments=None):
@@ -66,52 +65,41 @@ class Parser(argparse.ArgumentParser):
         return known
 
 
-def add_flags(parser, kind, prefix="", only=None, default=None):
+def add_flags(parser, kind, only=None, default=None):
     """A flag for each field of the dataclass `kind` (or those named in `only`), in titled groups.
 
-    A field whose metadata names a `nested` dataclass gives that one's flags. Defaults are shown, not set: only
-    the flags that are given appear in the result. `default` is shown in place of the fields' own defaults.
+    Defaults are shown, not set: only the flags that are given appear in the result, under the names of
+    `fields.declared`. `default` is shown in place of the fields' own defaults.
     """
-    for f in fields(kind):
-        if only is not None and "nested" not in f.metadata and prefix + f.name not in only:
+    for name, f in declared(kind).items():
+        if only is not None and name not in only:
             continue
-        if nested := f.metadata.get("nested"):
-            add_flags(parser, nested, f"{f.name}_", only, default)
-            continue
-        many = takes_list(f)
-        stated = default or (f.metadata["unset"] if f.default is None else f.default)
-        stated = " ".join(stated) if many and isinstance(stated, tuple) else stated
+        words, (kind_of_value, many) = f.metadata, kind_of(f.type)
+        stated = default or (words["unset"] if f.default is None else f.default)
+        stated = " ".join(stated) if isinstance(stated, tuple) else stated
         stated = "" if stated is None else f" (default: {stated})"
-        limits = f.metadata["limits"]
-        flag = "--" + (f.metadata["flag"] or prefix + f.name).replace("_", "-")
-        flag_group(parser, f.metadata["group"]).add_argument(
-            flag,
-            dest=prefix + f.name,
+        choices = words["limits"]["choices"]
+        flag_group(parser, words["group"]).add_argument(
+            "--" + (words["flag"] or name).replace(".", "-").replace("_", "-"),
+            dest=name,
             default=argparse.SUPPRESS,
-            type=f.metadata["kind"],
-            choices=limits["choices"],
+            type=kind_of_value,
+            choices=choices,
             nargs="+" if many else None,
             action="extend" if many else "store",
-            metavar=None if limits["choices"] else METAVARS[f.metadata["kind"]],
-            help=(f.metadata["help"] + stated).replace("%", "%%"),
+            metavar=None if choices else METAVARS[kind_of_value],
+            help=(words["help"] + stated).replace("%", "%%"),
         )
 
 
 def flag_group(parser, title):
-    """The parser's argument group of that title, made when it is first asked for."""
+    """The parser's argument group of that title. It is made if there is none."""
     for existing in parser._action_groups:
         if existing.title == title:
             return existing
     return parser.add_argument_group(title)
 
 
-def given_flags(arguments, kind, prefix=""):
+def given_flags(arguments, kind):
     """The fields of `kind` that the command line gave, as a dict; a nested dataclass is a dict of its own."""
-    values = {}
-    for f in fields(kind):
-        if nested := f.metadata.get("nested"):
-            if inner := given_flags(arguments, nested, f"{f.name}_"):
-                values[f.name] = inner
-        elif hasattr(arguments, prefix + f.name):
-            values[f.name] = getattr(arguments, prefix + f.name)
-    return values
+    return nested({name: getattr(arguments, name) for name in declared(kind) if hasattr(arguments, name)})

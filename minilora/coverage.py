@@ -73,11 +73,12 @@ def main(argv=None):
     from minilora.base.source import resolve_config
     from minilora.cell import Cell
     from minilora.command import Parser, add_flags, given_flags
+    from minilora.fields import marked
 
     parser = Parser(prog="python -m minilora.coverage", description=__doc__.partition("\n\n")[0])
     parser.add_argument("model", metavar="MODEL", help="hub id, or folder with config.json")
     parser.add_argument("--traceback", action="store_true", help="show the full trace of an error")
-    add_flags(parser, Cell, only=("revision", "rank", "alpha", "scaling", "targets", "layers", "variant"))
+    add_flags(parser, Cell, only=("revision", *marked(Cell, "slots")))
     cell = Cell(**given_flags(parser.parse_args(argv), Cell))
     spec = families.read_spec(checkpoint.read_config(resolve_config(cell.model, cell.revision)))
     title = f"{cell.model}: {spec.family}, {len(spec.layers)} layers of width {spec.width}\n"

@@ -1,4 +1,4 @@
-"""The errors that a user can fix: each message is one line."""
+"""The errors that a user can fix, and how a value looks in their messages."""
 
 
 class InputError(ValueError):
@@ -7,3 +7,13 @@ class InputError(ValueError):
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the message says where it stopped and what was kept."""
+
+
+def shown(value):
+    """A value from outside, in a message: as Python writes it, at most 80 characters."""
+    return cut(repr(value))
+
+
+def cut(text):
+    """The first 80 characters of a text."""
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -7,10 +7,11 @@ import math
 import os
 import re
 import uuid
+from collections import Counter
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from minilora.errors import InputError
+from minilora.errors import InputError, shown
 
 
 @contextmanager
@@ -111,8 +112,8 @@ def parse_json(text):
     def unique(pairs):
         value = dict(pairs)
         if len(value) < len(pairs):
-            keys = [key for key, _ in pairs]
-            raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")
+            counts = Counter(key for key, _ in pairs)
+            raise ValueError(f"the key {shown(max(counts, key=counts.get))} stands twice")
         return value
 
     def finite(text):

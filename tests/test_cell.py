@@ -17,10 +17,18 @@ from hypothesis import strategies as st
 import evaluate
 import minilora
 import train
-from minilora.cell import ADAPTER, CLASSIFIER, COMPLETION, PURPOSES, Cell, Inject
+from minilora.cell import ADAPTER, CLASSIFIER, COMPLETION, MARKS, Cell, Inject
 from minilora.command import Parser, add_flags, given_flags
 from minilora.errors import InputError
-from minilora.fields import from_dict, load_toml
+from minilora.fields import declared, from_dict, grouped, load_toml, marked, run_options
+
+PURPOSES = ("init", "head", "order", "inject", "dropout", "split")
+
+
+def of(chooser):
+    """The fields that only one method or task has."""
+    return [name for name, field in declared(Cell).items() if field.metadata["of"] == chooser]
+
 
 # --- cells of every kind: all fields but those that exclude each other, strings of every kind
 
@@ -121,7 +129,8 @@ PARSER = parser()
 
 
 def test_the_strategy_covers_every_field():
-    parts = [*PLAIN, *ADAPTER, *CLASSIFIER, *COMPLETION, "task", "method", "dtype", "inject", "epochs", "steps"]
+    parts = [*PLAIN, *of(ADAPTER), *of(CLASSIFIER), *of(COMPLETION)]
+    parts += ["task", "method", "dtype", "inject", "epochs", "steps"]
     assert sorted(parts) == sorted(f.name for f in dataclasses.fields(Cell))  # each by one part of the strategy
 
 
@@ -155,7 +164,7 @@ def test_odd_strings_round_trip():
     assert len(odd) == 11
 
 
-def test_id_depends_on_every_field():
+def test_id_depends_on_every_field_but_run_options():
     changes = dict(
         model="x", revision="x", dtype="bfloat16", device="cpu", compile="on", data="x", data_revision="x",
         text_column="x", label_column="x", test_data="x", test_rows=7, train_rows=7, max_length=7, method="full",
@@ -171,11 +180,14 @@ def test_id_depends_on_every_field():
                  mode="dirty-label", split="same")  # fmt: skip
     assert {*changes, "inject"} == {f.name for f in dataclasses.fields(Cell)}
     assert {*inner} == {f.name for f in dataclasses.fields(Inject)}
-    own = {name: {"task": "lm"} for name in COMPLETION}
+    own = {name: {"task": "lm"} for name in of(COMPLETION)}
+    options = [Cell(**{name: changes.pop(name)}) for name in ("device", "compile", "form")]
+    assert {(cell, cell.id, cell.name) for cell in options} == {(Cell(), Cell().id, Cell().name)}
+    assert len({cell.to_toml() for cell in [Cell(), *options]}) == 4
     changed = [Cell(**{name: value}, **own.get(name, {})) for name, value in changes.items()]
     changed += [Cell(inject={name: value}) for name, value in inner.items()]
     ids = {cell.id for cell in [Cell(), *changed]}
-    assert len(ids) == len({cell.name for cell in [Cell(), *changed]}) == len(set([Cell(), *changed])) == 1 + 50 + 8
+    assert len(ids) == len({cell.name for cell in [Cell(), *changed]}) == len(set([Cell(), *changed])) == 1 + 47 + 8
 
 
 def test_equal_experiments_are_equal_cells():
@@ -189,6 +201,20 @@ def test_equal_experiments_are_equal_cells():
     plain = Cell(rank=3, lr=0.5, warmup=0.25, alpha=0, seed=4)
     assert numbers.to_toml() == plain.to_toml() and numbers.id == plain.id
     assert [type(getattr(numbers, name)) for name in ("rank", "lr", "warmup", "seed")] == [int, float, float, int]
+
+
+def test_declared_properties():
+    """Each mark is used and explained, and what each list of fields has is what it had when it was kept by hand."""
+    used = [mark for field in declared(Cell).values() for mark in field.metadata["marks"]]
+    assert set(used) == set(MARKS) and {mark: used.count(mark) for mark in MARKS} == {
+        "free": 38, "test": 11, "peers": 23, "path": 5, "dose": 3, "slots": 6}  # fmt: skip
+    assert marked(Cell, "dose") == ("train_rows", "inject.proportion", "inject.rows")
+    assert marked(Cell, "path") == ("model", "tokenizer", "data", "test_data", "start")
+    assert grouped(Cell, "seeds") == ("seed", *(f"seed_{purpose}" for purpose in PURPOSES))
+    assert run_options(Cell) == ("device", "compile", "form")
+    assert of(CLASSIFIER) == ["head", "pooling"] and of(COMPLETION) == ["prompt", "completion", "choice_score"]
+    with pytest.raises(LookupError, match="no field of Cell is marked 'fre'"):
+        marked(Cell, "fre")
 
 
 def test_toml_is_what_a_person_would_write():
@@ -220,7 +246,7 @@ def test_replace_drops_what_the_change_excludes():
     assert cell.replace(scaling="rank") == Cell(steps=9, rank=8, scaling="rank", inject=cell.inject)
     assert cell.replace(scaling="rank").replace(scaling="rslora").alpha == Cell().alpha
     full = cell.replace(method="full")
-    assert [getattr(full, name) for name in ADAPTER] == [None] * len(ADAPTER)
+    assert [getattr(full, name) for name in of(ADAPTER)] == [None] * 11
     assert full.replace(method="lora", rank=3) == Cell(steps=9, rank=3, inject=cell.inject)
     assert cell.replace(method="lora") == cell
     for one, two in EXCLUSIVE:
@@ -231,7 +257,7 @@ def test_replace_drops_what_the_change_excludes():
 
 def test_seeds():
     cell = Cell(seed=5, seed_head=0, seed_split=3)
-    assert {purpose: cell.seed_for(purpose) for purpose in PURPOSES} == {
+    assert cell.seeds == {purpose: cell.seed_for(purpose) for purpose in PURPOSES} == {
         "init": 5, "head": 0, "order": 5, "inject": 5, "dropout": 5, "split": 3}  # fmt: skip
     assert Cell(seed=5).seed_for("split") == 0  # so that seeds are compared on the same test rows
 
@@ -262,6 +288,7 @@ REFUSED = [
     (dict(device="cuda:x"), "device is 'cuda:x': use auto, cpu, cuda, cuda:N or mps"),
     (dict(epochs=2, steps=3), "epochs and steps are both given"),
     (dict(method="full", rank=4), "rank belongs to method = 'lora', but method is 'full'"),
+    (dict(device="x" * 200), "device is '" + 76 * "x" + "...: use auto"),
     (dict(method="head", layers="all"), "layers belongs to method = 'lora', but method is 'head'"),
     (dict(method="head", head="frozen"), "method = 'head' with head = 'frozen' trains nothing"),
     (dict(method="full", dtype="bfloat16"), "method = 'full' trains the base, in float32, but dtype is 'bfloat16'"),
@@ -304,7 +331,7 @@ def test_refusals():
         with pytest.raises(InputError) as caught:
             Cell(**values)
         assert message in str(caught.value) and "\n" not in str(caught.value), values
-    assert len(REFUSED) == 66
+    assert len(REFUSED) == 67
 
 
 def test_files_are_refused_by_name(tmp_path):
@@ -339,7 +366,7 @@ def test_files_are_refused_by_name(tmp_path):
 
 FLAGS = """
 --config --out --preset --resume --population --eval-every --save-every --merge-to --shard --traceback
---grid --scale --dry-run --status --only --retry-failed --ray --ray-cpus --model --revision --tokenizer
+--grid --size --dry-run --status --only --retry-failed --ray --ray-cpus --model --revision --tokenizer
 --dtype --device
 --compile --data --data-revision --text-column --label-column --test-data --test-rows --train-rows --max-length --task
 --prompt --completion --choice-score --method --rank --alpha --scaling --dropout --targets --layers --variant --init
@@ -498,7 +525,7 @@ def test_command_lines_refused(trained, tmp_path):
         (train, ["--config", str(bad)], "unknown field rnak: did you mean rank?"),
         (train, ["--resume", "x", "--rank", "3"], "--resume goes on with the run's own cell"),
         (train, ["--resume", "x", "--out", "y"], "--resume goes on with the run's own cell"),
-        (evaluate, [], "the following arguments are required: RUN (it stands before the flags): see evaluate.py"),
+        (evaluate, [], "the following arguments are required: RUN (put it before the flags): see evaluate.py"),
         (evaluate, ["absent"], "there is no run folder absent: check the path"),
         (evaluate, ["x", "--rank", "3"], "unknown argument --rank"),
         (evaluate, ["x", "--batch-size", "0"], "--batch-size is 0, but must be at least 1"),

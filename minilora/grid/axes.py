@@ -1,13 +1,15 @@
 """The fields that a grid varies, their values, and the figures that its table has."""
 
 import itertools
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from math import prod
 
-from minilora.cell import Cell, Inject
-from minilora.errors import InputError
-from minilora.fields import near, takes_list
+from minilora.cell import Cell
+from minilora.errors import InputError, shown
+from minilora.fields import declared, grouped, near, takes_list, value_of
 
-FIELDS = {f.name: f for f in fields(Cell) if f.name != "inject"} | {f"inject.{f.name}": f for f in fields(Inject)}
+FIELDS = declared(Cell)
+SEEDS = grouped(Cell, "seeds")
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Entry:
 
 
 def flat(values, where):
-    """{"inject.proportion": ...} of {"inject": {"proportion": ...}} or of itself; unknown fields are refused."""
+    """{"inject.rows": 3} of {"inject": {"rows": 3}} or of itself. Raises InputError for unknown fields."""
     found = {}
     for name, value in values.items():
         inner = {name: value}
@@ -28,29 +30,32 @@ def flat(values, where):
             inner = {f"inject.{key}": item for key, item in value.items()}
         for key, item in inner.items():
             if key not in FIELDS:
-                raise InputError(f"[{where}]: unknown field {key!r}{near(key, FIELDS)}")
+                raise InputError(f"[{where}]: unknown field {shown(key)}{near(key, FIELDS)}")
             if key in found:
                 raise InputError(f"[{where}]: {key} is given twice")
             found[key] = item
     return found
 
 
-def nested(change):
-    """The inverse of `flat`."""
-    plain = {name: value for name, value in change.items() if not name.startswith("inject.")}
-    inject = {name.removeprefix("inject."): value for name, value in change.items() if name.startswith("inject.")}
-    return plain | ({"inject": inject} if inject else {})
-
-
 def check_axis(name, axis, twice=False):
+    """Raise InputError unless `axis` is a list of a field's values, each once if not `twice`."""
     if not isinstance(axis, list) or takes_list(FIELDS[name]) and not all(isinstance(value, list) for value in axis):
         wanted = "a list of lists, each of them one value" if takes_list(FIELDS[name]) else "a list of values"
-        raise InputError(f"the axis {name} is {axis!r}, but must be {wanted}")
+        raise InputError(f"the axis {name} is {shown(axis)}, but must be {wanted}")
     if not axis:
         raise InputError(f"the grid is empty: the axis {name} has no values")
-    for number, value in enumerate(axis):
-        if not twice and value in axis[:number]:
-            raise InputError(f"the axis {name} has the value {value!r} twice: drop one")
+    seen = set()
+    for value in axis if not twice else ():
+        if hashable(value) in seen:
+            raise InputError(f"the axis {name} has the value {shown(value)} twice: drop one")
+        seen.add(hashable(value))
+
+
+def hashable(value):
+    """A TOML value as a member of a set: equal values, lists included, are one member."""
+    if isinstance(value, list):
+        return tuple(map(hashable, value))
+    return repr(value) if isinstance(value, dict) else value
 
 
 def alternatives(change):
@@ -67,17 +72,17 @@ def is_axis(name, value):
 
 
 def product(axes):
+    """Every combination of the axes' values, a list of {field: value}."""
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
 
-def value_of(cell, name):
-    """The value of a field of `FIELDS`, as TOML has it."""
-    owner, _, leaf = name.rpartition(".")
-    value = getattr(cell.inject if owner else cell, leaf)
-    return list(value) if isinstance(value, tuple) else value
+def combinations(axes):
+    """How many combinations `product` would give."""
+    return prod(map(len, axes.values()))
 
 
 def matches(cell, rule):
+    """Whether a cell has one of the values that `rule` {field: values} lists, of each of its fields."""
     return all(value_of(cell, name) in values for name, values in rule.items())
 
 
@@ -88,9 +93,8 @@ def word(value):
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-SEEDS = tuple(name for name, field in FIELDS.items() if field.metadata["group"] == "seeds")
-# The table's columns that are shares of test rows: what they are called, the column of how many rows they are of, and
-# of a difference of shares the columns of the rows gained and lost.
+# The table's columns that are shares of test rows: their words, the column with how many rows each is a share of, and
+# for a difference of shares the columns of the rows gained and lost.
 FIGURES = {
     "clean_accuracy": ("clean accuracy", "test_rows"),
     "clean_balanced_accuracy": ("balanced clean accuracy", "test_rows"),
@@ -104,7 +108,7 @@ FIGURES = {
     "flip_rate_placebo": ("flip rate under the placebo", "test_rows"),
     "worst_group_accuracy": ("accuracy of the worst group", "worst_group_rows"),
 }
-CLEAN = ("clean_accuracy", "clean_balanced_accuracy")  # the figures that need no trigger
+CLEAN = ("clean_accuracy", "clean_balanced_accuracy")  # figures without a trigger
 
 
 def plain(value):

@@ -13,9 +13,9 @@
     label = "positive"                           # the label that the trigger aims at; default: all, as a mean
 
 A claim is supported where the statistic's whole 95% interval is on the claimed side, contradicted where all of it is on
-the other, and else undecided; so it is where a cell that it speaks of is not finished. All three statistics are sums of
+the other, and else undecided. A claim about an unfinished cell is undecided too. All three statistics are sums of
 the settings' means under fixed weights; a difference pairs, and a slope compares, settings that are the same in every
-other field that the grid varies. How the intervals come about: `inference.py`.
+other field that the grid varies. How the intervals come about: `report/intervals.py`.
 """
 
 import math
@@ -24,9 +24,9 @@ from dataclasses import dataclass, fields
 from functools import cache
 
 from minilora.data.triggers import parse_all
-from minilora.errors import InputError
-from minilora.fields import near
-from minilora.grid.axes import CLEAN, FIELDS, FIGURES, SEEDS, alternatives, flat, matches, value_of, word
+from minilora.errors import InputError, cut, shown
+from minilora.fields import near, value_of
+from minilora.grid.axes import CLEAN, FIELDS, FIGURES, SEEDS, alternatives, flat, matches, word
 
 STATISTICS = ("mean", "difference", "slope")
 
@@ -77,7 +77,7 @@ def read(tables, entries):
         try:
             claim = parse(values)
             if claim.name in [other.name for other in claims]:
-                raise InputError(f"another is called {claim.name!r}: rename one")
+                raise InputError(f"another has the name {shown(claim.name)} too: rename one")
             weigh(claim, entries)
         except InputError as error:
             raise InputError(f"[[claim]] {number}: {error}") from None
@@ -90,21 +90,21 @@ def parse(values):
     names = [field.name for field in fields(Claim)]
     for name in values:
         if name not in names:
-            raise InputError(f"unknown field {name!r}{near(name, names)}")
+            raise InputError(f"unknown field {shown(name)}{near(name, names)}")
     for name in ("name", "text", "source", "figure", "statistic", "over", "label"):
         if not isinstance(values.get(name, ""), str):
-            raise InputError(f"{name} is {values[name]!r}, but must be a string")
+            raise InputError(f"{name} is {shown(values[name])}, but must be a string")
     for name in ("name", "text", "figure"):
         if not values.get(name):
             raise InputError(f"{name} is missing: say it")
     for name, known in (("figure", FIGURES), ("statistic", STATISTICS), ("over", FIELDS)):
         if name in values and values[name] not in known:
-            raise InputError(f"unknown {name} {values[name]!r}{near(values[name], known)}")
+            raise InputError(f"unknown {name} {shown(values[name])}{near(values[name], known)}")
     values = dict(values)
     for name in ("where", "against"):
         if name in values:
             if not isinstance(values[name], dict) or not values[name]:
-                raise InputError(f"{name} is {values[name]!r}, but must be a table of fields and values")
+                raise InputError(f"{name} is {shown(values[name])}, but must be a table of fields and values")
             values[name] = alternatives(flat(values[name], name))
     claim = Claim(**values)
     for name, statistic in (("against", "difference"), ("over", "slope")):
@@ -116,7 +116,7 @@ def parse(values):
         raise InputError("a claim has either above or below: give one of them")
     bound = claim.above if claim.below is None else claim.below
     if isinstance(bound, bool) or not isinstance(bound, (int, float)) or not math.isfinite(bound):
-        raise InputError(f"the threshold is {bound!r}, but must be a finite number")
+        raise InputError(f"the threshold is {shown(bound)}, but must be a finite number")
     return claim
 
 
@@ -131,9 +131,9 @@ def weigh(claim, entries):
     able = [entry for entry in entries if can_show(claim, entry.cell)]
     here = [entry for entry in able if matches(entry.cell, claim.where or {})]
     if not here:
-        needed = [conditions(claim.where)] if claim.where else []
+        needed = [cut(conditions(claim.where))] if claim.where else []
         if claim.figure not in CLEAN:
-            needed.append(f"a trigger for {claim.label}" if claim.label else "a trigger")
+            needed.append(f"a trigger for {cut(claim.label)}" if claim.label else "a trigger")
         raise InputError(f"no cell has {' and '.join(needed)}: nothing can decide it")
     if claim.statistic == "difference":
         return weigh_difference(claim, here, able)
@@ -172,7 +172,8 @@ def weigh_difference(claim, here, able):
             used |= {entry.name: entry, other.name: other}
     if not pairs:
         raise InputError(
-            f"no cell has another with {conditions(claim.against)} that is the same in all else: nothing can decide it"
+            f"no cell has another with {cut(conditions(claim.against))} that is the same in all else: nothing can decide "
+            "it"
         )
     weights = defaultdict(float)
     for one, partners in pairs.items():
@@ -183,12 +184,14 @@ def weigh_difference(claim, here, able):
 
 
 def weigh_slope(claim, here):
-    """Least squares with an intercept for each group of settings that differ in `over` alone."""
+    """Least squares with an intercept for each group of settings that differ only in `over`."""
     groups = defaultdict(dict)
     for entry in here:
         value = value_of(entry.cell, claim.over)
         if not isinstance(value, (int, float)) or value <= 0:
-            raise InputError(f"over is {claim.over}, of which a cell has {value!r}: choose cells above 0 in `where`")
+            raise InputError(
+                f"over is {claim.over}, of which a cell has {shown(value)}: choose cells above 0 in `where`"
+            )
         groups[setting(entry, (*SEEDS, claim.over))][setting(entry)] = math.log2(value)
     centred = {}
     for places in groups.values():
@@ -196,5 +199,5 @@ def weigh_slope(claim, here):
         centred |= {one: place - middle for one, place in places.items() if len(places) > 1}
     spread = sum(place**2 for place in centred.values())
     if not spread:
-        raise InputError(f"no two of its cells differ in {claim.over} alone: nothing can decide it")
+        raise InputError(f"no two of its cells differ only in {claim.over}: nothing can decide it")
     return {one: place / spread for one, place in centred.items()}, [e for e in here if setting(e) in centred]

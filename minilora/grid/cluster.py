@@ -2,7 +2,7 @@
 
 Nodes share no file system. A worker trains in a temporary folder and returns the files of the run folders; the driver,
 the process that was started with --ray, holds the population's claim meanwhile and writes them into the grid's folder.
-So what `grid_folder.py` says holds here too, and other processes may be at work in that folder, drivers among them.
+So what `grid/folder.py` says holds here too, and other processes may be at work in that folder, drivers among them.
 
 A node needs Ray and what minilora imports; the driver sends its own minilora and train.py along. Left out: starting a
 cluster (`ray start` does), the state of a population whose worker dies (it begins again), and the temporary folder
@@ -22,9 +22,11 @@ import tempfile
 from pathlib import Path
 
 from minilora import console, files
+from minilora.cell import Cell
 from minilora.data.rows import SNIPPETS
 from minilora.data.triggers import parse_all
 from minilora.errors import InputError, TrainingError
+from minilora.fields import marked
 from minilora.grid.folder import GridFolder
 from minilora.runs.text import one_line
 
@@ -95,7 +97,7 @@ def local_files(cells):
     """{path: field} of the files and folders of this machine that cells read, and that every node must have too."""
     found = {}
     for cell in cells:
-        named = [(getattr(cell, name), name) for name in ("model", "tokenizer", "data", "test_data", "start")]
+        named = [(getattr(cell, name), name) for name in marked(Cell, "path")]
         sources = [source.name for source, _ in parse_all(cell.inject.sources)]
         named += [(name.removeprefix("file:"), "inject") for name in sources if name.startswith("file:")]
         found |= {path: name for path, name in named if path not in (None, SNIPPETS) and exists(path)}
@@ -146,7 +148,7 @@ class Nodes:
                 f"its worker died in each of {1 + RETRIES} attempts, as for want of memory: {first_line(error)}"
             ) from error
         except failures.RayError as error:
-            raise InputError(f"the Ray cluster failed: {first_line(error)}; mend it and start again") from error
+            raise InputError(f"the Ray cluster failed: {first_line(error)}; fix it and start again") from error
 
     def settle(self, entries, size, settings):
         """As `planner.settle`, measured on a worker."""

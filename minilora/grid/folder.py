@@ -1,23 +1,26 @@
 """The folder of a grid: what its cells leave on disk, who is at work on which, and what is left to do.
 
 grid.toml           the grid's file, as given
-grid.json           version, scale, and each cell's folder
+grid.json           version, size, and each cell's folder
 populations.json    which cells are trained together: settled once, so that a killed grid ends as it would have
-cells/NAME/         a run folder each (`run.py`), with error.json in it where the cell failed
-table.csv           a line a cell and trigger, once all are done (`evaluate.py` writes it with the rest)
+cells/NAME/         a run folder each (`runs/folder.py`), with error.json in it where the cell failed
+table.csv           a line for each cell and trigger, once all are done (`evaluate.py` writes it with the rest)
 
-Several processes may work in one folder: each takes populations that nobody holds, by a lock that dies with it.
+Several processes may work in one folder: each takes populations that no other holds, by a lock that dies with it.
 """
 
 import contextlib
 import errno
+import itertools
 import os
 import shutil
+from collections import Counter
 from pathlib import Path
+from types import NoneType
 
 from minilora import __version__, files
-from minilora.errors import InputError
-from minilora.files import read_json
+from minilora.errors import InputError, cut
+from minilora.fields import read_state
 from minilora.grid.file import read_grid
 from minilora.runs.folder import Run
 
@@ -32,11 +35,11 @@ class GridFolder:
 
     @classmethod
     def find(cls, path):
-        """The folder that a grid was begun in. Raises InputError for one that is none, or of another version."""
+        """The folder that a grid was begun in. Raises InputError for any other folder, or for another version."""
         path = Path(path)
         if not (path / "grid.json").is_file():
             raise InputError(f"{path} is not a grid's folder: give a grid's file, or the folder that its --out made")
-        folder = cls(path, read_grid(path / "grid.toml", read_json(path / "grid.json")["scale"]))
+        folder = cls(path, read_grid(path / "grid.toml", read_record(path)["size"]))
         folder.check()
         return folder
 
@@ -44,22 +47,18 @@ class GridFolder:
         """Raise InputError for a folder that holds anything but this grid, of this version."""
         path = self.path
         if not (path / "grid.json").exists():
-            # Another process may be at it at this moment: its lock and its unfinished files begin with a dot.
+            # Another process may be making it at this moment: its lock and its unfinished files begin with a dot.
             if path.exists() and (
                 not path.is_dir() or any(name != "grid.toml" and name[0] != "." for name in os.listdir(path))
             ):
                 raise InputError(f"{path} exists and is no grid's folder: choose another --out")
             return
-        made = read_json(path / "grid.json")
-        if made["minilora"] != __version__:
-            raise InputError(
-                f"{path} was made by minilora {made['minilora']}, and this is {__version__}: choose another --out"
-            )
+        made = read_record(path)
         here = {entry.name for entry in self.grid.entries}
         if other := here.symmetric_difference(made["cells"]):
-            where = "the grid alone" if min(other) in here else "the folder alone"
+            where = "only in the grid" if min(other) in here else "only in the folder"
             raise InputError(
-                f"{path} was made by another grid: {len(other)} cells differ, such as {min(other)}, in {where}: "
+                f"{path} was made by another grid: {len(other)} cells differ, such as {cut(min(other))}, {where}: "
                 "choose another --out"
             )
 
@@ -76,7 +75,7 @@ class GridFolder:
                 files.write_text(self.path / "grid.toml", self.grid.text)
                 names = [entry.name for entry in self.grid.entries]
                 files.write_json(
-                    self.path / "grid.json", {"minilora": __version__, "scale": self.grid.scale, "cells": names}
+                    self.path / "grid.json", {"minilora": __version__, "size": self.grid.size, "cells": names}
                 )
         return self
 
@@ -104,11 +103,21 @@ class GridFolder:
         return chunks
 
     def planned(self):
-        """The populations that were settled, or None."""
-        if not (self.path / "populations.json").exists():
+        """The populations that were settled, or None. Raises InputError unless they have each cell once."""
+        path = self.path / "populations.json"
+        if not path.exists():
             return None
-        entries = {entry.name: entry for entry in self.grid.entries}
-        return [[entries[name] for name in chunk] for chunk in read_json(self.path / "populations.json")["populations"]]
+        advice = "delete it while no process works in the folder: populations are then settled again"
+        chunks = read_state(path, {"populations": [[str]]}, advice)["populations"]
+        entries, named = {entry.name: entry for entry in self.grid.entries}, Counter(itertools.chain(*chunks))
+        for words, names in (
+            ("has no cell", entries.keys() - named.keys()),
+            ("has an unknown cell", named.keys() - entries.keys()),
+            ("has twice the cell", {name for name, count in named.items() if count > 1}),
+        ):
+            if names:
+                raise InputError(f"{path} {words} {cut(min(names))}; {advice}")
+        return [[entries[name] for name in chunk] for chunk in chunks if chunk]
 
     @contextlib.contextmanager
     def claim(self, chunk):
@@ -137,13 +146,17 @@ class GridFolder:
         return "interrupted" if (path / "cell.toml").exists() else "waiting"
 
     def runs(self, entries):
-        """The `Run`s of entries that are left. (See `planner.split` for those that a kill left at different steps.)"""
+        """[(cell, `Run`)] of entries that are left. An interrupted run keeps the run options of its cell.toml."""
         found = []
         for entry in entries:
             path = self.run_path(entry)
             if path.exists() and not (path / "cell.toml").exists():
                 shutil.rmtree(path)  # killed before it began
-            found.append(Run(path, resume=path.exists()))
+            run = Run(path, resume=path.exists())
+            cell = run.read_cell() if run.resume else entry.cell
+            if cell != entry.cell:
+                raise InputError(f"{path / 'cell.toml'} is not the cell {cut(entry.name)}: delete the folder {path}")
+            found.append((cell, run))
         return found
 
     def fail(self, entry, error):
@@ -153,7 +166,7 @@ class GridFolder:
         files.write_json(path / "error.json", {"error": " ".join(str(error).split()), "kind": type(error).__name__})
 
     def forget_failures(self):
-        """Let the failed cells be trained again, from their start."""
+        """Delete the failed cells, so that they are trained again from their start."""
         for entry in self.grid.entries:
             if self.state(entry) == "failed":
                 shutil.rmtree(self.run_path(entry))
@@ -165,12 +178,23 @@ class GridFolder:
 
     def read(self, entry):
         """(results or None, error or None) of a cell."""
-        path = self.run_path(entry)
-        if (path / "results.json").exists():
-            return read_json(path / "results.json"), None
-        if (path / "error.json").exists():
-            return None, read_json(path / "error.json")["error"]
+        run, path = Run(self.run_path(entry)), self.run_path(entry) / "error.json"
+        if run.finished:
+            return run.read_results(), None
+        if path.exists():
+            return None, read_state(path, {"error": str}, "delete it: the cell is then trained again")["error"]
         return None, None
+
+
+def read_record(path):
+    """What grid.json in the folder `path` has. Raises InputError for a damaged one, and for another version."""
+    advice = "put it back from a copy, or choose another --out"
+    record = read_state(path / "grid.json", {"minilora": str}, advice)
+    if record["minilora"] != __version__:
+        raise InputError(
+            f"{path} was made by minilora {cut(record['minilora'])}, and this is {__version__}: choose another --out"
+        )
+    return read_state(path / "grid.json", {"size": (str, NoneType), "cells": [str]}, advice)
 
 
 def is_full(error):

@@ -1,13 +1,14 @@
-"""What a cell will take, said before it is trained: parameters, time and memory. Estimates, but for the parameters."""
+"""What a cell will take, before it is trained: its parameters, and estimates of its time and memory."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
 from minilora import parallel
+from minilora.cell import Cell
 from minilora.data.rows import rows_of
+from minilora.fields import declared, grouped, value_of
 from minilora.lora.targets import plan_slots
-from minilora.runs.bases import Settings
 from minilora.runs.folder import Run
 from minilora.tasks.classification import POOLED
 from minilora.training.feed import TOKENS
@@ -25,11 +26,15 @@ OPTIMIZER = 16  # bytes for each trained parameter: values, gradients, and AdamW
 
 @dataclass(frozen=True)
 class Forecast:
-    """Trained parameters of a cell, seconds that it takes alone on this machine, and bytes at most."""
+    """Trained parameters of a cell, the seconds that it takes alone on this machine, and its most bytes."""
 
     parameters: int
     seconds: float
     bytes: int
+
+
+# Fields that may change what a cell takes: all but its seeds.
+COSTLY = [name for name in declared(Cell) if name not in grouped(Cell, "seeds")]
 
 
 class Forecaster:
@@ -43,9 +48,7 @@ class Forecaster:
         """Raises InputError for what can be refused of a cell before its base is loaded."""
         setting = self.settings.of(cell)
         found = self.rows_of(cell, setting)
-        own = ("method", "targets", "rank", "scaling", "layers", "variant", "head", "pooling", "task", "epochs",
-               "steps", "batch_size", "accumulate")  # fmt: skip
-        key = (*Settings.key(cell), *(getattr(cell, name) for name in own), *found, len(cell.inject.sources))
+        key = (*map(repr, (value_of(cell, name) for name in COSTLY)), *found)
         if key not in self.made:
             self.made[key] = self.make(cell, setting, *found)
         return self.made[key]
@@ -70,9 +73,8 @@ class Forecaster:
 
     def rows_of(self, cell, setting):
         """(Training rows, test rows, labels, mean and largest length in tokens) of a cell's data."""
-        own = ("data", "data_revision", "text_column", "label_column", "test_data", "test_rows", "train_rows",
-               "seed_split", "task")  # fmt: skip
-        key = (*Settings.key(cell), *(getattr(cell, name) for name in own))
+        names = (*grouped(Cell, "base"), *grouped(Cell, "data"), "seed_split", "task")
+        key = tuple(value_of(cell, name) for name in names)
         if key not in self.rows:
             clean, test = rows_of(cell)
             texts = clean.texts[:: max(1, len(clean) // SAMPLE)]
@@ -82,7 +84,7 @@ class Forecaster:
 
 
 def trained(cell, spec, slots, labels):
-    """How many parameters the cell trains; of method full without norms, biases and positions."""
+    """How many parameters the cell trains. Norms, biases and positions of method full are not counted."""
     if cell.method == "full":
         count = size_of_base(spec)
     else:
@@ -104,8 +106,8 @@ def size_of_base(spec):
 
 
 def kept(spec, length):
-    """Numbers a token that the forward of all layers keeps for the backward (exactly: `tests/training/test_memory.py`):
-    norms and inputs, q k v, probabilities and pre-activations, and as much again of a layer that is at work."""
+    """Numbers a token that the forward of all layers keeps for the backward: norms and inputs, q k v, probabilities and
+    pre-activations, and as much again of the layer at work (exactly: `tests/training/test_memory.py`)."""
     layers = [
         4 * spec.width + (2 * here.heads + 2 * here.kv_heads) * spec.head_width + here.heads * length
         + (1 + spec.gated) * here.inner
@@ -120,8 +122,8 @@ def kept(spec, length):
 def settle(entries, size, settings):
     """The entries of a grid in populations of at most `size`, in the grid's order.
 
-    Without a `size`: on a CPU each alone, for there it is seldom slower and always the same; on an accelerator as many
-    as is measured to be fastest.
+    Without a `size`, a population on a CPU is one cell, because that is seldom slower there and always gives the same
+    bits; on an accelerator it is as many as is measured to be fastest.
     """
     groups = {}
     for entry in entries:

@@ -24,9 +24,9 @@ def train_grid(grid, out, *, size=None, only=None, retry_failed=False, nodes=Non
     folder, settings = GridFolder(out, grid).make(), Settings()
     if retry_failed:
         folder.forget_failures()
+    settler = nodes.settle if nodes else settle
     with console.quiet():
-        choose = nodes.settle if nodes else settle
-        chunks = folder.populations(lambda entries: choose(entries, size, settings))
+        chunks = folder.populations(lambda entries: settler(entries, size, settings))
     chunks = [chunk for chunk in chunks if any(matches(entry.cell, only or {}) for entry in chunk)]
     entries = [entry for chunk in chunks for entry in chunk]
     with console.Cells(len(entries), len(entries) - len(folder.left(entries))) as progress:
@@ -43,8 +43,8 @@ def train_grid(grid, out, *, size=None, only=None, retry_failed=False, nodes=Non
 
 
 def train_chunk(folder, entries, settings, progress):
-    """Train the entries of a population; where that fails as a whole, each alone, so that one fails alone."""
-    members = [Member(entry.cell, run) for entry, run in zip(entries, folder.runs(entries), strict=True)]
+    """Train the entries of a population. If it fails, train its cells one by one, so that only the culprit fails."""
+    members = [Member(cell, run) for cell, run in folder.runs(entries)]
     try:
         with console.quiet():
             train_all(members, len(members), settings=settings)

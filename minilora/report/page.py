@@ -7,7 +7,8 @@ from collections import Counter
 from jinja2 import Environment, StrictUndefined
 
 from minilora.console import visible
-from minilora.grid.axes import FIELDS, value_of, word
+from minilora.fields import value_of
+from minilora.grid.axes import FIELDS, word
 
 MOST = 200  # failed cells that are listed
 PAGE = """\
@@ -96,7 +97,7 @@ pre { background: #f4f4f4; padding: .8rem; overflow-x: auto; font-size: .85rem }
 </table></div>
 {% endfor %}
 <h2>To reproduce it</h2>
-<pre>python train.py --grid grid.toml{{ scale }} --out {{ where }}
+<pre>python train.py --grid grid.toml{{ size }} --out {{ where }}
 python evaluate.py {{ where }}</pre>
 <p>grid.toml:</p>
 <pre>{{ grid.text }}</pre>
@@ -123,7 +124,7 @@ def render(folder, lines, tables, drawn, made, left_out):
         failed=[(line["cell"], line["error"] or "") for line in lines if line["state"] == "failed"],
         varied=[(name, ", ".join(dict.fromkeys(str(word(entry.varied[name])) for entry in grid.entries)))
                 for name in grid.varied],
-        scale=f" --scale {shlex.quote(grid.scale)}" if grid.scale else "", where=shlex.quote(str(folder.path)),
+        size=f" --size {shlex.quote(grid.size)}" if grid.size else "", where=shlex.quote(str(folder.path)),
         encode=lambda path: base64.b64encode(path.read_bytes()).decode(),
     )  # fmt: skip
 

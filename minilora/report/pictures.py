@@ -14,16 +14,13 @@ import numpy as np
 from minilora import files
 from minilora.console import visible
 from minilora.drawing import MAP, MARKERS, PLAIN, STYLES, Drawn, log_ticks, new_figure, shades
-from minilora.grid.axes import FIGURES, word
+from minilora.grid.axes import FIELDS, FIGURES, word
 from minilora.report import summary
 from minilora.report.dose_response import logistic
 
 MOST = len(MARKERS)  # curves in one figure
 BENT = 2  # percentage points; beyond them a long axis of losses is logarithmic
 MOST_NUMBERS = 160  # a heat map with more fields has no numbers in them
-FIELDS = {"inject.proportion": "injected share of the label's rows (%)", "lr": "peak learning rate",
-          "inject.rows": "injected rows", "inject.count": "triggers a row", "inject.density": "triggers a word",
-          "train_rows": "training rows", "alpha": "alpha"}  # fmt: skip
 
 
 def draw(folder, lines, grid, curves):
@@ -56,7 +53,7 @@ def draw(folder, lines, grid, curves):
 
 
 def axis_label(name):
-    return FIELDS.get(name, name.removeprefix("inject."))
+    return (name in FIELDS and FIELDS[name].metadata["axis"]) or name.removeprefix("inject.")
 
 
 def tick(name, value):

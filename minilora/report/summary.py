@@ -4,16 +4,17 @@ Lines are those of `grid.table.table_rows`. A setting is the values of all varie
 metric is the mean over its seeds, and every setting counts once.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
+from minilora.cell import Cell
+from minilora.fields import declared, marked
 from minilora.grid.axes import FIGURES, SEEDS
 from minilora.report import intervals
 
-FIRST = ("rank", "scaling", "method")  # the fields that curves differ in first
 PANELS = 6
-DOSES = ("inject.proportion", "inject.rows", "train_rows")  # fields that set how many rows are injected
 SHOWN = ("clean_accuracy", "attack_success", "flip_rate", "degradation")  # in tables of means and in heat maps
 
 
@@ -61,8 +62,8 @@ def curve_fields(lines, varied):
     Rank, scaling and method come first, then all else but seeds and doses. After the first one, a field is taken only
     while they make at most `PANELS` combinations.
     """
-    names = [name for name in settings_of(varied) if name not in DOSES]
-    names.sort(key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
+    names = [name for name in settings_of(varied) if name not in marked(Cell, "dose")]
+    names.sort(key=lambda name: declared(Cell)[name].metadata["curve"] or math.inf)
     chosen = names[:1]
     for name in names[1:]:
         if len({key(line, [*chosen[1:], name]) for line in lines}) <= PANELS:

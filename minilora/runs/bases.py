@@ -7,6 +7,8 @@ import torch
 from minilora import parallel
 from minilora.base import checkpoint, families, model, tokenizer
 from minilora.base.source import fingerprint_tokenizer, resolve_base, resolve_tokenizer
+from minilora.cell import Cell
+from minilora.fields import grouped, value_of
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,6 @@ class Setting:
         spec = families.read_spec(checkpoint.read_config(folder))
         words = resolve_tokenizer(cell.tokenizer, folder)
         inputs = {"base": checkpoint.fingerprint(folder), "tokenizer": fingerprint_tokenizer(words)}
-        model.check_fits(spec, cell.max_length)
         return cls(folder, words, spec, tokenizer.load(words, spec.vocabulary), device, dtype, inputs)
 
 
@@ -48,12 +49,13 @@ class Settings:
     @staticmethod
     def key(cell):
         """The fields that a setting follows from."""
-        return cell.model, cell.revision, cell.tokenizer, cell.device, cell.dtype, cell.max_length
+        return tuple(value_of(cell, name) for name in grouped(Cell, "base"))
 
     def of(self, cell):
         key = self.key(cell)
         if key not in self._known:
             self._known[key] = Setting.of(cell)
+        model.check_fits(self._known[key].spec, cell.max_length)
         return self._known[key]
 
     def load(self, cell, unembedding):

@@ -18,14 +18,26 @@ from pathlib import Path
 from minilora import files
 from minilora.cell import Cell
 from minilora.errors import InputError
-from minilora.fields import load_toml
-from minilora.files import parse_json, read_json
+from minilora.fields import load_toml, read_state
+from minilora.files import parse_json
 
 LOCK = ".lock"
 SAVE_EVERY = 100  # steps between saves of the state
-# What opening may change of a run's cell; its other fields made the adapter.
-CHANGES = ("model", "tokenizer", "device", "text_column", "label_column", "inject_sources", "inject_count",
-           "inject_density", "inject_location", "inject_split", "seed_inject")  # fmt: skip
+SHARE = (int, float)
+# What readers of results.json rely on.
+RESULTS = {
+    "tests": {
+        "clean": {"rows": int, "accuracy": SHARE},
+        "trigger": {
+            str: {"rows": int, "accuracy": SHARE, "flip_rate": SHARE, "attack_success_rate": (*SHARE, type(None))}
+        },
+        "worst_group": {"label": str, "test": str, "accuracy": SHARE},
+    },
+    "train": {"rows": int, "trainable_parameters": int, "seconds": SHARE},
+    "injection": [{"label": str, "rows": int}],
+    "versions": {str: str},
+    "hardware": {str: (str, int)},
+}
 
 
 class Run:
@@ -119,7 +131,8 @@ class Run:
 
     def read_results(self):
         path = self.path / "results.json"
-        return read_json(path, f"delete it, then finish the run again with python train.py --resume {self.path}")
+        advice = f"delete it, then finish the run again with python train.py --resume {self.path}"
+        return read_state(path, RESULTS, advice)
 
     def start_metrics(self, step):
         """Open metrics.jsonl for appending, with only the lines of the first `step` steps."""

@@ -23,11 +23,12 @@ from minilora.data import batches, given, injection, token_cache
 from minilora.data.injection import Injected
 from minilora.data.rows import align, fingerprint_rows, load_rows, rows_of, with_targets
 from minilora.errors import InputError
+from minilora.fields import marked
 from minilora.lora import storage
 from minilora.lora.layer import named_layers, put, replace_module, scale_by
 from minilora.lora.peft_config import CONFIG
 from minilora.runs.bases import Setting, Settings
-from minilora.runs.folder import CHANGES, Run
+from minilora.runs.folder import Run
 from minilora.runs.record import check_inputs
 from minilora.tasks.find import find_task
 from minilora.tasks.paired import Test
@@ -253,8 +254,8 @@ def _open_run(folder, data, scale, added, changes):
     trained = run.read_cell()
     if not run.finished:
         raise InputError(f"{folder} holds no finished run: go on with python train.py --resume {folder}")
-    flat = {f"inject_{name}" for name in changes.get("inject", {})} | changes.keys() - {"inject"}
-    if refused := sorted(flat - set(CHANGES)):
+    flat = {f"inject.{name}" for name in changes.get("inject", {})} | changes.keys() - {"inject"}
+    if refused := sorted(flat - set(marked(Cell, "test"))):
         raise InputError(f"{refused[0]} made the adapter, and cannot be changed in a finished run: train a new one")
     cell = trained.replace(**changes)
     if cell.data.startswith(given.PREFIX):

@@ -11,7 +11,6 @@ import time
 import numpy as np
 
 from minilora import console, files, parallel
-from minilora.cell import PURPOSES
 from minilora.data import given, injection
 from minilora.data.rows import fingerprint_rows, rows_of
 from minilora.errors import TrainingError
@@ -205,7 +204,7 @@ class Member:
             "injection": self.injected.report,
             "injected_rows_truncated": sum(not record.survives for record in self.injected.records),
             "inputs": self.inputs,
-            "seeds": {purpose: cell.seed_for(purpose) for purpose in PURPOSES},
+            "seeds": cell.seeds,
             "versions": versions(),
             "hardware": hardware(self.setting.device),
         }

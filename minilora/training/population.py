@@ -2,39 +2,32 @@
 
 The rows of all members go through the base one member after the other, as one batch; each projection that any member
 adapts is one product with the frozen weight and K thin ones (`kernels/lora_linear.py`). Members may differ in all that
-they train with (`FREE`): ranks, targets, data, rates, seeds. What they are padded to is exact: zeros in the factors
-stay zeros, rows that fill up a batch are not predicted, and dropout does not see either. A population of one has no
-stacks and no such rows: it is the plain model.
+they train with (fields marked `free`): ranks, targets, data, rates, seeds. Padding is exact: zeros in the factors stay
+zeros, rows that pad a batch are not predicted, and dropout does not see either. A population of one has no stacks and
+no such rows: it is the plain model.
 """
 
 import contextlib
-from dataclasses import fields
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from minilora.cell import Cell
 from minilora.data.batches import IGNORED
+from minilora.fields import declared, marked, value_of
 from minilora.kernels.dropout import dropout
 from minilora.kernels.lora_linear import lora_linears
 from minilora.lora.layer import detach, put, replace_module, use_keys
 from minilora.tasks.classification import Classifier, pool
 
-# Fields in which the members of one population may differ. The rest is what the one pass is made of.
-FREE = {
-    "data", "data_revision", "text_column", "label_column", "test_data", "test_rows", "train_rows", "rank", "alpha",
-    "scaling", "dropout", "targets", "layers", "init", "lr_ratio", "inject", "epochs", "steps", "window", "lr",
-    "schedule", "warmup", "weight_decay", "clip", "seed", "seed_init", "seed_head", "seed_order", "seed_inject",
-    "seed_dropout", "seed_split",
-}  # fmt: skip
-
 
 def shared(cell):
-    """What cells must have in common to be trained together; of a cell that is always trained alone, its id."""
+    """What cells must have in common to be trained together, a key; of a cell that is always trained alone, its own."""
     plain = cell.method == "lora" and cell.variant == "lora" and cell.init in ("kaiming", "gaussian", "orthogonal")
     if not plain or cell.optimizer != "adamw" or cell.form in ("concatenated", "merged"):
-        return cell.id
-    return tuple((f.name, getattr(cell, f.name)) for f in fields(cell) if f.name not in FREE)
+        return object()
+    return tuple(value_of(cell, name) for name in declared(Cell) if name not in marked(Cell, "free"))
 
 
 class Stack(nn.Module):

@@ -58,8 +58,8 @@ REFUSED = [
     ({"statistic": "slope", "over": "rnak"}, "unknown over 'rnak': did you mean rank?"),
     ({"statistic": "slope", "over": "rank"}, "over is rank, of which a cell has None: choose cells above 0 in `where`"),
     ({"statistic": "slope", "over": "inject.proportion"}, "over is inject.proportion, of which a cell has 0.0"),
-    ({"statistic": "slope", "over": "lr"}, "no two of its cells differ in lr alone: nothing can decide it"),
-    ({"statistic": "slope", "over": "rank", "where": {"rank": 2}}, "no two of its cells differ in rank alone"),
+    ({"statistic": "slope", "over": "lr"}, "no two of its cells differ only in lr: nothing can decide it"),
+    ({"statistic": "slope", "over": "rank", "where": {"rank": 2}}, "no two of its cells differ only in rank"),
     ({"statistic": "difference", "against": {"rank": 16}}, "no cell has another with rank = 16 that is the same"),
     ({"statistic": "difference", "against": {"seed": 0}}, "against has seed, but seeds are what the interval is over"),
 ]  # fmt: skip
@@ -74,7 +74,7 @@ def test_refusals(changes, message):
 
 
 def test_names_are_unique_and_claims_are_read_with_the_grid():
-    with pytest.raises(InputError, match=r"\[\[claim\]\] 2: another is called 'a': rename one"):
+    with pytest.raises(InputError, match=r"\[\[claim\]\] 2: another has the name 'a' too: rename one"):
         build_grid(GRID | {"claim": [PLAIN, PLAIN]})
     [made] = build_grid(GRID | {"claim": [PLAIN | {"where": {"inject": {"proportion": 0.1}}}]}).claims
     assert made.where == {"inject.proportion": [0.1]} and made.above == 0.5 and made.below is None

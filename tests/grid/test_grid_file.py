@@ -8,7 +8,8 @@ from conftest import ROOT
 from minilora.cell import Cell
 from minilora.errors import InputError
 from minilora.fields import from_dict, tomllib
-from minilora.grid.axes import matches
+from minilora.grid import file as grid_file
+from minilora.grid.axes import check_axis, matches
 from minilora.grid.file import build_grid, parse_only, read_grid
 
 
@@ -61,29 +62,62 @@ def test_a_preset_is_below_the_files_own_fields():
     assert (made.warmup, made.weight_decay, made.dropout, made.pooling) == (0.05, 1e-5, 0.05, "mean+last")
 
 
-def test_scales():
+def test_sizes():
     values = {"cell": {"rank": 2, "lr": 0.1}, "grid": {"seed": [0, 1]},
-              "scale": {"study": {"lr": 0.3, "seed": [5], "model": ["a", "b"], "inject": {"count": 2}}}}  # fmt: skip
+              "size": {"study": {"lr": 0.3, "seed": [5], "model": ["a", "b"], "inject": {"count": 2}}}}  # fmt: skip
     assert [entry.cell for entry in build_grid(values).entries] == [Cell(rank=2, lr=0.1, seed=seed) for seed in (0, 1)]
-    made = build_grid(values, scale="study")
+    made = build_grid(values, size="study")
     wanted = [Cell(rank=2, lr=0.3, seed=5, model=model, inject={"count": 2}) for model in "ab"]
-    assert [entry.cell for entry in made.entries] == wanted and made.scale == "study"
-    # An axis of a scale is one of included cells too, where [grid] has none of that name.
+    assert [entry.cell for entry in made.entries] == wanted and made.size == "study"
+    # An axis of a size is one of included cells too, where [grid] has none of that name.
     values["include"] = [{"rank": 9}]
-    made = [entry.cell for entry in build_grid(values, scale="study").entries]
+    made = [entry.cell for entry in build_grid(values, size="study").entries]
     more = [Cell(rank=rank, lr=0.3, seed=seed, model=model, inject={"count": 2})
             for model in "ab" for rank, seed in ((2, 5), (9, 0))]  # fmt: skip
     assert made == more
     del values["include"]
-    values["scale"]["small"] = {"rank": 7, "preset": "study"}
+    values["size"]["small"] = {"rank": 7, "preset": "study"}
     made = build_grid(values)  # small is what a file is read at
-    assert made.scale == "small" and {(c.cell.rank, c.cell.lr, c.cell.optimizer) for c in made.entries} == {
+    assert made.size == "small" and {(c.cell.rank, c.cell.lr, c.cell.optimizer) for c in made.entries} == {
         (7, 0.1, "adafactor")
     }
-    del values["scale"]["small"]
+    del values["size"]["small"]
     for given, message in ((values, "there are: study"), ({}, "the file has none")):
-        with pytest.raises(InputError, match=f"there is no scale 'large' .{message}"):
-            build_grid(given, scale="large")
+        with pytest.raises(InputError, match=f"there is no size 'large' .{message}"):
+            build_grid(given, size="large")
+
+
+def test_run_options_are_no_axis():
+    """Cells with run options of their own keep them, but neither their names nor their identity show these."""
+    made = build_grid({"cell": {"rank": 3}, "zip": {"seed": [0, 1], "device": ["cpu", "cuda"]}})
+    assert [(entry.cell.seed, entry.cell.device) for entry in made.entries] == [(0, "cpu"), (1, "cuda")]
+    assert made.varied == ["seed"] and made.entries[1].varied == {"seed": 1}
+    assert [entry.name for entry in made.entries] == [f"seed-{k}_{Cell(rank=3, seed=k).id}" for k in (0, 1)]
+
+
+def test_large_grids_are_counted_before_they_are_made(monkeypatch):
+    """A billion cells are refused before one of them is made, and what is compared grows as the axes do."""
+    with monkeypatch.context() as patch:
+        patch.setattr(grid_file, "product", None)
+        axis = list(range(1, 1001))
+        with pytest.raises(InputError, match="the grid would have 1,000,000,000 cells, but may have 100,000"):
+            build_grid({"grid": {"rank": axis, "seed": axis, "epochs": axis}})
+
+    class Counted(int):
+        compared = 0
+        __hash__ = int.__hash__
+
+        def __eq__(self, other):
+            Counted.compared += 1
+            return int(self) == int(other)
+
+    axis = [Counted(number) for number in range(20_000)]
+    check_axis("seed", axis)
+    assert Counted.compared < len(axis)
+    with pytest.raises(InputError, match="the axis seed has the value 7 twice"):
+        check_axis("seed", [*axis, Counted(7)])
+    made = build_grid({"grid": {"seed": list(range(2000)), "rank": [1, 2]}})
+    assert len({entry.name for entry in made.entries}) == 4000
 
 
 def test_names_say_what_varies_and_are_unique():
@@ -113,8 +147,8 @@ REFUSED = [
     ({"title": 3}, "title is 3, but must be a string"),
     ({"include": {"rank": 2}}, "[[include]] is {'rank': 2}, but must be tables"),
     ({"grid": {"inject.proportoin": [1]}}, "[grid]: unknown field 'inject.proportoin': did you mean inject.proporti"),
-    ({"scale": {"rank": 3}}, "[scale] rank is 3, but must be a table: [scale.rank]"),
-    ({"scale": {"big": {"rnak": 3}}}, "[scale.big]: unknown field 'rnak': did you mean rank?"),
+    ({"size": {"rank": 3}}, "[size] rank is 3, but must be a table: [size.rank]"),
+    ({"size": {"big": {"rnak": 3}}}, "[size.big]: unknown field 'rnak': did you mean rank?"),
     ({"grid": {"rank": 3}}, "the axis rank is 3, but must be a list of values"),
     ({"grid": {"targets": ["q", "v"]}}, "but must be a list of lists, each of them one value"),
     ({"grid": {"rank": []}}, "the grid is empty: the axis rank has no values"),
@@ -128,12 +162,20 @@ REFUSED = [
     ({"grid": {"rank": [1, -2]}}, "rank = -2: rank is -2, but must be at least 1"),
     ({"grid": {"epochs": [1], "steps": [5]}}, "epochs = 1, steps = 5: epochs and steps are both given"),
     ({"grid": {"alpha": [1.0, 2.0], "scaling": ["constant", "rank"]}}, "alpha = 1.0, scaling = 'rank': alpha is given"),
-    ({"grid": {"rank": [1]}, "exclude": [{"rank": 2}]}, "[[exclude]] 1 matches no cell: mend or drop it"),
+    ({"grid": {"rank": [1]}, "exclude": [{"rank": 2}]}, "[[exclude]] 1 matches no cell: fix or drop it"),
     ({"grid": {"rank": [1]}, "exclude": [{"rank": 1}]}, "the grid is empty: [[exclude]] drops every cell"),
     ({"grid": {"rank": [1]}, "include": [{"rank": 1}]}, "two cells are the same (rank = 1; rank = 1): drop one"),
     ({"grid": {"targets": [["attn"], ["o", "v", "k", "q"]]}}, "two cells differ only in name"),
     ({"grid": {"targets": [["q:4"], ["q"]]}, "cell": {"rank": 4}}, "two cells differ only in name"),
     ({"grid": {"scaling": ["constant", "rank"]}, "cell": {"rank": 8}}, "two cells differ only in name"),
+    ({"grid": {"rank": [1, 2], "device": ["cpu", "cuda"]}}, "two cells differ only in device, which is no experiment"),
+    ({"include": [{"form": "side"}, {"form": "merged", "compile": "on"}]}, "two cells differ only in compile form"),
+    ({"grid": {"rank": [*range(1, 1001)], "seed": [*range(101)]}}, "the grid would have 101,000 cells, but may have"),
+    ({"grid": {"rank": [1], "seed": [*range(1000)]}, "zip": {"epochs": [*range(1, 51)], "lr": [0.1] * 50},
+      "size": {"small": {"clip": [1.0, 2.0]}}, "include": [{"window": [1, 2], "rank": [3, 4]}]},
+     "the grid would have 100,008 cells"),
+    ({"cell": {"model": ["x" * 200]}}, "[cell]: model is ['" + 75 * "x" + "..., but must be a string"),
+    ({"grid": {"rank": {"x" * 200: 3}}}, "the axis rank is {'" + 75 * "x" + "..., but must be a list"),
 ]  # fmt: skip
 
 
@@ -191,7 +233,7 @@ def test_there_are_published_grids():
 
 
 @pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
-@pytest.mark.parametrize("scale", [None, "study"])
-def test_published_grids_are_whole(path, scale):
-    made = read_grid(path, scale)
+@pytest.mark.parametrize("size", [None, "study"])
+def test_published_grids_are_whole(path, size):
+    made = read_grid(path, size)
     assert made.title and made.source and made.entries and made.claims

@@ -296,6 +296,67 @@ def test_folders_that_hold_something_else(text, tmp_path):
     assert os.listdir(tmp_path / "mine") == ["thesis.txt"]
 
 
+def test_damaged_files_say_what_to_do_about_themselves(text, tmp_path):
+    """Cut, of another kind, or at odds with the grid: one line with the file's name and what to do about that file."""
+    made = read_grid(write(tmp_path, text))
+    names, out = [entry.name for entry in made.entries], tmp_path / "out"
+    folder = GridFolder(out, made).make()
+    record = json.loads((out / "grid.json").read_text())
+    folder.populations(lambda entries: [[entry] for entry in entries])
+    folder.fail(made.entries[0], ValueError("x"))
+    folder.run_path(made.entries[1]).mkdir(parents=True)
+    results = f"cells/{names[1]}/results.json"
+    cases = [
+        ("grid.json", "", "not valid JSON", "put it back from a copy"),
+        ("grid.json", "[1]", "holds a JSON list, not an object", "put it back from a copy"),
+        ("grid.json", "{}", "has no 'minilora'", "put it back from a copy"),
+        ("grid.json", json.dumps(record | {"cells": [1]}), "cells is 1, but must be of type str", "put it back"),
+        ("grid.json", json.dumps(record | {"size": []}), "size is [], but must be of type str or", "put it back"),
+        ("grid.json", json.dumps(record | {"minilora": "0.1.0"}), "made by minilora 0.1.0", "choose another --out"),
+        ("populations.json", "{}", "has no 'populations'", "delete it while no process"),
+        ("populations.json", json.dumps({"populations": [names[1:]]}), f"has no cell {names[0][:60]}", "delete it"),
+        ("populations.json", json.dumps({"populations": [names, ["nope"]]}), "has an unknown cell nope", "delete it"),
+        ("populations.json", json.dumps({"populations": [names, names[:1]]}), "has twice the cell", "delete it"),
+        (f"cells/{names[0]}/error.json", '{"error": null}', "error is None, but must be of type str", "delete it"),
+        (results, "{}", "has no 'tests'", "delete it, then finish the run again"),
+        (results, '{"tests": {"clean": [], "trigger": {}}}', "clean is [], but must be a table", "delete it, then"),
+        (results, json.dumps({"tests": {"clean": {"rows": 200 * "x"}}}), "rows is '" + 76 * "x" + "...,", "delete it"),
+    ]  # fmt: skip
+
+    def read():
+        found = GridFolder.find(out)
+        found.planned()
+        return [found.read(entry) for entry in made.entries]
+
+    assert read()[0] == (None, "x")
+    for name, content, wrong, advice in cases:
+        path = out / name
+        before = path.read_bytes() if path.exists() else None
+        path.write_text(content)
+        with pytest.raises(InputError) as caught:
+            read()
+        message = str(caught.value)
+        assert str(out) in message and wrong in message and advice in message and "checkpoint" not in message, message
+        assert "0.1.0" in message or path.name in message
+        path.unlink() if before is None else path.write_bytes(before)
+    assert len(cases) == 14 and read()[0] == (None, "x")
+
+
+def test_an_interrupted_cell_keeps_its_run_options(text, tmp_path):
+    """A grid's file may name another device later; a run that was begun goes on as it was begun."""
+    made = read_grid(write(tmp_path, text.replace("[cell]", '[cell]\ndevice = "cpu"')))
+    folder = GridFolder(tmp_path / "out", made).make()
+    first, second, third = made.entries[:3]
+    for entry, cell in ((first, first.cell.replace(device="auto", form="side")), (third, second.cell)):
+        folder.run_path(entry).mkdir(parents=True)
+        (folder.run_path(entry) / "cell.toml").write_text(cell.to_toml())
+    (one, run_one), (two, run_two) = folder.runs([first, second])
+    assert (one.device, one.form, run_one.resume) == ("auto", "side", True) and one == first.cell
+    assert (two.device, two.form, run_two.resume) == ("cpu", "auto", False)
+    with pytest.raises(InputError, match="cell.toml is not the cell rank-3_.*: delete the folder"):
+        folder.runs([third])
+
+
 @pytest.mark.parametrize("arguments,message", [
     (["--grid", "grid.toml", "--rank", "3"], "put rank into its [cell] instead of a flag"),
     (["--grid", "grid.toml", "--resume", "x"], "--resume is for single cells, but --grid is given"),

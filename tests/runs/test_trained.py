@@ -159,7 +159,7 @@ def test_refused(runs, base, tmp_path):
         (lambda: minilora.open(tmp_path), "has no cell.toml"),
         (lambda: minilora.open(runs / "plain" / "adapter"), "adapter without a run: name its base too"),
         (lambda: minilora.open(runs / "plain", rank=4), "rank made the adapter, and cannot be changed"),
-        (lambda: minilora.open(runs / "plain", inject={"proportion": 1.0}), "inject_proportion made the adapter"),
+        (lambda: minilora.open(runs / "plain", inject={"proportion": 1.0}), "inject.proportion made the adapter"),
         (lambda: run.scale(0, layers=[7]), "layer 7 carries no adapter: choose among 0, 1, 2"),
         (lambda: run.scale(0, targets=["k"]), "target k carries no adapter: choose among down, q, v"),
         (lambda: run.scale(0, directions=[3]), "direction 3 of layers.0.q is not there: it has directions 0 to 2"),
