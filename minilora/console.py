@@ -5,8 +5,6 @@ import re
 import sys
 import time
 
-from tqdm import tqdm
-
 LINE_EVERY = 5.0, 0.05  # seconds between plain lines: the larger of 5 s and 5% of what has passed
 COLUMNS = 100
 # Control characters but tab and newline, marks of direction, line separators, and halves of a character.
@@ -25,13 +23,22 @@ def quiet():
         _quiet = before
 
 
+def bar(**settings):
+    """A tqdm bar on a terminal, elsewhere None."""
+    if not sys.stderr.isatty():
+        return None
+    from tqdm import tqdm
+
+    return tqdm(**settings)
+
+
 class Cells:
     """Progress over a grid of `total` cells, `done` of which are done: a line for each, and a bar on a terminal."""
 
     def __init__(self, total, done):
         self.total, self.first, self.done = total, done, done
         self.start = time.perf_counter()
-        self.bar = tqdm(total=total, initial=done, desc="cells", unit="cell") if sys.stderr.isatty() else None
+        self.bar = bar(total=total, initial=done, desc="cells", unit="cell")
 
     def advance(self, name, what):
         self.done += 1
@@ -62,8 +69,8 @@ class Progress:
         self.label, self.total, self.first, self.done, self.tokens = label, total, done, done, 0
         self.start = self.shown = time.perf_counter()
         self.bar = None
-        if sys.stderr.isatty() and not _quiet:
-            self.bar = tqdm(total=total, initial=done, desc=label, unit="row", dynamic_ncols=True, smoothing=0.1)
+        if not _quiet:
+            self.bar = bar(total=total, initial=done, desc=label, unit="row", dynamic_ncols=True, smoothing=0.1)
 
     def advance(self, rows, tokens, note=""):
         rows = min(rows, self.total - self.done)  # of several processes, each is counted as the first
@@ -94,6 +101,8 @@ class Progress:
 def say(text=""):
     """A line on stderr, above a bar if there is one. What a script may want to read goes to stdout."""
     if not _quiet:
+        from tqdm import tqdm
+
         tqdm.write(visible(text), file=sys.stderr)
 
 

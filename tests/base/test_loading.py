@@ -1,6 +1,6 @@
 """How much memory and time loading takes: a synthetic sharded Llama, loaded in a process of its own.
 
-python tests/base/test_loading.py [GB] [FOLDER]    a table for a checkpoint of that size (default: 2.1), written to FOLDER
+python tests/base/test_loading.py [GB] [FOLDER]    a table for a checkpoint of GB (default: 2.1), written to FOLDER
 
 Peak is the largest resident memory while loading, mapped pages of the file included, less what was resident before,
 over the size of the parameters. Time is that of `model.load` over those of reading the same files, all of them in the

@@ -29,6 +29,15 @@ def entries(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
+RESULTS = {
+    "tests": {
+        "clean": {"rows": 2, "accuracy": 0.5}, "trigger": {},
+        "worst_group": {"label": "é", "test": "clean", "accuracy": 0.5},
+    },
+    "train": {"rows": 3, "trainable_parameters": 4, "seconds": 0.5}, "injection": [], "versions": {}, "hardware": {},
+}  # fmt: skip
+
+
 # --- a new folder
 
 
@@ -40,9 +49,9 @@ def test_a_new_run(tmp_path):
         assert made.read_cell() == Run(made.path).read_cell() == CELL
         made.state.write_bytes(b"state")
         assert made.state == made.path / "state.safetensors"
-        made.finish({"accuracy": 0.5, "labels": ["é"]})
+        made.finish(RESULTS)
         assert made.finished and entries(made.path) == [".lock", "cell.toml", "results.json"]
-    assert Run(made.path).finished and Run(made.path).read_results() == {"accuracy": 0.5, "labels": ["é"]}
+    assert Run(made.path).finished and Run(made.path).read_results() == RESULTS
 
 
 def test_names_under_runs_are_numbered(tmp_path, monkeypatch):

@@ -64,7 +64,8 @@ def test_it_predicts_what_the_run_predicted(runs, name):
 
 def test_hidden_states_are_those_of_transformers_with_peft(runs, base):
     run = minilora.open(runs / "plain")
-    judge = peft.PeftModel.from_pretrained(transformers.AutoModel.from_pretrained(base), runs / "plain" / "adapter").eval()
+    judge = transformers.AutoModel.from_pretrained(base)
+    judge = peft.PeftModel.from_pretrained(judge, runs / "plain" / "adapter").eval()
     words = transformers.AutoTokenizer.from_pretrained(base)
     found = run.hidden(TEXTS)
     for text, state in zip(TEXTS, found, strict=True):
@@ -187,7 +188,8 @@ def test_rows_from_python(base, reviews, tmp_path, monkeypatch):
     steps = []
     wanted, folder = minilora.train(cell.replace(data=str(reviews)), tmp_path / "file")
     for number, table in enumerate(tables):
-        results, out = minilora.train(cell, tmp_path / str(number), rows=table, on_step=lambda **line: steps.append(line))
+        out = tmp_path / str(number)
+        results, _ = minilora.train(cell, out, rows=table, on_step=lambda **line: steps.append(line))
         assert (out / "predictions.jsonl").read_bytes() == (folder / "predictions.jsonl").read_bytes()
         assert results["tests"] == wanted["tests"]
     assert len({minilora.open(tmp_path / str(number)).cell.data for number in range(6)}) == 1
