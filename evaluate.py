@@ -74,8 +74,7 @@ def evaluate(folder, *, data=None, batch_size=None, scale=1.0, added=(), merge_t
         there = Run(other)
         if there.finished and there.read_results()["inputs"]["base"] != inputs["base"]:
             raise InputError(f"--add {other}: it was trained on another base than {folder}: choose another")
-    others = [(storage.find(other), weight) for other, weight in added]
-    storage.restore(run.path / "adapter", trained_model, cell.method, scale, others)
+    storage.restore(run.path, trained_model, cell.method, scale, added)
     if merge_to is not None:
         merged = merging.write(merge_to, trained_model, cell, clean.label_names, source=source, tokenizer=words)
         console.say(f"merged     {merge_to}: {merging.describe(merged)}")
