@@ -31,7 +31,9 @@ from minilora.lora.targets import Slot, ranges
 from minilora.lora.variants import VARIANTS
 
 TRAINED, HEAD, FACTORS = "trained.safetensors", "head.json", "factors.safetensors"
-RECORD = "minilora"  # the metadata's only key: safetensors keeps no order of keys, and a cell's bytes are always the same
+RECORD = (
+    "minilora"  # the metadata's only key: safetensors keeps no order of keys, and a cell's bytes are always the same
+)
 
 
 # --- write
@@ -223,7 +225,9 @@ def read_factors(run, spec):
         parts = {
             name: Part(slot, *(tensors.pop(f"{name}.{key}", None) for key in PARTS)) for name, slot in slots.items()
         }
-        head = {leaf: tensors.pop(f"classifier.{leaf}") for leaf in ("weight", "bias") if f"classifier.{leaf}" in tensors}
+        head = {
+            leaf: tensors.pop(f"classifier.{leaf}") for leaf in ("weight", "bias") if f"classifier.{leaf}" in tensors
+        }
         adapter, written = Adapter(parts, record["variant"], record["dropout"], head), record["adapter"].items()
         if tensors or not parts or adapter.variant not in VARIANTS:
             raise ValueError

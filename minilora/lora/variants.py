@@ -170,7 +170,7 @@ def fits(weight, slot):
     out_features, in_features = weight.shape
     if slot.rank > min(weight.shape):
         raise InputError(
-            f"rank {slot.rank} is larger than the matrix whose part it starts as ({out_features} x {in_features}): "
+            f"rank {slot.rank} is larger than the matrix that the start is a part of ({out_features} x {in_features}): "
             f"use at most {min(weight.shape)}"
         )
 

@@ -160,7 +160,10 @@ def test_what_does_not_fit_is_refused(tiny_folder, tmp_path):
         (dict(target_modules=".*query", layers_to_transform=[1]), "need a list of target_modules"),
         (dict(layers_pattern="layer"), "layers_pattern needs layers_to_transform"),
         (dict(exclude_modules=["query"]), "query has factors, but is not one of target_modules"),
-        (dict(modules_to_save=["classifier", "pooler"]), "modules_to_save names 'pooler', but there is no tensor of it"),
+        (
+            dict(modules_to_save=["classifier", "pooler"]),
+            "modules_to_save names 'pooler', but there is no tensor of it",
+        ),
         (dict(modules_to_save=None), "classifier.bias has no place in it; classifier.weight has no place in it"),
     ]:
         (folder / "adapter_config.json").write_text(json.dumps(config | change))
@@ -184,7 +187,10 @@ def test_what_does_not_fit_is_refused(tiny_folder, tmp_path):
         (tensors | {classifier: torch.zeros(3, 25)}, "classifier has shapes {'bias': [3], 'weight': [3, 25]}"),
         (tensors | {name: torch.full((2, 24), torch.nan)}, "A of layers.1.q has NaN or infinity"),
         (tensors | {classifier: torch.full((3, 24), torch.inf)}, "the head's weight has NaN or infinity"),
-        (tensors | {f"{stem}.lora_A.other.weight": tensors[name]}, "has several tensors encoder.layer.1.attention"),
+        (
+            tensors | {f"{stem}.lora_A.other.weight": tensors[name].clone()},
+            "has several tensors encoder.layer.1.attention",
+        ),
     ]:
         save_file(changed, folder / "adapter_model.safetensors")
         message = refusal(folder, tiny_folder)
@@ -275,8 +281,9 @@ def test_a_run_of_another_base_is_refused(tmp_path):
     tiny_bert(tmp_path / "six", num_hidden_layers=6)
     tiny_bert(tmp_path / "wide", hidden_size=30)
     storage.save_run(tmp_path / "run", trained(tmp_path / "six", Cell(targets=("q",))), Cell(targets=("q",)), "abc")
-    assert "bert base of 2 layers: layers.2.q has A [1, 24] and B [24, 1], where the base asks for none there" in refusal(
-        tmp_path / "run", tmp_path / "two"
+    assert (
+        "bert base of 2 layers: layers.2.q has A [1, 24] and B [24, 1], where the base asks for none there"
+        in refusal(tmp_path / "run", tmp_path / "two")
     )
     assert "layers.0.q has A [1, 24] and B [24, 1], where the base asks for A [R, 30]" in refusal(
         tmp_path / "run", tmp_path / "wide"
@@ -377,7 +384,13 @@ CLASSIFIERS = [
     ("Bert", SIZES, "query", ["pooler"], "bert.pooler.dense.weight, classifier.bias, classifier.weight) has no place"),
     ("Roberta", SIZES, "query", [], "classifier.dense.weight, classifier.out_proj.bias"),
     ("DistilBert", DISTILLED, "q_lin", ["pre_classifier"], "in transformers, pre_classifier precedes it; left out"),
-    ("ModernBert", SIZES | dict(cls_token_id=1, sep_token_id=2), "Wqkv", ["head"], "head.dense.weight, head.norm.weight"),
+    (
+        "ModernBert",
+        SIZES | dict(cls_token_id=1, sep_token_id=2),
+        "Wqkv",
+        ["head"],
+        "head.dense.weight, head.norm.weight",
+    ),
 ]
 
 
@@ -427,7 +440,11 @@ def test_keys_of_a_state_dict(tiny_folder, tmp_path, capsys):
     cell = Cell(rank=2, targets=("q", "down"))
     storage.save(tmp_path, trained(tiny_folder, cell), cell, "abc")
     base = model.load(tiny_folder)
-    wanted, tensors, prefix = storage.read(tmp_path, base), load_file(tmp_path / peft_config.TENSORS), "base_model.model."
+    wanted, tensors, prefix = (
+        storage.read(tmp_path, base),
+        load_file(tmp_path / peft_config.TENSORS),
+        "base_model.model.",
+    )
     embeddings = f"{prefix}embeddings.word_embeddings.weight"
     head = f"{prefix}classifier.modules_to_save.default."
     named = {name.replace("lora_A.", "lora_A.default.").replace("lora_B.", "lora_B.default.")
@@ -483,7 +500,9 @@ def test_what_float32_cannot_hold_is_refused(tiny_folder, tmp_path):
         culprit, factor = added[0] if added else (tmp_path / name, weight)
         with pytest.raises(InputError) as caught:
             storage.restore(tmp_path / name, fresh, "lora", weight, added)
-        assert str(caught.value).startswith(f"{culprit}, {factor:g} times: it changes the weight of layers.0.q by up to")
+        assert str(caught.value).startswith(
+            f"{culprit}, {factor:g} times: it changes the weight of layers.0.q by up to"
+        )
         assert not named_layers(fresh.base)
         cases += 1
     assert cases == 5

@@ -168,7 +168,9 @@ def test_ours_loads_in_peft(made, tmp_path, family, case):
     assert config["task_type"] == ("CAUSAL_LM" if judge.decoder else None)
     assert config["fan_in_fan_out"] == (family == "gpt2")
     if judge.decoder:
-        assert all(name.startswith(families.FAMILIES[family].prefixes[-1]) for name in modules(tmp_path / "adapter", base))
+        assert all(
+            name.startswith(families.FAMILIES[family].prefixes[-1]) for name in modules(tmp_path / "adapter", base)
+        )
 
     # Back again: the run has the same slots and factors, bit for bit; its adapter/ has the same outputs.
     again = load(folder, judge)
