@@ -78,13 +78,10 @@ class LoRALinear(nn.Module):
             for linear in linears
         ], form=adapted[0].form)  # fmt: skip
 
-    def extra_repr(self):
-        name = next(name for name, variant in VARIANTS.items() if variant is self.variant)
-        linear = self.linear
-        return f"{linear.in_features} -> {linear.out_features}, rank={self.slot.rank}, scale={self.slot.scale}, {name}"
-
     def __repr__(self):
-        return f"LoRALinear({self.extra_repr()})"
+        name = next(name for name, variant in VARIANTS.items() if variant is self.variant)
+        out_features, in_features = self.original.shape
+        return f"LoRALinear({in_features} -> {out_features}, rank={self.slot.rank}, scale={self.slot.scale}, {name})"
 
     @property
     def merged(self):

@@ -26,7 +26,8 @@ PREFIX = "base_model.model."
 FACTOR = re.compile(r"(.+)\.(?:lora_(A|B)\.weight|lora_(magnitude)_vector(?:\.weight)?)")
 # In a whole model's state dict PEFT puts the adapter's name, such as "default", into a key.
 OWN_NAME = re.compile(r"(?<=\.)(lora_A|lora_B|lora_magnitude_vector)\.[^.]+(?=\.weight$)|modules_to_save\.[^.]+\.")
-# What stands between the base and the last map in transformers' classifiers, and has no place here.
+# Modules of transformers' classifiers beside the base, and the layer of an encoder's that has no place here.
+TASK_HEAD = re.compile(r"(classifier|score|pooler|pre_classifier|head)\.")
 BEFORE_HEAD = {"bert": "pooler", "roberta": "classifier.dense", "xlm-roberta": "classifier.dense",
                "distilbert": "pre_classifier", "modernbert": "head"}  # fmt: skip
 
@@ -145,31 +146,53 @@ def sort_tensors(tensors, base, config, folder):
     spec, family = base.spec, families.find(base.spec.family)
     modules, prefixes = modules_of(spec), sorted(family.prefixes, key=len, reverse=True)
     saved = peft_config.as_list(config.get("modules_to_save"), "modules_to_save", folder / CONFIG)
+    tensors = plain_names(tensors, folder)
     found, heads, used, wrong = {}, {}, set(), []
-    for name, value in plain_names(tensors, folder).items():
+    for name, value in tensors.items():
         parsed = FACTOR.fullmatch(name)
-        module, kind = (parsed[1], parsed[2] or parsed[3]) if parsed else (None, None)
-        prefix = next((p for p in prefixes if parsed and module.startswith(p) and module[len(p) :] in modules), None)
+        module, kind = (parsed[1], parsed[2] or parsed[3]) if parsed else (name, None)
+        prefix = next(p for p in prefixes if module.startswith(p))  # the last is ""
         if not value.is_floating_point():
             wrong.append(f"{name} is of type {str(value.dtype).removeprefix('torch.')}")
-        elif prefix is not None:
+        elif parsed and module.removeprefix(prefix) in modules:
             used.add(prefix)
-            found.setdefault(module[len(prefix) :], {})[kind] = value.float()
-        elif (own := embedding(name, base)) is not None:
+            found.setdefault(module.removeprefix(prefix), {})[kind] = value.float()
+        elif (own := own_tensor(name, base)) is not None:
             if own.shape != value.shape or not own.equal(value.to(own)):
-                wrong.append(f"{name} is not the base's, and minilora trains no embeddings")
-        elif any(f".{module}." in f".{name}" for module in saved):
+                wrong.append(f"{name} is not the base's, and minilora does not train it")
+        elif TASK_HEAD.match(name.removeprefix(prefix)) and any(f".{m}." in f".{name}" for m in saved):
             heads[name] = value.float()
         else:
             wrong.append(f"{name} has no place in it")
     for module in saved:
-        if module not in peft_config.HEADS and not any(f".{module}." in f".{name}" for name in heads):
+        if module not in peft_config.HEADS and not any(f".{module}." in f".{name}" for name in tensors):
             wrong.append(f"modules_to_save names {module!r:.80}, but there is no tensor of it")
     prefix = next(iter(used), "")
     if len(used) > 1:
         wrong.append(f"modules have several prefixes ({', '.join(map(repr, sorted(used)))})")
-    keys = {"A", "B", "magnitude"} if config.get("use_dora") else {"A", "B"}
-    for module, names in modules.items():
+    wrong += factor_faults(found, prefix, spec, config, folder)
+    whole = is_whole(heads, family, prefix, config)
+    head = check_head(heads, spec, wrong) if whole else {}
+    if not found and not wrong:
+        wrong.append("it has no LoRA factor")
+    if wrong:
+        raise InputError(
+            f"{folder / TENSORS} is not an adapter for this {spec.family} base of {len(spec.layers)} layers: "
+            f"{'; '.join(wrong[:3])}" + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+        )
+    if not whole:
+        before = BEFORE_HEAD.get(spec.family, "another layer")
+        console.say(
+            f"adapter    {folder}: its head is left out ({', '.join(sorted(heads))}): it is one of transformers' task "
+            f"models, with {before} before the last map, which has no place here"
+        )
+    return prefix, {module: found[module] for module in modules if module in found}, head
+
+
+def factor_faults(found, prefix, spec, config, folder):
+    """What is wrong with the factors of {module: {"A", "B", "magnitude"}}, in words."""
+    wrong, keys = [], {"A", "B", "magnitude"} if config.get("use_dora") else {"A", "B"}
+    for module, names in modules_of(spec).items():
         factors = found.get(module, {})
         targeted = peft_config.is_targeted(config, prefix + module, folder / CONFIG)
         if targeted and set(factors) != keys:
@@ -186,19 +209,7 @@ def sort_tensors(tensors, base, config, folder):
                     f"{module} has A {A} and B {B}, where the base asks for A [R, {in_features}] and "
                     f"B [{out_features}, R]"
                 )
-    head = {}
-    if (before := not family.causal and (prefix or config.get("task_type") == "SEQ_CLS")) or not is_linear(heads):
-        say_left_out(heads, spec.family if before else None, folder)
-    else:
-        head = check_head(heads, spec, wrong)
-    if not found and not wrong:
-        wrong.append("it has no LoRA factor")
-    if wrong:
-        raise InputError(
-            f"{folder / TENSORS} is not an adapter for this {spec.family} base of {len(spec.layers)} layers: "
-            f"{'; '.join(wrong[:3])}" + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else "")
-        )
-    return prefix, {module: found[module] for module in modules if module in found}, head
+    return wrong
 
 
 def plain_names(tensors, folder):
@@ -216,28 +227,28 @@ def plain_names(tensors, folder):
     return found
 
 
-def embedding(name, base):
-    """The base's own tensor, if `name` is that of its embeddings or unembedding in PEFT's model; else None."""
+def own_tensor(name, base):
+    """The base's own tensor, if `name` is that of its embeddings, last norm or unembedding in PEFT's model; else None."""
     family = families.find(base.spec.family)
     layout = family.peft or family.layout
-    own = {f"{family.unembed}.weight": "embed.tokens" if base.spec.tied else "unembedding"}
-    own |= {f"{p}{module}.weight": part for part, module in layout.embeddings.items() for p in family.prefixes}
+    module, _, leaf = name.rpartition(".")
+    places = {family.unembed: "embed.tokens" if base.spec.tied else "unembedding"}
+    places |= {prefix + there: here for here, there in layout.embeddings.items() for prefix in family.prefixes}
     try:
-        return parallel.gathered(base.get_submodule(own[name]).weight.detach())
-    except (KeyError, AttributeError):
+        return parallel.gathered(getattr(base.get_submodule(places[module]), leaf).detach())
+    except (KeyError, AttributeError):  # also where the base was loaded without it
         return None
 
 
-def is_linear(heads):
-    """Whether {name: tensor} is one linear map that stands alone: NAME.weight, and perhaps NAME.bias."""
-    return all(re.fullmatch(r"[^.]+\.(weight|bias)", name) for name in heads)
+def is_whole(heads, family, prefix, config):
+    """Whether {name: tensor} holds all of a head: one linear map of the base's hidden states, or none at all.
 
-
-def say_left_out(heads, family, folder):
-    """A line about a head that cannot be read whole."""
-    if heads:
-        missing = f": in transformers, {BEFORE_HEAD.get(family, 'another layer')} precedes it" if family else ""
-        console.say(f"adapter    {folder}: its head ({', '.join(sorted(heads))}) has no place here{missing}; left out")
+    A decoder's `score` reads the last token's (pooling last). An encoder's head in a task model of transformers, which
+    the prefix or the task tells, reads what further layers made of the first token's.
+    """
+    of_task_model = prefix or config.get("task_type") == "SEQ_CLS"
+    linear = all(re.fullmatch(r"[^.]+\.(weight|bias)", name) for name in heads)
+    return not heads or linear and (family.causal or not of_task_model)
 
 
 def check_head(heads, spec, wrong):

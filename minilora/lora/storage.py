@@ -31,9 +31,7 @@ from minilora.lora.targets import Slot, ranges
 from minilora.lora.variants import VARIANTS
 
 TRAINED, HEAD, FACTORS = "trained.safetensors", "head.json", "factors.safetensors"
-RECORD = (
-    "minilora"  # the metadata's only key: safetensors keeps no order of keys, and a cell's bytes are always the same
-)
+RECORD = "minilora"  # the only key of the metadata, since the library writes several in any order
 
 
 # --- write
@@ -105,10 +103,10 @@ def restore(folder, model, method, weight=1.0, added=()):
     """
     folder = Path(folder)
     if method == "lora":
-        folders = [(folder, weight), *added]
-        weighted = [(read(other, model.base), factor) for other, factor in folders]
-        for (other, factor), (adapter, _) in zip(folders, weighted, strict=True):
-            check_strength(adapter, f"{other}, {factor:g} times", factor)
+        weighted = []
+        for other, times in ((folder, weight), *added):
+            weighted.append((read(other, model.base), times))
+            check_strength(weighted[-1][0], f"{other}, {times:g} times", times)
         own = weighted[0][0]
         put_adapter(combine(weighted) if added else own, model.base)
         scale_by(model.base, 1.0 if added else weight)

@@ -164,6 +164,7 @@ def test_what_does_not_fit_is_refused(tiny_folder, tmp_path):
             dict(modules_to_save=["classifier", "pooler"]),
             "modules_to_save names 'pooler', but there is no tensor of it",
         ),
+        (dict(modules_to_save=["classifier", "LayerNorm"]), "'LayerNorm', but there is no tensor of it"),
         (dict(modules_to_save=None), "classifier.bias has no place in it; classifier.weight has no place in it"),
     ]:
         (folder / "adapter_config.json").write_text(json.dumps(config | change))
@@ -200,7 +201,7 @@ def test_what_does_not_fit_is_refused(tiny_folder, tmp_path):
     assert "adapter_model.safetensors" in refusal(folder, tiny_folder)
     (folder / "adapter_model.safetensors").unlink()
     assert "adapter_model.safetensors" in refusal(folder, tiny_folder)
-    assert cases == 33 + 12
+    assert cases == 34 + 12
 
 
 def test_another_base_is_refused_with_the_first_differences(tmp_path):
@@ -222,7 +223,7 @@ def test_another_base_is_refused_with_the_first_differences(tmp_path):
 
 @pytest.mark.parametrize("cell", [Cell(rank=2, init="pissa"), Cell(rank=2, variant="dora", dropout=0.1)])
 def test_a_run_keeps_its_factors(tiny_folder, tmp_path, cell):
-    """The same bytes each time; a run whose adapter/ changed is refused, and adapter/ itself is read as PEFT reads it."""
+    """The same bytes each time. A run whose adapter/ changed is refused; adapter/ itself is read as PEFT reads it."""
     classifier = trained(tiny_folder, cell)
     for name in ("one", "two"):
         storage.save_run(tmp_path / name, classifier, cell, "abc")
@@ -380,10 +381,28 @@ SIZES = dict(vocab_size=90, hidden_size=24, num_hidden_layers=2, num_attention_h
 DISTILLED = dict(vocab_size=90, dim=24, n_layers=2, n_heads=3, hidden_dim=40, max_position_embeddings=48, num_labels=5)
 # (family in transformers, its configuration, a target, modules to save besides PEFT's, what is said of the head)
 CLASSIFIERS = [
-    ("Bert", SIZES, "query", [], "(classifier.bias, classifier.weight) has no place here: in transformers, pooler"),
-    ("Bert", SIZES, "query", ["pooler"], "bert.pooler.dense.weight, classifier.bias, classifier.weight) has no place"),
+    (
+        "Bert",
+        SIZES,
+        "query",
+        [],
+        "(classifier.bias, classifier.weight): it is one of transformers' task models, with pooler before",
+    ),
+    (
+        "Bert",
+        SIZES,
+        "query",
+        ["pooler"],
+        "(bert.pooler.dense.bias, bert.pooler.dense.weight, classifier.bias, classifier.weight): it",
+    ),
     ("Roberta", SIZES, "query", [], "classifier.dense.weight, classifier.out_proj.bias"),
-    ("DistilBert", DISTILLED, "q_lin", ["pre_classifier"], "in transformers, pre_classifier precedes it; left out"),
+    (
+        "DistilBert",
+        DISTILLED,
+        "q_lin",
+        ["pre_classifier"],
+        "with pre_classifier before the last map, which has no place here",
+    ),
     (
         "ModernBert",
         SIZES | dict(cls_token_id=1, sep_token_id=2),
@@ -436,7 +455,7 @@ def test_a_decoder_s_classifier_of_peft(tmp_path, capsys):
 
 
 def test_keys_of_a_state_dict(tiny_folder, tmp_path, capsys):
-    """The adapter's name in a key, a doubled prefix, a saved head's first state, and the base's embeddings beside it."""
+    """The adapter's name in a key, a doubled prefix, a saved head's first state, the base's own tensors beside it."""
     cell = Cell(rank=2, targets=("q", "down"))
     storage.save(tmp_path, trained(tiny_folder, cell), cell, "abc")
     base = model.load(tiny_folder)
@@ -464,15 +483,30 @@ def test_keys_of_a_state_dict(tiny_folder, tmp_path, capsys):
             assert part.A.equal(found.parts[name].A) and part.B.equal(found.parts[name].B)
         cases += 1
     assert cases == 4
+    config = json.loads((tmp_path / peft_config.CONFIG).read_text())
+    both = config | {"modules_to_save": ["classifier", "LayerNorm", "word_embeddings"]}
+    (tmp_path / peft_config.CONFIG).write_text(json.dumps(both))
+    norm = f"{prefix}embeddings.LayerNorm.weight"
+    norms = {norm: base.embed.norm.weight.detach().clone(), embeddings: changed[embeddings]}
+    for more, words in (
+        ({}, None),
+        ({norm: torch.ones(24) * 1.5}, "embeddings.LayerNorm.weight is not the base's, and minilora does not train it"),
+        ({f"{prefix}encoder.layer.0.output.LayerNorm.weight": torch.ones(24)}, "LayerNorm.weight has no place in it"),
+    ):
+        storage.write_tensors(tmp_path / peft_config.TENSORS, tensors | norms | more)
+        if words:
+            assert words in refusal(tmp_path, tiny_folder)
+        else:
+            storage.read(tmp_path, base)
+    (tmp_path / peft_config.CONFIG).write_text(json.dumps(config))
     others = base.embed.tokens.weight.detach() + 1e-3
     for other in (others, torch.cat([others, others[:1]])):
         storage.write_tensors(tmp_path / peft_config.TENSORS, tensors | {embeddings: other})
-        assert "word_embeddings.weight is not the base's, and minilora trains no embeddings" in refusal(
+        assert "word_embeddings.weight is not the base's, and minilora does not train it" in refusal(
             tmp_path, tiny_folder
         )
     capsys.readouterr()
     storage.write_tensors(tmp_path / peft_config.TENSORS, tensors)
-    config = json.loads((tmp_path / peft_config.CONFIG).read_text())
     patterns = dict(rank_pattern={"q_proj": 7, r"encoder\.layer\.1\..*query": 2}, alpha_pattern={"layer.9.up": 3})
     (tmp_path / peft_config.CONFIG).write_text(json.dumps(config | patterns))
     storage.read(tmp_path, base)
