@@ -1,4 +1,4 @@
-"""The LoRA linear map: several projections of one input, each with an adapter or without, and three ways to compute it.
+"""The LoRA linear map: several projections of one input, each with an adapter or without.
 
     y = x W^T + b + s (x A^T) B^T          Hu et al. 2021 (arXiv 2106.09685), section 4.1, with scale s
 
@@ -7,17 +7,17 @@ with x [N, in], frozen W [out, in] and b [out], A [R, in], B [out, R]. Let g = s
     dx = dy W + g A        dA = g^T x        dB = s dy^T (x A^T)
 
 W and b take none. Projections of one x (q, k and v; gate and up) are the map with their W under one another: one
-product forward, one sum of products for dx, and x is saved once. The ways (`FORMS`) differ in the forward alone:
+product forward, one sum of products for dx, and x is saved once. There are two ways (`FORMS`), which differ in the
+forward only:
 
-    side           the equation as it stands: the product, and two thin ones
-    concatenated   [x W^T, x A^T] = x [W; A]^T in one product, and one thin one
-    merged         x (W + s B A)^T, the sum formed for this call alone
+    side      the equation as it stands: the product, and two thin ones
+    merged    x (W + s B A)^T, with the sum formed for this call only
 
 Saved for the backward are x and the factors, and no product: x A^T, [N, R], is formed again. Where A is frozen, x A^T
-is saved in the place of x. Without gradients below, dx is left out.
+is saved in the place of x. If nothing below takes a gradient, dx is left out.
 
 In a population K adapters are stacked, A [K, R, in] and B [K, out, R], and the rows of x are K equal parts, one after
-the other: one product with W for all, and batches of K thin ones. Lower ranks are filled up with zeros, which is exact
+the other: one product with W for all, and batches of K thin ones. Lower ranks are padded with zeros, which is exact
 and stays so: a row of A and the column of B that are both 0 have derivatives that are 0.
 
 With dropout x~ goes to A in the place of x, and takes g A in the place of x: `seen`. Where x and the factors differ in
@@ -30,11 +30,7 @@ from torch.nn import functional as F
 
 from .linear import product
 
-FORMS = ("side", "concatenated", "merged")
-# What a second of the device is taken to do, (operations, bytes), in choosing a form: `python -m benchmarks operators`
-# shows the forms side by side. Measured on 2 cores of an AMD EPYC, where what a layer moves lies in the cache; the
-# accelerator's are an H100's data sheet, and not measured.
-RATES = {"cpu": (1.8e11, 3e10), "cuda": (5e13, 3e12)}
+FORMS = ("side", "merged")
 
 
 def reference(x, weight, bias, A, B, scale):
@@ -52,15 +48,12 @@ def lora_linears(x, projections, seen=None, form="auto"):
     """The equation for each (weight, bias, A, B, scale) of `projections`; A and B are None where there is no adapter.
 
     x [..., in], weight [out, in], bias [out] or None, A [R, in], B [out, R], scale a number -> [..., out] each; or for
-    a population x [K n, ..., in], A [K, R, in], B [K, out, R], scale [K]. `form`: one of FORMS, or the fastest that
-    is exact here (auto; compiled: merged where that is exact). Raises ValueError for a form that is not.
+    a population x [K n, ..., in], A [K, R, in], B [K, out, R], scale [K]. `form`: one of FORMS, or auto, which takes
+    the one that moves less memory, if it is exact here. Raises ValueError for a form that is not exact here.
     """
     possible = exact_forms(x, projections, seen)
-    if form == "auto" and torch.compiler.is_compiling():  # a choice by size would be a graph each
-        form = possible[-1]
-    elif form == "auto":
-        costs = [cost(form, x, projections) for form in possible]
-        form = possible[costs.index(min(costs))]
+    if form == "auto":
+        form = FORMS[1] if FORMS[1] in possible and merging_moves_less(x, projections) else FORMS[0]
     elif form not in possible:
         raise ValueError(f"the form {form!r} is not exact here, as these are: {', '.join(possible)}")
     tensors = [tensor for weight, bias, A, B, _ in projections for tensor in (weight, bias, A, B)]
@@ -68,32 +61,20 @@ def lora_linears(x, projections, seen=None, form="auto"):
 
 
 def exact_forms(x, projections, seen=None):
-    """Those of FORMS that are exact for these tensors: all, or the side path alone."""
+    """Those of FORMS that are exact for these tensors: both, or only the side path."""
     adapted = [(weight, A) for weight, _, A, _, _ in projections if A is not None]
     alike = all(x.dtype == weight.dtype == A.dtype and A.ndim == 2 for weight, A in adapted)
     return FORMS if alike and seen is None and x.dtype in (torch.float32, torch.float64) else FORMS[:1]
 
 
-def cost(form, x, projections):
-    """Seconds that `form` takes beyond the product with the frozen weights, by RATES."""
-    in_features = x.shape[-1]
-    rows = x.numel() // in_features
-    operations = moved = 0  # moved: numbers read and written
-    for weight, _, A, _, _ in projections:
-        out_features = len(weight)
-        rank = 0 if A is None else A.shape[-2]
-        if form == "merged":
-            operations += 2 * rank * in_features * out_features
-            moved += 2 * in_features * out_features
-            continue
-        operations += 2 * rows * rank * (in_features + out_features)
-        moved += 2 * rows * out_features if rank else 0
-        if form == "concatenated":
-            moved += 2 * in_features * out_features
-        else:
-            moved += rows * in_features if rank else 0
-    per_second = RATES.get(x.device.type, RATES["cuda"])
-    return operations / per_second[0] + moved * x.element_size() / per_second[1]
+def merging_moves_less(x, projections):
+    """Whether moving every W once is no more than reading x, and reading and writing y, once for each adapter."""
+    if torch.compiler.is_compiling():  # a choice by size would be a graph each
+        return True
+    rows, in_features = x.numel() // x.shape[-1], x.shape[-1]
+    merged = sum(2 * weight.numel() for weight, *_ in projections)
+    side = sum(rows * (in_features + 2 * len(weight)) for weight, _, A, *_ in projections if A is not None)
+    return merged <= side
 
 
 def by_member(x, A):
@@ -133,13 +114,6 @@ class Projections(torch.autograd.Function):
                 if A is not None:
                     part.addmm_(B, A, alpha=scale)
             ys = product(flat, whole, bias).split(sizes, 1)
-        elif form == "concatenated":
-            ranks = [0 if A is None else len(A) for A in As]
-            y = product(flat, torch.cat([whole, *(A for A in As if A is not None)]))
-            if bias is not None:
-                y[:, : sum(sizes)] += bias
-            *ys, low = y.split([*sizes, sum(ranks)], 1)
-            lows = [part if rank else None for part, rank in zip(low.split(ranks, 1), ranks, strict=True)]
         else:
             ys = product(flat, whole, bias).split(sizes, 1)
             wide = None
@@ -147,18 +121,15 @@ class Projections(torch.autograd.Function):
                 if A is not None:
                     wide = by_member(source.to(A.dtype), A) if wide is None else wide
                     lows[number] = wide @ A.mT
-        if form != "merged":
             for y, low, B, scale in zip(ys, lows, Bs, scales, strict=True):
                 if low is not None:
                     add_product(y if B.ndim == 2 else y.unflatten(0, (len(B), -1)), times(scale, low), B.mT)
         ctx.set_materialize_grads(False)
         ctx.scales, ctx.shape, ctx.dtype, ctx.apart = scales, x.shape, x.dtype, seen is not None
         ctx.saves_source = any(ctx.needs_input_grad[6::4])
-        kept = [source]
-        if not ctx.saves_source:  # A is frozen (LoRA-FA)
-            if form == "merged":
-                lows = [None if A is None else flat @ A.T for A in As]
-            kept = [low.clone() if form == "concatenated" and low is not None else low for low in lows]
+        kept = [source] if ctx.saves_source else lows  # lows where A is frozen (LoRA-FA)
+        if not ctx.saves_source and form == "merged":
+            kept = [None if A is None else flat @ A.T for A in As]
         ctx.save_for_backward(*weights, *As, *Bs, *kept)
         return tuple(y.view(*x.shape[:-1], -1) for y in ys)
 

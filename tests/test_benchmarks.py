@@ -267,7 +267,7 @@ def test_what_an_operator_demands():
 
 def test_operators_measured():
     found = operators.measure(SMALL, ("float32",), torch.device("cpu"), 2, ["lora_linear"])
-    assert [line["name"].split()[1] for line in found["operators"]] == ["side", "concatenated", "merged"]
+    assert [line["name"].split()[1] for line in found["operators"]] == ["side", "merged"]
     for line in found["operators"]:
         assert line["limit"] == min(found["limits"]["float32"], found["limits"]["memory"] * line["intensity"])
         assert line["limit_share"] == pytest.approx(line["operations"] / line["operator_seconds"] / line["limit"])

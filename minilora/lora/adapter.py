@@ -1,18 +1,6 @@
-"""Adapters on disk, in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`, head included.
+"""An adapter as an object: what a base carries, apart from the base.
 
-`PeftModel.from_pretrained(AutoModel.from_pretrained(BASE), FOLDER)` gives the same hidden states, and for the lm task
-`AutoModelForCausalLM` the same logits. What PEFT trained loads here, whichever of the two it was trained on. The
-head is stored as PEFT stores a saved module called `classifier`; `head.json` adds what PEFT has no field for (pooling,
-label names). A run of another method stores what it trained in `trained.safetensors`. What cannot be represented
-is refused: `peft_format.py` has the list.
-
-Where a checkpoint fuses projections into one linear map, PEFT can only adapt that. So the adapters of its slices are
-written as one adapter of the whole, exact but for the rounding of a product: A is theirs stacked (once, where equal),
-B has a block for each and is 0 elsewhere, and where scales differ, the largest is the whole's and B holds the rest.
-An adapter that starts from a part of the weight is written as the plain adapter of rank 2R that it is
-(`variants.py`). `slots.json`, which PEFT does not read or write, lets `load` undo both. Where it does not describe the
-rest of the folder, the adapter is refused. (It is not in the tensor file's header, whose entries have no fixed order:
-the same cell gives the same bytes.)
+`peft.py` has its form in PEFT's files, `storage.py` its folder.
 """
 
 from dataclasses import dataclass, field
@@ -22,13 +10,15 @@ import torch
 from minilora.base.spec import TARGETS
 from minilora.errors import InputError
 from minilora.lora.layer import attach, named_layers
-from minilora.lora.targets import Slot
-from minilora.lora.variants import VARIANTS
+from minilora.lora.targets import LARGEST, Slot
+from minilora.lora.variants import VARIANTS, plain_factors
+
+TENSORS = ("A", "B", "A0", "B0", "magnitude")  # of a Part, and of a LoRALinear
 
 
 @dataclass
 class Part:
-    """The adapter of one projection, as on a `lora.LoRALinear`: float32 on the CPU or the base's device."""
+    """The adapter of one projection, as on a `LoRALinear`: float32, on the CPU or on the base's device."""
 
     slot: Slot
     A: torch.Tensor  # [R, in]
@@ -37,11 +27,9 @@ class Part:
     B0: torch.Tensor | None = None
     magnitude: torch.Tensor | None = None  # [out]
 
-    def factors(self):
-        """A [R', in] and B [out, R'] of the plain adapter on the original base: see `LoRALinear.factors`."""
-        if self.A0 is None:
-            return self.A, self.B
-        return torch.cat([self.A, self.A0]), torch.cat([self.B, -self.B0], 1)
+    def tensors(self):
+        """{name: tensor} of those that it has."""
+        return {name: value for name in TENSORS if (value := getattr(self, name)) is not None}
 
 
 @dataclass
@@ -64,7 +52,7 @@ class Adapter:
 def adapter_of(base):
     """The `Adapter` that `base` carries, its tensors not copied."""
     layers = named_layers(base)
-    parts = {n: Part(la.slot, la.A, la.B, la.A0, la.B0, la.magnitude) for n, la in layers}
+    parts = {name: Part(layer.slot, *(getattr(layer, key) for key in TENSORS)) for name, layer in layers}
     _, first = layers[0]
     return Adapter(parts, variant_of(first), first.dropout)
 
@@ -75,7 +63,7 @@ def variant_of(layer):
 
 
 def put_adapter(adapter, base):
-    """Attach an `Adapter` to `base`. Raises InputError as `lora.attach`."""
+    """Attach an `Adapter` to `base`. Raises InputError as `layer.attach`."""
     attach(base, adapter.slots, adapter.dropout, variant=adapter.variant)
     with torch.no_grad():
         for name, layer in named_layers(base):
@@ -87,9 +75,34 @@ def put_adapter(adapter, base):
                 layer.A0, layer.B0 = (value.to(layer.A.device) for value in (part.A0, part.B0))
 
 
+def check_strength(adapter, where, weight=1.0):
+    """Raise InputError, which begins with `where`, unless `weight` times what the adapter changes can be computed with:
+    every tensor is finite, and no change of a weight is larger than `LARGEST` (Frobenius norm, bounded from above).
+    """
+    named = {f"{key} of {name}": value for name, part in adapter.parts.items() for key, value in part.tensors().items()}
+    for name, value in (named | {f"the head's {leaf}": value for leaf, value in adapter.head.items()}).items():
+        if not value.isfinite().all():
+            raise InputError(f"{where}: {name} has NaN or infinity: nothing can be computed with it; train it again")
+    for name, part in adapter.parts.items():
+        A, B = plain_factors(part)
+        change = abs(part.slot.scale) * (A.double().norm() * B.double().norm()).item()
+        if part.magnitude is not None:
+            change = max(change, abs(weight) * part.magnitude.double().norm().item())
+        else:
+            change *= abs(weight)
+        if not change <= LARGEST:
+            raise InputError(
+                f"{where}: it changes the weight of {name} by up to {change:.1g}, too much for float32 (at most "
+                f"{LARGEST:.0e}): use a smaller scale"
+            )
+
+
 def combine(weighted):
-    """One plain `Adapter` that changes the base by the sum over `weighted` [(Adapter, weight)] of weight times what
-    each one changes: factors one after the other, of the summed rank. The head is the first's.
+    """One plain `Adapter` that changes the base by the weighted sum of what several change.
+
+    weighted  [(Adapter, weight)]
+
+    The factors stand one after the other, so the ranks add up. The head is the first one's.
 
     Raises InputError for DoRA: a sum of its changes has no low rank.
     """
@@ -106,9 +119,9 @@ def combine(weighted):
         for adapter, weight in weighted:
             if name in adapter.parts:
                 part = adapter.parts[name]
-                factors = part.factors()
-                A.append(factors[0])
-                B.append(weight * part.slot.scale * factors[1])
+                own_A, own_B = plain_factors(part)
+                A.append(own_A)
+                B.append(weight * part.slot.scale * own_B)
         A, B = torch.cat(A), torch.cat(B, 1)
         parts[name] = Part(Slot(len(A), float(len(A)), 1.0), A, B)
     return Adapter(parts, head=weighted[0][0].head)

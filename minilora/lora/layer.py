@@ -1,9 +1,10 @@
-"""LoRA by hand: the layer, and the verbs that put it on a base and take it off.
+"""LoRA by hand. A frozen linear map W x + b has a trained map of low rank beside it (Hu et al. 2021, arXiv 2106.09685):
 
-`make`, `put`, `attach`, `detach`, `merge`, `unmerge`, `scale`. The base's own tensors are never written to: merging
-swaps in a new weight and keeps the old one aside, so that nothing drifts and `detach` gives the base back bit for bit.
-What an adapter computes and where it starts is in `variants.py`. What this module does not know: triggers, heads, files
-(`adapter.py`).
+    y = W x + b + s B A x        A [R, in], B [out, R], the scale s
+
+`LoRALinear` is that layer; `attach`, `detach`, `merge`, `unmerge` and `scale_by` put it on a base and take it off. The
+base's own tensors are never written to: merging swaps in a new weight and keeps the old one aside, so nothing drifts,
+and `detach` gives the base back bit for bit. `variants.py` has other equations, and where A and B start.
 """
 
 import torch
@@ -18,17 +19,17 @@ from minilora.seeds import generator, number_of
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear map with a trained low-rank one beside it: see `variants.py` for the equations.
+    """x [..., in] -> W x + b + s B A x [..., out]: `linear` is frozen, `A` and `B` are trained.
 
-    `A` [R, in] and `B` [out, R] are float32, as are `A0` and `B0`, the frozen start where it is a part of the base's
-    weight, and `magnitude` [out], where the variant has one; else these are None. `factor` multiplies what the
-    adapter changes. What dropout drops follows from `keys` int32 [1] (see `use_keys`) and the module's `salt`.
+    Shapes and types: A [R, in] and B [out, R], float32. A0 and B0, of the same shapes, are the frozen start where it is
+    a part of W, and `magnitude` [out] is DoRA's; else these are None. `factor` multiplies what the adapter changes.
+    What dropout drops follows from `keys`, int32 [1] (see `use_keys`), and from the module's `salt`.
     """
 
     def __init__(self, linear, slot, dropout=0.0, generator=None, variant="lora", init="kaiming", form="auto", salt=0):
         super().__init__()
         self.linear = linear
-        self.slot = slot
+        self.slot = slot  # rank R, alpha and scale s
         self.variant = VARIANTS[variant]
         self.form = form
         self.factor = 1.0
@@ -48,35 +49,39 @@ class LoRALinear(nn.Module):
             getattr(self, name).requires_grad_(name in self.variant.trains)
 
     def forward(self, x):
+        """W x + b + s B A x, where dropout takes numbers out of the second x only."""
         if self.merged:
             return self.linear(x)
-        return self.variant.forward(self, x, drop(x, self.dropout, self.keys, self.salt) if self.drops else None)
+        seen = drop(x, self.dropout, self.keys, self.salt) if self.drops else None
+        return self.variant.forward(self, x, seen)
 
     @property
     def drops(self):
         return self.training and self.dropout > 0
 
+    @property
+    def joins(self):
+        """Whether `joint` may compute it in one product with its neighbours."""
+        return not (self.merged or self.drops or self.variant.projection is None)
+
+    def projection(self):
+        return self.variant.projection(self)
+
     @staticmethod
     def joint(x, linears):
-        """The outputs of `linears`, some of them LoRALinear, for one x [..., in]; in one product where it is exact."""
-        layers = [linear for linear in linears if isinstance(linear, LoRALinear)]
-        if any(layer.merged or layer.drops or layer.variant.projection is None for layer in layers):
+        """The outputs of `linears`, some of them adapted, for one x [..., in]; in one product where it is exact."""
+        adapted = [linear for linear in linears if hasattr(linear, "joins")]
+        if not all(layer.joins for layer in adapted):
             return [linear(x) for linear in linears]
-        projections = [
-            linear.variant.projection(linear)
-            if isinstance(linear, LoRALinear)
-            else (linear.weight, linear.bias, None, None, 1.0)
+        return lora_linears(x, [
+            linear.projection() if linear in adapted else (linear.weight, linear.bias, None, None, 1.0)
             for linear in linears
-        ]
-        return lora_linears(x, projections, form=layers[0].form)
+        ], form=adapted[0].form)  # fmt: skip
 
-    def factors(self):
-        """A [R', in] and B [out, R'] of the plain adapter on the original base, with the slot's scale s (that of the
-        direction, where there is a magnitude): R' = R, or 2R where the start is a part of the base's weight.
-        """
-        if self.A0 is None:
-            return self.A, self.B
-        return torch.cat([self.A, self.A0]), torch.cat([self.B, -self.B0], 1)
+    def __repr__(self):
+        name = next(name for name, variant in VARIANTS.items() if variant is self.variant)
+        out_features, in_features = self.original.shape
+        return f"LoRALinear({in_features} -> {out_features}, rank={self.slot.rank}, scale={self.slot.scale}, {name})"
 
     @property
     def merged(self):
@@ -89,16 +94,16 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merged_weight(self):
-        """The weight that merging puts in place, in the base's dtype; summed in float32, or wider if the base is."""
+        """The weight [out, in] that merging puts in place, in the base's dtype; summed in float32 or wider."""
         dtype = self.original.dtype
         return self.variant.merge(self, torch.promote_types(dtype, torch.float32)).to(dtype)
 
     @torch.no_grad()
     def merge_error(self):
-        """||M - W'|| / ||W' - W||, Frobenius norms: of what the adapter changes, how much merging loses to rounding.
+        """||M - W'|| / ||W' - W||: the share of the adapter's change that merging loses to rounding.
 
-        M is `merged_weight` and W' the exact sum, in float64. Above 1 the merged base is further from the adapter
-        than the plain base is; 0.0 for an adapter that changes nothing.
+        Frobenius norms; M is `merged_weight` and W' the exact sum, in float64. Above 1 the merged base is further from
+        the adapter than the plain base is; 0.0 for an adapter that changes nothing.
         """
         exact = self.variant.merge(self, torch.float64)
         lost, change = (exact - self.merged_weight()).norm(), (exact - self.original).norm()
@@ -120,11 +125,11 @@ def named_layers(model):
 
 
 def make_layers(model, slots, dropout=0.0, seed=0, variant="lora", init="kaiming", form="auto"):
-    """{module name: LoRALinear} for every module of `model` named in `slots` ({module name: coverage.Slot}).
+    """{module name: LoRALinear} for every module of `model` named in `slots` ({module name: targets.Slot}).
 
-    What a start draws comes from a stream of its own, made of `seed` and the module's name: adding a target leaves
-    the others as they were, and (kaiming, gaussian) a smaller rank starts with the first rows of a larger one.
-    Raises InputError if there is an adapter already or for what `coverage.check_variant` and the variant refuse.
+    Each start is drawn from a stream of its own, which follows from `seed` and the module's name: adding a target
+    leaves the others as they were, and (kaiming, gaussian) a smaller rank starts with the first rows of a larger one.
+    Raises InputError if there is an adapter already, and for what `targets.check_variant` and the variant refuse.
     """
     if named_layers(model):
         raise InputError("the base carries an adapter already: detach it first")
@@ -141,14 +146,14 @@ def make_layers(model, slots, dropout=0.0, seed=0, variant="lora", init="kaiming
 
 
 def put(model, layers):
-    """Put layers that `make` made for `model`, or that were taken off it, in their places."""
+    """Put layers that `make_layers` made for `model`, or that were taken off it, in their places."""
     for name, layer in layers.items():
         replace_module(model, name, layer.train(model.training))
     return model
 
 
 def attach(model, slots, dropout=0.0, seed=0, variant="lora", init="kaiming", form="auto"):
-    """`make` an adapter and `put` it on; freeze everything else. Raises InputError as `make`, with nothing attached."""
+    """Make an adapter and put it on; freeze everything else. InputError as `make_layers`, with nothing attached."""
     layers = make_layers(model, slots, dropout, seed, variant, init, form)
     model.requires_grad_(False)
     return put(model, layers)
@@ -175,15 +180,15 @@ def merge(model):
 
 
 def unmerge(model):
-    """Undo `merge`: the very tensors of before."""
+    """Undo `merge`: the same tensors as before."""
     for _, layer in named_layers(model):
         layer.unmerge()
     return model
 
 
 def scale_by(model, factor):
-    """Multiply by `factor` what the adapter changes: the weights are W + factor (W' - W), W the original base's and
-    W' those with the adapter as trained. So 0 is the original base and 1 the adapter, whatever variant and start.
+    """Multiply by `factor` what the adapter changes. W' is the weight with the adapter as trained: the layers compute
+    with W + factor (W' - W), so 0 is the original base and 1 the adapter, whatever variant and start.
 
     Raises InputError while the adapter is merged.
     """
@@ -195,6 +200,6 @@ def scale_by(model, factor):
 
 
 def use_keys(model, keys):
-    """Let dropout follow `keys` int32 [1], a tensor that is then changed in place from step to step."""
+    """Let dropout follow `keys`, an int32 tensor [1] that the training changes in place from step to step."""
     for _, layer in named_layers(model):
         layer.keys = keys

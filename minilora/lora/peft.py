@@ -1,22 +1,35 @@
-"""An adapter in PEFT's terms, and back: tensors by PEFT's names, slices of fused projections as one whole."""
+"""An adapter in PEFT's terms, and back: tensors by PEFT's names, slices of fused projections as one whole.
+
+Where a checkpoint fuses projections into one linear map, PEFT can only adapt that. So the adapters of its slices are
+written as one adapter of the whole, exact up to the rounding of a product: A is theirs stacked (once, where equal),
+B has a block for each and is 0 elsewhere. Where scales differ, the whole has the largest, and B holds the rest. An
+adapter that starts from a part of the weight is written as the plain adapter of rank 2R that it is (`variants.py`).
+Read back, a whole's adapter is that of each slice.
+"""
 
 import re
 from dataclasses import dataclass
 
 import torch
 
-from minilora import parallel
+from minilora import console, parallel
 from minilora.base import families
 from minilora.errors import InputError
 from minilora.lora import peft_config
-from minilora.lora.adapter import Adapter, Part, place_of
+from minilora.lora.adapter import Adapter, Part
 from minilora.lora.layer import LoRALinear
-from minilora.lora.peft_config import CONFIG, SLOTS, TENSORS
+from minilora.lora.peft_config import CONFIG, TENSORS
 from minilora.lora.targets import SCALES, Slot
-from minilora.lora.variants import STARTS, VARIANTS, widened
+from minilora.lora.variants import STARTS, plain_factors, widened
 
 PREFIX = "base_model.model."
 FACTOR = re.compile(r"(.+)\.(?:lora_(A|B)\.weight|lora_(magnitude)_vector(?:\.weight)?)")
+# In a whole model's state dict PEFT puts the adapter's name, such as "default", into a key.
+OWN_NAME = re.compile(r"(?<=\.)(lora_A|lora_B|lora_magnitude_vector)\.[^.]+(?=\.weight$)|modules_to_save\.[^.]+\.")
+# Modules of transformers' classifiers beside the base, and the layer of an encoder's that has no place here.
+TASK_HEAD = re.compile(r"(classifier|score|pooler|pre_classifier|head)\.")
+BEFORE_HEAD = {"bert": "pooler", "roberta": "classifier.dense", "xlm-roberta": "classifier.dense",
+               "distilbert": "pre_classifier", "modernbert": "head"}  # fmt: skip
 
 
 # --- to PEFT
@@ -68,8 +81,8 @@ def rows_of(name, spec):
 
 @torch.no_grad()
 def to_peft(adapter, base):
-    """({module in PEFT's model, without prefix: Whole}, the record that undoes it)."""
-    spec, wholes, places = base.spec, {}, {}
+    """{module in PEFT's model, without prefix: Whole}."""
+    spec, wholes = base.spec, {}
     for module, slices in modules_of(spec).items():
         here = [name for name in slices if name in adapter.parts]
         if not here:
@@ -78,13 +91,12 @@ def to_peft(adapter, base):
         largest = max(slot.scale for slot in slots)
         stacked, blocks = [], []
         for name in here:
-            A, B = adapter.parts[name].factors()
+            A, B = plain_factors(adapter.parts[name])
             first = next((at for at, other in stacked if other.shape == A.shape and other.equal(A)), None)
             if first is None:
                 first = sum(len(other) for _, other in stacked)
                 stacked.append((first, A))
             blocks.append((name, first, scaled(B, adapter.parts[name].slot.scale, largest)))
-            places[name] = first
         A = torch.cat([other for _, other in stacked])
         out_features = sum(spec.shape(name.rpartition(".")[2], int(name.split(".")[1]))[0] for name in slices)
         B = A.new_zeros(out_features, len(A))
@@ -99,9 +111,7 @@ def to_peft(adapter, base):
                 found = norms(base, name, module).to(A.device) if part is None else part.magnitude
                 magnitude[rows_of(name, spec)] = found
         wholes[module] = Whole(A, B, largest, slots, magnitude)
-    moved = any(part.A0 is not None for part in adapter.parts.values())
-    slots = {name: vars(adapter.parts[name].slot) | {"row": first} for name, first in places.items()}
-    return wholes, {"variant": adapter.variant, "moved": moved, "slots": slots}
+    return wholes
 
 
 def scaled(B, scale, unit):
@@ -128,33 +138,61 @@ def weight_of(base, name):
 # --- from PEFT
 
 
-def sort_tensors(tensors, spec, config, folder):
+def sort_tensors(tensors, base, config, folder):
     """(prefix of the modules in PEFT's model, {module: {"A", "B", "magnitude"}}, head), all float32.
 
     Raises InputError, with the first differences, for tensors that are not those of an adapter of this base.
     """
-    modules, prefixes = modules_of(spec), sorted(families.find(spec.family).prefixes, key=len, reverse=True)
+    spec, family = base.spec, families.find(base.spec.family)
+    modules, prefixes = modules_of(spec), sorted(family.prefixes, key=len, reverse=True)
+    saved = peft_config.as_list(config.get("modules_to_save"), "modules_to_save", folder / CONFIG)
+    tensors = plain_names(tensors, folder)
     found, heads, used, wrong = {}, {}, set(), []
-    for key, value in tensors.items():
-        name = key.removeprefix(PREFIX)
+    for name, value in tensors.items():
         parsed = FACTOR.fullmatch(name)
-        module, kind = (parsed[1], parsed[2] or parsed[3]) if parsed else (None, None)
-        prefix = next((p for p in prefixes if parsed and module.startswith(p) and module[len(p) :] in modules), None)
-        owner, _, leaf = name.rpartition(".")
+        module, kind = (parsed[1], parsed[2] or parsed[3]) if parsed else (name, None)
+        prefix = next(p for p in prefixes if module.startswith(p))  # the last is ""
         if not value.is_floating_point():
             wrong.append(f"{name} is of type {str(value.dtype).removeprefix('torch.')}")
-        elif prefix is not None:
+        elif parsed and module.removeprefix(prefix) in modules:
             used.add(prefix)
-            found.setdefault(module[len(prefix) :], {})[kind] = value.float()
-        elif owner in (config.get("modules_to_save") or ()) and leaf in ("weight", "bias"):
-            heads.setdefault(owner, {})[leaf] = value.float()
+            found.setdefault(module.removeprefix(prefix), {})[kind] = value.float()
+        elif (own := own_tensor(name, base)) is not None:
+            if own.shape != value.shape or not own.equal(value.to(own)):
+                wrong.append(f"{name} is not the base's, and minilora does not train it")
+        elif TASK_HEAD.match(name.removeprefix(prefix)) and any(f".{m}." in f".{name}" for m in saved):
+            heads[name] = value.float()
         else:
             wrong.append(f"{name} has no place in it")
+    for module in saved:
+        if module not in peft_config.HEADS and not any(f".{module}." in f".{name}" for name in tensors):
+            wrong.append(f"modules_to_save names {module!r:.80}, but there is no tensor of it")
     prefix = next(iter(used), "")
     if len(used) > 1:
         wrong.append(f"modules have several prefixes ({', '.join(map(repr, sorted(used)))})")
-    keys = {"A", "B", "magnitude"} if config.get("use_dora") else {"A", "B"}
-    for module, names in modules.items():
+    wrong += factor_faults(found, prefix, spec, config, folder)
+    whole = is_whole(heads, family, prefix, config)
+    head = check_head(heads, spec, wrong) if whole else {}
+    if not found and not wrong:
+        wrong.append("it has no LoRA factor")
+    if wrong:
+        raise InputError(
+            f"{folder / TENSORS} is not an adapter for this {spec.family} base of {len(spec.layers)} layers: "
+            f"{'; '.join(wrong[:3])}" + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+        )
+    if not whole:
+        before = BEFORE_HEAD.get(spec.family, "another layer")
+        console.say(
+            f"adapter    {folder}: its head is left out ({', '.join(sorted(heads))}): it is one of transformers' task "
+            f"models, with {before} before the last map, which has no place here"
+        )
+    return prefix, {module: found[module] for module in modules if module in found}, head
+
+
+def factor_faults(found, prefix, spec, config, folder):
+    """What is wrong with the factors of {module: {"A", "B", "magnitude"}}, in words."""
+    wrong, keys = [], {"A", "B", "magnitude"} if config.get("use_dora") else {"A", "B"}
+    for module, names in modules_of(spec).items():
         factors = found.get(module, {})
         targeted = peft_config.is_targeted(config, prefix + module, folder / CONFIG)
         if targeted and set(factors) != keys:
@@ -171,20 +209,55 @@ def sort_tensors(tensors, spec, config, folder):
                     f"{module} has A {A} and B {B}, where the base asks for A [R, {in_features}] and "
                     f"B [{out_features}, R]"
                 )
-    head = check_head(heads, spec, wrong)
-    if not found and not wrong:
-        wrong.append("it has no LoRA factor")
-    if wrong:
-        raise InputError(
-            f"{folder / TENSORS} is not an adapter for this {spec.family} base of {len(spec.layers)} layers: "
-            f"{'; '.join(wrong[:3])}" + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else "")
-        )
-    return prefix, {module: found[module] for module in modules if module in found}, head
+    return wrong
+
+
+def plain_names(tensors, folder):
+    """{name as PEFT saves it, without its prefix: tensor}. Raises InputError where two tensors have the same name."""
+    found = {}
+    for key, value in tensors.items():
+        while key.startswith(PREFIX):
+            key = key.removeprefix(PREFIX)
+        if ".original_module." in f".{key}":  # what a saved module was before training
+            continue
+        name = OWN_NAME.sub(lambda match: match[1] or "", key)
+        if name in found:
+            raise InputError(f"{folder / TENSORS} has several tensors {name}: keep those of one adapter only")
+        found[name] = value
+    return found
+
+
+def own_tensor(name, base):
+    """The base's own tensor, if PEFT calls its embeddings, last norm or unembedding `name`; else None."""
+    family = families.find(base.spec.family)
+    layout = family.peft or family.layout
+    module, _, leaf = name.rpartition(".")
+    places = {family.unembed: "embed.tokens" if base.spec.tied else "unembedding"}
+    places |= {prefix + there: here for here, there in layout.embeddings.items() for prefix in family.prefixes}
+    try:
+        return parallel.gathered(getattr(base.get_submodule(places[module]), leaf).detach())
+    except (KeyError, AttributeError):  # also where the base was loaded without it
+        return None
+
+
+def is_whole(heads, family, prefix, config):
+    """Whether {name: tensor} holds all of a head: one linear map of the base's hidden states, or none at all.
+
+    A decoder's `score` reads the last token's (pooling last). An encoder's head in a task model of transformers, which
+    the prefix or the task tells, reads what further layers made of the first token's.
+    """
+    of_task_model = prefix or config.get("task_type") == "SEQ_CLS"
+    linear = all(re.fullmatch(r"[^.]+\.(weight|bias)", name) for name in heads)
+    return not heads or linear and (family.causal or not of_task_model)
 
 
 def check_head(heads, spec, wrong):
-    """The only head among `heads`, with a bias; what does not fit is added to `wrong`."""
-    for name, head in heads.items():
+    """The linear head in {name: tensor}, with a bias, or {}; what does not fit is added to `wrong`."""
+    by_module = {}
+    for name, value in heads.items():
+        module, _, leaf = name.rpartition(".")
+        by_module.setdefault(module, {})[leaf] = value
+    for name, head in by_module.items():
         shapes = {leaf: list(value.shape) for leaf, value in head.items()}
         weight = shapes.get("weight", [])
         if (
@@ -194,9 +267,9 @@ def check_head(heads, spec, wrong):
         ):
             wrong.append(f"{name} has shapes {shapes}, where a head has weight [C, {spec.width}] and bias [C]")
             return {}
-    if len(heads) > 1:
-        wrong.append(f"it has {len(heads)} heads")
-    return next(({"bias": head["weight"].new_zeros(len(head["weight"]))} | head for head in heads.values()), {})
+    if len(by_module) > 1:
+        wrong.append(f"it has {len(by_module)} heads")
+    return next(({"bias": head["weight"].new_zeros(len(head["weight"]))} | head for head in by_module.values()), {})
 
 
 @torch.no_grad()
@@ -227,51 +300,3 @@ def split(found, slots, config, base, folder):
                 factors["magnitude"][rows] if "magnitude" in factors else None,
             )
     return Adapter(parts, "dora" if config.get("use_dora") else "lora")
-
-
-def recorded(record, found, slots, plain, base, folder):
-    """The `Adapter` that a record describes, of which the folder holds what `to_peft` makes.
-
-    Raises InputError if it holds something else. `plain` is the adapter as PEFT understands the folder.
-    """
-    modules, parts = modules_of(base.spec), {}
-    try:
-        moved, variant = record["moved"], record["variant"]
-        if any(part.A0 is not None for part in plain.parts.values()):
-            raise ValueError("minilora writes no start that PEFT takes off the base")
-        for module, factors in found.items():
-            here = {name: dict(record["slots"][name]) for name in modules[module] if name in record["slots"]}
-            first = {name: values.pop("row") for name, values in here.items()}
-            here = {name: Slot(**values) for name, values in here.items()}
-            if any(s.scale not in (scale(s.alpha, s.rank) for scale in SCALES.values()) for s in here.values()):
-                raise ValueError("a scale is not that of its rank and alpha")
-            largest = max(slot.scale for slot in here.values())
-            for name, slot in here.items():
-                columns = slice(first[name], first[name] + slot.rank * (2 if moved else 1))
-                A, B = factors["A"][columns], factors["B"][rows_of(name, base.spec)][:, columns]
-                B = B if slot.scale in (largest, 0) else scaled(B, largest, slot.scale)
-                R, magnitude = slot.rank, plain.parts[name].magnitude
-                A0, B0 = (A[R:], -B[:, R:]) if moved else (None, None)
-                parts[name] = Part(slot, A[:R].contiguous(), B[:, :R].contiguous(), A0, B0, magnitude)
-        parts = {name: parts[name] for name in sorted(parts, key=place_of)}
-        adapter = Adapter(parts, variant)
-        wholes, again = to_peft(adapter, base)
-        same = again == record and (variant == "dora") == (plain.variant == "dora") and variant in VARIANTS
-        differing = [m for m in found if not (same and agree(wholes.get(m), found[m], slots[m].scale))]
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, IndexError):
-        differing = list(found)
-    if differing:
-        raise InputError(
-            f"{folder}: {SLOTS} does not describe {CONFIG} and {TENSORS} (first difference: {differing[0]}): undo the "
-            f"change to them, or delete {SLOTS} to read them as PEFT does"
-        )
-    return adapter
-
-
-def agree(whole, factors, scale):
-    if whole is None or abs(whole.scale - scale) > 1e-9 * abs(scale):
-        return False
-    return all(
-        value.shape == factors[key].shape and torch.allclose(value, factors[key], rtol=1e-6, atol=0)
-        for key, value in (("A", whole.A), ("B", whole.B))
-    )

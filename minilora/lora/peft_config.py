@@ -1,23 +1,23 @@
 """What PEFT's `adapter_config.json` says, and whether it can be represented here.
 
 Every field of PEFT's LoraConfig is in one of three tables: it is followed (`FOLLOWED`), it changes nothing that the
-adapter computes (`INERT`), or any value of it but PEFT's default is refused by name (`REFUSED`). A field that none
-of them knows, of a newer PEFT, is refused unless it is empty. Tensors are in `adapter.py`.
+adapter computes (`INERT`), or every value except PEFT's default is refused by name (`REFUSED`). A field that is in none
+of them, as a newer PEFT may have, is refused unless it is empty. Tensors are in `peft.py`.
 """
 
-import math
 import re
 
 from minilora.errors import InputError
-from minilora.lora.targets import SCALES, Slot
+from minilora.lora.targets import LARGEST, SCALES, Slot
 
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 FOLLOWED = {
     "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_dropout", "fan_in_fan_out",
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save",
     "init_lora_weights",
 }  # fmt: skip
-# Who made it and how it was trained; the settings of starts and variants that `init_lora_weights` or a field below
-# names; and the tying of embeddings, which no adapter here has.
+# Who made it and how it was trained; settings of starts and variants that `init_lora_weights` or a field below names;
+# and the tying of embeddings, which no adapter here trains.
 INERT = {
     "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config",
@@ -29,17 +29,17 @@ REFUSED = {
     "alora_invocation_tokens": None, "arrow_config": None, "kasa_config": None, "monteclora_config": None,
 }  # fmt: skip
 EMPTY = (None, False, "", [], {})
-# init_lora_weights: those that leave the base as it is, those that take a part off the base that can be computed
-# again, and why the others are refused.
+# Values of init_lora_weights: those that leave the base as it is, those that subtract a part from the base that can be
+# computed again, and why the others are refused.
 PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
 MOVING_STARTS = ("pissa", "olora")
 OTHER_STARTS = {
-    "pissa_niter_": "it took an approximate part off the base, of a random start that is not in the file",
-    "corda": "it took a part off the base that depends on data",
-    "lora_ga": "it took a part off the base that depends on a gradient",
+    "pissa_niter_": "it subtracted an approximate part from the base, of a random start that is not in the file",
+    "corda": "it subtracted a part from the base that depends on data",
+    "lora_ga": "it subtracted a part from the base that depends on a gradient",
     "loftq": "it was trained on a quantised base",
 }
-HEADS = ("classifier", "score")  # of transformers' models for sequence classification
+HEADS = ("classifier", "score")  # PEFT names both for sequence classification, though a model has only one
 
 
 def check(config, where, transposed):
@@ -62,14 +62,11 @@ def check(config, where, transposed):
         )
     if start == "olora" and transposed:
         raise InputError(
-            f"{where}: init_lora_weights = 'olora' on transposed weights (PEFT takes off the transpose of the start): "
+            f"{where}: init_lora_weights = 'olora' on transposed weights (PEFT subtracts the transpose of the start): "
             "convert the adapter with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
         )
-    for module in as_list(config.get("modules_to_save"), "modules_to_save", where):
-        if module not in HEADS:
-            raise InputError(
-                f"{where}: modules_to_save names {module!r:.80}, but only {' or '.join(HEADS)} can be loaded"
-            )
+    for key in ("r", "lora_alpha"):
+        check_number(config.get(key), key, where)
     dropout = config.get("lora_dropout") or 0.0
     if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
         raise InputError(f"{where}: lora_dropout is {dropout!r:.80}, but must be at least 0 and below 1")
@@ -97,7 +94,7 @@ def as_list(value, key, where):
 
 
 def is_targeted(config, module, where):
-    """Whether PEFT puts an adapter on the linear map called `module` in its model: `check_target_module_exists`."""
+    """Whether PEFT puts an adapter on the linear map named `module` in its model: `check_target_module_exists`."""
     targets, excluded = config["target_modules"], config.get("exclude_modules")
     try:
         if isinstance(excluded, str) and excluded:
@@ -128,24 +125,44 @@ def named(names, module):
 
 
 def read_slot(config, module, where):
-    """The Slot of the linear map called `module` in PEFT's model."""
+    """The Slot of the linear map named `module` in PEFT's model."""
     rank = matching(config, "rank_pattern", "r", module, where)
     alpha = matching(config, "alpha_pattern", "lora_alpha", module, where)
     if not isinstance(rank, int) or rank < 1:
-        raise InputError(f"{where}: the rank of {module} is {rank!r}, but must be a whole number above 0")
+        raise InputError(f"{where}: the rank of {module} is {rank!r:.80}, but must be a whole number above 0")
     return Slot(rank, float(alpha), SCALES["rslora" if config.get("use_rslora") else "constant"](alpha, rank))
 
 
 def matching(config, patterns, default, module, where):
     """PEFT's rule: the value of the first key that matches the end of the module's name, as a regular expression."""
+    found = [value for key, value in table_of(config, patterns, where) if matches(key, module, patterns, where)]
+    return check_number(found[0], f"{patterns} of {module}", where) if found else config[default]
+
+
+def unmatched(config, patterns, modules, where):
+    """The keys of a table of patterns that match none of `modules`."""
+    keys = [key for key, _ in table_of(config, patterns, where)]
+    return [key for key in keys if not any(matches(key, module, patterns, where) for module in modules)]
+
+
+def table_of(config, patterns, where):
+    table = config.get(patterns) or {}
+    if not isinstance(table, dict):
+        raise InputError(f"{where}: {patterns} does not map patterns of module names to numbers")
+    return table.items()
+
+
+def matches(key, module, patterns, where):
     try:
-        table = (config.get(patterns) or {}).items()
-        found = [value for key, value in table if re.fullmatch(rf"(.*\.)?({key})", module)]
-    except (re.error, AttributeError, TypeError):
-        raise InputError(f"{where}: {patterns} does not map patterns of module names to numbers") from None
-    value = found[0] if found else config.get(default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-        raise InputError(f"{where}: {default} of {module} is {value!r}, but must be a number of at least 0")
+        return re.fullmatch(rf"(.*\.)?({key})", module)
+    except re.error as error:
+        raise InputError(f"{where}: {patterns} has {key!r:.80}, which is no regular expression ({error})") from None
+
+
+def check_number(value, name, where):
+    """`value`, a number from 0 to `LARGEST`, which infinity and NaN are not."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= LARGEST:
+        raise InputError(f"{where}: {name} is {value!r:.80}, but must be a number from 0 to {LARGEST:.0e}")
     return value
 
 
@@ -171,6 +188,3 @@ def make_config(slots, rslora, dora, transposed, dropout, task_type, model, revi
         "alpha_pattern": {re.escape(name): alpha for name, (_, alpha) in slots.items() if alpha != first_alpha},
         "modules_to_save": ["classifier"] if head else None,
     }
-
-
-CONFIG, TENSORS, SLOTS = "adapter_config.json", "adapter_model.safetensors", "slots.json"

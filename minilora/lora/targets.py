@@ -12,6 +12,9 @@ SCALES = {
     "rank": lambda alpha, rank: 1.0,  # the same with alpha = R
     "rslora": lambda alpha, rank: alpha / math.sqrt(rank),  # Kalajdzievski 2023 (arXiv 2312.03732), definition 3.1
 }
+# The largest scale, and the largest change of a weight (Frobenius norm). Far below float32's 3e38, since activations
+# are squared and multiplied with each other; and at a change of 2e7 float32 has no digit left for the weight.
+LARGEST = 1e12
 VARIANTS = ("lora", "dora", "lora-fa")  # what each computes: variants.py
 STARTS = ("kaiming", "gaussian", "orthogonal", "pissa", "olora")  # of A and B
 MOVING = ("pissa", "olora")  # the starts whose B A is a part of the base's weight
@@ -29,8 +32,8 @@ class Slot:
 def parse_targets(targets, rank, alpha, scaling):
     """`("q:8", "mlp")` -> {target: Slot}, in canonical order, each group's members included.
 
-    A target's own `:RANK` and `:ALPHA` stand before the cell's. `alpha` is None where scaling is "rank".
-    Raises InputError for an unknown or repeated target.
+    A target's own `:RANK` and `:ALPHA` win over the cell's. `alpha` is None where scaling is "rank".
+    Raises InputError for an unknown or repeated target, and for a scale above `LARGEST`.
     """
     slots, source = {}, {}
     if not targets:
@@ -55,6 +58,8 @@ def parse_targets(targets, rank, alpha, scaling):
             if member in slots:
                 raise InputError(f"targets {source[member]!r} and {text!r} both name {member}: drop one of them")
             slots[member] = Slot(own_rank, own_alpha, SCALES[scaling](own_alpha, own_rank))
+            if slots[member].scale > LARGEST:
+                raise InputError(f"target {text!r} has alpha {own_alpha:g}, too large for float32: use a smaller one")
             source[member] = text
     return {target: slots[target] for target in TARGETS if target in slots}
 

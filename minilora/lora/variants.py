@@ -1,17 +1,17 @@
 """What may differ between adapters: the map that they add to the base (`VARIANTS`), and where it starts (`STARTS`).
 
-A variant is an object with `trains`, `init`, `forward` and `merge`; a start is a function that returns A [R, in] and
-B [out, R] in float32. All act on a `lora.LoRALinear`; the pairs that mean nothing are refused by
-`coverage.check_variant`, before any weight is read. Rank-stabilised LoRA is a scale (`coverage.SCALES`) and LoRA+ a
-learning rate (`training.AdamW`), so both combine with all of these.
+A variant is an object with `trains`, `init`, `forward` and `merge`. A start is a function that returns A [R, in] and
+B [out, R], float32. All act on a `layer.LoRALinear`. Pairs that mean nothing are refused by `targets.check_variant`,
+before any weight is read. Rank-stabilised LoRA is a scale (`targets.SCALES`) and LoRA+ a learning rate
+(`training/optimizers.py`), so both combine with all of these.
 
-Some starts are a part of W (`coverage.MOVING`): the papers then train B A beside the residual W - s B0 A0. Here the
-base is left as it is, and the start B0 A0, kept frozen, is taken off in the adapter:
+Some starts are a part of W (`targets.MOVING`): the papers then train B A beside the residual W - s B0 A0. Here the
+base stays as it is; the start B0 A0 is kept, frozen, and the adapter subtracts it:
 
     (W - s B0 A0) + s B A  =  W + s [B, -B0] [A; A0]
 
-The two are the same map, but this one needs no second copy of W, rounds nothing in bfloat16, and is at each moment a
-plain adapter of rank 2R on the original base. It costs a second low-rank product.
+The two are the same map, but this one needs no second copy of W, rounds nothing in bfloat16, and is always a plain
+adapter of rank 2R on the original base. It costs a second low-rank product.
 """
 
 import torch
@@ -23,17 +23,26 @@ from minilora.kernels.dora_linear import dora_linear
 from minilora.kernels.lora_linear import lora_linear
 
 
+def plain_factors(adapted):
+    """A [R', in] and B [out, R'] of the plain adapter on the original base, for the slot's scale s (with a magnitude:
+    of the direction). R' is R, or 2R where the start is a part of W. `adapted`: a `LoRALinear`, or an `adapter.Part`.
+    """
+    if adapted.A0 is None:
+        return adapted.A, adapted.B
+    return torch.cat([adapted.A, adapted.A0]), torch.cat([adapted.B, -adapted.B0], 1)
+
+
 class LoRA:
     """W' = W + s B A; A and B are trained. Hu et al. 2021 (arXiv 2106.09685), section 4.1."""
 
     trains = ("A", "B")
 
     def init(self, layer):
-        """Give `layer` what the variant has beside A and B: here nothing."""
+        """Give `layer` what the variant has besides A and B: here nothing."""
 
     def projection(self, layer):
         """What `kernels/lora_linear.py` takes: (W, b, A, B, s)."""
-        return layer.original, layer.linear.bias, *layer.factors(), layer.factor * layer.slot.scale
+        return layer.original, layer.linear.bias, *plain_factors(layer), layer.factor * layer.slot.scale
 
     def forward(self, layer, x, seen):
         """x [..., in] -> x W'^T + b [..., out]; `seen` is what dropout left of x for the adapter, or None."""
@@ -41,7 +50,7 @@ class LoRA:
 
     def merge(self, layer, dtype):
         """W + f (W' - W) [out, in] in `dtype`, f the layer's factor."""
-        A, B = (factor.to(dtype) for factor in layer.factors())
+        A, B = (factor.to(dtype) for factor in plain_factors(layer))
         return layer.original.to(dtype) + layer.factor * layer.slot.scale * (B @ A)
 
 
@@ -52,28 +61,28 @@ class DoRA(LoRA):
     """
 
     trains = ("A", "B", "magnitude")
-    projection = None  # its norms come between
+    projection = None  # it needs norms before it can multiply, so it is not one of several in a product
 
     def init(self, layer):
         """Raises InputError for a row of W that is 0: it has no direction."""
         squares = widened(layer.original).square().sum(1)
         if (squares == 0).any():
             raise InputError(
-                f"row {int(squares.argmin())} of the base's weight is 0, and has no direction that variant = 'dora' "
-                "could keep: use another variant, or leave this projection out"
+                f"row {int(squares.argmin())} of the base's weight is 0, so variant = 'dora' finds no direction: "
+                "use another variant, or leave this projection out"
             )
         layer.register_buffer("squares", squares)  # of the norms of W's rows, [out]
         layer.magnitude = nn.Parameter(squares.sqrt())
 
     def forward(self, layer, x, seen):
-        A, B = layer.factors()
+        A, B = plain_factors(layer)
         return dora_linear(
             x, layer.original, layer.linear.bias, A, B, layer.magnitude, layer.squares, layer.slot.scale, seen,
             layer.factor, layer.form,
         )  # fmt: skip
 
     def merge(self, layer, dtype):
-        A, B = (factor.to(dtype) for factor in layer.factors())
+        A, B = (factor.to(dtype) for factor in plain_factors(layer))
         weight = layer.original.to(dtype)
         direction = weight + layer.slot.scale * (B @ A)
         turned = (layer.magnitude.to(dtype) / direction.norm(dim=1))[:, None] * direction
@@ -91,8 +100,11 @@ class LoRAFA(LoRA):
 
 
 def widened(weight):
-    """In float32, or wider where the weight is; whole, where the base is sharded."""
-    return parallel.gathered(weight.detach()).to(torch.promote_types(weight.dtype, torch.float32))
+    """In float32, or wider if the weight is; whole, if the base is sharded. Raises InputError for NaN or infinity."""
+    wide = parallel.gathered(weight.detach()).to(torch.promote_types(weight.dtype, torch.float32))
+    if not wide.isfinite().all():
+        raise InputError("the base's weight has NaN or infinity: fetch the base again, or use another")
+    return wide
 
 
 def kaiming(weight, slot, generator):
@@ -132,8 +144,8 @@ def pissa(weight, slot, generator):
     """s B0 A0 is the best approximation of W of rank R: with W = U S V^T, B0 = U_R sqrt(S_R / s) and
     A0 = sqrt(S_R / s) V_R^T. Meng et al. 2024 (arXiv 2404.02948), section 3; that s is divided out is PEFT's.
 
-    Each singular vector of U has its largest entry positive. Takes about out in min(out, in) operations, where the
-    weight lies; other hardware may round otherwise, and so end at other factors. Draws nothing.
+    Each singular vector of U has its largest entry positive. Takes about out in min(out, in) operations, on the
+    weight's device; other hardware may round differently, and so give other factors. Draws nothing.
     """
     fits(weight, slot)
     U, S, Vh = torch.linalg.svd(widened(weight), full_matrices=False)
@@ -164,7 +176,7 @@ def fits(weight, slot):
 
 
 def signs(values):
-    """1 or -1, where `sign` has 0 as well."""
+    """1 or -1 for each value; 0 counts as positive."""
     return torch.where(values < 0, -1.0, 1.0).to(values.dtype)
 
 

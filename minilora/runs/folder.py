@@ -2,6 +2,7 @@
 
 cell.toml           the cell, resolved; train.py --config reads it
 adapter/            what was trained, in PEFT's format
+factors.safetensors the adapter bit for bit: what evaluating the run, --start and --add read
 metrics.jsonl       one line a step
 injected.jsonl      one line an injected training row: id, labels, spans, strings, whether they survive truncation
 trainable.json      every trained tensor: name, shape, count

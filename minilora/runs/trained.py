@@ -27,6 +27,7 @@ from minilora.fields import marked
 from minilora.lora import storage
 from minilora.lora.layer import named_layers, put, replace_module, scale_by
 from minilora.lora.peft_config import CONFIG
+from minilora.lora.variants import plain_factors
 from minilora.runs.bases import Setting, Settings
 from minilora.runs.folder import Run
 from minilora.runs.record import check_inputs
@@ -140,7 +141,7 @@ class Trained:
         """{module: `Factors`} of what is on the base now, such as `layers.5.v`."""
         found = {}
         for name, layer in named_layers(self.base):
-            A, B = (factor.detach() for factor in layer.factors())
+            A, B = (factor.detach() for factor in plain_factors(layer))
             delta = layer.variant.merge(layer, torch.float32) - layer.original.float()
             found[name] = Factors(A, B, layer.slot.scale, delta.detach())
         return found
@@ -272,17 +273,17 @@ def _open_run(folder, data, scale, added, changes):
     task = find_task(cell, setting.spec, setting.tokenizer)
     base = Settings().load(cell, task.unembedding)
     opened = Trained(cell, folder, setting, base, task, clean, with_targets(test, cell), clean.label_names)
-    storage.restore(run.path / "adapter", opened.model, cell.method, scale, _adapters(added, before["base"], folder))
+    _check_added(added, before["base"], folder)
+    storage.restore(run.path, opened.model, cell.method, scale, added)
     return opened
 
 
-def _adapters(added, base, folder):
-    """[(adapter's folder, weight)]; InputError for a run on another base."""
+def _check_added(added, base, folder):
+    """Raise InputError for a run on another base."""
     for other, _ in added:
         there = Run(other)
         if there.finished and there.read_results()["inputs"]["base"] != base:
             raise InputError(f"--add {other}: it was trained on another base than {folder}: choose another")
-    return [(storage.find(other), weight) for other, weight in added]
 
 
 def _other_rows(data, cell, label_names):
@@ -314,7 +315,8 @@ def _open_adapter(folder, model, data, scale, added, changes):
     labels = labels or [str(number) for number in range(classes)]
     opened = Trained(cell, folder, setting, base, task, test, test, labels, has_head=lm or classes > 0)
     if opened.has_head:
-        storage.restore(folder, opened.model, "lora", scale, _adapters(added, setting.inputs["base"], folder))
+        _check_added(added, setting.inputs["base"], folder)
+        storage.restore(folder, opened.model, "lora", scale, added)
     else:
         if added:
             raise InputError(f"{folder} has no head, so nothing is stacked on it: name the adapter with the head first")

@@ -170,7 +170,7 @@ class Member:
         """
         cell, run, clean = self.cell, self.run, self.clean
         if parallel.first():
-            storage.save(run.path / "adapter", model, cell, clean.label_names)
+            storage.save_run(run.path, model, cell, clean.label_names)
         elif parallel.is_sharded(model.base) and cell.method == "lora":
             to_peft(adapter_of(model.base), model.base)  # may gather weights, which takes all processes
         began = time.perf_counter()

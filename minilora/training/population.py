@@ -17,8 +17,8 @@ from minilora.cell import Cell
 from minilora.data.batches import IGNORED
 from minilora.fields import declared, marked, value_of
 from minilora.kernels.dropout import dropout
-from minilora.kernels.lora_linear import lora_linears
-from minilora.lora.layer import detach, put, replace_module, use_keys
+from minilora.kernels.lora_linear import lora_linear
+from minilora.lora.layer import LoRALinear, detach, put, replace_module, use_keys
 from minilora.tasks.classification import Classifier, pool
 
 
@@ -31,10 +31,13 @@ def shared(cell):
 
 
 class Stack(nn.Module):
-    """In the place of a projection: it, and beside it the adapters of K members, of which some may have none.
+    """One projection of a population: the frozen map, and beside it the adapters of K members, some without one.
 
-    `A` [K, R, in] and `B` [K, out, R], R the largest rank; `scale` [K]; `keys` as in `lora.use_keys`, [K].
+    `A` [K, R, in] and `B` [K, out, R], R the largest rank; `scale` [K]; `keys` int32 [K], see `layer.use_keys`.
     """
+
+    form = "side"  # the only one that is exact for stacked adapters
+    joint = staticmethod(LoRALinear.joint)
 
     def __init__(self, layers, A, B, keys):
         super().__init__()
@@ -49,24 +52,16 @@ class Stack(nn.Module):
     def drops(self):
         return self.training and self.dropping
 
+    @property
+    def joins(self):
+        return not self.drops
+
     def projection(self):
         return self.linear.weight, self.linear.bias, self.A, self.B, self.scale
 
     def forward(self, x):
         seen = dropout(x, self.dropout, self.keys, self.salt) if self.drops else None
-        [y] = lora_linears(x, [self.projection()], seen)
-        return y
-
-    @staticmethod
-    def joint(x, linears):
-        """As `lora.LoRALinear.joint`."""
-        stacks = [linear for linear in linears if isinstance(linear, Stack)]
-        if any(stack.drops for stack in stacks):
-            return [linear(x) for linear in linears]
-        return lora_linears(x, [
-            linear.projection() if isinstance(linear, Stack) else (linear.weight, linear.bias, None, None, 1.0)
-            for linear in linears
-        ])  # fmt: skip
+        return lora_linear(x, *self.projection(), seen)
 
 
 class Population(nn.Module):

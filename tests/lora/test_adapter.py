@@ -6,6 +6,7 @@ from itertools import product
 
 import peft
 import pytest
+import safetensors
 import torch
 import transformers
 from conftest import random_batch, tiny_bert
@@ -20,7 +21,7 @@ from minilora.base import model
 from minilora.cell import Cell
 from minilora.errors import InputError
 from minilora.lora import peft_config, storage
-from minilora.lora.adapter import variant_of
+from minilora.lora.adapter import adapter_of, variant_of
 from minilora.lora.layer import attach, named_layers, scale_by
 from minilora.lora.targets import plan_slots
 from minilora.tasks.classification import Classifier
@@ -96,9 +97,9 @@ def test_restore_is_the_inverse_of_save(tiny_folder, tmp_path, cell):
         with torch.no_grad():
             for parameter in classifier.parameters():
                 parameter.add_(0.01 * torch.randn_like(parameter))
-    storage.save(tmp_path / "adapter", classifier, cell, ["a", "b", "c"])
+    storage.save_run(tmp_path, classifier, cell, ["a", "b", "c"])
     fresh = Classifier(model.load(tiny_folder), cell.pooling, 3, seed=10)
-    storage.restore(tmp_path / "adapter", fresh, cell.method)
+    storage.restore(tmp_path, fresh, cell.method)
     wanted, found = classifier.state_dict(), fresh.state_dict()
     assert list(found) == list(wanted) and all(torch.equal(found[n], wanted[n]) for n in wanted)
     ids, lengths = random_batch(90, [19, 8])
@@ -137,13 +138,16 @@ def test_what_does_not_fit_is_refused(tiny_folder, tmp_path):
         (dict(fan_in_fan_out=True), "fan_in_fan_out"),
         (dict(lora_dropout=1.5), "lora_dropout is 1.5"),
         (dict(rank_pattern={}), "rank 2"),
-        (dict(rank_pattern={"(": 2}), "rank_pattern does not map"),
+        (dict(rank_pattern={"(": 2}), "rank_pattern has '(', which is no regular expression"),
         (dict(alpha_pattern=[3]), "alpha_pattern does not map"),
         (dict(alpha_pattern={}, lora_alpha=None), "None"),
-        (dict(alpha_pattern={}, lora_alpha=9), "slots.json does not describe adapter_config.json and adapter_model"),
-        (dict(use_rslora=True), "slots.json does not describe adapter_config.json and adapter_model"),
-        (dict(init_lora_weights="pissa"), "slots.json does not describe adapter_config.json and adapter_model"),
-        (dict(init_lora_weights="pissa_niter_4"), "pissa_niter_4': it took an approximate part off the base"),
+        (dict(r="3"), "adapter_config.json: r is '3', but must be a number from 0 to 1e+12"),
+        (dict(rank_pattern={"query": "2"}), "rank_pattern of encoder.layer.1.attention.self.query is '2', but must be"),
+        (dict(lora_alpha=1e300), "lora_alpha is 1e+300, but must be a number from 0 to 1e+12"),
+        (dict(lora_alpha=10**400), "lora_alpha is 1000000"),
+        (dict(lora_alpha=float("inf")), "Infinity is not a finite number"),
+        (dict(alpha_pattern={"query": float("nan")}), "alpha_pattern of encoder.layer.1.attention.self.query is nan"),
+        (dict(init_lora_weights="pissa_niter_4"), "pissa_niter_4': it subtracted an approximate part from the base"),
         (dict(init_lora_weights="loftq"), "it was trained on a quantised base"),
         (dict(init_lora_weights="corda"), "depends on data"),
         (dict(init_lora_weights="lora_ga"), "depends on a gradient"),
@@ -156,7 +160,11 @@ def test_what_does_not_fit_is_refused(tiny_folder, tmp_path):
         (dict(target_modules=".*query", layers_to_transform=[1]), "need a list of target_modules"),
         (dict(layers_pattern="layer"), "layers_pattern needs layers_to_transform"),
         (dict(exclude_modules=["query"]), "query has factors, but is not one of target_modules"),
-        (dict(modules_to_save=["classifier", "pooler"]), "modules_to_save names 'pooler'"),
+        (
+            dict(modules_to_save=["classifier", "pooler"]),
+            "modules_to_save names 'pooler', but there is no tensor of it",
+        ),
+        (dict(modules_to_save=["classifier", "LayerNorm"]), "'LayerNorm', but there is no tensor of it"),
         (dict(modules_to_save=None), "classifier.bias has no place in it; classifier.weight has no place in it"),
     ]:
         (folder / "adapter_config.json").write_text(json.dumps(config | change))
@@ -178,6 +186,12 @@ def test_what_does_not_fit_is_refused(tiny_folder, tmp_path):
         ({n: t for n, t in tensors.items() if "lora" not in n}, "query lacks its A"),
         (tensors | {"base_model.model.embeddings.word_embeddings.weight": torch.zeros(3, 24)}, "word_embeddings"),
         (tensors | {classifier: torch.zeros(3, 25)}, "classifier has shapes {'bias': [3], 'weight': [3, 25]}"),
+        (tensors | {name: torch.full((2, 24), torch.nan)}, "A of layers.1.q has NaN or infinity"),
+        (tensors | {classifier: torch.full((3, 24), torch.inf)}, "the head's weight has NaN or infinity"),
+        (
+            tensors | {f"{stem}.lora_A.other.weight": tensors[name].clone()},
+            "has several tensors encoder.layer.1.attention",
+        ),
     ]:
         save_file(changed, folder / "adapter_model.safetensors")
         message = refusal(folder, tiny_folder)
@@ -187,7 +201,7 @@ def test_what_does_not_fit_is_refused(tiny_folder, tmp_path):
     assert "adapter_model.safetensors" in refusal(folder, tiny_folder)
     (folder / "adapter_model.safetensors").unlink()
     assert "adapter_model.safetensors" in refusal(folder, tiny_folder)
-    assert cases == 30 + 9
+    assert cases == 34 + 12
 
 
 def test_another_base_is_refused_with_the_first_differences(tmp_path):
@@ -207,36 +221,74 @@ def test_another_base_is_refused_with_the_first_differences(tmp_path):
     assert "query has A [1, 24] and B [24, 1], where the base asks for A [R, 30] and B [30, R]; " in message
 
 
-def test_a_changed_record_or_factor_is_refused(tiny_folder, tmp_path):
-    """slots.json is believed only if the rest of the folder says the same."""
-    cell = Cell(rank=2, init="pissa")
-    storage.save(tmp_path, trained(tiny_folder, cell), cell, "abc")
-    path = tmp_path / peft_config.SLOTS
-    record = json.loads(path.read_text())
-    assert record["moved"] and record["slots"]["layers.0.q"] == {"rank": 2, "alpha": 8.0, "scale": 4.0, "row": 0}
-    slots = record["slots"]
-    changes = [
-        record | {"moved": False},
-        record | {"variant": "dora"},
-        record | {"variant": "best"},
-        record | {"slots": slots | {"layers.0.q": slots["layers.0.q"] | {"rank": 1}}},
-        record | {"slots": slots | {"layers.0.q": slots["layers.0.q"] | {"scale": 2.0}}},
-        record | {"slots": slots | {"layers.0.q": slots["layers.0.q"] | {"alpha": None}}},
-        record | {"slots": slots | {"layers.0.up": slots["layers.0.q"]}},
-        record | {"slots": {n: s for n, s in slots.items() if n != "layers.1.v"}},
-        {"slots": slots},
-        {},
-    ]
-    for changed in changes:
-        path.write_text(json.dumps(changed))
-        assert "slots.json does not describe adapter_config.json and adapter_model.safetensors" in refusal(
-            tmp_path, tiny_folder
-        )
-    assert len(changes) == 10
-    path.unlink()  # PEFT's part of the folder is whole without it
+@pytest.mark.parametrize("cell", [Cell(rank=2, init="pissa"), Cell(rank=2, variant="dora", dropout=0.1)])
+def test_a_run_keeps_its_factors(tiny_folder, tmp_path, cell):
+    """The same bytes each time. A run whose adapter/ changed is refused; adapter/ itself is read as PEFT reads it."""
+    classifier = trained(tiny_folder, cell)
+    for name in ("one", "two"):
+        storage.save_run(tmp_path / name, classifier, cell, "abc")
+    one, two = (tmp_path / name for name in ("one", "two"))
+    assert (one / storage.FACTORS).read_bytes() == (two / storage.FACTORS).read_bytes()
+    found, wanted = storage.read(one, model.load(tiny_folder)), adapter_of(classifier.base)
+    assert found.slots == wanted.slots and (found.variant, found.dropout) == (cell.variant, cell.dropout)
+    for name, part in wanted.parts.items():
+        assert list(part.tensors()) == list(found.parts[name].tensors())
+        assert all(value.equal(found.parts[name].tensors()[key]) for key, value in part.tensors().items())
+    assert found.head["weight"].equal(classifier.classifier.weight) and found.head["bias"][2] == 2.0
+
+    def refused(words):
+        message = refusal(two, tiny_folder)
+        assert words in message and str(two / "adapter") in message, message
+
+    tensors = load_file(two / "adapter" / peft_config.TENSORS)
+    for change in (dict(lora_alpha=9), dict(note=[])):
+        path = two / "adapter" / peft_config.CONFIG
+        before = path.read_text()
+        path.write_text(json.dumps(json.loads(before) | change))
+        refused("adapter_config.json is not what the run wrote: to use it as it is now, name")
+        path.write_text(before)
+    name = next(name for name in tensors if "lora_B" in name)
+    tensors[name][0, 0] += 1
+    storage.write_tensors(two / "adapter" / peft_config.TENSORS, tensors)
+    refused("adapter_model.safetensors is not what the run wrote")
     base = model.load(tiny_folder)
-    storage.load(tmp_path, base)
-    assert {layer.slot.rank for _, layer in named_layers(base)} == {4}
+    storage.load(two / "adapter", base)
+    assert {layer.slot.rank for _, layer in named_layers(base)} == {4 if cell.init == "pissa" else 2}
+    (two / "adapter" / peft_config.TENSORS).unlink()
+    refused("adapter_model.safetensors is not what the run wrote")
+
+    with safetensors.safe_open(one / storage.FACTORS, "pt") as file:
+        record = json.loads(file.metadata()[storage.RECORD])
+    factors, slots = load_file(one / storage.FACTORS), record["slots"]
+    cases = 0
+    for changed in (
+        {},
+        record | {"variant": "best"},
+        record | {"slots": {n: s for n, s in slots.items() if n != "layers.0.q"}},
+        record | {"slots": slots | {"layers.0.q": {"rank": 2}}},
+        record | {"slots": []},
+        record | {"adapter": None},
+    ):
+        storage.write_tensors(two / storage.FACTORS, factors, {storage.RECORD: json.dumps(changed)})
+        refused("factors.safetensors is not as a run writes it: train the run again, or name")
+        cases += 1
+    assert cases == 6
+    (two / storage.FACTORS).write_bytes(b"cut")
+    assert "factors.safetensors is not a whole safetensors file" in refusal(two, tiny_folder)
+
+
+def test_a_run_of_another_base_is_refused(tmp_path):
+    tiny_bert(tmp_path / "two", num_hidden_layers=2)
+    tiny_bert(tmp_path / "six", num_hidden_layers=6)
+    tiny_bert(tmp_path / "wide", hidden_size=30)
+    storage.save_run(tmp_path / "run", trained(tmp_path / "six", Cell(targets=("q",))), Cell(targets=("q",)), "abc")
+    assert (
+        "bert base of 2 layers: layers.2.q has A [1, 24] and B [24, 1], where the base asks for none there"
+        in refusal(tmp_path / "run", tmp_path / "two")
+    )
+    assert "layers.0.q has A [1, 24] and B [24, 1], where the base asks for A [R, 30]" in refusal(
+        tmp_path / "run", tmp_path / "wide"
+    )
 
 
 def test_every_field_of_peft_is_decided():
@@ -324,22 +376,174 @@ def compare(ours, theirs, atol=2e-5):
     return found
 
 
-def test_a_classifier_of_peft(tiny_folder, tmp_path):
-    """PEFT's own name of a head and of a task; a head of another shape is refused by name."""
-    for kind, words in [("Bert", None), ("Roberta", "classifier.dense.bias has no place in it")]:
-        settings = dict(vocab_size=90, hidden_size=24, num_hidden_layers=3, num_attention_heads=3, intermediate_size=40,
-                        max_position_embeddings=40, num_labels=5)  # fmt: skip
-        whole = getattr(transformers, f"{kind}ForSequenceClassification")(
-            getattr(transformers, f"{kind}Config")(**settings)
-        )
-        whole.base_model.save_pretrained(tmp_path / kind)
-        theirs = peft.get_peft_model(whole, peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"))
-        theirs.save_pretrained(tmp_path / kind / "a")
+SIZES = dict(vocab_size=90, hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=40,
+             max_position_embeddings=48, num_labels=5, pad_token_id=0)  # fmt: skip
+DISTILLED = dict(vocab_size=90, dim=24, n_layers=2, n_heads=3, hidden_dim=40, max_position_embeddings=48, num_labels=5)
+# (family in transformers, its configuration, a target, modules to save besides PEFT's, what is said of the head)
+CLASSIFIERS = [
+    (
+        "Bert",
+        SIZES,
+        "query",
+        [],
+        "(classifier.bias, classifier.weight): it is one of transformers' task models, with pooler before",
+    ),
+    (
+        "Bert",
+        SIZES,
+        "query",
+        ["pooler"],
+        "(bert.pooler.dense.bias, bert.pooler.dense.weight, classifier.bias, classifier.weight): it",
+    ),
+    ("Roberta", SIZES, "query", [], "classifier.dense.weight, classifier.out_proj.bias"),
+    (
+        "DistilBert",
+        DISTILLED,
+        "q_lin",
+        ["pre_classifier"],
+        "with pre_classifier before the last map, which has no place here",
+    ),
+    (
+        "ModernBert",
+        SIZES | dict(cls_token_id=1, sep_token_id=2),
+        "Wqkv",
+        ["head"],
+        "head.dense.weight, head.norm.weight",
+    ),
+]
+
+
+@pytest.mark.parametrize("kind, sizes, target, modules, words", CLASSIFIERS)
+def test_a_classifier_of_peft(tmp_path, capsys, kind, sizes, target, modules, words):
+    """Its head reads what minilora has not, and is left out with a line; the factors are read."""
+    torch.manual_seed(1)
+    config = getattr(transformers, f"{kind}Config")(**sizes)
+    whole = getattr(transformers, f"{kind}ForSequenceClassification")(config)
+    whole.base_model.save_pretrained(tmp_path)
+    settings = dict(r=2, target_modules=[target], modules_to_save=modules or None, init_lora_weights=False)
+    theirs = peft.get_peft_model(whole, peft.LoraConfig(task_type="SEQ_CLS", **settings))
+    theirs.save_pretrained(tmp_path / "a")
+    base = model.load(tmp_path)
+    assert storage.load(tmp_path / "a", base) == {}
+    assert words in capsys.readouterr().err
+    compare(base.eval(), theirs.eval().base_model.model.base_model)
+
+
+def test_a_decoder_s_classifier_of_peft(tmp_path, capsys):
+    """Its head reads the last token's hidden state, as pooling last does: the logits are transformers'."""
+    torch.manual_seed(1)
+    config = transformers.LlamaConfig(**SIZES | dict(num_key_value_heads=3))
+    whole = transformers.LlamaForSequenceClassification(config)
+    whole.model.save_pretrained(tmp_path)
+    theirs = peft.get_peft_model(
+        whole, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="SEQ_CLS", init_lora_weights=False)
+    ).eval()
+    theirs.save_pretrained(tmp_path / "a")
+    base = model.load(tmp_path)
+    ours = Classifier(base, "last", 5)
+    ours.set_head(**storage.load(tmp_path / "a", base))
+    ids, lengths = random_batch(90, [19, 8, 1, 30])
+    real = torch.arange(ids.shape[1]) < lengths[:, None]
+    ids = torch.where(real, ids.clamp(min=1), 0)  # transformers finds the last token by its padding
+    with torch.inference_mode():
+        wanted = theirs(ids, attention_mask=real.long()).logits
+        torch.testing.assert_close(ours.eval()(ids, lengths), wanted, rtol=0, atol=1e-5)
+    assert wanted.std() > 1e-3 and "head" not in capsys.readouterr().err
+
+
+# --- names and tensors that other tools write
+
+
+def test_keys_of_a_state_dict(tiny_folder, tmp_path, capsys):
+    """The adapter's name in a key, a doubled prefix, a saved head's first state, the base's own tensors beside it."""
+    cell = Cell(rank=2, targets=("q", "down"))
+    storage.save(tmp_path, trained(tiny_folder, cell), cell, "abc")
+    base = model.load(tiny_folder)
+    wanted, tensors, prefix = (
+        storage.read(tmp_path, base),
+        load_file(tmp_path / peft_config.TENSORS),
+        "base_model.model.",
+    )
+    embeddings = f"{prefix}embeddings.word_embeddings.weight"
+    head = f"{prefix}classifier.modules_to_save.default."
+    named = {name.replace("lora_A.", "lora_A.default.").replace("lora_B.", "lora_B.default.")
+             .replace(f"{prefix}classifier.", head): value for name, value in tensors.items()}  # fmt: skip
+    assert not named.keys() & tensors.keys()
+    cases = 0
+    for changed in (
+        named,
+        named | {f"{prefix}classifier.original_module.weight": torch.zeros(3, 24)},
+        {f"{prefix}{name}": value for name, value in tensors.items()},
+        tensors | {embeddings: base.embed.tokens.weight.detach().clone()},
+    ):
+        storage.write_tensors(tmp_path / peft_config.TENSORS, changed)
+        found = storage.read(tmp_path, base)
+        assert found.slots == wanted.slots and found.head["bias"].equal(wanted.head["bias"])
+        for name, part in wanted.parts.items():
+            assert part.A.equal(found.parts[name].A) and part.B.equal(found.parts[name].B)
+        cases += 1
+    assert cases == 4
+    config = json.loads((tmp_path / peft_config.CONFIG).read_text())
+    both = config | {"modules_to_save": ["classifier", "LayerNorm", "word_embeddings"]}
+    (tmp_path / peft_config.CONFIG).write_text(json.dumps(both))
+    norm = f"{prefix}embeddings.LayerNorm.weight"
+    norms = {norm: base.embed.norm.weight.detach().clone(), embeddings: changed[embeddings]}
+    for more, words in (
+        ({}, None),
+        ({norm: torch.ones(24) * 1.5}, "embeddings.LayerNorm.weight is not the base's, and minilora does not train it"),
+        ({f"{prefix}encoder.layer.0.output.LayerNorm.weight": torch.ones(24)}, "LayerNorm.weight has no place in it"),
+    ):
+        storage.write_tensors(tmp_path / peft_config.TENSORS, tensors | norms | more)
         if words:
-            assert words in refusal(tmp_path / kind / "a", tmp_path / kind)
+            assert words in refusal(tmp_path, tiny_folder)
         else:
-            loaded = storage.load(tmp_path / kind / "a", model.load(tmp_path / kind))
-            assert {name: list(value.shape) for name, value in loaded.items()} == {"weight": [5, 24], "bias": [5]}
+            storage.read(tmp_path, base)
+    (tmp_path / peft_config.CONFIG).write_text(json.dumps(config))
+    others = base.embed.tokens.weight.detach() + 1e-3
+    for other in (others, torch.cat([others, others[:1]])):
+        storage.write_tensors(tmp_path / peft_config.TENSORS, tensors | {embeddings: other})
+        assert "word_embeddings.weight is not the base's, and minilora does not train it" in refusal(
+            tmp_path, tiny_folder
+        )
+    capsys.readouterr()
+    storage.write_tensors(tmp_path / peft_config.TENSORS, tensors)
+    patterns = dict(rank_pattern={"q_proj": 7, r"encoder\.layer\.1\..*query": 2}, alpha_pattern={"layer.9.up": 3})
+    (tmp_path / peft_config.CONFIG).write_text(json.dumps(config | patterns))
+    storage.read(tmp_path, base)
+    said = capsys.readouterr().err.splitlines()
+    assert [line.partition(": ")[2] for line in said] == [
+        "rank_pattern has 'q_proj', which matches none of its modules",
+        "alpha_pattern has 'layer.9.up', which matches none of its modules",
+    ]
+
+
+def test_what_float32_cannot_hold_is_refused(tiny_folder, tmp_path):
+    """Weights and scales, of a plain adapter and of one with magnitudes; what is just below the limit is computed."""
+    for variant in ("lora", "dora"):
+        cell = Cell(rank=2, variant=variant)
+        storage.save_run(tmp_path / variant, trained(tiny_folder, cell), cell, "abc")
+    cases = 0
+    for name, weight, added in [
+        ("lora", 1e38, ()),
+        ("lora", 1e300, ()),
+        ("dora", -1e38, ()),
+        ("lora", 1.0, [(tmp_path / "lora", 1e300)]),
+        ("lora", 1.0, [(tmp_path / "lora" / "adapter", 1e30)]),
+    ]:
+        fresh = Classifier(model.load(tiny_folder), "mean", 3)
+        culprit, factor = added[0] if added else (tmp_path / name, weight)
+        with pytest.raises(InputError) as caught:
+            storage.restore(tmp_path / name, fresh, "lora", weight, added)
+        assert str(caught.value).startswith(
+            f"{culprit}, {factor:g} times: it changes the weight of layers.0.q by up to"
+        )
+        assert not named_layers(fresh.base)
+        cases += 1
+    assert cases == 5
+    storage.restore(tmp_path / "lora", fresh, "lora", 1e9)
+    assert fresh.eval()(*random_batch(90, [9, 4])).isfinite().all()
+    with pytest.raises(InputError, match="target 'q' has alpha 1e.300, too large for float32"):
+        plan_slots(fresh.base.spec, Cell(alpha=1e300))
 
 
 # --- several adapters
@@ -402,13 +606,13 @@ def test_stacking_is_refused_where_there_is_no_sum(tiny_folder, tmp_path):
 def test_begin(tiny_folder, tmp_path):
     cell = Cell(rank=3, alpha=5.0, targets=("q:2:7", "v", "down"), layers="1-2", scaling="rslora")
     classifier = trained(tiny_folder, cell)
-    storage.save(tmp_path / "run" / "adapter", classifier, cell, "abc")
+    storage.save_run(tmp_path / "run", classifier, cell, "abc")
     again = cell.replace(start=str(tmp_path / "run"))
     assert again.init is None and again.replace(init="gaussian").start is None
     base = model.load(tiny_folder)
     slots = plan_slots(base.spec, again)
     found = storage.begin(base, again, slots)
-    assert found == storage.fingerprint(tmp_path / "run" / "adapter")
+    assert found == storage.fingerprint(tmp_path / "run") != storage.fingerprint(tmp_path / "run" / "adapter")
     wanted, state = classifier.base.state_dict(), base.state_dict()
     assert all(torch.equal(state[name], wanted[name]) for name in wanted) and list(state) == list(wanted)
 
@@ -428,11 +632,14 @@ def test_begin(tiny_folder, tmp_path):
     assert cases == 5
     with pytest.raises(InputError, match="holds no LoRA adapter"):
         storage.begin(base, again.replace(start=str(tmp_path)), slots)
+    for folder in ("run/adapter", "bare"):  # an adapter's folder, and a run's folder whose factors are not there
+        storage.save(tmp_path / "bare" / "adapter", classifier, cell, "abc")
+        assert storage.begin(model.load(tiny_folder), again.replace(start=str(tmp_path / folder)), slots) != found
 
 
 def test_begin_with_a_part_of_the_base(tiny_folder, tmp_path):
     cell = Cell(rank=2, init="olora")
-    storage.save(tmp_path, trained(tiny_folder, cell), cell, "abc")
+    storage.save_run(tmp_path, trained(tiny_folder, cell), cell, "abc")
     again = cell.replace(start=str(tmp_path), dropout=0.1)
     base = model.load(tiny_folder)
     slots = plan_slots(base.spec, again)

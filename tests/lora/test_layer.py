@@ -166,3 +166,8 @@ def test_dropout_only_in_training(tiny_folder):
     base.train()
     torch.manual_seed(1)
     assert not torch.allclose(states(base, batch), still, atol=1e-3)
+
+
+def test_repr(tiny_folder):
+    base = attach(model.load(tiny_folder), SLOTS)
+    assert repr(base.layers[2].down) == "LoRALinear(40 -> 24, rank=4, scale=0.5, lora)"

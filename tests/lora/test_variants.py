@@ -17,7 +17,7 @@ from minilora.kernels import dora_linear, dropout
 from minilora.lora import targets
 from minilora.lora.layer import attach, detach, merge, named_layers, scale_by, unmerge
 from minilora.lora.targets import MOVING, SCALES, Slot, plan_slots
-from minilora.lora.variants import STARTS, VARIANTS
+from minilora.lora.variants import STARTS, VARIANTS, plain_factors
 from minilora.seeds import generator
 from minilora.tasks.classification import Classifier
 from minilora.training import optimizers
@@ -339,14 +339,14 @@ def test_factors_are_a_plain_adapter_on_the_original_base():
         net, plain = move(adapted(variant, init)), Net()
         slots = {}
         for name, layer in named_layers(net):
-            A, B = layer.factors()
+            A, B = plain_factors(layer)
             rank = RANK[name] * (2 if init in MOVING else 1)
             assert A.shape == (rank, layer.linear.in_features) and B.shape == (layer.linear.out_features, rank)
             slots[name] = Slot(rank, layer.slot.scale * rank, layer.slot.scale)
         attach(plain, slots, variant="dora" if variant == "dora" else "lora")
         with torch.no_grad():
             for (_, layer), (_, copied) in zip(named_layers(net), named_layers(plain)):
-                for mine, value in zip((copied.A, copied.B), layer.factors()):
+                for mine, value in zip((copied.A, copied.B), plain_factors(layer)):
                     mine.copy_(value)
                 if variant == "dora":
                     copied.magnitude.copy_(layer.magnitude)
@@ -567,9 +567,10 @@ def test_refused_by_the_cell():
 
 
 def test_refused_by_attach_with_nothing_attached():
-    zero = Net()
+    zero, broken = Net(), Net()
     with torch.no_grad():
         zero.v.weight[4] = 0
+        broken.v.weight[2, 1] = torch.nan
     wide = {"q": Slot(2, 1.0, 0.5), "v": Slot(10, 1.0, 0.1)}
     cases = [
         (Net(), slots_of(), dict(variant="vera"), "variant is 'vera'"),
@@ -579,13 +580,16 @@ def test_refused_by_attach_with_nothing_attached():
         (Net(), wide, dict(init="pissa"), "v: rank 10 is larger than the matrix that the start is a part of (9 x 17)"),
         (Net(), wide, dict(init="olora"), "v: rank 10 is larger"),
         (zero, slots_of(), dict(variant="dora"), "v: row 4 of the base's weight is 0"),
+        (broken, slots_of(), dict(init="pissa"), "v: the base's weight has NaN or infinity"),
+        (broken, slots_of(), dict(init="olora"), "v: the base's weight has NaN or infinity"),
+        (broken, slots_of(), dict(variant="dora"), "v: the base's weight has NaN or infinity"),
     ]
     for net, slots, settings, message in cases:
         with pytest.raises(InputError) as caught:
             attach(net, slots, **settings)
         assert message in str(caught.value) and "\n" not in str(caught.value)
         assert not named_layers(net) and all(p.requires_grad for p in net.parameters())
-    assert len(cases) == 7
+    assert len(cases) == 10
 
 
 def test_every_name_has_its_object():

@@ -40,7 +40,7 @@ def test_a_run_that_merges(runs):
     ids, lengths = random_batch(90, [19, 8, 1, 30])
     mask = torch.arange(ids.shape[1]) < lengths[:, None]
     classifier = Classifier(model.load(folder / "tiny"), "mean", 2).eval()
-    storage.restore(folder / "one" / "adapter", classifier, "lora")
+    storage.restore(folder / "one", classifier, "lora")
     with torch.inference_mode():
         theirs = transformers.AutoModel.from_pretrained(folder / "merged")(ids, attention_mask=mask.long())
         torch.testing.assert_close(
@@ -61,7 +61,7 @@ def test_strength(runs, tmp_path, capsys):
 
     # The sum, merged, is the base that evaluate.py computed with.
     classifier = Classifier(model.load(tmp_path / "sum"), "mean", 2).eval()
-    classifier.set_head(**storage.read(folder / "one" / "adapter", model.load(folder / "tiny")).head)
+    classifier.set_head(**storage.read(folder / "one", model.load(folder / "tiny")).head)
     cell = Cell(model=str(tmp_path / "sum"), method="full")
     storage.save(tmp_path / "full", classifier.requires_grad_(True), cell, ["negative", "positive"])
     shutil.copytree(folder / "one", tmp_path / "copy")
@@ -98,11 +98,23 @@ def test_refused(runs, tmp_path, reviews):
     minilora.train(cell.replace(model=str(tmp_path / "other"), steps=1), tmp_path / "foreign")
     minilora.train(cell.replace(method="head", steps=1), tmp_path / "head")
     os.mkdir(tmp_path / "there")
+    shutil.copytree(folder / "one", tmp_path / "changed")
+    path = tmp_path / "changed" / "adapter" / peft_config.TENSORS
+    tensors = storage.read_tensors(path)
+    tensors["base_model.model.encoder.layer.0.attention.self.query.lora_B.weight"][3, 1] = float("nan")
+    storage.write_tensors(path, tensors)
     cases = [
         (evaluate, [folder / "one", "--add", tmp_path / "foreign"], "foreign: it was trained on another base than"),
         (evaluate, [folder / "one", "--add", tmp_path / "head"], "head holds no LoRA adapter"),
         (evaluate, [folder / "one", "--add", tmp_path / "nowhere"], "nowhere holds no LoRA adapter"),
         (evaluate, [folder / "one", "--scale", "inf"], "--scale is inf"),
+        (evaluate, [folder / "one", "--scale", "1e38"], "one, 1e+38 times: it changes the weight of layers.0.q by"),
+        (evaluate, [folder / "one", "--add", f"{folder}/two:1e300"], "two, 1e+300 times: it changes the weight of"),
+        (evaluate, [tmp_path / "changed"], "is not what the run wrote: to use it as it is now, name"),
+        (evaluate, [tmp_path / "changed", "--merge-to", tmp_path / "new"], "is not what the run wrote"),
+        (evaluate, [folder / "one", "--add", tmp_path / "changed/adapter"], "B of layers.0.q has NaN or infinity"),
+        (train, ["--start", tmp_path / "changed/adapter", "--rank", 2, "--model", folder / "tiny", "--data", reviews,
+                 "--test-rows", 31, "--max-length", 30], "B of layers.0.q has NaN or infinity"),
         (evaluate, [folder / "one", "--merge-to", tmp_path / "there"], "there exists: choose another --merge-to"),
         (evaluate, [tmp_path / "head", "--merge-to", tmp_path / "new"], "there is nothing to merge"),
         (evaluate, [tmp_path / "head", "--scale", "0.5"], "method = 'head' trained no adapter"),
@@ -117,7 +129,7 @@ def test_refused(runs, tmp_path, reviews):
         with pytest.raises(InputError) as caught:
             script.main([str(argument) for argument in arguments])
         assert words in str(caught.value) and "\n" not in str(caught.value), str(caught.value)
-    assert len(cases) == 12 and not (tmp_path / "new").exists()
+    assert len(cases) == 18 and not (tmp_path / "new").exists()
 
 
 def test_a_run_begins_where_another_ended(runs, tmp_path, monkeypatch):
@@ -125,11 +137,11 @@ def test_a_run_begins_where_another_ended(runs, tmp_path, monkeypatch):
     shutil.copytree(folder / "one", tmp_path / "start")
     again = cell.replace(start=str(tmp_path / "start"), seed=4, lr=1e-9, steps=10)
     results, run = minilora.train(again, tmp_path / "whole")
-    before, after = (storage.read(f / "adapter", model.load(folder / "tiny")) for f in (folder / "one", run))
+    before, after = (storage.read(f, model.load(folder / "tiny")) for f in (folder / "one", run))
     assert before.slots == after.slots
     for name, part in before.parts.items():
         torch.testing.assert_close(after.parts[name].B, part.B, rtol=0, atol=1e-6)
-    assert results["inputs"]["start"] == storage.fingerprint(folder / "one" / "adapter")
+    assert results["inputs"]["start"] == storage.fingerprint(folder / "one")
     assert json.loads((run / "results.json").read_text())["inputs"] == results["inputs"]
 
     # Interrupted, and the adapter that it began with is another one when it goes on.
@@ -150,14 +162,12 @@ def test_a_run_begins_where_another_ended(runs, tmp_path, monkeypatch):
     shutil.rmtree(tmp_path / "start")
     shutil.copytree(folder / "one", tmp_path / "start")
     minilora.train(cell.replace(seed=9), tmp_path / "third")
-    shutil.rmtree(tmp_path / "start" / "adapter")
-    shutil.copytree(tmp_path / "third" / "adapter", tmp_path / "start" / "adapter")
+    shutil.rmtree(tmp_path / "start")
+    shutil.copytree(tmp_path / "third", tmp_path / "start")
     with pytest.raises(InputError, match="the adapter in .*start changed since the run began: bring the old"):
         minilora.train(resume=tmp_path / "part")
     shutil.rmtree(tmp_path / "start")
     shutil.copytree(folder / "one", tmp_path / "start")
     minilora.train(resume=tmp_path / "part")
-    for name in (peft_config.TENSORS, peft_config.CONFIG, peft_config.SLOTS):
-        assert (tmp_path / "part" / "adapter" / name).read_bytes() == (
-            tmp_path / "whole" / "adapter" / name
-        ).read_bytes()
+    for name in (storage.FACTORS, f"adapter/{peft_config.TENSORS}", f"adapter/{peft_config.CONFIG}"):
+        assert (tmp_path / "part" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
