@@ -91,7 +91,7 @@ def write(folder, model, cell, label_names=(), *, source, tokenizer=None):
         }
         head = getattr(model, "classifier", None)
         if head is not None:
-            storage.write_tensors(target / CLASSIFIER, head.state_dict())
+            files.write_tensors(target / CLASSIFIER, head.state_dict())
             files.write_json(
                 target / storage.HEAD,
                 {"pooling": model.pooling, "label_names": list(label_names), "tensors": CLASSIFIER},

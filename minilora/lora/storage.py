@@ -15,7 +15,6 @@ from pathlib import Path
 
 import safetensors
 import torch
-from safetensors.torch import save_file
 
 from minilora import console, files
 from minilora.base import families
@@ -54,7 +53,7 @@ def write_factors(run, adapter, head):
         "slots": {name: vars(slot) for name, slot in adapter.slots.items()},
         "adapter": {name: files.sha256(run / "adapter" / name) for name in (CONFIG, TENSORS)},
     }
-    write_tensors(run / FACTORS, tensors, {RECORD: json.dumps(record)})
+    files.write_tensors(run / FACTORS, tensors, {RECORD: json.dumps(record)})
 
 
 def save(folder, model, cell, label_names):
@@ -80,11 +79,11 @@ def save(folder, model, cell, label_names):
             slots, rslora, adapter.variant == "dora", family.transposed, adapter.dropout, "CAUSAL_LM" if lm else None,
             cell.model, cell.revision, bool(state),
         )  # fmt: skip
-        write_tensors(folder / TENSORS, tensors)
+        files.write_tensors(folder / TENSORS, tensors)
         files.write_json(folder / CONFIG, config)
     else:
         trained = {"base." + name: p for name, p in model.base.named_parameters() if p.requires_grad}
-        write_tensors(folder / TRAINED, trained | state)
+        files.write_tensors(folder / TRAINED, trained | state)
     if head is not None:
         files.write_json(folder / HEAD, {"pooling": model.pooling, "label_names": list(label_names)})
 
@@ -282,15 +281,6 @@ def read_peft(folder, base):
 
 
 # --- safetensors
-
-
-def write_tensors(path, tensors, metadata=None):
-    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    with files.replacing(path) as temporary:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        save_file(tensors, temporary, metadata=metadata or {"format": "pt"})
-        temporary.chmod(mode)  # the library closes its files to all other users
 
 
 def read_tensors(path):

@@ -146,7 +146,7 @@ def test_what_does_not_fit_is_refused(tiny_folder, tmp_path):
         (dict(lora_alpha=1e300), "lora_alpha is 1e+300, but must be a number from 0 to 1e+12"),
         (dict(lora_alpha=10**400), "lora_alpha is 1000000"),
         (dict(lora_alpha=float("inf")), "Infinity is not a finite number"),
-        (dict(alpha_pattern={"query": float("nan")}), "alpha_pattern of encoder.layer.1.attention.self.query is nan"),
+        (dict(alpha_pattern={"query": float("nan")}), "NaN is not a finite number"),
         (dict(init_lora_weights="pissa_niter_4"), "pissa_niter_4': it subtracted an approximate part from the base"),
         (dict(init_lora_weights="loftq"), "it was trained on a quantised base"),
         (dict(init_lora_weights="corda"), "depends on data"),
