@@ -19,7 +19,7 @@ from minilora.command import Parser, add_flags, exit_cleanly, given_flags
 from minilora.errors import InputError
 
 # What a test may change of a cell; its other fields made the adapter.
-CHANGES = ("model", "tokenizer", "device", "text_column", "label_column", "inject_sources", "inject_count",
+CHANGES = ("model", "tokenizer", "device", "text_column", "label_column", "bad_rows", "inject_sources", "inject_count",
            "inject_density", "inject_location", "inject_split", "seed_inject")  # fmt: skip
 
 
@@ -55,7 +55,8 @@ def evaluate(folder, *, data=None, batch_size=None, scale=1.0, added=(), merge_t
     inputs = {"train": fingerprint_rows(clean), "test": fingerprint_rows(test)}
     if data is not None:
         free = cell.task == "lm"
-        test = load_rows(data, text_column=cell.text_column, label_column=cell.label_column, free=free)
+        names = dict(text_column=cell.text_column, label_column=cell.label_column)
+        test = load_rows(data, **names, free=free, bad_rows=cell.bad_rows)
         test = align(test, clean.label_names, data, free)
     test = with_targets(test, cell)
 
@@ -133,8 +134,8 @@ def main(argv=None):
         return main_of_grid(arguments, changes)
     if arguments.batch is not None and arguments.batch < 1:
         raise InputError(f"--batch-size is {arguments.batch}, but must be at least 1")
-    if arguments.rows is None and {"text_column", "label_column"} & set(changes):
-        raise InputError("--text-column and --label-column are those of --data: give it too")
+    if arguments.rows is None and {"text_column", "label_column", "bad_rows"} & set(changes):
+        raise InputError("--text-column, --label-column and --bad-rows are those of --data: give it too")
     out = Path(arguments.out) if arguments.out else None
     if out and out.exists():
         raise InputError(f"{out} exists: choose another --out")

@@ -96,6 +96,10 @@ class Cell:
     test_data: str | None = option(
         None, "data", "file or hub id of test rows", str, unset="the data's own, or a part split off"
     )
+    bad_rows: str | None = option(
+        None, "data", "rows without a text or a label: refuse the data, or skip them", str, choices=("refuse", "skip"),
+        unset="refuse, but skip in a hub data set",
+    )  # fmt: skip
     test_rows: int = option(1000, "data", "test rows, stratified", int, least=2)
     train_rows: int | None = option(None, "data", "training rows, stratified", int, least=2, unset="all")
     max_length: int = option(128, "data", "tokens a row, longer rows are cut", int, least=4)

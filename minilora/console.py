@@ -94,6 +94,16 @@ def say(text=""):
         tqdm.write(text, file=sys.stderr)
 
 
+_said = set()
+
+
+def say_once(text):
+    """`say` a line that this process has not said yet: rows may be read many times."""
+    if not _quiet and text not in _said:
+        _said.add(text)
+        say(text)
+
+
 def short(text, most=30):
     """The text on one line, and cut to `most` columns."""
     text = " ".join(text.split())

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import os
+import stat
 import uuid
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,6 +52,19 @@ def read_jsonl(path):
 def cache():
     """Our own cache folder (a `Path`): $XDG_CACHE_HOME/minilora, else ~/.cache/minilora."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "minilora"
+
+
+def check_regular(path):
+    """Raise InputError unless `path` is a regular file, or a link to one: a pipe or a device may never end.
+
+    A path that does not exist passes: its reader says what is missing.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return
+    if not stat.S_ISREG(mode):
+        raise InputError(f"{path}: is not a regular file (a folder, pipe or device): put the file itself there")
 
 
 def read_json(path):
