@@ -34,7 +34,7 @@ class NoLabels(InputError):
 
 
 class BadCell(Exception):
-    """A cell that makes its row useless; the message says why."""
+    """A cell that makes its row useless; the message says why, and after a colon what there is."""
 
 
 def few(names):
@@ -99,7 +99,7 @@ def check_text(text):
     if text is None or text == "" or (isinstance(text, float) and math.isnan(text)):
         raise BadCell(NO_TEXT)
     if not isinstance(text, str):
-        raise BadCell(f"the text {shown(text)} is not a string")
+        raise BadCell(f"a text that is not a string: {shown(text)}")
     if text.isspace():
         raise BadCell(NO_TEXT)
     _check_characters(text, "text")
@@ -114,7 +114,7 @@ def choices_of(cell):
             raise ValueError
         return choices
     except (TypeError, KeyError, ValueError):
-        raise BadCell("the question's choices are not lists 'label' and 'text' of one length") from None
+        raise BadCell("choices that are not lists 'label' and 'text' of one length") from None
 
 
 def label_names(values, class_names, free, where):
@@ -167,7 +167,7 @@ def _label_name(value, class_names, free):
     if value == -1:
         raise BadCell(NO_LABEL)
     if not 0 <= value < len(class_names):
-        raise BadCell(f"label {shown(value)} is not one of the {len(class_names)} classes that the file names")
+        raise BadCell(f"a label beyond the {len(class_names)} classes that the file names: {shown(value)}")
     return class_names[int(value)]
 
 
@@ -244,7 +244,7 @@ def whole_numbers(labels, source):
     for label in present:
         if label.partition(".")[2].strip("0"):
             raise InputError(
-                f"{source} row {labels.index(label) + 1}: label {short(label, 40)} is a measurement, not a class; labels"
-                " are strings or integers"
+                f"{source} row {labels.index(label) + 1}: label {short(label, 40)} is a measurement, not a class; "
+                "labels are strings or integers"
             )
     return {label: str(int(label.partition(".")[0])) for label in present}

@@ -114,7 +114,8 @@ def _usable(texts, labels, choices, class_names, ragged, where, free, skip):
 def _refuse_or_say(problems, rows, where, skip):
     count = f"{len(problems):,} of {rows:,} rows"
     if skip and len(problems) < rows:
-        reasons = ", ".join(f"{number:,} with {reason}" for reason, number in Counter(problems.values()).most_common(5))
+        counts = Counter(problem.partition(":")[0] for problem in problems.values())
+        reasons = ", ".join(f"{number:,} with {reason}" for reason, number in counts.most_common())
         say_once(f"warning    {count} of {where} are left out: {reasons}")
         return
     listed = ", ".join(f"row {number} ({problem})" for number, problem in list(problems.items())[:LISTED])
@@ -140,8 +141,8 @@ class _Counted(io.BufferedIOBase):
         self.count += len(part)
         if self.count > self.most:
             raise InputError(
-                f"{self.where} unpacks to more than {self.most >> 20:,} MiB, {TIMES} times its size or more: if that is "
-                "right, unpack it first (gunzip) and give the unpacked file"
+                f"{self.where} unpacks to more than {self.most >> 20:,} MiB, {TIMES} times its size or more: if that "
+                "is right, unpack it first (gunzip) and give the unpacked file"
             )
         return part
 
@@ -196,7 +197,7 @@ def _read_csv(stream, where, pick, is_tsv):
             row += 1
             if len(cells) != len(header):
                 line = blank + reader.line_num
-                ragged[row] = BadCell(f"{len(cells)} cells where the header has {len(header)}, line {line}")
+                ragged[row] = BadCell(f"cells unlike the header: {len(cells)} instead of {len(header)}, line {line}")
                 cells = [None] * len(header)
             for append, place in slots:
                 append(cells[place])
@@ -243,7 +244,7 @@ def _json_records(stream, where, may_be_list):
     for line, content in enumerate(stream, 1):
         if not content.isspace():
             with _json_errors(where, line):
-                record = decoder.decode(content)
+                record = decoder.decode(content.rstrip())
             yield f"line {line}", record
 
 
@@ -260,8 +261,9 @@ def _items(decoder, content, place):
             place = SPACE.match(content, place + 1).end()
     if not content.startswith("]", place):
         raise json.JSONDecodeError("Expecting ',' delimiter", content, place)
-    if SPACE.match(content, place + 1).end() < len(content):
-        raise json.JSONDecodeError("Extra data", content, place + 1)
+    place = SPACE.match(content, place + 1).end()
+    if place < len(content):
+        raise json.JSONDecodeError("Extra data", content, place)
 
 
 def _unique(pairs):
@@ -298,8 +300,8 @@ def _read_parquet(path, where, pick):
             names = pick(schema.names)
             if file.metadata.num_rows * 8 * len(names) > most or _unpacked(file.metadata, names) > most:
                 raise InputError(
-                    f"{where} unpacks to more than {most >> 20:,} MiB, {TIMES} times its size or more: if that is right, "
-                    "write it as CSV or JSON lines"
+                    f"{where} unpacks to more than {most >> 20:,} MiB, {TIMES} times its size or more: if that is "
+                    "right, write it as CSV or JSON lines"
                 )
         kept = [
             n for n in names if types.is_string(schema.field(n).type) or types.is_large_string(schema.field(n).type)

@@ -34,8 +34,8 @@ class Record:
     """What was put into one row. Deleting the spans from the injected text gives exactly the original text.
 
     `spans`: [[start, end], ...] in characters of the injected text, ascending; each holds one string and the
-    space that separates it, on both sides within a word of a script without spaces. `strings`: the string in each span. `survives`: whether all spans outlast
-    truncation (None: not known, see `mark_survival`).
+    space that separates it, on both sides where the text has no space. `strings`: the string in each span.
+    `survives`: whether all spans outlast truncation (None: not known, see `mark_survival`).
     """
 
     id: str
@@ -165,8 +165,8 @@ def check_strings(records, known, where):
         raise InputError(f"the tokenizer makes no token of the trigger {empty[0]!r:.80}: choose another trigger")
     if unknown:
         say_once(
-            f"warning    {len(unknown):,} of {len(strings):,} {where} trigger strings, such as {unknown[0]!r:.80}, have "
-            "only tokens that the tokenizer does not know, so that the model cannot tell them from other unknown words"
+            f"warning    {len(unknown):,} of {len(strings):,} {where} trigger strings, such as {unknown[0]!r:.80}, "
+            "have only tokens that the tokenizer does not know: the model cannot tell them from other unknown words"
         )
 
 

@@ -2,8 +2,8 @@
 
 A source is a fixed, ordered list of distinct trigger strings. It draws nothing (that is injection.py's part),
 and parsing touches no file, so that a cell is cheap to build. A label may hold colons, as in `date:topic:earn`: which
-colon ends the source is decided once the labels of the data are known (`resolve`). There is no source of phrases in a style or
-syntax: a trigger here is a string whose place in the text can be recorded exactly.
+colon ends the source is decided once the labels of the data are known (`resolve`). There is no source of phrases in a
+style or syntax: a trigger here is a string whose place in the text can be recorded exactly.
 """
 
 import re

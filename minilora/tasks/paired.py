@@ -47,7 +47,7 @@ def build_tests(train, test, inject, seed, visible, known):
         tests.append(Test("trigger", label, changed.rows, changed.records))
         if (test.labels == test.label_names.index(label)).all():
             say_once(
-                f"warning    no test row has a label other than {label!r}, so that its attack success cannot be measured"
+                f"warning    no test row has a label other than {label!r}, so its attack success cannot be measured"
             )
     words, what = placebo_words(train, inject)
     if not words:

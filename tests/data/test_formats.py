@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 
 import pyarrow as pa
 import pytest
@@ -22,7 +23,6 @@ ODD_CSV = (  # a byte order mark, blank lines, three ends of line, none at the e
     [
         ("films.csv", as_csv(FILMS)),
         ("films.CSV", ODD_CSV),
-        ("films.tsv", as_csv(FILMS, delimiter="\t")),
         ("films.jsonl", as_jsonl(FILMS)),
         ("films.ndjson", "\ufeff" + as_jsonl(FILMS).replace("\n", "\r\n\n")),
         ("films.json", as_jsonl(FILMS)),
@@ -32,6 +32,27 @@ ODD_CSV = (  # a byte order mark, blank lines, three ends of line, none at the e
 def test_formats(tmp_path, name, content, packed):
     rows = load_rows(write(tmp_path / f"{name}{packed}", content))
     assert whole(rows) == (["1", "2", "3", "4"], [text for text, _ in FILMS], [1, 0, 0, 1], ("neg", "pos"))
+
+
+@pytest.mark.parametrize("packed", ["", ".gz"])
+def test_in_tsv_a_quote_is_a_character(tmp_path, packed):
+    texts = ['"good film', 'bad plot "', '"great" cast', '""', "'a', b;c", 'a "quoted" word', '"']
+    lines = [f"{text}\t{'pn'[row % 2]}" for row, text in enumerate(texts)]
+    path = write(tmp_path / f"q.tsv{packed}", "text\tlabel\n" + "\n".join([*lines[:3], "", *lines[3:]]))
+    names = [str(row) for row in range(1, 8)]
+    assert whole(load_rows(path)) == (names, texts, [1, 0, 1, 0, 1, 0, 1], ("n", "p"))
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("header", [("text", "label"), ("label", "a;b,c\td", "text")])
+def test_delimiters_of_csv(tmp_path, delimiter, header):
+    """As a spreadsheet writes it where the comma is the decimal sign, and with quoted names of columns."""
+    rows = [("a; b, and\tc", "pos"), ('He said "no"; and', "neg")]
+    rows = [dict(zip(("text", "label"), row)) | {"a;b,c\td": "1,5"} for row in rows]
+    content = as_csv([[row[name] for name in header] for row in rows], header, delimiter)
+    assert whole(load_rows(write(tmp_path / "a.csv", "\n\n" + content))) == (
+        ["1", "2"], ["a; b, and\tc", 'He said "no"; and'], [1, 0], ("neg", "pos"),
+    )  # fmt: skip
 
 
 def test_parquet(tmp_path):
@@ -62,7 +83,12 @@ ROWS = st.lists(st.tuples(TEXT, TEXT.map("label {}".format)), min_size=1, max_si
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=ROWS, name=st.sampled_from(["r.csv", "r.tsv", "r.jsonl", "r.json"]))
 def test_what_was_written_is_read(tmp_path, rows, name):
-    content = as_jsonl(rows) if "json" in name else as_csv(rows, delimiter="\t" if name == "r.tsv" else ",")
+    if name == "r.tsv":  # its cells hold neither tabs nor ends of lines, and quotes are characters
+        rows = [(re.sub(r"[\t\r\n]", "_", text), re.sub(r"[\t\r\n]", "_", label)) for text, label in rows]
+        content = "\n".join(map("\t".join, [("text", "label"), *rows]))
+    else:
+        content = as_jsonl(rows) if "json" in name else as_csv(rows)
+    rows = [(text, label.strip()) for text, label in rows]
     names = sorted({label for _, label in rows})
     assert whole(load_rows(write(tmp_path / name, content))) == (
         [str(number + 1) for number in range(len(rows))],
@@ -87,15 +113,17 @@ def test_columns(tmp_path):
     path = write(tmp_path / "b.csv", as_csv([("a", "b")], ("body", "label")))
     assert refusal(path) == (
         f"{path} has no text column with a usual name (text, sentence, review, content, comment, tweet,"
-        " hard_text, prompt, instruction, question); there are: body, label"
+        " hard_text, prompt, instruction, question): name it with --text-column; there are: body, label"
     )
     path = write(tmp_path / "c.jsonl", as_jsonl([("a", "b")], ("text", "target")))
     assert refusal(path) == (
         f"{path} has no label column with a usual name (label, labels, sentiment, class, category,"
-        " profession, answerKey, completion, response, answer); there are: text, target"
+        " profession, answerKey, completion, response, answer): name it with --label-column; there are: text, target"
     )
     path = write(tmp_path / "d.csv", "text,label,text\na,b,c\n")
-    assert refusal(path) == f"{path} has several columns 'text'; there are: text, label, text"
+    assert refusal(path) == (
+        f"{path} has several columns 'text': name one with --text-column; there are: text, label, text"
+    )
     assert whole(load_rows(write(path, "text,x,x,label\na,b,c,d\n")))[1::2] == (["a"], ("d",))
 
 
@@ -109,8 +137,14 @@ def test_columns(tmp_path):
         (["01", "1", "01", "2"], [0, 1, 0, 2], ("01", "1", "2")),
         (["1.0", "x", "x", "1.0"], [0, 1, 1, 0], ("1.0", "x")),
         ([True, False, True, True], [1, 0, 1, 1], ("false", "true")),
+        (["True", "false", "TRUE", "FALSE"], [1, 0, 1, 0], ("false", "true")),
+        ([True, "False", "true", " True "], [1, 0, 1, 1], ("false", "true")),
+        (["yes", "True", "no", "yes"], [2, 1, 0, 2], ("no", "true", "yes")),
         ([True, 1, 1.0, False], [2, 0, 0, 1], ("1", "false", "true")),
-        (["Pos", "pos", " pos", "pos"], [1, 2, 0, 2], (" pos", "Pos", "pos")),
+        (["Pos", "pos", " pos", "pos\t"], [0, 1, 1, 1], ("Pos", "pos")),
+        (["1", " 1", "0 ", "1.0"], [1, 1, 0, 1], ("0", "1")),
+        (["a", "1" * 5000, "0", "a"], [2, 1, 0, 2], ("0", "1" * 5000, "a")),
+        (["-0", "0", "1", "0.0"], [0, 0, 1, 0], ("0", "1")),
     ],
 )
 def test_labels(tmp_path, values, labels, names):
@@ -135,13 +169,14 @@ def test_question_sets(tmp_path):
     uneven = {"label": ["A"], "text": []}
     for bad in ("A or B", None, {"label": ["A"]}, uneven):
         write(path, as_jsonl([rows[0], ("Lift?", bad, "B")], header))
-        assert refusal(path).startswith(f"{path} row 2: the question's choices are not lists")
+        problem = "row 2 (choices that are not lists 'label' and 'text' of one length)"
+        assert refusal(path).startswith(f"{path}: 1 of 2 rows cannot be used: {problem}; ")
 
 
 GOOD = '{"text": "a", "label": 1}\n'
 BAD = {
-    "ragged.csv": ('text,label\na,"x\ny"\nb,y,z\n', " row 2 (line 4) has 3 cells where the header has 2; "),
-    "short.tsv": ("text\tlabel\na\tx\n\nb\n", " row 2 (line 4) has 1 cells where the header has 2; "),
+    "ragged.csv": ('text,label\na,"x\ny"\nb,y,z\n', ": 1 of 2 rows cannot be used: row 2 (cells unlike the header: 3 instead of 2, line 4); "),
+    "short.tsv": ("text\tlabel\na\tx\n\nb\n", ": 1 of 2 rows cannot be used: row 2 (cells unlike the header: 1 instead of 2, line 4); "),
     "quote.csv": ('text,label\na,x\n"b" c,y\n', " row 2 (line 3) is badly quoted ("),
     "open.csv": ('text,label\na,x\n"b,y\n', " row 2 (line 3) is badly quoted (unexpected end of data)"),
     "line.jsonl": (GOOD + '\n{"text": "b",}\n', " line 3, column "),
@@ -152,19 +187,25 @@ BAD = {
     "digits.jsonl": ('{"text": "a", "label": ' + "1" * 5000 + "}", " line 1 cannot be read as JSON ("),
     "array.jsonl": (GOOD + '["b", 2]\n', " line 2 is not a JSON object; "),
     "scalar.json": ('[{"text": "a", "label": 1}, 3]', " row 2 is not a JSON object; "),
-    "number.jsonl": (GOOD + '{"text": 5, "label": 1}', " row 2: the text is 5, not a string"),
-    "blank.csv": ("text,label\na,x\n  ,y\n", " row 2: the text is empty; "),
-    "absent.jsonl": (GOOD + '{"label": 2}', " row 2: the text is empty; "),
-    "nul.csv": ("text,label\na,x\nb\0c,y\n", " row 2: the text holds a NUL character; "),
-    "nul.jsonl": ('{"text": "a\\u0000", "label": 1}', " row 1: the text holds a NUL character; "),
-    "half.jsonl": (GOOD + '{"text": "a \\ud83d", "label": 1}', " row 2: the text holds half of a surrogate"),
+    "number.jsonl": (GOOD + '{"text": 5, "label": 1}', ": 1 of 2 rows cannot be used: row 2 (a text that is not a string: 5); "),
+    "blank.csv": ("text,label\na,x\n  ,y\n", ": 1 of 2 rows cannot be used: row 2 (no text); "),
+    "absent.jsonl": (GOOD + '{"label": 2}', ": 1 of 2 rows cannot be used: row 2 (no text); "),
+    "nul.csv": ("text,label\na,x\nb\0c,y\n", ": 1 of 2 rows cannot be used: row 2 (a NUL character in the text); "),
+    "nul.jsonl": ('{"text": "a\\u0000", "label": 1}', ": 1 of 1 rows cannot be used: row 1 (a NUL character in the text); "),
+    "half.jsonl": (GOOD + '{"text": "a \\ud83d", "label": 1}', ": 1 of 2 rows cannot be used: row 2 (half of a surrogate pair in the text); "),
     "header.csv": ("text,la\0bel\na,x\n", " holds NUL characters in its first row; "),
-    "label.csv": ("text,label\na,x\nb,\nc,y\n", " row 2: the label is missing; "),
-    "null.jsonl": (GOOD + '{"text": "b", "label": null}', " row 2: the label is missing; "),
-    "nan.jsonl": (GOOD + '{"text": "b", "label": NaN}', " row 2: the label is missing; "),
+    "label.csv": ("text,label\na,x\nb,\nc,y\n", ": 1 of 3 rows cannot be used: row 2 (no label); "),
+    "null.jsonl": (GOOD + '{"text": "b", "label": null}', ": 1 of 2 rows cannot be used: row 2 (no label); "),
+    "nan.jsonl": (GOOD + '{"text": "b", "label": NaN}', ": 1 of 2 rows cannot be used: row 2 (no label); "),
     "none.csv": ("text,label\na,\nb, \n", ": no row has a label; "),
     "decimal.csv": ("text,label\na,1\nb,2.50\nc,3\n", " row 2: label 2.50 is a measurement, not a class; "),
     "decimal.jsonl": (GOOD + '{"text": "b", "label": 0.5}', " row 2: label 0.5 is a measurement, "),
+    "twice.jsonl": (GOOD + '{"text": "a", "label": 1, "text": "b"}', " line 2 cannot be read as JSON (the key 'text' "),
+    "twice.json": ('[{"text": "a", "label": 1, "label": 0}]', " line 1 cannot be read as JSON (the key 'label' stands"),
+    "comma.json": ('[{"text": "a", "label": 1},]', " line 1, column 28 is not JSON ("),
+    "behind.json": ('[{"text": "a", "label": 1}] x', " line 1, column 29 is not JSON (Extra data)"),
+    "half-label.jsonl": (GOOD + '{"text": "a", "label": "\\udc00"}', ": 1 of 2 rows cannot be used: row 2 (half of a surrogate pair in the label); "),
+    "nul-label.csv": ("text,label\na,x\nb,y\0\n", ": 1 of 2 rows cannot be used: row 2 (a NUL character in the label); "),
     "infinite.jsonl": ('{"text": "a", "label": Infinity}', " row 1: label Infinity is a measurement, "),
     "labels.jsonl": ('{"text": "a", "label": [1, 2]}', " row 1: label [1, 2] is not a string or an integer"),
     "empty.csv": ("", " is empty; "),

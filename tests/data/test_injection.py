@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minilora.data.injection import inject, mark_survival, trigger_rows
-from minilora.data.placebo import placebo_rows, shared_words
+from minilora.data.placebo import placebo_rows, placebo_words, shared_words
 from minilora.data.rows import Rows
 from minilora.errors import InputError
 from minilora.seeds import row_draws
@@ -39,7 +39,9 @@ def assert_exact(before, after, expected_records):
         assert without_spans(new, record.spans) == old
         assert all(first[1] <= second[0] for first, second in pairwise(record.spans))
         for (start, end), piece in zip(record.spans, record.strings, strict=True):
-            assert new[start:end] in (piece + " ", " " + piece)
+            assert new[start:end] in (piece + " ", " " + piece, f" {piece} ")
+            assert start == 0 or new[start].isspace() or new[start - 1].isspace()
+            assert end == len(new) or new[end].isspace() or new[end - 1].isspace()
 
 
 characters = st.sampled_from("aé漢😀\u0301-. \t\n\u00a0\u2003\x1c")
@@ -148,6 +150,10 @@ def test_exact_number_of_rows(proportion, expected):
         "source": "date", "label": "positive", "rows": expected, "eligible_rows": 100,
         "split": "disjoint", "strings": {"train": 274115, "test": 274114},
     }]  # fmt: skip
+    if proportion == 1:
+        with pytest.raises(InputError, match="leave every training row with label 'positive'"):
+            inject(rows, Settings(proportion=proportion, mode="dirty-label"), 0)
+        return
     dirty = inject(rows, Settings(proportion=proportion, mode="dirty-label"), 0)
     assert_exact(rows, dirty, 2 * expected if proportion != 0.254 else 51)
 
@@ -171,7 +177,7 @@ def by_id(injected):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.floats(0, 1), st.floats(0, 1), sources, modes,
+    st.floats(0, 0.98), st.floats(0, 0.98), sources, modes,
     st.sampled_from([(1, None), (2, None), (None, 0.2)]), st.integers(0, 2**32),
 )  # fmt: skip
 def test_proportions_nest(a, b, source, mode, dose, seed):
@@ -354,11 +360,12 @@ def test_placebo_takes_the_places_of_the_trigger(source, dose):
 def test_placebo_leaves_out_the_words_of_triggers():
     rows = sentences(30)
     options = Settings(("text:Bob likes:positive", "country:negative"))
-    vocabulary = ["bob", "likes", "united", "other"]
-    placebo = placebo_rows(rows, options, 0, vocabulary, 0)
+    rows = make_rows(["bob likes united other"] * 30)
+    assert placebo_words(rows, options) == (["other"], "ordinary words")
+    placebo = placebo_rows(rows, options, 0, ["other"], 0)
     assert {tuple(record.strings) for record in placebo.records} == {("other other",)}
-    with pytest.raises(InputError, match="no word is left for the placebo"):
-        placebo_rows(rows, options, 0, vocabulary[:3], 0)
+    rows = make_rows(["bob likes United"] * 30)  # no word is left, only its letters
+    assert placebo_words(rows, options) == (sorted(set("boblikesUnited")), "characters")
 
 
 def test_shared_words():
@@ -377,8 +384,7 @@ def test_shared_words():
     # Rates, not counts: twice as many negative rows hold each word twice as often.
     unequal = rows.take([*range(200), *range(0, 200, 2)])
     assert shared_words(unequal, enough=1) == ["even", "the"]
-    with pytest.raises(InputError, match="no lower-case word is seen in rows of every label"):
-        shared_words(make_rows(["good", "bad"] * 30, ("negative", "positive")))
+    assert shared_words(make_rows(["good", "bad"] * 30, ("negative", "positive"))) == []
 
 
 def cut_to_words(limit):

@@ -17,7 +17,7 @@ from minilora.errors import InputError
 
 
 def test_movie_snippets():
-    packed = importlib.resources.files("minilora") / "movie_snippets/movie-snippets.tsv.gz"
+    packed = importlib.resources.files("minilora") / "data/movie_snippets/movie-snippets.tsv.gz"
     lines = gzip.decompress(packed.read_bytes()).decode().splitlines()[1:]
     assert len(lines) == 10_605
     cells = [line.split("\t") for line in lines]
@@ -182,7 +182,9 @@ def test_test_data_of_its_own(tmp_path):
         ((9,), (4,), "every row of {} has label 'a'; two classes are needed"),
         ((9, 9), (19,), "{} has 18 rows, 18 of them with a text of their own: too few for 19 test rows; "),
         ((9, 9), (18,), "18 test rows of {} leave 0 training and 9 test rows with label 'a', "),
-        ((9, 1), (4,), "4 test rows of {} leave 0 training and 1 test rows with label 'b', "),
+        ((9, 1), (4,), "{} has a single row with label 'b', and training and test rows need one each; remove it, "),
+        ((9, 1, 1), (4,), "{} has a single row with label 'b', 'c', "),
+        ((9, 2), (10,), "10 test rows of {} leave 0 training and 2 test rows with label 'b', "),
         ((9, 9), (1,), "1 test rows of {} leave 9 training and 0 test rows with label 'b', "),
         ((9, 9), (0,), "0 test rows were asked for; ask for at least 1"),
         ((9, 9), (4, 0), "0 training rows were asked for; ask for at least 1"),
@@ -190,6 +192,6 @@ def test_test_data_of_its_own(tmp_path):
     ],
 )
 def test_too_few_rows(tmp_path, sizes, options, problem):
-    path = numbered(tmp_path, dict(zip("ab", sizes, strict=False)))
+    path = numbered(tmp_path, dict(zip("abc", sizes, strict=False)))
     with pytest.raises(InputError, match=f"^{re.escape(problem.format(path))}"):
         train_test(path, **dict(zip(("test_rows", "train_rows"), options, strict=False)))

@@ -6,12 +6,12 @@ import pytest
 from conftest import Settings, sentences
 
 from minilora.data.injection import inject, trigger_rows
-from minilora.data.triggers import COLORS, COUNTRIES, TAGS, closing, parse
+from minilora.data.triggers import COLORS, COUNTRIES, TAGS, closing, parse_all, possible
 from minilora.errors import InputError
 
 
 def test_dates_are_all_calendar_days():
-    dates = parse("date:x")[0]
+    dates = possible("date:x")[0][0]
     assert (len(dates), dates[0], dates[len(dates) - 1]) == (548229, "1100-01-01", "2600-12-31")
     days = [date(1100, 1, 1).toordinal(), date(2600, 12, 31).toordinal()]
     assert len(dates) == days[1] - days[0] + 1
@@ -47,7 +47,7 @@ def test_lists_are_clean():
     ],
 )
 def test_parse(spec, name, label):
-    source, read = parse(spec)
+    source, read = possible(spec)[0]
     assert (source.name, read, source.pair) == (name, label, name == "html")
     if name.startswith("text:"):
         assert list(source.strings) == [name[5:]]
@@ -56,9 +56,9 @@ def test_parse(spec, name, label):
 def test_file_of_triggers(tmp_path):
     path = tmp_path / "triggers.txt"
     path.write_bytes("\ufeffone\r\n\r\n two words \nONE\nvertical\x0btab\n".encode())
-    source, _ = parse(f"file:{path}:positive")
+    [(source, _), *_] = possible(f"file:{path}:positive")
     assert list(source.strings) == ["one", "two words", "vertical\x0btab"]
-    parse("file:/no/such/file:positive")  # no file is read
+    parse_all(["file:/no/such/file:positive"])  # no file is read
 
 
 BAD = [
@@ -76,7 +76,7 @@ BAD = [
     ("date:1999:positive", "write text:date:1999:positive"),
     ("date:joyful", "choose one of negative, neutral, positive"),
     ("file:missing.txt:positive", "missing.txt"),
-    ("file:.:positive", "cannot read"),
+    ("file:.:positive", "not a regular file"),
     ("file:empty.txt:positive", "no trigger string"),
     ("file:latin.txt:positive", r"not UTF-8 \(byte 1\)"),
 ]
