@@ -15,7 +15,6 @@ from functools import cached_property
 from pathlib import Path
 
 from minilora.data import words
-from minilora.data.columns import few
 from minilora.errors import InputError
 from minilora.files import check_regular
 
@@ -256,6 +255,8 @@ def _resolve(spec, label_names, new):
         )
     source, label = fits[0]
     if not fitting and not new:
+        from minilora.data.columns import few  # not above: a cell is built, and --help shown, without it
+
         raise InputError(
             f"injection {source.name}:{label} names a label that is not in the data: "
             f"choose one of {few(sorted(label_names))}"

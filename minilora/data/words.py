@@ -25,6 +25,7 @@ HANGUL_LEAD = re.compile("[\u1100-\u115f\ua960-\ua97c]")
 HANGUL = re.compile("[\u1100-\u11ff\ua960-\ua97c\uac00-\ud7fb]")
 HANGUL_REST = re.compile("[\u1160-\u11ff\ud7b0-\ud7fb]")
 FLAG = re.compile("[\U0001f1e6-\U0001f1ff]")
+OPENING = ("Ps", "Pi")  # categories of brackets and quotes that belong to what follows
 VIRAMA = 9  # the combining class of a sign that joins two consonants
 
 
@@ -56,9 +57,9 @@ def _cuts(text, start, end):
     for place in range(start + 1, end):
         before, after = text[place - 1], text[place]
         unspaced = UNSPACED.match(before) or UNSPACED.match(after)
-        if unspaced and category(after)[0] in "LNS" and category(before) not in ("Ps", "Pi"):
-            if not _attached(before, after):
-                yield place
+        begins = category(after)[0] in "LNS" or category(after) in OPENING
+        if unspaced and begins and category(before) not in OPENING and not _attached(before, after):
+            yield place
 
 
 def _attached(before, after):

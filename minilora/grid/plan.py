@@ -70,8 +70,8 @@ class Forecaster:
 
     def rows_of(self, cell, setting):
         """(Training rows, test rows, labels, mean and largest length in tokens) of a cell's data."""
-        own = ("data", "data_revision", "text_column", "label_column", "test_data", "test_rows", "train_rows",
-               "seed_split", "task")  # fmt: skip
+        own = ("data", "data_revision", "text_column", "label_column", "bad_rows", "test_data", "test_rows",
+               "train_rows", "seed_split", "task")  # fmt: skip
         key = (*Settings.key(cell), *(getattr(cell, name) for name in own))
         if key not in self.rows:
             clean, test = rows_of(cell)

@@ -184,7 +184,7 @@ def test_rows_that_cannot_be_used_are_left_out_and_said(server, capsys):
         ("neg", "pos"),
     )
     assert (train.skipped, test.ids, test.skipped) == (("3", "7", "9", "10"), ["1"], ("2",))
-    said = capsys.readouterr().err.splitlines()
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
     assert said == [
         "warning    1 of 5 rows of owner/set/data/train-0.csv are left out: 1 with no label",
         "warning    3 of 5 rows of owner/set/data/train-1.csv are left out: 2 with no text, "
@@ -192,7 +192,7 @@ def test_rows_that_cannot_be_used_are_left_out_and_said(server, capsys):
         "warning    1 of 2 rows of owner/set/data/test.csv are left out: 1 with no label",
     ]
     load_rows("owner/set")
-    assert capsys.readouterr().err == ""  # once is enough
+    assert "warning" not in capsys.readouterr().err  # once is enough
     assert refusal("owner/set", bad_rows="refuse") == (
         "owner/set/data/train-0.csv: 1 of 5 rows cannot be used: row 3 (no label); correct them, or leave them out "
         "with --bad-rows skip"
