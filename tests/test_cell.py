@@ -341,13 +341,12 @@ def test_files_are_refused_by_name(tmp_path):
 FLAGS = """
 --config --out --preset --resume --population --eval-every --save-every --merge-to --shard --traceback
 --grid --scale --dry-run --status --only --retry-failed --ray --ray-cpus --model --revision --tokenizer
---dtype --device
---compile --data --data-revision --text-column --label-column --test-data --bad-rows --test-rows --train-rows
---max-length --task --prompt --completion --choice-score --method --rank --alpha --scaling --dropout --targets --layers --variant
---init --start --lr-ratio --form --head --pooling --inject --inject-proportion --inject-rows --inject-count --inject-density
---inject-location --inject-mode --trigger-split --epochs --steps --batch-size --accumulate --window --optimizer --lr
---schedule --warmup --weight-decay --clip --seed --seed-init --seed-head --seed-order --seed-inject --seed-dropout
---seed-split
+--dtype --device --compile --data --data-revision --text-column --label-column --test-data --bad-rows --test-rows
+--train-rows --max-length --task --prompt --completion --choice-score --method --rank --alpha --scaling --dropout
+--targets --layers --variant --init --start --lr-ratio --form --head --pooling --inject --inject-proportion
+--inject-rows --inject-count --inject-density --inject-location --inject-mode --trigger-split --epochs --steps
+--batch-size --accumulate --window --optimizer --lr --schedule --warmup --weight-decay --clip --seed --seed-init
+--seed-head --seed-order --seed-inject --seed-dropout --seed-split
 """.split()
 
 

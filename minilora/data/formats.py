@@ -30,7 +30,7 @@ from minilora.files import check_regular
 FORMATS = (".parquet", ".csv", ".tsv", ".jsonl", ".ndjson", ".json")
 # A packed file may unpack to so many bytes, or to so many times its own size if that is more: text rarely packs better
 # than 20 times, a file that is made to fill the memory up to 1,000 times.
-UNPACKED, TIMES = 1 << 26, 100
+UNPACKED, TIMES = 1 << 24, 100
 AT_ONCE = 1 << 16  # rows of a Parquet file
 LISTED = 10  # bad rows that a message names
 SPACE = re.compile(r"[ \t\n\r]*")
@@ -85,7 +85,7 @@ def read(path, where, text_column=None, label_column=None, free=False, skip=Fals
 
 
 def _usable(texts, labels, choices, class_names, ragged, where, free, skip):
-    """The `Table` of the rows that can be used. `ragged`: {number: BadCell} of rows that have no cells."""
+    """The `Table` of the rows that can be used. `ragged`: see `_read_csv`."""
     found, problems, labels = [], {}, label_names(labels, class_names, free, where)
     unlabelled = sum(isinstance(label, BadCell) and str(label) == NO_LABEL for label in labels)
     if len(ragged) < len(labels) == unlabelled:
@@ -94,7 +94,7 @@ def _usable(texts, labels, choices, class_names, ragged, where, free, skip):
         options = None
         try:
             if number in ragged:
-                raise ragged[number]
+                raise BadCell("cells unlike the header: {} instead of {}, line {}".format(*ragged[number]))
             check_text(text)
             if choices:
                 options = choices_of(choices[number - 1])
@@ -175,7 +175,7 @@ def _decoded(path, where):
 
 
 def _read_csv(stream, where, pick, is_tsv):
-    """Also returns {row: BadCell} of the rows that have another number of cells than the header."""
+    """Also returns {row: (cells, cells of the header, line)} of the rows that have another number of cells than it."""
     csv.field_size_limit(2**31 - 1)  # the default of 128 KiB refuses long texts
     lines, blank = iter(stream), 0
     for first in lines:
@@ -190,15 +190,15 @@ def _read_csv(stream, where, pick, is_tsv):
     try:
         header = next(reader)
         columns = {name: [] for name in pick(header)}
+        none = [None] * len(header)
         slots = [(cells.append, header.index(name)) for name, cells in columns.items()]
         for cells in reader:
             if not cells:  # a blank line
                 continue
             row += 1
             if len(cells) != len(header):
-                line = blank + reader.line_num
-                ragged[row] = BadCell(f"cells unlike the header: {len(cells)} instead of {len(header)}, line {line}")
-                cells = [None] * len(header)
+                ragged[row] = len(cells), len(header), blank + reader.line_num
+                cells = none
             for append, place in slots:
                 append(cells[place])
     except csv.Error as error:

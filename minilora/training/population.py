@@ -23,9 +23,9 @@ from minilora.tasks.classification import Classifier, pool
 # Fields in which the members of one population may differ. The rest is what the one pass is made of.
 FREE = {
     "data", "data_revision", "text_column", "label_column", "bad_rows", "test_data", "test_rows", "train_rows",
-    "rank", "alpha", "scaling", "dropout", "targets", "layers", "init", "lr_ratio", "inject", "epochs", "steps", "window",
-    "lr", "schedule", "warmup", "weight_decay", "clip", "seed", "seed_init", "seed_head", "seed_order", "seed_inject",
-    "seed_dropout", "seed_split",
+    "rank", "alpha", "scaling", "dropout", "targets", "layers", "init", "lr_ratio", "inject", "epochs", "steps",
+    "window", "lr", "schedule", "warmup", "weight_decay", "clip", "seed", "seed_init", "seed_head", "seed_order",
+    "seed_inject", "seed_dropout", "seed_split",
 }  # fmt: skip
 
 

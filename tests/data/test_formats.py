@@ -4,6 +4,7 @@ import gzip
 import json
 import re
 
+import data_fuzz
 import pyarrow as pa
 import pytest
 from conftest import FILMS, as_csv, as_jsonl, parquet_bytes, refusal, whole, write
@@ -396,3 +397,9 @@ def test_parquet_that_unpacks_to_too_much_is_refused(tmp_path, monkeypatch):
         assert refusal(path).startswith(f"{path} unpacks to more than 1 MiB, 1 times its size or more")
         monkeypatch.setattr(formats, "TIMES", 1000)
         assert len(load_rows(path)) == len(texts)
+
+
+def test_mutated_files_are_read_or_refused_in_one_line():
+    """`python tests/data_fuzz.py 0 2000` reads more."""
+    outcomes, faults = data_fuzz.campaign(7000, 60)
+    assert faults == [] and outcomes["read"] >= 5 and outcomes["refused"] >= 20 and outcomes.total() == 60
