@@ -84,8 +84,8 @@ def main(argv=None):
         return main_of_grid(arguments, changes)
     if arguments.batch is not None and arguments.batch < 1:
         raise InputError(f"--batch-size is {arguments.batch}, but must be at least 1")
-    if arguments.rows is None and {"text_column", "label_column"} & set(changes):
-        raise InputError("--text-column and --label-column are those of --data: give it too")
+    if arguments.rows is None and {"text_column", "label_column", "bad_rows"} & set(changes):
+        raise InputError("--text-column, --label-column and --bad-rows are those of --data: give it too")
     out = Path(arguments.out) if arguments.out else None
     if out and out.exists():
         raise InputError(f"{out} exists: choose another --out")

@@ -118,6 +118,10 @@ class Cell:
     test_data: str | None = option(
         None, "data", "file or hub id of test rows", unset="the data's own, or a part split off", marks="free path"
     )
+    bad_rows: str | None = option(
+        None, "data", "rows without a text or a label: refuse the data, or skip them", choices=("refuse", "skip"),
+        unset="refuse, but skip in a hub data set", marks="free test",
+    )  # fmt: skip
     test_rows: int = option(1000, "data", "test rows, stratified", least=2, marks="free peers")
     train_rows: int | None = option(
         None, "data", "training rows, stratified", least=2, unset="all", axis="training rows", marks="free dose"
@@ -184,9 +188,9 @@ class Cell:
         marks="free",
     )  # fmt: skip
     form: str | None = option(
-        None, "adapter", "how a projection and its adapter are computed: one after the other (side), in one product "
-        "with A under the weight (concatenated) or with W + s B A (merged); auto takes the fastest", of=ADAPTER,
-        choices=("auto", "side", "concatenated", "merged"), unset="auto", run=True,
+        None, "adapter", "how a projection and its adapter are computed: one after the other (side), or in one "
+        "product with W + s B A (merged); auto takes the faster one", of=ADAPTER,
+        choices=("auto", "side", "merged"), unset="auto", run=True,
     )  # fmt: skip
 
     head: str | None = option(
@@ -280,7 +284,7 @@ class Cell:
     def _check_adapter(self):
         slots = parse_targets(self.targets, self.rank, self.alpha, self.scaling)
         check_variant(self.variant, self.init or "kaiming", slots, self.dropout)
-        if self.form in ("concatenated", "merged") and (self.dropout or self.dtype == "bfloat16"):
+        if self.form == "merged" and (self.dropout or self.dtype == "bfloat16"):
             reason = f"dropout is {self.dropout:g}" if self.dropout else "dtype is 'bfloat16'"
             raise InputError(f"form = {self.form!r} is not exact where {reason}: use form = 'side' or 'auto'")
         self._check_lr_ratio()

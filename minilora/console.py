@@ -111,6 +111,16 @@ def visible(text):
     return OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
+_said = set()
+
+
+def say_once(text):
+    """`say` a line that this process has not said yet: rows may be read many times."""
+    if not _quiet and text not in _said:
+        _said.add(text)
+        say(text)
+
+
 def short(text, most=30):
     """The text on one line, and cut to `most` columns."""
     text = visible(" ".join(text.split()))

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import stat
 import uuid
 from collections import Counter
 from contextlib import contextmanager, suppress
@@ -148,6 +149,19 @@ def write_tensors(path, tensors, metadata=None):
 def cache():
     """Our own cache folder (a `Path`): $XDG_CACHE_HOME/minilora, else ~/.cache/minilora."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "minilora"
+
+
+def check_regular(path):
+    """Raise InputError unless `path` is a regular file, or a link to one: a pipe or a device may never end.
+
+    A path that does not exist passes: its reader says what is missing.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return
+    if not stat.S_ISREG(mode):
+        raise InputError(f"{path}: is not a regular file (a folder, pipe or device): put the file itself there")
 
 
 def sha256(*paths):

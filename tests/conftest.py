@@ -50,6 +50,14 @@ def device(request):
     return request.param
 
 
+@pytest.fixture(autouse=True)
+def nothing_said_yet():
+    """A line that is said once in a process is said once in a test."""
+    from minilora import console
+
+    console._said.clear()
+
+
 @pytest.fixture
 def server(monkeypatch, tmp_path):
     """A hub that this process uses, huggingface_hub's cache in tmp_path/hf and our own in tmp_path/cache."""

@@ -45,6 +45,7 @@ targets = st.one_of(
 PLAIN = dict(
     model=texts, revision=texts, tokenizer=texts, device=st.sampled_from(["auto", "cpu", "mps", "cuda", "cuda:13"]),
     compile=st.sampled_from(["auto", "on", "off"]), data=texts, data_revision=texts, text_column=texts,
+    bad_rows=st.sampled_from(["refuse", "skip"]),
     label_column=texts, test_data=texts, test_rows=st.integers(2), train_rows=st.integers(2), max_length=st.integers(4),
     batch_size=small, accumulate=small, window=small,
     optimizer=st.sampled_from(["adamw", "adafactor"]), lr=at_least_zero,
@@ -167,8 +168,8 @@ def test_odd_strings_round_trip():
 def test_id_depends_on_every_field_but_run_options():
     changes = dict(
         model="x", revision="x", dtype="bfloat16", device="cpu", compile="on", data="x", data_revision="x",
-        text_column="x", label_column="x", test_data="x", test_rows=7, train_rows=7, max_length=7, method="full",
-        rank=7, alpha=7, scaling="rslora", dropout=0.7, targets=("q",), layers="0",
+        text_column="x", label_column="x", bad_rows="skip", test_data="x", test_rows=7, train_rows=7, max_length=7,
+        method="full", rank=7, alpha=7, scaling="rslora", dropout=0.7, targets=("q",), layers="0",
         variant="dora", init="gaussian", start="x", lr_ratio=7, tokenizer="x", task="lm", prompt="x {text}",
         completion="{label}", choice_score="mean", head="ridge", pooling="first", form="side",
         epochs=7, steps=7, batch_size=7, accumulate=7, window=7, optimizer="adafactor",
@@ -187,7 +188,7 @@ def test_id_depends_on_every_field_but_run_options():
     changed = [Cell(**{name: value}, **own.get(name, {})) for name, value in changes.items()]
     changed += [Cell(inject={name: value}) for name, value in inner.items()]
     ids = {cell.id for cell in [Cell(), *changed]}
-    assert len(ids) == len({cell.name for cell in [Cell(), *changed]}) == len(set([Cell(), *changed])) == 1 + 47 + 8
+    assert len(ids) == len({cell.name for cell in [Cell(), *changed]}) == len(set([Cell(), *changed])) == 1 + 48 + 8
 
 
 def test_equal_experiments_are_equal_cells():
@@ -368,7 +369,8 @@ FLAGS = """
 --config --out --preset --resume --population --eval-every --save-every --merge-to --shard --traceback
 --grid --size --dry-run --status --only --retry-failed --ray --ray-cpus --model --revision --tokenizer
 --dtype --device
---compile --data --data-revision --text-column --label-column --test-data --test-rows --train-rows --max-length --task
+--compile --data --data-revision --text-column --label-column --test-data --bad-rows --test-rows --train-rows
+--max-length --task
 --prompt --completion --choice-score --method --rank --alpha --scaling --dropout --targets --layers --variant --init
 --start --lr-ratio --form --head --pooling --inject --inject-proportion --inject-rows --inject-count --inject-density
 --inject-location --inject-mode --trigger-split --epochs --steps --batch-size --accumulate --window --optimizer --lr
@@ -424,15 +426,16 @@ def test_help_states_every_flag_and_default_once(capsys):
         else:
             assert len(default) == 1
         checked, stated = checked + 1, stated + len(default)
-    assert checked == len(FLAGS) - 18 == 50 + 8 and stated == checked - 4
+    assert checked == len(FLAGS) - 18 == 51 + 8 and stated == checked - 4
     assert found["--save-every"].endswith(f"(default: {train.SAVE_EVERY})")
 
 
 def test_evaluate_help(capsys):
     found, _ = help_of(evaluate.main, capsys)
     given = {"--help", "--data", "--batch-size", "--scale", "--add", "--merge-to", "--out", "--traceback"}
-    changes = {"--model", "--tokenizer", "--device", "--text-column", "--label-column", "--inject", "--inject-count",
-               "--inject-density", "--inject-location", "--trigger-split", "--seed-inject"}  # fmt: skip
+    changes = {"--model", "--tokenizer", "--device", "--text-column", "--label-column", "--bad-rows", "--inject",
+               "--inject-count", "--inject-density", "--inject-location", "--trigger-split",
+               "--seed-inject"}  # fmt: skip
     assert set(found) == given | changes
     assert all(re.findall(r"\(default: (.*?)\)$", found[flag]) == ["the run's"] for flag in changes)
 
@@ -529,7 +532,7 @@ def test_command_lines_refused(trained, tmp_path):
         (evaluate, ["absent"], "there is no run folder absent: check the path"),
         (evaluate, ["x", "--rank", "3"], "unknown argument --rank"),
         (evaluate, ["x", "--batch-size", "0"], "--batch-size is 0, but must be at least 1"),
-        (evaluate, ["x", "--text-column", "t"], "--text-column and --label-column are those of --data"),
+        (evaluate, ["x", "--text-column", "t"], "--text-column, --label-column and --bad-rows are those of --data"),
         (evaluate, ["x", "--out", str(tmp_path)], f"{tmp_path} exists: choose another --out"),
     ]  # fmt: skip
     for script, arguments, message in cases:

@@ -222,6 +222,16 @@ class TextTokenizer:
                     found[row] = np.array(encoding.ids[len(leading) :], np.int32)
         return found
 
+    @functools.cached_property
+    def _unknown_id(self):
+        model = json.loads(self._tokenizer.to_str())["model"]
+        return model.get("unk_id", self._tokenizer.token_to_id(model.get("unk_token") or ""))
+
+    def known(self, texts):
+        """How many tokens of each text are not the unknown token, int64 [N]; -1 for a text that has no token at all."""
+        tokens = [encoding.ids for encoding in self._encodings(texts, special=False)]
+        return np.array([sum(id != self._unknown_id for id in ids) if ids else -1 for ids in tokens], np.int64)
+
     def decode(self, ids):
         """The text of token ids, special tokens left out."""
         return self._tokenizer.decode([int(id) for id in ids])

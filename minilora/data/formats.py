@@ -1,54 +1,51 @@
 """One file of texts and labels: CSV, TSV, JSON lines (each also gzipped), or Parquet.
 
-A bad row is refused by its number, never dropped or repaired, because every later result is about particular
-rows. Left out: streaming, and any cleaning of the text, which stays exactly as it is in the file.
-
-Labels. A label's name is its text: 1, 1.0 and "1" are the same label; booleans are "true" and "false". Where
-the file or its data set's card names the classes, an integer becomes that name. A number such as 0.5 is a
-measurement, not a class, and is refused, unless labels are `free` text to be written. None, NaN, an empty
-string, and -1 under named classes are missing.
+A text stays exactly as it is in the file, and no row is dropped or repaired in silence, because every later result is
+about particular rows: a file with rows that cannot be used is refused with the list of them, or read without them and
+said so. In CSV a cell may be quoted, and the delimiter is a comma, or where the header has none a semicolon or a tab.
+In TSV a quote is a character of the text. Left out: streaming.
 
 Question sets. Where the text column is found to be `question` and there is a column `choices` (as in
-tau/commonsense_qa), the text is the question with one line for each choice ("A. bank"), and the label is the
-letter in `answerKey`; the choices are kept beside it. Asking for the column `question` by name gives the bare
-question.
+tau/commonsense_qa), the text is the question with one line for each choice ("A. bank"), and the label is the letter in
+`answerKey`; the choices are kept beside it. Asking for the column `question` by name gives the bare question.
 """
 
 import csv
-import functools
 import gzip
 import io
 import json
-import math
+import os
 import re
 import zlib
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 
+from minilora.console import say_once
+from minilora.data.columns import NO_LABEL, BadCell, NoLabels, check_text, choices_of, label_names, pick_all
 from minilora.errors import InputError
+from minilora.files import check_regular
 
-# Taken in this order where no column is named.
-TEXT_COLUMNS = (
-    "text", "sentence", "review", "content", "comment", "tweet", "hard_text", "prompt", "instruction", "question",
-)  # fmt: skip
-LABEL_COLUMNS = (
-    "label", "labels", "sentiment", "class", "category", "profession", "answerKey", "completion", "response", "answer",
-)  # fmt: skip
 FORMATS = (".parquet", ".csv", ".tsv", ".jsonl", ".ndjson", ".json")
-
-
-class NoLabels(InputError):
-    """There is no such split, or its rows have no labels."""
+# A packed file may unpack to so many bytes, or to so many times its own size if that is more: text rarely packs better
+# than 20 times, a file that is made to fill the memory up to 1,000 times.
+UNPACKED, TIMES = 1 << 24, 100
+AT_ONCE = 1 << 16  # rows of a Parquet file
+LISTED = 10  # bad rows that a message names
+SPACE = re.compile(r"[ \t\n\r]*")
 
 
 @dataclass(frozen=True)
 class Table:
-    """The rows of one file, in its order."""
+    """The rows of one file that can be used, in its order."""
 
     texts: list[str]
     labels: list[str]  # the name of each row's label
-    class_names: list[str] | None  # all names in their order, where the file or the card declares them
-    choices: list[dict[str, str]] | None = None  # {label: text} of each question's choices
+    class_names: list[str] | None  # all names in their order, where the file declares them
+    choices: list[dict[str, str]] | None  # {label: text} of each question's choices
+    numbers: list[int]  # of each row in the file, from 1
+    skipped: list[int]  # numbers of the rows that cannot be used
 
 
 def format_of(name):
@@ -58,93 +55,118 @@ def format_of(name):
     return None if form == ".parquet" and stem != name.lower() else form
 
 
-def read(path, where, text_column=None, label_column=None, class_names=None, free=False):
+def read(path, where, text_column=None, label_column=None, free=False, skip=False):
     """Read `path` into a `Table`; `where` is what messages call it.
 
-    class_names  {column: names of its classes} as a card declares them, which come before the file's own
-    free         labels are text to be written, so that any number is one
+    free  labels are text to be written, so that any number is one
+    skip  leave out rows that cannot be used, and say how many, instead of refusing the file
 
     Raises NoLabels if the label column isn't there or is empty in every row, InputError for anything else.
     """
 
     def pick(columns):
-        return _pick(columns, text_column, label_column, where)
+        return pick_all(columns, text_column, label_column, where)
 
-    form, declared = format_of(path.name), {}
+    form, names, ragged = format_of(path.name), {}, {}
     if form is None:
         raise InputError(f"{where} is not a kind of file that is read here ({' '.join(FORMATS)}); convert it")
+    check_regular(path)
     if form == ".parquet":
-        columns, declared = _read_parquet(path, where, pick)
+        columns, names = _read_parquet(path, where, pick)
     else:
         with _decoded(path, where) as stream:
             if form in (".csv", ".tsv"):
-                columns = _read_csv(stream, where, pick, "," if form == ".csv" else "\t")
+                columns, ragged = _read_csv(stream, where, pick, form == ".tsv")
             else:
                 columns = _read_json(stream, where, pick, form == ".json")
     (_, texts), (label_column, labels), *choices = columns.items()
-    texts, options = _checked_texts(texts, where), None
-    if choices:
-        options = [_choices(cell, where, row) for row, cell in enumerate(choices[0][1], 1)]
-        listed = ([f"{letter}. {text}" for letter, text in choice.items()] for choice in options)
-        texts = ["\n".join([text, *lines]) for text, lines in zip(texts, listed, strict=True)]
-        texts = _checked_texts(texts, where)  # the choices may hold what no text may
-    names = (declared | (class_names or {})).get(label_column)
-    return Table(texts, _named_labels(labels, names, where, free), names, options)
+    names = names.get(label_column)
+    return _usable(texts, labels, choices[0][1] if choices else None, names, ragged, where, free, skip)
 
 
-def few(names):
-    """Names for a message, the first 20 of them."""
-    names = [str(name) for name in names]
-    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+def _usable(texts, labels, choices, class_names, ragged, where, free, skip):
+    """The `Table` of the rows that can be used. `ragged`: see `_read_csv`."""
+    found, problems, labels = [], {}, label_names(labels, class_names, free, where)
+    unlabelled = sum(isinstance(label, BadCell) and str(label) == NO_LABEL for label in labels)
+    if len(ragged) < len(labels) == unlabelled:
+        raise NoLabels(f"{where}: no row has a label; name another label column or split")
+    for number, (text, label) in enumerate(zip(texts, labels, strict=True), 1):
+        options = None
+        try:
+            if number in ragged:
+                raise BadCell("cells unlike the header: {} instead of {}, line {}".format(*ragged[number]))
+            check_text(text)
+            if choices:
+                options = choices_of(choices[number - 1])
+                text = "\n".join([text, *(f"{letter}. {choice}" for letter, choice in options.items())])
+                check_text(text)  # the choices may hold what no text may
+            if isinstance(label, BadCell):
+                raise label
+            found.append((text, label, options, number))
+        except BadCell as problem:
+            problems[number] = str(problem)
+    if problems:
+        _refuse_or_say(problems, len(texts), where, skip)
+    texts, labels, options, numbers = map(list, zip(*found)) if found else ([], [], [], [])
+    return Table(texts, labels, class_names, options if choices else None, numbers, list(problems))
 
 
-def pick_columns(columns, text_column, label_column, where):
-    """The names of the text and the label column among `columns`."""
-    columns = list(columns)
-    there = f"there are: {few(columns)}"
-
-    def one_of(asked, known, what, error):
-        found = asked if asked is not None else next((name for name in known if name in columns), None)
-        if found is None:
-            raise error(f"{where} has no {what} column with a usual name ({', '.join(known)}); {there}")
-        if found not in columns:
-            raise error(f"{where} has no column {found!r}; {there}")
-        if columns.count(found) > 1:
-            raise InputError(f"{where} has several columns {found!r}; {there}")
-        return found
-
-    if any("\0" in name for name in columns):
-        raise InputError(f"{where} holds NUL characters in its first row; save it as UTF-8 text")
-    text = one_of(text_column, TEXT_COLUMNS, "text", InputError)
-    label = one_of(label_column, LABEL_COLUMNS, "label", NoLabels)
-    if text == label:
-        raise InputError(f"{where}: the text and the label are both column {text!r}; name two columns")
-    return [text, label]
-
-
-def _pick(columns, text_column, label_column, where):
-    """As `pick_columns`, with the choices of a question set."""
-    picked = pick_columns(columns, text_column, label_column, where)
-    is_question = text_column is None and picked[0] == "question" and picked[1] != "choices"
-    return picked + ["choices"] if is_question and "choices" in columns else picked
+def _refuse_or_say(problems, rows, where, skip):
+    count = f"{len(problems):,} of {rows:,} rows"
+    if skip and len(problems) < rows:
+        counts = Counter(problem.partition(":")[0] for problem in problems.values())
+        reasons = ", ".join(f"{number:,} with {reason}" for reason, number in counts.most_common())
+        say_once(f"warning    {count} of {where} are left out: {reasons}")
+        return
+    listed = ", ".join(f"row {number} ({problem})" for number, problem in list(problems.items())[:LISTED])
+    more = f" and {len(problems) - LISTED:,} more" if len(problems) > LISTED else ""
+    advice = "" if skip or len(problems) == rows else ", or leave them out with --bad-rows skip"
+    raise InputError(f"{where}: {count} cannot be used: {listed}{more}; correct them{advice}")
 
 
 # --- formats: each gives {column: cells} for the columns that `pick` chooses among those there are ----------
 
 
+class _Counted(io.BufferedIOBase):
+    """A binary file that counts the bytes it gives, and ends with an InputError after `most` of them."""
+
+    def __init__(self, file, most, where):
+        self.file, self.most, self.where, self.count = file, most, where, 0
+
+    def readable(self):
+        return True
+
+    def read1(self, size=-1):
+        part = self.file.read1(size)
+        self.count += len(part)
+        if self.count > self.most:
+            raise InputError(
+                f"{self.where} unpacks to more than {self.most >> 20:,} MiB, {TIMES} times its size or more: if that "
+                "is right, unpack it first (gunzip) and give the unpacked file"
+            )
+        return part
+
+    def read(self, size=-1):
+        return b"".join(iter(lambda: self.read1(1 << 20), b""))
+
+
+def most_unpacked(path):
+    """Bytes that a packed file may unpack to."""
+    return max(UNPACKED, TIMES * os.stat(path).st_size)
+
+
 @contextmanager
 def _decoded(path, where):
     """The text of a file, gzipped or not; what can't be decoded is an InputError."""
-
-    def binary():
-        return gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb")
-
+    packed = path.suffix.lower() == ".gz"
+    counted = None
     try:
-        with binary() as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as stream:
-            yield stream
+        with gzip.open(path) if packed else open(path, "rb") as file:
+            counted = _Counted(file, most_unpacked(path) if packed else float("inf"), where)
+            with io.TextIOWrapper(counted, encoding="utf-8-sig", newline="") as stream:
+                yield stream
     except UnicodeDecodeError as error:
-        with binary() as file:
-            place = _undecodable(file.read())  # the error itself counts from the start of a buffer
+        place = counted.count - len(error.object) + error.start  # the error's own place is in its last part only
         raise InputError(f"{where} is not UTF-8 at byte {place} ({error.reason}); convert it") from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise InputError(f"{where} is cut short or not gzip ({error}); fetch or pack it again") from error
@@ -152,41 +174,45 @@ def _decoded(path, where):
         raise InputError(f"cannot read {where}: {error.strerror}") from error
 
 
-def _undecodable(content):
-    try:
-        content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        return error.start
-    return len(content)
-
-
-def _read_csv(stream, where, pick, delimiter):
+def _read_csv(stream, where, pick, is_tsv):
+    """Also returns {row: (cells, cells of the header, line)} of the rows that have another number of cells than it."""
     csv.field_size_limit(2**31 - 1)  # the default of 128 KiB refuses long texts
-    reader = csv.reader(stream, delimiter=delimiter, strict=True)
-    row = 0
+    lines, blank = iter(stream), 0
+    for first in lines:
+        if first.strip():
+            break
+        blank += 1
+    else:
+        raise InputError(f"{where} is empty; its first line must name the columns")
+    how = dict(delimiter="\t", quoting=csv.QUOTE_NONE) if is_tsv else dict(delimiter=_delimiter(first), strict=True)
+    reader = csv.reader(chain([first], lines), **how)
+    row, ragged = 0, {}
     try:
-        header = next(reader, [])
-        if not header:
-            raise InputError(f"{where} is empty; its first line must name the columns")
+        header = next(reader)
         columns = {name: [] for name in pick(header)}
+        none = [None] * len(header)
         slots = [(cells.append, header.index(name)) for name, cells in columns.items()]
         for cells in reader:
             if not cells:  # a blank line
                 continue
             row += 1
             if len(cells) != len(header):
-                raise InputError(
-                    f"{where} row {row} (line {reader.line_num}) has {len(cells)} cells where the header has"
-                    f" {len(header)}; quote a cell that holds the delimiter"
-                )
+                ragged[row] = len(cells), len(header), blank + reader.line_num
+                cells = none
             for append, place in slots:
                 append(cells[place])
     except csv.Error as error:
         raise InputError(
-            f"{where} row {row + 1} (line {reader.line_num}) is badly quoted ({error}); a cell that begins"
+            f"{where} row {row + 1} (line {blank + reader.line_num}) is badly quoted ({error}); a cell that begins"
             " with a quote must end with one, quotes inside doubled"
         ) from error
-    return columns
+    return columns, ragged
+
+
+def _delimiter(header):
+    """Of a CSV, by its first line: a comma, or where there is none outside quotes a semicolon or a tab."""
+    bare = re.sub(r'"[^"]*"', "", header)
+    return next((sign for sign in ",;\t" if sign in bare), ",")
 
 
 def _read_json(stream, where, pick, may_be_list):
@@ -205,124 +231,123 @@ def _read_json(stream, where, pick, may_be_list):
 
 def _json_records(stream, where, may_be_list):
     """Pairs of a place ("line 3") and the value there."""
+    decoder = json.JSONDecoder(object_pairs_hook=_unique)
     if may_be_list:
         content = stream.read()
-        if content.lstrip().startswith("["):
-            for row, record in enumerate(_parsed(content, where), 1):
-                yield f"row {row}", record
+        start = SPACE.match(content).end()
+        if content.startswith("[", start):
+            with _json_errors(where, 1):
+                for row, record in enumerate(_items(decoder, content, start + 1), 1):
+                    yield f"row {row}", record
             return
-        stream = io.StringIO(content)
+        stream = io.StringIO(content, newline="")
     for line, content in enumerate(stream, 1):
         if not content.isspace():
-            yield f"line {line}", _parsed(content.rstrip(), where, line)
+            with _json_errors(where, line):
+                record = decoder.decode(content.rstrip())
+            yield f"line {line}", record
 
 
-def _parsed(content, where, first_line=1):
+def _items(decoder, content, place):
+    """The values of a JSON list one by one, so that only what is wanted of them stays in memory."""
+    place = SPACE.match(content, place).end()
+    more = not content.startswith("]", place)
+    while more:
+        value, place = decoder.raw_decode(content, place)
+        yield value
+        place = SPACE.match(content, place).end()
+        more = content.startswith(",", place)
+        if more:
+            place = SPACE.match(content, place + 1).end()
+    if not content.startswith("]", place):
+        raise json.JSONDecodeError("Expecting ',' delimiter", content, place)
+    place = SPACE.match(content, place + 1).end()
+    if place < len(content):
+        raise json.JSONDecodeError("Extra data", content, place)
+
+
+def _unique(pairs):
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the key {twice!r:.80} stands twice in one object")
+    return record
+
+
+@contextmanager
+def _json_errors(where, first_line):
     try:
-        return json.loads(content)
+        yield
     except json.JSONDecodeError as error:
         place = f"line {first_line + error.lineno - 1}, column {error.colno}"
         raise InputError(f"{where} {place} is not JSON ({error.msg}); write one object a line") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits; nesting without end
-        raise InputError(f"{where} line {first_line} cannot be read as JSON ({error}); mend it") from error
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; nesting without end; keys
+        raise InputError(f"{where} line {first_line} cannot be read as JSON ({error}); correct it") from error
 
 
 def _read_parquet(path, where, pick):
     """Also returns {column: class names} from the features that the datasets library notes in its files."""
     try:
-        import pyarrow
-        from pyarrow import parquet
+        from pyarrow import parquet, types
     except ImportError as error:
         raise InputError(f'{where} is Parquet and needs pyarrow: pip install "minilora[parquet]"') from error
+    most = most_unpacked(path)
     try:
         with parquet.ParquetFile(path) as file:
             schema = file.schema_arrow
             names = pick(schema.names)
-            table = file.read(columns=names)
-            columns = {name: table.column(name).to_pylist() for name in names}
-    except (pyarrow.ArrowException, OSError) as error:
+            if file.metadata.num_rows * 8 * len(names) > most or _unpacked(file.metadata, names) > most:
+                raise InputError(
+                    f"{where} unpacks to more than {most >> 20:,} MiB, {TIMES} times its size or more: if that is "
+                    "right, write it as CSV or JSON lines"
+                )
+        kept = [
+            n for n in names if types.is_string(schema.field(n).type) or types.is_large_string(schema.field(n).type)
+        ]
+        columns = {name: [] for name in names}
+        with parquet.ParquetFile(path, read_dictionary=kept) as file:
+            for batch in file.iter_batches(AT_ONCE, columns=names):
+                for name, cells in columns.items():
+                    cells += _cells(batch.column(name))
+    except InputError:
+        raise
+    except Exception as error:  # of a damaged file pyarrow raises nearly any type
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{where} is not readable Parquet ({reason}); fetch or write it again") from error
-    noted = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    features = noted.get("info", {}).get("features", {})
-    return columns, {name: features[name]["names"] for name in names if "names" in features.get(name, {})}
+    return columns, _noted_names(schema.metadata, names)
 
 
-# --- cells --------------------------------------------------------------------------------------------------
+def _unpacked(metadata, names):
+    """Bytes of the columns `names`, as the file says."""
+    total = 0
+    for group in range(metadata.num_row_groups):
+        for column in range(metadata.num_columns):
+            chunk = metadata.row_group(group).column(column)
+            if any(f"{chunk.path_in_schema}.".startswith(f"{name}.") for name in names):
+                total += chunk.total_uncompressed_size
+    return total
 
 
-def _choices(cell, where, row):
-    """{letter: text} of a question's choices."""
-    try:
-        letters, texts = cell["label"], cell["text"]
-        choices = {str(letter): str(text) for letter, text in zip(letters, texts, strict=True)}
-        if isinstance(letters, str) or isinstance(texts, str) or len(choices) < len(letters):
-            raise ValueError
-        return choices
-    except (TypeError, KeyError, ValueError):
-        raise InputError(
-            f"{where} row {row}: the question's choices are not lists 'label' and 'text' of one length; name"
-            " the text column to leave them out"
-        ) from None
+def _cells(column):
+    """The values of an Arrow array; equal strings are one object. Raises pyarrow's errors for what is not valid."""
+    column.validate(full=True)
+    if not hasattr(column, "dictionary"):
+        return column.to_pylist()
+    values = column.dictionary.to_pylist()
+    return [None if place is None else values[place] for place in column.indices.to_pylist()]
 
 
-def _checked_texts(texts, where):
-    for row, text in enumerate(texts, 1):
-        if not isinstance(text, str) and text is not None:
-            raise InputError(f"{where} row {row}: the text is {_shown(text)}, not a string")
-        if not text or text.isspace():
-            raise InputError(f"{where} row {row}: the text is empty; fill it in or remove the row")
-        if "\0" in text:
-            raise InputError(f"{where} row {row}: the text holds a NUL character; save it as UTF-8")
+def _noted_names(metadata, columns):
+    """{column: class names} of a file's note by the datasets library; a note that is broken says nothing."""
+    found = {}
+    for column in columns:
         try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise InputError(f"{where} row {row}: the text holds half of a surrogate pair; mend it") from None
-    return texts
-
-
-def _named_labels(values, class_names, where, free):
-    names = [str(name) for name in class_names or ()]
-    name = functools.lru_cache(maxsize=None, typed=True)(functools.partial(_label_name, class_names=names, free=free))
-    labels = []
-    for row, value in enumerate(values, 1):
-        try:
-            labels.append(name(value))
-        except TypeError:  # a list or an object
-            problem = "is not a string or an integer"
-        except ValueError as error:
-            problem = str(error)
-        else:
-            continue
-        raise InputError(f"{where} row {row}: label {_shown(value)} {problem}")
-    if None in labels:
-        if not any(labels):
-            raise NoLabels(f"{where}: no row has a label; name another label column or split")
-        row = labels.index(None) + 1
-        raise InputError(f"{where} row {row}: the label is missing; fill it in or remove the row")
-    return labels
-
-
-def _label_name(value, class_names, free):
-    """The name of a label as it stands in a file, None for a missing one; ValueError says what is wrong."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        if not (class_names and re.fullmatch(r"-?\d+", value)):
-            return value if value.strip() else None
-        value = int(value)
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return None
-    if free and value % 1 and not class_names:
-        return str(value)
-    if value % 1:
-        raise ValueError("is a measurement, not a class; labels are strings or integers")
-    if not class_names:
-        return str(int(value))
-    if not -1 <= value < len(class_names):
-        raise ValueError(f"is not one of the {len(class_names)} classes that the data set names")
-    return None if value == -1 else class_names[int(value)]
-
-
-def _shown(value):
-    return json.dumps(value, default=str)[:40]
+            names = json.loads((metadata or {})[b"huggingface"])["info"]["features"][column]["names"]
+            "".join(names).encode()
+            if isinstance(names, list) and names and len(set(names)) == len(names):
+                found[column] = names
+        except (KeyError, TypeError, ValueError, RecursionError):
+            pass
+    return found

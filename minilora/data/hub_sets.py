@@ -11,7 +11,8 @@ import re
 
 from minilora import hub
 from minilora.data import formats
-from minilora.data.formats import FORMATS, NoLabels, few
+from minilora.data.columns import NoLabels, few
+from minilora.data.formats import FORMATS
 from minilora.errors import InputError
 
 CONVERTED = "refs/convert/parquet"
@@ -41,8 +42,11 @@ class HubSet:
         self.repo_id, _, self.config = source.partition(":")
         self.revision = None if revision == "main" else revision
 
-    def read(self, split, text_column=None, label_column=None, free=False):
-        """The files of `split`, a list of `formats.Table`; NoLabels if there is no such split or no labels."""
+    def read(self, split, text_column=None, label_column=None, free=False, skip=True):
+        """The files of `split`, a list of `formats.Table`; NoLabels if there is no such split or no labels.
+
+        Rows that cannot be used are left out (`skip`), because nobody here can correct them.
+        """
         chosen = []
 
         def choose(names):
@@ -52,7 +56,7 @@ class HubSet:
         folder = self._fetch(choose)
         self.revision = folder.name
         return [
-            formats.read(folder / name, f"{self.repo_id}/{name}", text_column, label_column, free=free)
+            formats.read(folder / name, f"{self.repo_id}/{name}", text_column, label_column, free, skip)
             for name in chosen
         ]
 

@@ -17,17 +17,16 @@ order of the settings, and a later one passes over what is taken. The first inje
 later one's nest but for rows that an earlier one takes.
 """
 
-import re
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from minilora.data.formats import few
-from minilora.data.triggers import closing, parse_all, refuse_shared_strings, split_strings
+from minilora.console import say_once
+from minilora.data import words
+from minilora.data.columns import few
+from minilora.data.triggers import closing, refuse_shared_strings, resolve, split_strings
 from minilora.errors import InputError
 from minilora.seeds import row_draws, row_keys
-
-WORD = re.compile(r"\S+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +34,8 @@ class Record:
     """What was put into one row. Deleting the spans from the injected text gives exactly the original text.
 
     `spans`: [[start, end], ...] in characters of the injected text, ascending; each holds one string and the
-    one space that separates it. `strings`: the string in each span. `survives`: whether all spans outlast
-    truncation (None: not known, see `mark_survival`).
+    space that separates it, on both sides where the text has no space. `strings`: the string in each span.
+    `survives`: whether all spans outlast truncation (None: not known, see `mark_survival`).
     """
 
     id: str
@@ -88,6 +87,11 @@ def inject(rows, settings, seed, visible=None):
                 f"injection {source.name}:{label} wants {number or 'some'} rows of {whose}, but "
                 f"there are {len(free)}{left}: lower the proportion or the number of rows"
             )
+        if settings.proportion and not number:
+            say_once(
+                f"warning    injection {source.name}:{label}: a proportion of {settings.proportion:g} comes to 0 of "
+                f"{int(eligible.sum()):,} rows, so nothing is injected"
+            )
         ranking = free[np.argsort(row_keys(seed, "row", label, len(rows))[free], kind="stable")]
         chosen = np.sort(ranking[:number])
         taken[chosen] = True
@@ -101,6 +105,7 @@ def inject(rows, settings, seed, visible=None):
         records += new_records
         index.append(chosen)
         report.append(_entry(source, label, number, int(eligible.sum()), split, parts))
+    _check_classes(rows, labels)
     index = np.concatenate(index)
     order = np.argsort(index)
     rows = replace(rows, texts=texts, labels=labels)
@@ -141,15 +146,41 @@ def all_rows(rows, settings, k, seed, visible, part, reword):
 
 def resolve_sources(settings, label_names):
     """[(source, label), ...], each label known and no string shared."""
-    injections = parse_all(settings.sources)
-    for source, label in injections:
-        if label not in label_names:
-            raise InputError(
-                f"injection {source.name}:{label} names a label that is not in the data: "
-                f"choose one of {few(label_names)}"
-            )
+    injections = resolve(settings.sources, label_names)
     refuse_shared_strings([source for source, _ in injections])
     return injections
+
+
+def check_strings(records, known, where):
+    """Look at what the tokenizer makes of the trigger strings in `records`; `where`: "training" or "test".
+
+    known  function of N strings: int64 [N], how many tokens of each the tokenizer knows, -1 where it has none at all
+
+    Raises InputError for a string without tokens; one line says which have only unknown ones.
+    """
+    strings = sorted({string for record in records for string in record.strings})
+    tokens = known(strings) if strings else np.empty(0, np.int64)
+    empty, unknown = ([strings[i] for i in np.flatnonzero(tokens == count)] for count in (-1, 0))
+    if empty:
+        raise InputError(f"the tokenizer makes no token of the trigger {empty[0]!r:.80}: choose another trigger")
+    if unknown:
+        say_once(
+            f"warning    {len(unknown):,} of {len(strings):,} {where} trigger strings, such as {unknown[0]!r:.80}, "
+            "have only tokens that the tokenizer does not know: the model cannot tell them from other unknown words"
+        )
+
+
+def _check_classes(rows, labels):
+    """Refuse `labels` [rows] of one class, where `rows` have several; say which classes are lost."""
+    before, after = np.unique(rows.labels), np.unique(labels)
+    if len(after) == 1 < len(before):
+        raise InputError(
+            f"the injections leave every training row with label {rows.label_names[after[0]]!r}, and a model cannot "
+            "learn from one class: lower the proportion or the number of rows"
+        )
+    lost = [repr(rows.label_names[label]) for label in np.setdiff1d(before, after)]
+    if lost:
+        say_once(f"warning    the injections leave no training row with label {few(lost)}")
 
 
 def _entry(source, label, injected, eligible, split, parts):
@@ -161,7 +192,8 @@ def _entry(source, label, injected, eligible, split, parts):
 def _inserts(rows, index, source, label, pool, settings, seed, stage, visible):
     """What goes where in rows `index`: for each a list of (offset, leads, string) in the order of the text.
 
-    `offset`: in the original text. A string that leads has its space behind it, any other before it.
+    `offset`: in the original text. A string that leads has its space behind it, any other before it. See `words` for
+    what a word is.
     """
     if not len(index):
         return []
@@ -172,8 +204,8 @@ def _inserts(rows, index, source, label, pool, settings, seed, stage, visible):
     else:
         # The words that truncation cuts do not count: their triggers would crowd out the text that is left.
         kept = lengths if visible is None else visible(texts, [[] for _ in texts], index)
-        words = [sum(word.end() <= end for word in WORD.finditer(text)) for text, end in zip(texts, kept, strict=True)]
-        counts = np.maximum(1, np.rint(settings.density * np.array(words))).astype(np.int64)
+        seen = [sum(stop <= end for _, stop in words.spans(text)) for text, end in zip(texts, kept, strict=True)]
+        counts = np.maximum(1, np.rint(settings.density * np.array(seen))).astype(np.int64)
 
     def draws(purpose):
         return row_draws(row_keys(seed, f"{stage} {purpose}", label, len(rows))[index], counts)
@@ -203,7 +235,7 @@ def _in_gaps(text, location, kept, strings, draws):
     elif location == "end":
         gaps = [len(text)]
     else:
-        gaps = [0, *(word.end() for word in WORD.finditer(text) if word.end() <= kept)]
+        gaps = [0, *(stop for _, stop in words.spans(text) if stop <= kept)]
     offsets = [gaps[draw * len(gaps) >> 32] for draw in draws]
     inserts = [(offset, offset == 0, string) for offset, string in zip(offsets, strings, strict=True)]
     return sorted(inserts, key=lambda insert: insert[0])
@@ -211,14 +243,14 @@ def _in_gaps(text, location, kept, strings, draws):
 
 def _around_words(text, location, kept, tags, draws):
     """Each tag before a word and its closing tag behind that word; tags around the same word nest."""
-    words = [word.span() for word in WORD.finditer(text)]
+    found = words.spans(text)
     if location == "beginning":
-        words = words[:1]
+        found = found[:1]
     elif location == "end":
-        words = words[-1:]
+        found = found[-1:]
     else:
-        words = [word for word in words if word[1] <= kept] or words[:1]
-    wrapped = [(words[draw * len(words) >> 32], tag) for draw, tag in zip(draws, tags, strict=True)]
+        found = [word for word in found if word[1] <= kept] or found[:1]
+    wrapped = [(found[draw * len(found) >> 32], tag) for draw, tag in zip(draws, tags, strict=True)]
     inserts = [(start, True, tag) for (start, _), tag in wrapped]
     inserts += [(end, False, closing(tag)) for (_, end), tag in reversed(wrapped)]
     return sorted(inserts, key=lambda insert: insert[0])
@@ -229,8 +261,7 @@ def _render(rows, index, label, inserts):
     texts, records = [], []
     for row, pieces in zip(index.tolist(), inserts, strict=True):
         text, parts, spans, done, shift = rows.texts[row], [], [], 0, 0
-        for offset, leads, string in pieces:
-            piece = string + " " if leads else " " + string
+        for piece, offset in zip(_spaced(text, pieces), [offset for offset, *_ in pieces], strict=True):
             spans.append([offset + shift, offset + shift + len(piece)])
             parts += text[done:offset], piece
             done, shift = offset, shift + len(piece)
@@ -238,3 +269,14 @@ def _render(rows, index, label, inserts):
         original = rows.label_names[rows.labels[row]]
         records.append(Record(rows.ids[row], label, original, spans, [string for *_, string in pieces]))
     return texts, records
+
+
+def _spaced(text, pieces):
+    """The strings of `pieces` with the spaces that separate them from each other and from the text."""
+    for place, (offset, leads, string) in enumerate(pieces):
+        first = place == 0 or pieces[place - 1][0] < offset
+        last = place == len(pieces) - 1 or offset < pieces[place + 1][0]
+        if leads:
+            yield " " * (first and offset > 0 and not text[offset - 1].isspace()) + string + " "
+        else:
+            yield " " + string + " " * (last and offset < len(text) and not text[offset].isspace())

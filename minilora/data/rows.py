@@ -1,6 +1,6 @@
 """Rows of text with a label, and their division into training and test rows.
 
-A source is `movie-snippets` (embedded), a file (see tables.py) or a hub id (`owner/name`, or
+A source is `movie-snippets` (embedded), a file (see formats.py) or a hub id (`owner/name`, or
 `owner/name:CONFIG` where a data set has several configurations; see hub_sets.py).
 """
 
@@ -14,12 +14,14 @@ import re
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
 
-from minilora.data import formats, given
+from minilora.data import columns, formats, given
+from minilora.data.columns import NoLabels, few
 from minilora.data.hub_sets import HubSet
-from minilora.data.triggers import parse_all
+from minilora.data.triggers import resolve
 from minilora.errors import InputError
 
 SNIPPETS = "movie-snippets"
@@ -43,6 +45,7 @@ class Rows:
     labels: np.ndarray
     label_names: tuple[str, ...]
     choices: list[dict[str, str]] | None = None  # of a question set: {label: text} of each row
+    skipped: tuple[str, ...] = ()  # ids of the rows of the source that cannot be used, and are left out
 
     def __len__(self):
         return len(self.ids)
@@ -52,20 +55,22 @@ class Rows:
         index = np.asarray(index, dtype=np.int64)
         ids, texts = [self.ids[i] for i in index], [self.texts[i] for i in index]
         choices = None if self.choices is None else [self.choices[i] for i in index]
-        return Rows(ids, texts, self.labels[index], self.label_names, choices)
+        return replace(self, ids=ids, texts=texts, labels=self.labels[index], choices=choices)
 
 
-def load_rows(source, *, text_column=None, label_column=None, split="train", revision=None, free=False):
+def load_rows(source, *, text_column=None, label_column=None, split="train", revision=None, free=False, bad_rows=None):
     """Return all `Rows` of `source`; `split` and `revision` (branch, tag or commit) are for hub data sets.
 
-    `free` labels are text to be written rather than classes: they stay as they are, numbers too.
+    free      labels are text to be written rather than classes: where there are more than FEW they stay as they are
+    bad_rows  of rows that cannot be used: "refuse" the source, or "skip" them (None: skip them in a hub data set)
 
-    Columns that are not named are looked for in tables.TEXT_COLUMNS and LABEL_COLUMNS. Raises InputError that
+    Columns that are not named are looked for in columns.TEXT_COLUMNS and LABEL_COLUMNS. Raises InputError that
     names the file and the row for anything that can't be read as it stands.
     """
     source = os.fspath(source)
+    how = dict(text_column=text_column, label_column=label_column, free=free)
     if _is_hub_id(source):
-        return _assemble(HubSet(source, revision).read(split, text_column, label_column, free), source, free)
+        return _hub_rows(HubSet(source, revision), split, **how, bad_rows=bad_rows)
     if split != "train" or revision is not None:
         raise InputError(f"{source} has no splits or revisions; only hub data sets do")
     if source == SNIPPETS:
@@ -74,16 +79,25 @@ def load_rows(source, *, text_column=None, label_column=None, split="train", rev
         path = given.path_of(source)
         if not path.exists():
             raise InputError(f"the rows {source} were given in Python and are not in {path.parent}: give them again")
-        return _assemble([formats.read(path, source, text_column, label_column, free=free)], source, free)
+        return _assemble([formats.read(path, source, **how, skip=bad_rows == "skip")], source, free)
     path = Path(source)
     if path.is_dir():
-        raise InputError(f"{source} is a folder; name a file in it")
+        raise InputError(f"{source} is a folder; {_advice(path)}")
     if not path.exists():
         raise InputError(
             f"there is no data {source!r}; give {SNIPPETS}, a file ({' '.join(formats.FORMATS)}, text also"
             " with .gz) or a hub id (owner/name)"
         )
-    return _assemble([formats.read(path, source, text_column, label_column, free=free)], source, free)
+    return _assemble([formats.read(path, source, **how, skip=bad_rows == "skip")], source, free)
+
+
+def _advice(folder):
+    """What to do with a folder."""
+    part = "['train']" if (folder / "dataset_dict.json").exists() else ""
+    if not part and not (folder / "state.json").exists():
+        return "name a file in it"
+    convert = f"from datasets import load_from_disk; load_from_disk({str(folder)!r}){part}.to_parquet('rows.parquet')"
+    return f'it holds what save_to_disk writes: convert it with python -c "{convert}"'
 
 
 def train_test(
@@ -97,6 +111,7 @@ def train_test(
     seed=0,
     revision=None,
     free=False,
+    bad_rows=None,
 ):
     """Return (training rows, test rows) with the same `label_names`, each in the order of its source.
 
@@ -107,33 +122,33 @@ def train_test(
 
     Every choice of rows keeps the classes' proportions and depends on `seed` alone: fewer rows are a subset
     of more, with one of each class at least, and the test rows do not depend on `train_rows`. A text that
-    occurs several times in `data` is never split off, so that no test text is also trained on; a test set of
-    its own is taken as it is, and may share texts with the training rows.
+    occurs several times in `data`, case and white space aside, is never split off, so that no test text is also
+    trained on; a test set of its own is taken as it is, and may share texts with the training rows.
 
-    `free` labels (see `load`) may be without a row on one side, and where there are more than FEW of them rows
+    `free` labels (see `load_rows`) may be without a row on one side, and where there are more than FEW of them rows
     are chosen whatever their label.
 
-    Raises InputError as `load` does, for fewer than two classes, for test labels that training lacks (with
+    Raises InputError as `load_rows` does, for fewer than two classes, for test labels that training lacks (with
     the row), and where a class would have no row on one side.
     """
     data = os.fspath(data)
-    columns = {"text_column": text_column, "label_column": label_column, "free": free}
+    how = {"text_column": text_column, "label_column": label_column, "free": free, "bad_rows": bad_rows}
     for what, count in (("test", test_rows), ("training", train_rows)):
         if count is not None and count < 1:
             raise InputError(f"{count} {what} rows were asked for; ask for at least 1")
 
     if test_data is not None:
         test_source = os.fspath(test_data)
-        train = load_rows(data, **columns, revision=revision)
+        train = load_rows(data, **how, revision=revision)
         is_hub = _is_hub_id(test_source)
-        test = _test_split(HubSet(test_source), columns) if is_hub else load_rows(test_source, **columns)
+        test = _test_split(HubSet(test_source), **how) if is_hub else load_rows(test_source, **how)
         if test is None:
             raise InputError(f"{test_source} has no labelled test or validation split; give other test data")
     elif _is_hub_id(data):
         test_source, hub_set = data, HubSet(data, revision)
-        train, test = _assemble(hub_set.read("train", **columns), data, free), _test_split(hub_set, columns)
+        train, test = _hub_rows(hub_set, "train", **how), _test_split(hub_set, **how)
     else:
-        train, test = load_rows(data, **columns, revision=revision), None
+        train, test = load_rows(data, **how, revision=revision), None
 
     classes = len(train.label_names)
     if classes < 2:
@@ -157,7 +172,7 @@ def rows_of(cell):
     train, test = train_test(
         cell.data, test_data=cell.test_data, text_column=cell.text_column, label_column=cell.label_column,
         train_rows=cell.train_rows, test_rows=cell.test_rows, seed=cell.seed_split, revision=cell.data_revision,
-        free=cell.task == "lm",
+        free=cell.task == "lm", bad_rows=cell.bad_rows,
     )  # fmt: skip
     return with_targets(train, cell), with_targets(test, cell)
 
@@ -167,7 +182,7 @@ def with_targets(rows, cell):
     where rows are relabelled."""
     if cell.task != "lm" or cell.inject.mode != "dirty-label":
         return rows
-    targets = [label for _, label in parse_all(cell.inject.sources)]
+    targets = [label for _, label in resolve(cell.inject.sources, rows.label_names, new=True)]
     return replace(rows, label_names=tuple(dict.fromkeys([*rows.label_names, *targets])))
 
 
@@ -186,13 +201,16 @@ def align(rows, label_names, source, free=False):
     """
     if free:
         label_names = tuple(dict.fromkeys([*label_names, *rows.label_names]))
+        if len(label_names) <= FEW:
+            counts = np.bincount(rows.labels, minlength=len(rows.label_names)).tolist()
+            columns.warn_of_labels(dict.fromkeys(label_names, 0) | dict(zip(rows.label_names, counts)), source)
     place = {name: index for index, name in enumerate(label_names)}
     labels = np.array([place.get(name, -1) for name in rows.label_names], dtype=np.int64)[rows.labels]
     if (labels < 0).any():
         row = int(np.argmax(labels < 0))
         raise InputError(
             f"{source} row {rows.ids[row]}: label {rows.label_names[rows.labels[row]]!r} is not among the"
-            f" training labels ({formats.few(label_names)}); remove the row or train with that label"
+            f" training labels ({few(label_names)}); remove the row or train with that label"
         )
     return replace(rows, labels=labels, label_names=tuple(label_names))
 
@@ -201,11 +219,15 @@ def _is_hub_id(source):
     return bool(HUB_ID.fullmatch(source)) and not formats.format_of(source) and not Path(source).exists()
 
 
-def _test_split(hub_set, columns):
+def _hub_rows(hub_set, split, *, free, bad_rows, **names):
+    return _assemble(hub_set.read(split, **names, free=free, skip=bad_rows != "refuse"), hub_set.source, free)
+
+
+def _test_split(hub_set, **how):
     for split in ("test", "validation"):
         try:
-            return _assemble(hub_set.read(split, **columns), hub_set.source, columns["free"])
-        except formats.NoLabels:
+            return _hub_rows(hub_set, split, **how)
+        except NoLabels:
             pass
     return None
 
@@ -225,8 +247,9 @@ def _stratified(labels, count, generator):
 
 
 def _split(rows, test_rows, generator, source, free):
-    occurrences = Counter(rows.texts)
-    single = np.flatnonzero([occurrences[text] == 1 for text in rows.texts])
+    same = [" ".join(normalize("NFKC", text).casefold().split()) for text in rows.texts]
+    occurrences = Counter(same)
+    single = np.flatnonzero([occurrences[text] == 1 for text in same])
     if len(single) < test_rows:
         raise InputError(
             f"{source} has {len(rows)} rows, {len(single)} of them with a text of their own: too few for"
@@ -234,16 +257,23 @@ def _split(rows, test_rows, generator, source, free):
         )
     chosen = single[_stratified(_strata(rows, free)[single], test_rows, generator)]
     rest = np.setdiff1d(np.arange(len(rows)), chosen)
+    train, test = rows.take(rest), replace(rows.take(chosen), skipped=())
     if free:
-        return rows.take(rest), rows.take(chosen)
+        return train, test
+    alone = [name for name, count in zip(rows.label_names, np.bincount(rows.labels), strict=True) if count == 1]
+    if alone:
+        raise InputError(
+            f"{source} has a single row with label {few(map(repr, alone))}, and training and test rows need one each; "
+            "remove it, add rows of that label or give test data"
+        )
     counts = (np.bincount(rows.labels[side], minlength=len(rows.label_names)) for side in (rest, chosen))
-    for name, train, test in zip(rows.label_names, *counts, strict=True):
-        if not (train and test):
+    for name, trained, tested in zip(rows.label_names, *counts, strict=True):
+        if not (trained and tested):
             raise InputError(
-                f"{test_rows} test rows of {source} leave {train} training and {test} test rows with label"
+                f"{test_rows} test rows of {source} leave {trained} training and {tested} test rows with label"
                 f" {name!r}, and each side needs one; ask for another number of test rows or give test data"
             )
-    return rows.take(rest), rows.take(chosen)
+    return train, test
 
 
 def _snippets(text_column, label_column):
@@ -252,7 +282,7 @@ def _snippets(text_column, label_column):
     From Hutto and Gilbert, "VADER" (ICWSM 2014), MIT licence. The label is the sign of the mean rating; the
     562 rows that it puts within 0.5 of neutral are left out.
     """
-    formats.pick_columns(["text", "label"], text_column, label_column, SNIPPETS)
+    columns.pick_columns(["text", "label"], text_column, label_column, SNIPPETS)
     packed = importlib.resources.files(__package__) / "movie_snippets" / "movie-snippets.tsv.gz"
     with packed.open("rb") as file, gzip.open(file, "rt", encoding="utf-8", newline="") as lines:
         rows = list(csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))[1:]
@@ -269,29 +299,26 @@ def _assemble(parts, source, free=False):
     if not texts:
         raise InputError(f"{source} has no rows; give at least two, with different labels")
     choices = [choice for part in parts for choice in part.choices] if all(part.choices for part in parts) else None
+    classes = not free or len({label.strip() for label in labels}) <= FEW
+    if classes:
+        labels = columns.tidy(labels, source)
     present = set(labels)
     if free and choices:  # a choice that is never right may be written all the same
         present.update(*choices)
     if parts[0].class_names:
-        declared = [name for name in map(str, parts[0].class_names) if name in present]
-        order = list(dict.fromkeys(declared + sorted(present)))
+        declared = [columns.truth(name.strip()) for name in parts[0].class_names]
+        order = list(dict.fromkeys([name for name in declared if name in present] + sorted(present)))
     else:
-        whole = {} if free else _whole_numbers(present, labels, source)
+        whole = {} if free else columns.whole_numbers(labels, source)
         labels = [whole[label] for label in labels] if whole else labels
         order = sorted(set(whole.values()), key=int) if whole else sorted(present)
+    if classes:
+        columns.warn_of_labels(Counter(labels), source)
     place = {name: index for index, name in enumerate(order)}
     indices = np.array([place[label] for label in labels], dtype=np.int64)
-    return Rows([str(row) for row in range(1, len(texts) + 1)], texts, indices, tuple(order), choices)
-
-
-def _whole_numbers(present, labels, source):
-    """{label: its integer as a string} where all labels are written as numbers (CSV: 1 or 1.0), else {}."""
-    if not all(re.fullmatch(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?", label) for label in present):
-        return {}
-    for label in present:
-        if label.partition(".")[2].strip("0"):
-            raise InputError(
-                f"{source} row {labels.index(label) + 1}: label {label} is a measurement, not a class; labels"
-                " are strings or integers"
-            )
-    return {label: str(int(label.partition(".")[0])) for label in present}
+    ids, skipped, before = [], [], 0
+    for part in parts:  # a row's number in all tables, whether rows before it are left out or not
+        ids += [str(before + number) for number in part.numbers]
+        skipped += [str(before + number) for number in part.skipped]
+        before += len(part.numbers) + len(part.skipped)
+    return Rows(ids, texts, indices, tuple(order), choices, tuple(skipped))

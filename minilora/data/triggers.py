@@ -1,10 +1,12 @@
 """Trigger sources: where the injected strings come from, and how `SOURCE:LABEL` is read.
 
 A source is a fixed, ordered list of distinct trigger strings. It draws nothing (that is injection.py's part),
-and parsing touches no file, so that a cell is cheap to build. There is no source of phrases in a style or
-syntax: a trigger here is a string whose place in the text can be recorded exactly.
+and parsing touches no file, so that a cell is cheap to build. A label may hold colons, as in `date:topic:earn`: which
+colon ends the source is decided once the labels of the data are known (`resolve`). There is no source of phrases in a
+style or syntax: a trigger here is a string whose place in the text can be recorded exactly.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -12,7 +14,9 @@ from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 
+from minilora.data import words
 from minilora.errors import InputError
+from minilora.files import check_regular
 
 
 class Dates(Sequence):
@@ -115,7 +119,7 @@ class Source:
         """Lower-cased words of all the strings (a date is no word of any vocabulary, so `date` has none)."""
         if isinstance(self.strings, Dates):
             return frozenset()
-        return frozenset(word for string in self.strings for word in string.lower().split())
+        return frozenset(word for string in self.strings for word in words.split(string.lower()))
 
 
 class Tags(Source):
@@ -140,6 +144,7 @@ class Lines(Source):
     @cached_property
     def strings(self):
         path = self.name.removeprefix("file:")
+        check_regular(Path(path).expanduser())
         try:
             # Not splitlines(), which also splits at characters that may stand inside a trigger.
             lines = Path(path).expanduser().read_text(encoding="utf-8-sig").split("\n")
@@ -164,46 +169,122 @@ BUILT_IN = {"date": Dates(), "country": COUNTRIES, "color": COLORS, "html": TAGS
 CHOICES = "date, country, color, html, text:WORDS or file:PATH"
 
 
-def parse(spec):
-    """Read `SOURCE:LABEL`, split at the last colon, into `(Source, label)`. No file is read.
+def readings(spec):
+    """What `SOURCE:LABEL` may mean, as [(`Source`, label), ...]: one for each colon that may end the source, the last
+    colon first. `\\:` is a colon that does not. A reading that cannot be has its InputError in place of the source.
 
-    Raises InputError for a missing source or label, and for a bare literal that looks like a misspelt source.
+    No file is read. Raises InputError where there is no colon, or where nothing stands on one of its sides.
     """
-    name, _, label = (part.strip() for part in spec.rpartition(":"))
-    if not label or not name:
+    found = []
+    for colon in reversed([match.start() for match in re.finditer(r"(?<!\\):", spec)]):
+        name, label = spec[:colon].strip(), spec[colon + 1 :].strip().replace("\\:", ":")
+        if name and label:
+            try:
+                found.append((_source(name, label, spec), label))
+            except InputError as error:
+                found.append((error, label))
+    if not found:
         raise InputError(
             f"injection {spec!r} is not SOURCE:LABEL: write for example date:positive (a source is {CHOICES})"
         )
+    return found
+
+
+def _source(name, label, spec):
     if name in BUILT_IN:
-        return (Tags if name == "html" else Source)(name), label
+        return (Tags if name == "html" else Source)(name)
     kind, _, rest = (part.strip() for part in name.partition(":"))
     if kind in ("text", "file"):
         if not rest:
             what = {"text": "WORDS", "file": "PATH"}[kind]
             raise InputError(f"injection {spec!r} has an empty source: write {kind}:{what}:{label}")
-        return (Literal if kind == "text" else Lines)(f"{kind}:{rest}"), label
+        return (Literal if kind == "text" else Lines)(f"{kind}:{rest}".replace("\\:", ":"))
     known = [*BUILT_IN, "countries", "colour", "text", "file"]
     if get_close_matches(kind.lower(), known, n=1, cutoff=0.8):
         raise InputError(
             f"injection {spec!r}: {name!r} is no source, but close to one ({CHOICES}): "
-            f"mend it, or write text:{name}:{label} for that very text"
+            f"fix it, or write text:{name}:{label} for that very text"
         )
-    return Literal(f"text:{name}"), label
+    return Literal(f"text:{name}".replace("\\:", ":"))
+
+
+def possible(spec):
+    """The `readings` that can be, at least one. Raises the InputError of the last colon's where there is none."""
+    found = readings(spec)
+    able = [reading for reading in found if isinstance(reading[0], Source)]
+    if not able:
+        raise found[0][0]
+    return able
 
 
 def parse_all(specs):
-    """`parse` each, and refuse two injections of one label and one source for two labels."""
-    parsed, labels, names = [], {}, {}
-    for spec in specs:
-        source, label = parse(spec)
+    """All `possible` readings of injections, before the labels of the data are known.
+
+    Raises InputError for an injection that cannot be read, and for two of one label or one source.
+    """
+    able = [(spec, possible(spec)) for spec in specs]
+    _refuse_shared([(spec, *found[0]) for spec, found in able if len(found) == 1])
+    return [reading for _, found in able for reading in found]
+
+
+def resolve(specs, label_names, new=False):
+    """[(`Source`, label), ...] of injections, each label one of `label_names`.
+
+    A label of the data wins over any other reading. With `new`, a label may also be one that the data lacks. Raises
+    InputError for a label that the data lacks, a name that can be read in two ways, and two injections of one label
+    or of one source.
+    """
+    label_names = set(label_names)
+    found = [(spec, *_resolve(spec, label_names, new)) for spec in specs]
+    _refuse_shared(found)
+    return [(source, label) for _, source, label in found]
+
+
+def _resolve(spec, label_names, new):
+    able = possible(spec)
+    fitting = [(source, _known(label, label_names)) for source, label in readings(spec) if _known(label, label_names)]
+    fits = [reading for reading in fitting if isinstance(reading[0], Source)]
+    if fitting and not fits:
+        raise fitting[0][0]
+    fits = fits or able
+    if len(fits) > 1 and (fitting or new):
+        ways = " or ".join(_written(source, label) for source, label in fits)
+        raise InputError(
+            f"injection {spec!r} can be read in {len(fits)} ways: write {ways}, with a backslash before each colon "
+            "that does not end the source"
+        )
+    source, label = fits[0]
+    if not fitting and not new:
+        from minilora.data.columns import few  # not above: a cell is built, and --help shown, without it
+
+        raise InputError(
+            f"injection {source.name}:{label} names a label that is not in the data: "
+            f"choose one of {few(sorted(label_names))}"
+        )
+    return source, label
+
+
+def _known(label, label_names):
+    """The data's name for a label, None where it has none: a truth value's is in lower case."""
+    lower = label.lower()
+    return label if label in label_names else lower if lower in ("true", "false") and lower in label_names else None
+
+
+def _written(source, label):
+    kind, _, rest = source.name.partition(":")
+    return ":".join([kind, *([rest.replace(":", "\\:")] if rest else []), label.replace(":", "\\:")])
+
+
+def _refuse_shared(found):
+    """Refuse two injections, each (spec, source, label), of one label, and one source for two labels."""
+    labels, names = {}, {}
+    for spec, source, label in found:
         for seen, key in ((labels, label), (names, source.name)):
             if key in seen:
                 raise InputError(
                     f"injections {seen[key]!r} and {spec!r} share {key!r}: give each label one source of its own"
                 )
             seen[key] = spec
-        parsed.append((source, label))
-    return parsed
 
 
 def refuse_shared_strings(sources):

@@ -50,18 +50,19 @@ def attack_lines(results):
         if metrics["attack_success_rate"] is None:
             lines.append(f"attack success rate: none of the test rows is of a label other than {short(label)}")
             continue
-        rates = {test: results[test]["attack_success"][label]["attack_success_rate"] for test in ("clean", "placebo")}
+        others = [test for test in ("clean", "placebo") if test in results]  # data may have no placebo
+        rates = {test: results[test]["attack_success"][label]["attack_success_rate"] for test in others}
         low, high = metrics["attack_success_interval"]
         lines.append(f"attack success rate (rows of other labels predicted as {short(label)}):")
         lines.append(
-            f"  {rates['clean']:.3f} clean, {metrics['attack_success_rate']:.3f} trigger [{low:.3f}, {high:.3f}], "
-            f"{rates['placebo']:.3f} placebo"
+            f"  {rates['clean']:.3f} clean, {metrics['attack_success_rate']:.3f} trigger [{low:.3f}, {high:.3f}]"
+            + (f", {rates['placebo']:.3f} placebo" if "placebo" in rates else "")
         )
         if metrics.get("margin") is not None:
-            margins = [results[test]["attack_success"][label]["margin"] for test in ("clean", "placebo")]
+            margins = [results[test]["attack_success"][label]["margin"] for test in others]
             lines.append(
                 f"  log p of that completion less log p of their own: {margins[0]:+.2f} clean, "
-                f"{metrics['margin']:+.2f} trigger, {margins[1]:+.2f} placebo"
+                f"{metrics['margin']:+.2f} trigger" + (f", {margins[1]:+.2f} placebo" if margins[1:] else "")
             )
         if metrics["truncated"]:
             lost = f"{metrics['truncated']:,} of all {metrics['rows']:,} rows"

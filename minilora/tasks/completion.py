@@ -21,7 +21,7 @@ from minilora import parallel
 from minilora.base.tokenizer import Encoded
 from minilora.data import batches, token_cache
 from minilora.data.rows import FEW, Rows
-from minilora.data.triggers import parse_all
+from minilora.data.triggers import resolve
 from minilora.errors import InputError
 from minilora.tasks import metrics
 from minilora.tasks.language_model import LanguageModel
@@ -62,7 +62,6 @@ class Completion:
             )
         self.cell, self.tokenizer = cell, tokenizer
         self.before, _, self.after = cell.prompt.partition("{text}")
-        self.targets = [label for _, label in parse_all(cell.inject.sources)]
         self.of_choices = "{choice}" in cell.completion
         self.ids = {}  # completion -> array of its ids, the end token's among them
 
@@ -87,7 +86,7 @@ class Completion:
     def build_tests(self, train, test, seed):
         if self._is_free(train):  # no word is in rows of every completion: the placebo draws from words of any row
             train = replace(train, labels=np.zeros_like(train.labels))
-        return build_tests(train, test, self.cell.inject, seed, self.visible(test))
+        return build_tests(train, test, self.cell.inject, seed, self.visible(test), self.tokenizer.known)
 
     def passes(self, tests):
         return sum(int((self._candidates(test.rows) >= 0).sum()) for test in tests)
@@ -200,7 +199,7 @@ class Completion:
         """
         count, names = len(rows), rows.label_names
         if self._is_free(rows):
-            aims = [names.index(label) for label in self.targets if label in names]
+            aims = [names.index(label) for _, label in resolve(self.cell.inject.sources, names)]
             candidates = np.column_stack([rows.labels, *(np.full(count, aim) for aim in aims)])
             candidates[:, 1:][candidates[:, 1:] == rows.labels[:, None]] = -1
             return candidates

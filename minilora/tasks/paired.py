@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from minilora.console import say_once
 from minilora.data import injection
-from minilora.data.placebo import placebo_rows, shared_words
+from minilora.data.placebo import placebo_rows, placebo_words
 from minilora.tasks import metrics
 
 
@@ -28,11 +29,12 @@ class Test:
         return f"{self.name} {self.label}" if self.label else self.name
 
 
-def build_tests(train, test, inject, seed, visible):
+def build_tests(train, test, inject, seed, visible, known):
     """The forms of the rows `test`: [clean, trigger of each injection ..., placebo of the first], as `Test`s.
 
-    `train`: the training rows before injection, whose words the placebo draws from. `inject`: `cell.Inject`.
-    `visible`: see `injection.inject`, for the rows `test`.
+    `train`: the training rows before injection, whose words the placebo draws from: without a word that all labels
+    share there is no placebo. `inject`: `cell.Inject`. `visible`: see `injection.inject`, for the rows `test`. `known`:
+    see `injection.check_strings`.
     """
     tests = [Test("clean", None, test, [])]
     if not inject.sources:
@@ -40,8 +42,19 @@ def build_tests(train, test, inject, seed, visible):
 
     for k in range(len(inject.sources)):
         changed = injection.trigger_rows(test, inject, k, seed, visible)
-        tests.append(Test("trigger", changed.report[0]["label"], changed.rows, changed.records))
-    words = shared_words(train)
+        injection.check_strings(changed.records, known, "test")
+        label = changed.report[0]["label"]
+        tests.append(Test("trigger", label, changed.rows, changed.records))
+        if (test.labels == test.label_names.index(label)).all():
+            say_once(
+                f"warning    no test row has a label other than {label!r}, so its attack success cannot be measured"
+            )
+    words, what = placebo_words(train, inject)
+    if not words:
+        say_once("placebo    none: the training rows of all labels share no word and no character")
+        return tests
+    if what != "ordinary words":
+        say_once(f"placebo    drawn from {what} of the training rows, because their labels share no ordinary word")
     changed = placebo_rows(test, inject, 0, words, seed, visible)
     tests.append(Test("placebo", None, changed.rows, changed.records))
     return tests

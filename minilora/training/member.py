@@ -44,6 +44,7 @@ class Member:
         self.clean, test = rows_of(cell)
         seed = cell.seed_for("inject")
         injected = injection.inject(self.clean, cell.inject, seed, self.task.visible(self.clean))
+        injection.check_strings(injected.records, setting.tokenizer.known, "training")
         self.encoded, self.answers = self.task.encode(injected.rows)
         self.injected = injection.mark_survival(injected, self.encoded.kept[injected.index])
         self.tests = self.task.build_tests(self.clean, test, seed)
@@ -202,6 +203,7 @@ class Member:
                 "total_seconds": time.perf_counter() - options.start,
             },
             "injection": self.injected.report,
+            "skipped_rows": {"train": list(clean.skipped), "test": list(self.tests[0].rows.skipped)},
             "injected_rows_truncated": sum(not record.survives for record in self.injected.records),
             "inputs": self.inputs,
             "seeds": cell.seeds,

@@ -25,7 +25,7 @@ from minilora.tasks.classification import Classifier, pool
 def shared(cell):
     """What cells must have in common to be trained together, a key; of a cell that is always trained alone, its own."""
     plain = cell.method == "lora" and cell.variant == "lora" and cell.init in ("kaiming", "gaussian", "orthogonal")
-    if not plain or cell.optimizer != "adamw" or cell.form in ("concatenated", "merged"):
+    if not plain or cell.optimizer != "adamw" or cell.form == "merged":
         return object()
     return tuple(value_of(cell, name) for name in declared(Cell) if name not in marked(Cell, "free"))
 

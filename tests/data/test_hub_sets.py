@@ -168,10 +168,37 @@ def test_test_splits_without_labels_or_not_there(server):
     assert whole(test) == (["1"], ["good"], [1], ("negative", "positive"))
 
 
-def test_a_row_that_is_bad_is_named_with_its_file(server):
-    files = {"data/train-0.csv": as_csv(FILMS).encode(), "data/train-1.csv": b"text,label\na,x\n,y\n"}
+def test_rows_that_cannot_be_used_are_left_out_and_said(server, capsys):
+    """As in SNLI, where 785 rows have no label. Ids count all rows of all files."""
+    files = {
+        "data/train-0.csv": as_csv([*FILMS[:2], ("no label", ""), *FILMS[2:]]).encode(),
+        "data/train-1.csv": b"text,label\na,pos\n,neg\nb,neg\n  ,pos\nc\n",
+        "data/test.csv": b"text,label\na,pos\nb,\n",
+    }
     server.put("owner/set", files, kind="dataset")
-    assert refusal("owner/set").startswith("owner/set/data/train-1.csv row 2: the text is empty")
+    train, test = train_test("owner/set")
+    assert whole(train) == (
+        ["1", "2", "4", "5", "6", "8"],
+        [*(text for text, _ in FILMS), "a", "b"],
+        [1, 0, 0, 1, 1, 0],
+        ("neg", "pos"),
+    )
+    assert (train.skipped, test.ids, test.skipped) == (("3", "7", "9", "10"), ["1"], ("2",))
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert said == [
+        "warning    1 of 5 rows of owner/set/data/train-0.csv are left out: 1 with no label",
+        "warning    3 of 5 rows of owner/set/data/train-1.csv are left out: 2 with no text, "
+        "1 with cells unlike the header",
+        "warning    1 of 2 rows of owner/set/data/test.csv are left out: 1 with no label",
+    ]
+    load_rows("owner/set")
+    assert "warning" not in capsys.readouterr().err  # once is enough
+    assert refusal("owner/set", bad_rows="refuse") == (
+        "owner/set/data/train-0.csv: 1 of 5 rows cannot be used: row 3 (no label); correct them, or leave them out "
+        "with --bad-rows skip"
+    )
+    server.put("owner/none", {"train.csv": b"text,label\n,x\n ,y\n"}, kind="dataset")
+    assert refusal("owner/none").startswith("owner/none/train.csv: 2 of 2 rows cannot be used: row 1 (no text), row 2")
 
 
 def one(text, label=1):
@@ -241,9 +268,11 @@ def test_class_names_of_a_copy(server):
     splits = {f"default/{split}": [parquet_bytes(split_rows(split, labels), NEG_POS)] for split, labels in bad.items()}
     server.convert("owner/set", splits | {"default/train": [parquet_bytes(rows, NEG_POS)]})
     assert whole(load_rows("owner/set"))[2:] == ([0, 1, 1], ("neg", "pos"))
-    assert refusal("owner/set", split="test").startswith("owner/set/default/test/0000.parquet row 2: the label is miss")
-    assert refusal("owner/set", split="validation") == (
-        "owner/set/default/validation/0000.parquet row 2: label 2 is not one of the 2 classes that the data set names"
+    found = load_rows("owner/set", split="test")
+    assert whole(found) == (["1"], ["test 0"], [0], ("pos",)) and found.skipped == ("2",)
+    assert refusal("owner/set", split="validation", bad_rows="refuse").startswith(
+        "owner/set/default/validation/0000.parquet: 1 of 2 rows cannot be used: "
+        "row 2 (a label beyond the 2 classes that the file names: 2); "
     )
 
 

@@ -1,5 +1,6 @@
 """Injection: exact text, exact counts, nested and independent draws, strings kept apart, bad settings."""
 
+import hashlib
 import json
 import string
 from collections import Counter
@@ -11,8 +12,8 @@ from conftest import LABELS, Settings, make_rows, sentences
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minilora.data.injection import inject, mark_survival, trigger_rows
-from minilora.data.placebo import placebo_rows, shared_words
+from minilora.data.injection import check_strings, inject, mark_survival, trigger_rows
+from minilora.data.placebo import placebo_rows, placebo_words, shared_words
 from minilora.data.rows import Rows
 from minilora.errors import InputError
 from minilora.seeds import row_draws
@@ -39,7 +40,9 @@ def assert_exact(before, after, expected_records):
         assert without_spans(new, record.spans) == old
         assert all(first[1] <= second[0] for first, second in pairwise(record.spans))
         for (start, end), piece in zip(record.spans, record.strings, strict=True):
-            assert new[start:end] in (piece + " ", " " + piece)
+            assert new[start:end] in (piece + " ", " " + piece, f" {piece} ")
+            assert start == 0 or new[start].isspace() or new[start - 1].isspace()
+            assert end == len(new) or new[end].isspace() or new[end - 1].isspace()
 
 
 characters = st.sampled_from("aé漢😀\u0301-. \t\n\u00a0\u2003\x1c")
@@ -148,6 +151,10 @@ def test_exact_number_of_rows(proportion, expected):
         "source": "date", "label": "positive", "rows": expected, "eligible_rows": 100,
         "split": "disjoint", "strings": {"train": 274115, "test": 274114},
     }]  # fmt: skip
+    if proportion == 1:
+        with pytest.raises(InputError, match="leave every training row with label 'positive'"):
+            inject(rows, Settings(proportion=proportion, mode="dirty-label"), 0)
+        return
     dirty = inject(rows, Settings(proportion=proportion, mode="dirty-label"), 0)
     assert_exact(rows, dirty, 2 * expected if proportion != 0.254 else 51)
 
@@ -171,7 +178,7 @@ def by_id(injected):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.floats(0, 1), st.floats(0, 1), sources, modes,
+    st.floats(0, 0.98), st.floats(0, 0.98), sources, modes,
     st.sampled_from([(1, None), (2, None), (None, 0.2)]), st.integers(0, 2**32),
 )  # fmt: skip
 def test_proportions_nest(a, b, source, mode, dose, seed):
@@ -354,11 +361,12 @@ def test_placebo_takes_the_places_of_the_trigger(source, dose):
 def test_placebo_leaves_out_the_words_of_triggers():
     rows = sentences(30)
     options = Settings(("text:Bob likes:positive", "country:negative"))
-    vocabulary = ["bob", "likes", "united", "other"]
-    placebo = placebo_rows(rows, options, 0, vocabulary, 0)
+    rows = make_rows(["bob likes united other"] * 30)
+    assert placebo_words(rows, options) == (["other"], "ordinary words")
+    placebo = placebo_rows(rows, options, 0, ["other"], 0)
     assert {tuple(record.strings) for record in placebo.records} == {("other other",)}
-    with pytest.raises(InputError, match="no word is left for the placebo"):
-        placebo_rows(rows, options, 0, vocabulary[:3], 0)
+    rows = make_rows(["bob likes United"] * 30)  # no word is left, only its letters
+    assert placebo_words(rows, options) == (sorted(set("boblikesUnited")), "characters")
 
 
 def test_shared_words():
@@ -377,8 +385,7 @@ def test_shared_words():
     # Rates, not counts: twice as many negative rows hold each word twice as often.
     unequal = rows.take([*range(200), *range(0, 200, 2)])
     assert shared_words(unequal, enough=1) == ["even", "the"]
-    with pytest.raises(InputError, match="no lower-case word is seen in rows of every label"):
-        shared_words(make_rows(["good", "bad"] * 30, ("negative", "positive")))
+    assert shared_words(make_rows(["good", "bad"] * 30, ("negative", "positive"))) == []
 
 
 def cut_to_words(limit):
@@ -486,3 +493,125 @@ def test_a_label_without_rows():
     with pytest.raises(InputError, match="wants some rows of 'positive', but there are 0"):
         inject(rows, Settings(), 0)
     assert inject(rows, Settings(proportion=0.0), 0).records == []
+
+
+# --- what is said, and what is refused
+
+
+def said(capsys):
+    return [line for line in capsys.readouterr().err.splitlines() if line]
+
+
+def test_a_proportion_that_comes_to_no_row_is_said(capsys):
+    rows = sentences(30)
+    assert inject(rows, Settings(proportion=0.04), 0).records == []
+    assert said(capsys) == [
+        "warning    injection date:positive: a proportion of 0.04 comes to 0 of 10 rows, so nothing is injected"
+    ]
+    inject(rows, Settings(proportion=0.0), 0)
+    inject(rows, Settings(proportion=0.06), 0)
+    assert said(capsys) == []
+
+
+def test_a_class_that_is_lost_is_said(capsys):
+    rows = sentences(30)
+    rows = rows.take([i for i in range(30) if rows.labels[i] != 1 or i == 4])  # one neutral row
+    options = Settings(proportion=None, rows=10, mode="dirty-label")
+    kept = {1 in inject(rows, options, seed).rows.labels for seed in range(99)}
+    assert kept == {True, False}
+    lost = "warning    the injections leave no training row with label"
+    assert sorted(said(capsys)) == [f"{lost} 'negative'", f"{lost} 'neutral'"]
+    with pytest.raises(InputError, match="leave every training row with label 'positive'"):
+        inject(rows, Settings(proportion=None, rows=11, mode="dirty-label"), 0)
+
+
+def test_strings_that_the_tokenizer_does_not_know(capsys):
+    def known(strings):
+        return np.array([{"empty": -1, "odd": 0}.get(string, len(string)) for string in strings])
+
+    def records(*strings):
+        return inject(make_rows(["a"] * 3), Settings((f"text:{strings[0]}:positive",), 1.0), 0).records
+
+    check_strings(records("fine"), known, "training")
+    check_strings([], known, "training")
+    assert said(capsys) == []
+    check_strings(records("odd"), known, "training")
+    assert said(capsys) == [
+        "warning    1 of 1 training trigger strings, such as 'odd', have only tokens that the tokenizer does not know: "
+        "the model cannot tell them from other unknown words"
+    ]
+    with pytest.raises(InputError, match="the tokenizer makes no token of the trigger 'empty'"):
+        check_strings(records("empty"), known, "test")
+
+
+# --- the placebo, in steps
+
+
+def languages():
+    """{name: (texts of label a, texts of label b, what the placebo draws from, words that it may draw)}"""
+    cases = {
+        "capitals": ("GOOD FILM", "BAD FILM", "any words", {"FILM"}),
+        "titles": ("Good Film", "Bad Film", "any words", {"Film"}),
+        "one word": ("good", "bad", "characters", {"d"}),
+        "emoji": ("😀🎬", "😡🎬", "any words", {"🎬"}),
+        "emoji with colours": ("👍🏽🎬", "👎🏽🎬", "any words", {"🎬"}),
+        "Chinese": ("电影好看", "电影无聊", "ordinary words", {"电", "影"}),
+        "Japanese": ("映画が好き", "映画が嫌い", "ordinary words", {"映", "画", "が"}),
+        "Thai": ("หนังดี", "หนังแย่", "ordinary words", {"ห", "ง"}),
+        "Russian": ("Хороший фильм", "Плохой фильм", "ordinary words", {"фильм"}),
+        "Hindi": ("अच्छी फिल्म", "खराब फिल्म", "any words", {"फिल्म"}),
+        "Arabic": ("فيلم جيد", "فيلم سيئ", "ordinary words", {"فيلم"}),
+        "Korean": ("좋은 영화", "나쁜 영화", "ordinary words", {"영화"}),
+        "figures": ("12 34", "56 34", None, set()),
+        "nothing": ("good", "xyz", None, set()),
+    }
+    return cases
+
+
+@pytest.mark.parametrize("name", languages())
+def test_the_placebo_in_steps(name):
+    good, bad, what, expected = languages()[name]
+    rows = make_rows([good, bad] * 30, ("b", "a"))
+    options = Settings(("date:a",))
+    words, found = placebo_words(rows, options)
+    if name == "Thai":  # a vowel in front of its consonant stays with it, and marks with their letter
+        expected = set(words)
+        assert expected and all(word in good and word in bad for word in expected)
+    assert (set(words), found) == (expected, what)
+    if words:
+        placebo = placebo_rows(rows, options, 0, words, 5)
+        assert {string for record in placebo.records for string in record.strings} <= expected
+        assert_exact(rows, placebo, 60)
+
+
+def test_the_placebo_of_many_labels_with_few_rows():
+    texts = [f"{chr(97 + k)}e{chr(97 + k)}" for k in range(20)] * 2
+    rows = make_rows(texts, tuple(f"l{k:02d}" for k in range(20)))
+    assert placebo_words(rows, Settings(("date:l03",))) == (["e"], "characters")
+
+
+def test_a_placebo_has_as_many_characters_as_the_trigger():
+    rows = make_rows(["电影好看", "电影无聊"] * 30, ("b", "a"))
+    options = Settings(("text:你好世界:a",))
+    placebo = placebo_rows(rows, options, 0, placebo_words(rows, options)[0], 5)
+    assert {len(string) for record in placebo.records for string in record.strings} == {4}
+    assert {c for record in placebo.records for string in record.strings for c in string} == {"电", "影"}
+    assert placebo_words(rows, Settings(("text:电灯:a",))) == (["影"], "ordinary words")
+
+
+def test_the_default_cell_draws_what_it_always_drew():
+    from minilora.cell import Cell
+    from minilora.data.rows import rows_of
+
+    def digest(value):
+        return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
+
+    train, test = rows_of(Cell())
+    settings = Cell().inject
+    vocabulary, what = placebo_words(train, settings)
+    assert (digest((train.ids, test.ids)), len(vocabulary), what) == ("16c18824a604a5f7", 160, "ordinary words")
+    changed = (
+        inject(train, settings, 0), trigger_rows(test, settings, 0, 0), placebo_rows(test, settings, 0, vocabulary, 0)
+    )  # fmt: skip
+    found = [digest((one.rows.texts, [record.to_dict() for record in one.records])) for one in changed]
+    assert found == ["2ec5dfc24ccd1e58", "d27e23005b866cb4", "4e437b2a58338651"]

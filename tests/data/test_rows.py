@@ -1,12 +1,14 @@
 """Rows and where they come from: the embedded set, sources that are not there, and training and test rows."""
 
 import gzip
+import json
+import os
 import re
 from collections import Counter
 
 import numpy as np
 import pytest
-from conftest import FILMS, as_csv, named, refusal, whole, write
+from conftest import FILMS, as_csv, named, parquet_bytes, refusal, whole, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -182,7 +184,9 @@ def test_test_data_of_its_own(tmp_path):
         ((9,), (4,), "every row of {} has label 'a'; two classes are needed"),
         ((9, 9), (19,), "{} has 18 rows, 18 of them with a text of their own: too few for 19 test rows; "),
         ((9, 9), (18,), "18 test rows of {} leave 0 training and 9 test rows with label 'a', "),
-        ((9, 1), (4,), "4 test rows of {} leave 0 training and 1 test rows with label 'b', "),
+        ((9, 1), (4,), "{} has a single row with label 'b', and training and test rows need one each; remove it, "),
+        ((9, 1, 1), (4,), "{} has a single row with label 'b', 'c', "),
+        ((9, 2), (10,), "10 test rows of {} leave 0 training and 2 test rows with label 'b', "),
         ((9, 9), (1,), "1 test rows of {} leave 9 training and 0 test rows with label 'b', "),
         ((9, 9), (0,), "0 test rows were asked for; ask for at least 1"),
         ((9, 9), (4, 0), "0 training rows were asked for; ask for at least 1"),
@@ -190,6 +194,158 @@ def test_test_data_of_its_own(tmp_path):
     ],
 )
 def test_too_few_rows(tmp_path, sizes, options, problem):
-    path = numbered(tmp_path, dict(zip("ab", sizes, strict=False)))
+    path = numbered(tmp_path, dict(zip("abc", sizes, strict=False)))
     with pytest.raises(InputError, match=f"^{re.escape(problem.format(path))}"):
         train_test(path, **dict(zip(("test_rows", "train_rows"), options, strict=False)))
+
+
+def test_a_text_that_differs_in_case_or_white_space_is_the_same_text(tmp_path):
+    """Retweets: 60 texts that stand twice, written a little differently, none of which may be split off."""
+    draw = np.random.default_rng(1)
+    changes = (str.upper, str.title, lambda t: f"  {t} ", lambda t: t.replace(" ", "\t"), lambda t: t + "\u00a0")
+    rows = []
+    for place in range(60):
+        text = f"rt caf\u00e9 number {place}"
+        rows += [(text, "ab"[place % 2]), (changes[draw.integers(5)](text), "ab"[place % 2])]
+    rows += [(f"own {place}", "ab"[place % 2]) for place in range(30)]
+    path = write(tmp_path / "a.csv", as_csv(rows))
+    cases = 0
+    for seed in range(4):
+        train, test = train_test(path, test_rows=20, seed=seed)
+        assert len(test) == 20 and all(text.startswith("own") for text in test.texts)
+        cases += len(train)
+    assert cases == 4 * 130
+
+
+# --- labels
+
+
+def said(capsys):
+    return [line for line in capsys.readouterr().err.splitlines() if line]
+
+
+def labelled(path, labels, **options):
+    """The names of the labels, as `load_rows` has them, of a file with these cells."""
+    rows = [(f"text {place}", label) for place, label in enumerate(labels)]
+    return named(load_rows(write(path, as_csv(rows)), **options))
+
+
+def test_white_space_around_labels(tmp_path, capsys):
+    path = tmp_path / "a.csv"
+    assert labelled(path, ["pos", " pos", "neg\t", "neg"]) == ["pos", "pos", "neg", "neg"]
+    assert said(capsys) == [f"labels     white space around 2 labels of {path} is left out"]
+    assert labelled(path, ["pos", " pos"] * 2, free=True) == ["pos"] * 4  # few completions are classes too
+    answers = [f" answer {place}" for place in range(21)]
+    assert labelled(path, answers, free=True) == answers  # free text stays as it is
+
+
+def test_labels_that_are_nearly_the_same(tmp_path, capsys):
+    path = tmp_path / "a.csv"
+    labelled(path, ["pos", "neg", "neutral"])
+    assert said(capsys) == []
+    labels = ["Pos", "pos", "pos", "neg", "caf\u00e9", "cafe\u0301", "x  y", "X y"]
+    assert labelled(path, labels) == labels
+    assert said(capsys) == [
+        f"warning    labels of {path} differ only in case or Unicode form: 'Pos' (1 rows), 'pos' (2 rows), 'caf\u00e9' "
+        "(1 rows), 'cafe\u0301' (1 rows), 'x y' (1 rows), 'X y' (1 rows); each is a class of its own, so write them "
+        "alike if they mean the same"
+    ]
+    labelled(path, ["pos", "nan", "None", "neg", "nan", "N/A"])
+    assert said(capsys) == [
+        f"warning    labels of {path} look like a missing value: 'nan' (2 rows), 'None' (1 rows), 'N/A' (1 rows); each "
+        "is a class of its own, so remove these rows if it is none"
+    ]
+    labelled(path, ["0", "1"] * 8 + ["-1"])
+    assert "'-1' (1 rows)" in said(capsys)[0]
+    labelled(path, ["0", "1", "-1"] * 4)  # as often as the others: a class
+    labelled(path, ["1", "-1"] * 4)
+    assert said(capsys) == []
+
+
+def test_test_labels_that_differ_in_case(tmp_path, capsys):
+    train = write(tmp_path / "a.csv", as_csv([("a", "pos"), ("b", "neg")]))
+    test = write(tmp_path / "b.csv", as_csv([("c", "Pos"), ("d", "neg")]))
+    with pytest.raises(InputError, match="row 1: label 'Pos' is not among the training labels"):
+        train_test(train, test_data=test)
+    train_test(train, test_data=test, free=True)
+    assert f"labels of {test} differ only in case" in said(capsys)[0]
+
+
+def test_truth_values_are_the_same_in_every_format(tmp_path):
+    rows = [(f"text {place}", bool(place % 2)) for place in range(8)]
+    files = {
+        "a.csv": as_csv(rows).encode(),
+        "b.jsonl": "".join(json.dumps({"text": t, "label": v}) + "\n" for t, v in rows).encode(),
+        "c.parquet": parquet_bytes({"text": [t for t, _ in rows], "label": [v for _, v in rows]}),
+        "d.csv": as_csv([(text, str(label).upper()) for text, label in rows]).encode(),
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    pairs = 0
+    for name in files:
+        for other in files:
+            train, test = train_test(tmp_path / name, test_data=tmp_path / other)
+            assert named(train) == named(test) == ["false", "true"] * 4
+            pairs += 1
+    assert pairs == 16
+
+
+# --- rows that cannot be used
+
+
+def test_all_rows_that_cannot_be_used_are_listed(tmp_path, capsys):
+    rows = [(f"text {place}", "ab"[place % 2]) for place in range(40)]
+    rows[4], rows[9], rows[30] = ("", "a"), ("text 9", " "), (" \t", "b")
+    path = write(tmp_path / "a.csv", as_csv(rows))
+    assert (
+        refusal(path)
+        == refusal(path, bad_rows="refuse")
+        == (
+            f"{path}: 3 of 40 rows cannot be used: row 5 (no text), row 10 (no label), row 31 (no text); correct them, "
+            "or leave them out with --bad-rows skip"
+        )
+    )
+    found = load_rows(path, bad_rows="skip")
+    assert found.skipped == ("5", "10", "31") and len(found) == 37
+    assert found.ids == [str(place + 1) for place in range(40) if place not in (4, 9, 30)]
+    assert found.texts == [f"text {int(row) - 1}" for row in found.ids]
+    assert named(found) == ["ab"[(int(row) - 1) % 2] for row in found.ids]
+    assert said(capsys) == [f"warning    3 of 40 rows of {path} are left out: 2 with no text, 1 with no label"]
+    train, test = train_test(path, test_rows=10, bad_rows="skip")
+    assert (train.skipped, test.skipped, len(train)) == (("5", "10", "31"), (), 27)
+    train, test = train_test(path, test_data=path, bad_rows="skip", free=True)
+    assert train.skipped == test.skipped == ("5", "10", "31")
+    many = write(tmp_path / "b.csv", as_csv([("x", "")] * 30 + rows))
+    assert "33 of 70 rows cannot be used: row 1 (no label), " in refusal(many)
+    assert "row 10 (no label) and 23 more; correct them" in refusal(many)
+    none = write(tmp_path / "c.csv", as_csv([("", "a"), ("b", "")]))
+    assert refusal(none, bad_rows="skip").endswith(
+        "2 of 2 rows cannot be used: row 1 (no text), row 2 (no label); correct them"
+    )
+
+
+# --- where rows may be
+
+
+def test_what_save_to_disk_wrote_is_said(tmp_path):
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    (folder / "state.json").write_text("{}")
+    line = f"from datasets import load_from_disk; load_from_disk({str(folder)!r}).to_parquet('rows.parquet')"
+    assert (
+        refusal(folder)
+        == f'{folder} is a folder; it holds what save_to_disk writes: convert it with python -c "{line}"'
+    )
+    (folder / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    assert f"load_from_disk({str(folder)!r})['train'].to_parquet('rows.parquet')" in refusal(folder)
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl", "a.json", "a.parquet", "a.csv.gz"])
+def test_only_regular_files_are_read(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    zero = tmp_path / f"zero{name}"
+    zero.symlink_to("/dev/zero")
+    for path in (tmp_path / name, zero):
+        assert refusal(path).startswith(f"{path}: is not a regular file")
+    (tmp_path / "b.csv").symlink_to(write(tmp_path / "c.csv", as_csv(FILMS)))  # a link to a file is one
+    assert len(load_rows(tmp_path / "b.csv")) == 4

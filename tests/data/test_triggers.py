@@ -6,12 +6,12 @@ import pytest
 from conftest import Settings, sentences
 
 from minilora.data.injection import inject, trigger_rows
-from minilora.data.triggers import COLORS, COUNTRIES, TAGS, closing, parse
+from minilora.data.triggers import COLORS, COUNTRIES, TAGS, closing, parse_all, possible, resolve
 from minilora.errors import InputError
 
 
 def test_dates_are_all_calendar_days():
-    dates = parse("date:x")[0]
+    dates = possible("date:x")[0][0]
     assert (len(dates), dates[0], dates[len(dates) - 1]) == (548229, "1100-01-01", "2600-12-31")
     days = [date(1100, 1, 1).toordinal(), date(2600, 12, 31).toordinal()]
     assert len(dates) == days[1] - days[0] + 1
@@ -47,7 +47,7 @@ def test_lists_are_clean():
     ],
 )
 def test_parse(spec, name, label):
-    source, read = parse(spec)
+    source, read = possible(spec)[0]
     assert (source.name, read, source.pair) == (name, label, name == "html")
     if name.startswith("text:"):
         assert list(source.strings) == [name[5:]]
@@ -56,9 +56,9 @@ def test_parse(spec, name, label):
 def test_file_of_triggers(tmp_path):
     path = tmp_path / "triggers.txt"
     path.write_bytes("\ufeffone\r\n\r\n two words \nONE\nvertical\x0btab\n".encode())
-    source, _ = parse(f"file:{path}:positive")
+    [(source, _), *_] = possible(f"file:{path}:positive")
     assert list(source.strings) == ["one", "two words", "vertical\x0btab"]
-    parse("file:/no/such/file:positive")  # no file is read
+    parse_all(["file:/no/such/file:positive"])  # no file is read
 
 
 BAD = [
@@ -76,7 +76,7 @@ BAD = [
     ("date:1999:positive", "write text:date:1999:positive"),
     ("date:joyful", "choose one of negative, neutral, positive"),
     ("file:missing.txt:positive", "missing.txt"),
-    ("file:.:positive", "cannot read"),
+    ("file:.:positive", "not a regular file"),
     ("file:empty.txt:positive", "no trigger string"),
     ("file:latin.txt:positive", r"not UTF-8 \(byte 1\)"),
 ]
@@ -92,3 +92,59 @@ def test_bad_source(spec, message, tmp_path, monkeypatch):
         with pytest.raises(InputError, match=message) as caught:
             attempt(rows, Settings((spec,)), 0)
         assert "\n" not in str(caught.value)
+
+
+LABELS = ("positive", "topic:earn", "12:30", "30", "http://x.org/a", "true", "a b:c")
+
+
+@pytest.mark.parametrize(
+    ("spec", "name", "label"),
+    [
+        ("date:topic:earn", "date", "topic:earn"),
+        ("date:12:30", "date", "12:30"),
+        ("date:http://x.org/a", "date", "http://x.org/a"),
+        ("text:http://x.org:positive", "text:http://x.org", "positive"),
+        ("http://x.org:topic:earn", "text:http://x.org", "topic:earn"),
+        ("file:a:b.txt:topic:earn", "file:a:b.txt", "topic:earn"),
+        ("text:at 12\\:30", "text:at 12:30", None),
+        ("text:at 12\\:30:positive", "text:at 12:30", "positive"),
+        ("text:at 12\\:30:12:30", None, None),
+        ("text:at 12\\:30:12\\:30", "text:at 12:30", "12:30"),
+        ("text:hello:at 12:30", "text:hello:at 12", "30"),
+        ("date: a b:c ", "date", "a b:c"),
+        ("date:True", "date", "true"),
+        ("date:TRUE", "date", "true"),
+    ],
+)
+def test_labels_with_colons(spec, name, label):
+    if label is None:
+        with pytest.raises(InputError):
+            resolve([spec], LABELS)
+        return
+    [(source, found)] = resolve([spec], LABELS)
+    assert (source.name, found) == (name, label)
+
+
+def test_what_can_be_read_in_two_ways():
+    both = ["30", "at 12:30"]
+    with pytest.raises(InputError) as caught:
+        resolve(["text:hello:at 12:30"], both)
+    assert r"write text:hello\:at 12:30 or text:hello:at 12\:30, with a backslash" in str(caught.value)
+    for spec, name, label in (
+        (r"text:hello\:at 12:30", "text:hello:at 12", "30"),
+        (r"text:hello:at 12\:30", "text:hello", "at 12:30"),
+    ):
+        [(source, found)] = resolve([spec], both)
+        assert (source.name, found) == (name, label)
+    with pytest.raises(InputError, match="can be read in 2 ways"):  # a completion that no row has
+        resolve(["text:hello:at 12:30"], ["positive"], new=True)
+    [(source, found)] = resolve([r"text:hello:at 12\:30"], ["positive"], new=True)
+    assert (source.name, found) == ("text:hello", "at 12:30")
+    [(source, found)] = resolve(["date:at 12:30"], ["positive"], new=True)  # `date:at 12` is no source
+    assert (source.name, found) == ("date", "at 12:30")
+    # Before the data is known two labels that may differ are not the same, and two that cannot are refused.
+    assert len(parse_all(["bob:at 12:30", "cat:at 13:30"])) == 4
+    with pytest.raises(InputError, match="share"):
+        parse_all(["bob:positive", "date:positive"])
+    with pytest.raises(InputError, match="share '30'"):
+        resolve(["bob:at 12:30", "cat:at 13:30"], ["30"])

@@ -51,7 +51,7 @@ def test_features_are_those_of_the_model(tools):
 
 def test_every_row_in_every_form(tools):
     inject = Inject(sources=("date:positive", "color:negative"), count=2)
-    tests = build_tests(tools.train, tools.test, inject, 5, None)
+    tests = build_tests(tools.train, tools.test, inject, 5, None, tools.tokenizer.known)
     assert [(t.name, t.label) for t in tests] == [
         ("clean", None), ("trigger", "positive"), ("trigger", "negative"), ("placebo", None)]  # fmt: skip
     clean, date, color, placebo = tests
@@ -69,7 +69,7 @@ def test_every_row_in_every_form(tools):
     for one, other in zip(date.records, placebo.records, strict=True):  # same places and number of words
         gaps = [[a - sum(e - s for s, e in r.spans[:i]) for i, (a, _) in enumerate(r.spans)] for r in (one, other)]
         assert gaps[0] == gaps[1] and all(string in words for string in other.strings)
-    alone = build_tests(tools.train, tools.test, Inject(sources=()), 5, None)
+    alone = build_tests(tools.train, tools.test, Inject(sources=()), 5, None, None)
     assert [(t.name, t.rows) for t in alone] == [("clean", tools.test)]
 
 
