@@ -7,7 +7,7 @@ for hidden states h [N, D], the unembedding W [V, D] and the wanted tokens w [N]
 
     dl = (p - e_w) c'(l)    dh = dl W    dW = dl^T h    db = sum over rows of dl    c'(l) = 1 - tanh(l / cap)^2
 
-These do not depend on what comes after, but for a factor: they are formed in the forward, where the logits are at hand
+These depend on what comes after only by a factor: they are formed in the forward, where the logits are at hand
 (Hsu et al. 2024, arXiv 2410.10989, section 3.2). So each logit is formed once, where checkpointing forms it twice.
 Saved for the backward is dh, D numbers a row, and dW and db where these are trained.
 """

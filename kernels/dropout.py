@@ -1,12 +1,12 @@
-"""Dropout whose mask is a function of where a number stands, and of nothing else.
+"""Dropout whose mask depends only on where a number stands.
 
     y = x m / (1 - p),    m = [h >= p 2^32]        Srivastava et al. 2014 (JMLR 15), section 4, scaled in training
 
 h is a hash of (key, salt, row, token, feature): `key` changes from step to step and from adapter to adapter, `salt`
 from module to module. So a mask depends neither on the padding, nor on the device, nor on who else is in the batch: an
-adapter of a population drops what it would drop alone. The hash is the 32-bit finaliser "lowbias32" (C. Wellons,
-"Prospecting for hash functions", 2018, nullprogram.com): its arithmetic is modulo 2^32 on int32, where a shift must be
-stripped of the sign. The mask is formed again in the backward; saved are the keys alone.
+adapter of a population drops what it would drop in a run of its own. The hash is the 32-bit finaliser "lowbias32"
+(C. Wellons, "Prospecting for hash functions", 2018, nullprogram.com): its arithmetic is modulo 2^32 on int32, where a
+shift must be stripped of the sign. The mask is formed again in the backward; only the keys are saved.
 """
 
 import torch

@@ -68,7 +68,7 @@ def exact_forms(x, projections, seen=None):
 
 
 def merging_moves_less(x, projections):
-    """Whether moving every W once is no more than reading x, and reading and writing y, once for each adapter."""
+    """Whether reading and writing each W moves no more than reading x, and reading and writing y, for each adapter."""
     if torch.compiler.is_compiling():  # a choice by size would be a graph each
         return True
     rows, in_features = x.numel() // x.shape[-1], x.shape[-1]

@@ -3,9 +3,9 @@
     plain    h = f(u)            du = dh f'(u)
     gated    h = f(g) u          dg = dh u f'(g)    du = dh f(g)          Shazeer 2020 (arXiv 2002.05202), equation 5
 
-for pre-activations g and u [N, inner]. Saved for the backward are these alone: f(g) is formed again where it is needed,
+for pre-activations g and u [N, inner]. Only these are saved for the backward: f(g) is formed again where it is needed,
 a pass over [N, inner]. Where the projection that follows keeps its input h for an adapter of its own, `formed_again`
-has autograd form that again too. A plain h needs no operator: torch's own activations save u alone (`relu` and
+has autograd form that again too. A plain h needs no operator: torch's own activations save only u (`relu` and
 `sigmoid` their result).
 """
 

@@ -9,10 +9,10 @@ Weights take no gradient. With u = w dy
     RMSNorm      dx = r (u - x r mean(u x r))
     LayerNorm    dx = r (u - mean(u) - z mean(u z))
 
-torch has a kernel for the second on the CPU. The first is the second for x of mean 0 and deviation 1 / r, but for
+torch has a kernel for the second on the CPU. The first is the second for x of mean 0 and deviation 1 / r, without
 r mean(u), which is added again.
 
-Saved for the backward are r of each row and, of RMSNorm, x. LayerNorm saves its result y, which the projections behind
+Saved for the backward are r of each row and, of RMSNorm, x. LayerNorm saves its result y, which the projections after
 it save as their input anyway, and not x, which nobody else needs: z = (y - b) / w (as the shared input of Yang et al.
 2024, 2406.16282). That loses digits where w is small beside b: such weights are left to torch's own, which saves x.
 Inside it is float32 or wider, and rounded once at the end. In bfloat16 y has too few digits to form z of: torch's own

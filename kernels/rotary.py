@@ -7,7 +7,7 @@ Su et al. 2021 (arXiv 2104.09864), equation 34. As the rotation by the angle t f
     dx = cos dy - sin swap(dy)
 
 The rotation of [B, H, T, E] is written in that order whatever that of x is (a projection's has tokens before heads), as
-the products of attention read it. Saved for the backward are the tables alone, which all layers share.
+the products of attention read it. Only the tables, which all layers share, are saved for the backward.
 """
 
 import torch

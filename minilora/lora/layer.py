@@ -153,7 +153,7 @@ def put(model, layers):
 
 
 def attach(model, slots, dropout=0.0, seed=0, variant="lora", init="kaiming", form="auto"):
-    """Make an adapter and put it on; freeze everything else. InputError as `make_layers`, with nothing attached."""
+    """Make an adapter, put it on, freeze everything else. Raises InputError as `make_layers`, with nothing attached."""
     layers = make_layers(model, slots, dropout, seed, variant, init, form)
     model.requires_grad_(False)
     return put(model, layers)

@@ -27,7 +27,7 @@ from minilora.lora.adapter import variant_of
 from minilora.lora.layer import LoRALinear, named_layers
 
 MERGE, CLASSIFIER = "merge.json", "classifier.safetensors"
-# Of what stands beside the weights.
+# The files beside the weights that are copied.
 COPIED = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
           "vocab.*", "merges.txt", "chat_template*", "*.model")  # fmt: skip
 

@@ -228,7 +228,7 @@ def plain_names(tensors, folder):
 
 
 def own_tensor(name, base):
-    """The base's own tensor, if PEFT calls its embeddings, last norm or unembedding `name`; else None."""
+    """The base's own tensor of that name in PEFT's model: an embedding, the last norm, the unembedding; else None."""
     family = families.find(base.spec.family)
     layout = family.peft or family.layout
     module, _, leaf = name.rpartition(".")

@@ -3,9 +3,10 @@
 A run's folder has two forms of its adapter. `factors.safetensors` has the factors bit for bit, with ranks, alphas and
 scales: evaluating the run, `--start RUN` and `--add RUN` read it. `adapter/` has PEFT's format, head included, so that
 `PeftModel.from_pretrained(AutoModel.from_pretrained(BASE), "RUN/adapter")` gives the same hidden states, and for the
-lm task `AutoModelForCausalLM` the same logits; `head.json` there adds what PEFT has no field for (pooling, labels).
-An adapter's folder, the run's `adapter/` or one that PEFT wrote, is read as PEFT reads it. What cannot be represented
-is refused or said: `peft_config.py` has the list. A run of another method has `adapter/trained.safetensors` only.
+lm task `AutoModelForCausalLM` the same logits; `head.json` there adds what PEFT has no field for: pooling and label
+names. An adapter's folder, a run's `adapter/` or one that PEFT wrote, is read as PEFT reads it. What cannot be
+represented is refused or said: `peft_config.py` has the list. A run of another method has only
+`adapter/trained.safetensors`.
 """
 
 import contextlib
@@ -149,8 +150,8 @@ def begin(base, cell, slots):
         ]
         differing = f"{differing[0]}, and {len(differing) - 1} more" if differing else "the variant"
         raise InputError(
-            f"{folder} is not the cell's adapter (they differ in {differing}): it has {flags_of(found)}; use these "
-            "flags, or another --start"
+            f"{folder} is not the cell's adapter (they differ in {differing}): it has {flags_of(found)}; "
+            "use these flags, or another --start"
         )
     if cell.dropout and any(part.A0 is not None for part in found.parts.values()):
         raise InputError(
@@ -236,8 +237,8 @@ def read_factors(run, spec):
         file = run / "adapter" / name
         if not file.is_file() or files.sha256(file) != digest:
             raise InputError(
-                f"{file} is not what the run wrote: to use it as it is now, name {run / 'adapter'}, which is read as "
-                "any PEFT folder; or bring the old file back"
+                f"{file} is not what the run wrote: to use it as it is now, name {run / 'adapter'}, "
+                "which is read as any PEFT folder; or bring the old file back"
             )
     for name, part in parts.items():
         check_fits(name, part, spec, path)

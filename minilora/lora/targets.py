@@ -13,7 +13,7 @@ SCALES = {
     "rslora": lambda alpha, rank: alpha / math.sqrt(rank),  # Kalajdzievski 2023 (arXiv 2312.03732), definition 3.1
 }
 # The largest scale, and the largest change of a weight (Frobenius norm). Far below float32's 3e38, since activations
-# are squared and multiplied with each other; and at a change of 2e7 float32 has no digit left for the weight.
+# are squared and multiplied with each other; beside a change of 2e7 float32 has no digit left for the weight itself.
 LARGEST = 1e12
 VARIANTS = ("lora", "dora", "lora-fa")  # what each computes: variants.py
 STARTS = ("kaiming", "gaussian", "orthogonal", "pissa", "olora")  # of A and B

@@ -68,8 +68,8 @@ class DoRA(LoRA):
         squares = widened(layer.original).square().sum(1)
         if (squares == 0).any():
             raise InputError(
-                f"row {int(squares.argmin())} of the base's weight is 0, so variant = 'dora' finds no direction: "
-                "use another variant, or leave this projection out"
+                f"row {int(squares.argmin())} of the base's weight is 0, so variant = 'dora' finds no direction to "
+                "keep: use another variant, or leave this projection out"
             )
         layer.register_buffer("squares", squares)  # of the norms of W's rows, [out]
         layer.magnitude = nn.Parameter(squares.sqrt())

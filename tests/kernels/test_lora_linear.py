@@ -128,6 +128,19 @@ def test_populations(apart):
     assert len(leaves) == (4 if apart else 5)
 
 
+def test_auto_takes_the_form_that_moves_less():
+    draw, taken = torch.Generator().manual_seed(0), []
+    weight, A, B = (torch.randn(size, generator=draw) for size in ((384, 384), (2, 384), (384, 2)))
+    for rows in (32, 224, 255, 256, 864):
+        x = torch.randn(rows, 384, generator=draw)
+        side, merged, auto = (op.lora_linear(x, weight, None, A, B, 0.7, form=f) for f in ("side", "merged", "auto"))
+        assert not side.equal(merged)  # they round differently
+        taken.append("merged" if auto.equal(merged) else "side" if auto.equal(side) else None)
+    assert (
+        taken == ["side"] * 3 + ["merged"] * 2
+    )  # reading and writing W: 2 384^2 numbers; x once, y twice: 3 384 a row
+
+
 def test_a_padded_rank_stays_zero():
     x, [(weight, bias, A, B, scale), *_] = made(3, members=(2,))
     with torch.no_grad():
