@@ -172,8 +172,8 @@ def weigh_difference(claim, here, able):
             used |= {entry.name: entry, other.name: other}
     if not pairs:
         raise InputError(
-            f"no cell has another with {cut(conditions(claim.against))} that is the same in all else: nothing can decide "
-            "it"
+            f"no cell has another with {cut(conditions(claim.against))} that is the same in all else: "
+            "nothing can decide it"
         )
     weights = defaultdict(float)
     for one, partners in pairs.items():

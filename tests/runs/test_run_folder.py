@@ -38,7 +38,8 @@ def test_a_new_run(tmp_path):
         assert made.state == made.path / "state.safetensors"
         made.finish({"accuracy": 0.5, "labels": ["é"]})
         assert made.finished and entries(made.path) == [".lock", "cell.toml", "results.json"]
-    assert Run(made.path).finished and Run(made.path).read_results() == {"accuracy": 0.5, "labels": ["é"]}
+    assert Run(made.path).finished
+    assert files.read_json(made.path / "results.json") == {"accuracy": 0.5, "labels": ["é"]}
 
 
 def test_names_under_runs_are_numbered(tmp_path, monkeypatch):
