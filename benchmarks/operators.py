@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from minilora.kernels import adamw, attention, cross_entropy, dora_linear, linear, lora_linear, mlp, norms, rotary
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -30,6 +29,7 @@ from minilora import parallel
 from minilora.command import Parser
 from minilora.console import Progress
 from minilora.errors import InputError
+from minilora.kernels import adamw, attention, cross_entropy, dora_linear, linear, lora_linear, mlp, norms, rotary
 from minilora.runs.record import hardware, versions
 
 from . import report, roofs

@@ -307,6 +307,7 @@ def test_paths_and_links_on_pages_exist():
 def test_tables_name_all_that_there_is():
     families = re.findall(r"^\| `([\w-]+)` \| [\w-]+/", TEXTS["docs/bases.md"], re.MULTILINE)
     assert families == list(FAMILIES)
+    assert re.findall(r"for (\d+) families", TEXTS["README.md"]) == [str(len(families))]
     grids = {path.stem for path in (ROOT / "ablations").glob("*.toml")}
     [table] = re.findall(r"^\| `ablations/` .*?\n\n", TEXTS["docs/grids.md"], re.MULTILINE | re.DOTALL)
     named = {name for row in table.strip().splitlines()[2:] for name in re.findall(r"`(\w+)`", row.split("|")[1])}

@@ -5,6 +5,7 @@ from itertools import product
 
 import pytest
 import torch
+
 from minilora.kernels import attention as op
 
 SHAPES = [(1, 1, 1, 1, 3), (3, 7, 4, 4, 5), (2, 13, 6, 2, 8), (5, 5, 3, 1, 1), (2, 31, 8, 4, 16)]  # B, T, H, G, E

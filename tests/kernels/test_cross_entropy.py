@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from minilora.kernels import cross_entropy as op
 
 SHAPES = [(1, 1, 2), (7, 5, 11), (12, 8, 33), (5, 3, 3)]  # N, D, V

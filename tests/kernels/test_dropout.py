@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from minilora.kernels import dropout as op
 
 

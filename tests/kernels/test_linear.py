@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from minilora.kernels import linear as op
 
 SHAPES = [((1,), 1, 1), ((3,), 5, 2), ((2, 7), 33, 17), ((2, 3, 5), 16, 1), ((577,), 24, 100), ((0,), 4, 3)]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from minilora.kernels import lora_linear as op
 
 SHAPES = [  # leading shape, in, out, rank

@@ -5,8 +5,9 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from minilora.kernels import mlp as op
 from torch.nn import functional as F
+
+from minilora.kernels import mlp as op
 
 SHAPES = [(1, 1), (7, 13), (2, 3, 33)]
 EQUATIONS = {

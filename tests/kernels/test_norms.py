@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from minilora.kernels import norms as op
 
 SHAPES = [(1, 1), (3, 5), (2, 7, 33), (2, 3, 5, 16), (4, 577)]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from minilora.kernels import rotary as op
 
 SHAPES = [(1, 1, 1, 2, 2), (3, 2, 5, 8, 8), (2, 3, 7, 10, 6), (2, 1, 33, 6, 2)]  # B, H, T, E, r

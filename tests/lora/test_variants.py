@@ -7,13 +7,13 @@ from itertools import product
 import peft
 import pytest
 import torch
-from minilora.kernels import dora_linear, dropout
 from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 
 from minilora.base import model
 from minilora.cell import Cell
 from minilora.errors import InputError
+from minilora.kernels import dora_linear, dropout
 from minilora.lora import targets
 from minilora.lora.layer import attach, detach, merge, named_layers, scale_by, unmerge
 from minilora.lora.targets import MOVING, SCALES, Slot, plan_slots
