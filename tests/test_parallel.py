@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, tiny_bert
+from minilora.kernels.dropout import mask, shifted
 from zoo import tiny_decoder
 
 import minilora
@@ -19,7 +20,6 @@ from minilora.cell import Cell
 from minilora.data import batches
 from minilora.errors import InputError
 from minilora.grid.run import train_grid
-from minilora.kernels.dropout import mask, shifted
 from minilora.lora import peft_config, storage
 
 TOLERANCE = 2e-5  # of a tensor's largest entry: two processes add up the same numbers in another order
