@@ -153,13 +153,13 @@ def random_batch(vocabulary, lengths, seed=0):
 
 # Files of `pytest -m fast`: broad, and about 40 seconds in all on one core.
 FAST = (
-    "base/test_model.py base/test_tokenizer.py data/test_batches.py data/test_formats.py data/test_injection.py "
+    "base/test_model.py base/test_tokenizer.py data/test_formats.py data/test_injection.py "
     "data/test_rows.py data/test_triggers.py grid/test_claims.py grid/test_grid_file.py kernels/test_adamw.py "
     "kernels/test_cross_entropy.py kernels/test_dropout.py kernels/test_linear.py kernels/test_lora_linear.py "
     "kernels/test_mlp.py kernels/test_norms.py kernels/test_rotary.py lora/test_coverage.py lora/test_layer.py "
     "lora/test_merging.py report/test_intervals.py runs/test_strength.py tasks/test_classification.py "
     "tasks/test_metrics.py tasks/test_paired.py test_cell.py test_console.py test_layout.py test_packaging.py "
-    "training/test_limit.py training/test_optimizers.py"
+    "training/test_feed.py training/test_limit.py training/test_optimizers.py"
 ).split()
 
 

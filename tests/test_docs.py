@@ -134,17 +134,19 @@ def write_questions(path):
 SMALL = dict(model="bases/tiny", data="rows.csv", steps=2, test_rows=20, max_length=30)
 
 
-def small_cell(**fields):
-    """What `minilora.Cell` is in a page's Python."""
-    fields = {"steps": 2} | fields if "epochs" not in fields else fields
-    return Cell(**{name: value for name, value in SMALL.items() if name != "steps"} | fields)
+def small_cell(epochs=None, **fields):
+    """What `minilora.Cell` is in a page's Python: 2 steps instead of its epochs, on the tiny base and rows."""
+    return Cell(**SMALL | fields)
 
 
 def small_grid(text):
-    """A grid's file with two values of each axis, small cells, and no claims, which speak of other values."""
+    """A grid's file with two values of each axis but one seed, small cells, and no claims, which speak of other values."""
     values = tomllib.loads(text)
     sizes = "size" if "size" in values else "scale"
-    sections = {"cell": values["cell"] | SMALL, "grid": {name: axis[:2] for name, axis in values["grid"].items()}}
+    sections = {
+        "cell": values["cell"] | SMALL,
+        "grid": {name: axis[: 1 + (name != "seed")] for name, axis in values["grid"].items()},
+    }
     sections |= {f"{sizes}.{name}": {"test_rows": 30} for name in values[sizes]}
     lines = [f"title = {json.dumps(values['title'])}"]
     for section, fields in sections.items():
@@ -307,6 +309,7 @@ def test_paths_and_links_on_pages_exist():
 def test_tables_name_all_that_there_is():
     families = re.findall(r"^\| `([\w-]+)` \| [\w-]+/", TEXTS["docs/bases.md"], re.MULTILINE)
     assert families == list(FAMILIES)
+    assert re.findall(r"for (\d+) families", TEXTS["README.md"]) == [str(len(families))]
     grids = {path.stem for path in (ROOT / "ablations").glob("*.toml")}
     [table] = re.findall(r"^\| `ablations/` .*?\n\n", TEXTS["docs/grids.md"], re.MULTILINE | re.DOTALL)
     named = {name for row in table.strip().splitlines()[2:] for name in re.findall(r"`(\w+)`", row.split("|")[1])}
