@@ -140,7 +140,7 @@ def small_cell(epochs=None, **fields):
 
 
 def small_grid(text):
-    """A grid's file with two values of each axis but one seed, small cells, and no claims, which speak of other values."""
+    """A grid's file with two values of each axis but one seed, small cells, and no claims."""
     values = tomllib.loads(text)
     sizes = "size" if "size" in values else "scale"
     sections = {
@@ -265,7 +265,7 @@ def test_python_blocks(page, monkeypatch):
 
 def check_what_readers_add(space):
     """The README's own source, variant, family and diagnostic are what it says."""
-    source, label = triggers.parse("weekday:positive")
+    [(source, label)] = triggers.resolve(["weekday:positive"], ["positive"])
     assert label == "positive" and len(source) == 7
     assert variants.VARIANTS["only-a"].trains == ("A",)
     config = json.loads(Path("bases/decoder/config.json").read_text())

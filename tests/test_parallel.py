@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, tiny_bert
-from minilora.kernels.dropout import mask, shifted
 from torch import distributed
 from zoo import tiny_decoder
 
@@ -20,6 +19,7 @@ from minilora.cell import Cell
 from minilora.data import batches
 from minilora.errors import InputError
 from minilora.grid.run import train_grid
+from minilora.kernels.dropout import mask, shifted
 from minilora.lora import peft_config, storage
 from minilora.training import feed
 

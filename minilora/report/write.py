@@ -6,7 +6,7 @@ killed and resumed has the same table, byte for byte. Versions and hardware are 
 table.csv               and table.parquet where pyarrow is installed: a line a cell and trigger
 marginals.md, .tex      means over all settings with a value of a field (`summary.py`, `intervals.py`)
 k50.md, .tex            the rows that half of an attack takes, where the grid varies how many are injected
-claims.md, .tex         what became of each claim of the grid's file (`decisions.py`)
+claims.md, .tex         what became of each claim of the grid's file (`verdicts.py`)
 figures/                PNG and PDF (`pictures.py`)
 report.html             all of it in one file that needs no other (`page.py`)
 """
@@ -21,8 +21,8 @@ from minilora.errors import InputError
 from minilora.grid.axes import FIGURES
 from minilora.grid.table import table_rows, write_table
 from minilora.report import markup, page, pictures, summary
-from minilora.report.decisions import decide
 from minilora.report.dose_response import fit_curves
+from minilora.report.verdicts import decide
 
 
 def write_parquet(path, lines):

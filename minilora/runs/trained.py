@@ -270,6 +270,7 @@ def _open_run(folder, data, scale, added, changes):
     check_inputs({name: found[name] for name in before if name in found}, before, cell)
     if data is not None:
         test = _other_rows(data, cell, clean.label_names)
+    clean = with_targets(clean, cell)
     task = find_task(cell, setting.spec, setting.tokenizer)
     base = Settings().load(cell, task.unembedding)
     opened = Trained(cell, folder, setting, base, task, clean, with_targets(test, cell), clean.label_names)
@@ -288,8 +289,9 @@ def _check_added(added, base, folder):
 
 def _other_rows(data, cell, label_names):
     free = cell.task == "lm"
-    rows = load_rows(data, text_column=cell.text_column, label_column=cell.label_column, free=free)
-    return align(rows, label_names, data, free)
+    names = dict(text_column=cell.text_column, label_column=cell.label_column, bad_rows=cell.bad_rows)
+    rows = load_rows(data, **names, free=free)
+    return align(rows, label_names, data, free) if label_names else rows
 
 
 def _open_adapter(folder, model, data, scale, added, changes):
@@ -307,8 +309,7 @@ def _open_adapter(folder, model, data, scale, added, changes):
     classes = 0 if lm else len(storage.read(folder, base).head.get("weight", ()))
     labels, test = head.get("label_names"), None
     if data is not None:
-        test = load_rows(data, text_column=cell.text_column, label_column=cell.label_column, free=lm)
-        test = align(test, labels, data, lm) if labels else test
+        test = _other_rows(data, cell, labels)
         labels = labels or test.label_names
     if labels and classes and len(labels) != classes:
         raise InputError(f"{data} has {len(labels)} labels, but the head in {folder} has {classes}: give other data")

@@ -1,4 +1,4 @@
-"""Figures of a prediction, each with its source: accuracies, intervals, and the paired comparison with clean rows."""
+"""Figures of one prediction, each with its source: accuracies, attack success, and their intervals."""
 
 import math
 
@@ -15,19 +15,6 @@ def wilson(hits, total):
     middle = (share + spread / 2) / (1 + spread)
     half = Z95 / (1 + spread) * math.sqrt(share * (1 - share) / total + spread / (4 * total))
     return [max(0.0, middle - half), min(1.0, middle + half)]
-
-
-def mcnemar(worse, better):
-    """Two-sided p-value of McNemar's test (McNemar 1947), exact: Fagerland, Lydersen and Laake 2013, section Methods.
-
-    `worse` and `better` count the rows that only the first, or only the second, prediction gets right.
-    """
-    total, least = worse + better, min(worse, better)
-    tail = math.fsum(
-        math.exp(math.lgamma(total + 1) - math.lgamma(i + 1) - math.lgamma(total - i + 1) - total * math.log(2))
-        for i in range(least + 1)
-    )
-    return min(1.0, 2 * tail)
 
 
 def classification(labels, predicted, names):
@@ -60,18 +47,4 @@ def attack_success(labels, predicted, target):
         "attack_success_rate": hits / total if total else None,
         "attack_success_interval": wilson(hits, total),
         "attack_success_rows": total,
-    }
-
-
-def paired(labels, clean, changed):
-    """The same rows predicted twice: flip rate with its interval, and McNemar's p-value for the accuracy."""
-    flips = int((clean != changed).sum())
-    worse = int(((clean == labels) & (changed != labels)).sum())
-    better = int(((clean != labels) & (changed == labels)).sum())
-    return {
-        "flip_rate": flips / len(labels),
-        "flip_rate_interval": wilson(flips, len(labels)),
-        "only_clean_right": worse,
-        "only_this_right": better,
-        "mcnemar_p": mcnemar(worse, better),
     }

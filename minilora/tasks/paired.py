@@ -2,9 +2,10 @@
 
 The placebo is as many words at the same places, drawn from words that all labels share, so that the trigger's effect
 is told apart from that of a disturbed text. With several injections each row is met with its own label's trigger and
-with the other labels'. Figures are in `metrics.py`, tables in `console.py`.
+with the other labels'. Figures of one prediction are in `metrics.py`, tables in `runs/text.py`.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +24,7 @@ class Test:
     label: str | None
     rows: object  # data.Rows
     records: list  # injection.Record, one a row, [] for clean
+    __test__ = False  # pytest: this is no test class
 
     @property
     def key(self):
@@ -73,7 +75,7 @@ def measure(tests, labels, names, predicted, kept):
         figures = metrics.classification(labels, found, names)
         attacks = {label: metrics.attack_success(labels, found, names.index(label)) for label in targets}
         if test.name != "clean":
-            figures |= metrics.paired(labels, predicted[0], found)
+            figures |= compared(labels, predicted[0], found)
             figures["truncated"] = sum(r.spans[-1][1] > int(end) for r, end in zip(test.records, ends, strict=True))
         if test.name == "trigger":
             results["trigger"][test.label] = figures | attacks[test.label]
@@ -88,3 +90,30 @@ def measure(tests, labels, names, predicted, kept):
     if "placebo" in results:
         results["placebo"]["matched_to"] = targets[0]
     return results
+
+
+def compared(labels, clean, changed):
+    """The same rows predicted twice: flip rate with its interval, and McNemar's p-value for the accuracy."""
+    flips = int((clean != changed).sum())
+    worse = int(((clean == labels) & (changed != labels)).sum())
+    better = int(((clean != labels) & (changed == labels)).sum())
+    return {
+        "flip_rate": flips / len(labels),
+        "flip_rate_interval": metrics.wilson(flips, len(labels)),
+        "only_clean_right": worse,
+        "only_this_right": better,
+        "mcnemar_p": mcnemar(worse, better),
+    }
+
+
+def mcnemar(worse, better):
+    """Two-sided p-value of McNemar's test (McNemar 1947), exact: Fagerland, Lydersen and Laake 2013, section Methods.
+
+    `worse` and `better` count the rows that only the first, or only the second, prediction gets right.
+    """
+    total, least = worse + better, min(worse, better)
+    tail = math.fsum(
+        math.exp(math.lgamma(total + 1) - math.lgamma(i + 1) - math.lgamma(total - i + 1) - total * math.log(2))
+        for i in range(least + 1)
+    )
+    return min(1.0, 2 * tail)

@@ -11,15 +11,12 @@ import contextlib
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from minilora.cell import Cell
-from minilora.data.batches import IGNORED
 from minilora.fields import declared, marked, value_of
-from minilora.kernels.dropout import dropout
-from minilora.kernels.lora_linear import lora_linear
-from minilora.lora.layer import LoRALinear, detach, put, replace_module, use_keys
-from minilora.tasks.classification import Classifier, pool
+from minilora.lora.layer import detach, put, replace_module, use_keys
+from minilora.tasks.classification import Classifier
+from minilora.training.stacked import Heads, Stack
 
 
 def shared(cell):
@@ -28,40 +25,6 @@ def shared(cell):
     if not plain or cell.optimizer != "adamw" or cell.form == "merged":
         return object()
     return tuple(value_of(cell, name) for name in declared(Cell) if name not in marked(Cell, "free"))
-
-
-class Stack(nn.Module):
-    """One projection of a population: the frozen map, and beside it the adapters of K members, some without one.
-
-    `A` [K, R, in] and `B` [K, out, R], R the largest rank; `scale` [K]; `keys` int32 [K], see `layer.use_keys`.
-    """
-
-    form = "side"  # the only one that is exact for stacked adapters
-    joint = staticmethod(LoRALinear.joint)
-
-    def __init__(self, layers, A, B, keys):
-        super().__init__()
-        there = [layer for layer in layers if layer is not None]
-        self.linear, self.salt = there[0].linear, there[0].salt
-        self.A, self.B, self.keys = A, B, keys
-        self.scale = A.new_tensor([0.0 if layer is None else layer.slot.scale for layer in layers])
-        self.dropout = A.new_tensor([0.0 if layer is None else layer.dropout for layer in layers])
-        self.dropping = any(layer.dropout for layer in there)
-
-    @property
-    def drops(self):
-        return self.training and self.dropping
-
-    @property
-    def joins(self):
-        return not self.drops
-
-    def projection(self):
-        return self.linear.weight, self.linear.bias, self.A, self.B, self.scale
-
-    def forward(self, x):
-        seen = dropout(x, self.dropout, self.keys, self.salt) if self.drops else None
-        return lora_linear(x, *self.projection(), seen)
 
 
 class Population(nn.Module):
@@ -138,27 +101,3 @@ class Population(nn.Module):
             return self.head(hidden, lengths, answers)
         parts = (tensor.chunk(count) for tensor in (hidden, ids, lengths, answers))
         return torch.stack([model.loss(*part) for model, *part in zip(self.models, *parts, strict=True)])
-
-
-class Heads(nn.Module):
-    """The heads of K members in one product; members with fewer classes than another are never called the rest."""
-
-    def __init__(self, models, flat):
-        super().__init__()
-        self.pooling, self.count = models[0].pooling, len(models)
-        classes = [model.classifier.out_features for model in models]
-        if "classifier.weight" in flat.leaves:
-            self.weight, self.bias = (flat.leaves[f"classifier.{name}"] for name in ("weight", "bias"))
-        else:
-            self.weight, self.bias = (
-                torch.nn.utils.rnn.pad_sequence([getattr(model.classifier, name).detach() for model in models], True)
-                for name in ("weight", "bias")
-            )
-        places = torch.arange(max(classes), device=self.weight.device)
-        self.absent = (places >= self.weight.new_tensor(classes)[:, None])[:, None]  # [K, 1, C]
-
-    def forward(self, hidden, lengths, answers):
-        pooled = pool(hidden, lengths, self.pooling).unflatten(0, (self.count, -1))  # [K, B, P]
-        logits = torch.baddbmm(self.bias[:, None], pooled, self.weight.mT).masked_fill(self.absent, -torch.inf)
-        losses = F.cross_entropy(logits.flatten(0, 1), answers, reduction="none", ignore_index=IGNORED)
-        return losses.view(self.count, -1).sum(1)

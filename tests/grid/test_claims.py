@@ -11,7 +11,7 @@ from minilora.errors import InputError
 from minilora.grid import claims
 from minilora.grid.file import build_grid
 from minilora.grid.table import table_rows
-from minilora.report.decisions import decide
+from minilora.report.verdicts import decide
 
 GRID = {
     "grid": {"rank": [1, 2, 8], "inject.proportion": [0.0, 0.1, 0.25], "seed": [0, 3]},

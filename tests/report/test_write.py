@@ -18,7 +18,7 @@ from minilora.errors import InputError
 from minilora.grid import table
 from minilora.grid.table import table_rows, write_table
 from minilora.report import markup, page, summary
-from minilora.report.decisions import decide
+from minilora.report.verdicts import decide
 from minilora.report.write import write_report
 
 TEXT = """

@@ -606,7 +606,7 @@ def test_bad_input_is_one_line(run_cell, folder, tiny_folder, tmp_path, capsys):
     cases = [
         (dict(model=str(tiny_folder), max_length=30), "encoder that cannot write completions"),
         (dict(completion=" {choice}"), "no question set"),
-        (dict(data=str(long), test_rows=2, inject=dict(sources=("none",))), "counts for it has 122 tokens"),
+        (dict(data=str(long), test_rows=2, inject=dict(sources=("none",))), "counts for it has 121 tokens"),
         (dict(inject=dict(sources=("date:splendid",))), "splendid"),
     ]
     for changes, words in cases:

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minilora.tasks import metrics
+from minilora.tasks import metrics, paired
 
 
 def score_interval(hits, total):
@@ -55,14 +55,14 @@ def test_mcnemar_is_the_exact_binomial_test():
     cases = 0
     for worse in range(25):
         for better in range(25):
-            np.testing.assert_allclose(metrics.mcnemar(worse, better), mcnemar(worse, better), rtol=1e-12)
-            assert metrics.mcnemar(worse, better) <= 1
+            np.testing.assert_allclose(paired.mcnemar(worse, better), mcnemar(worse, better), rtol=1e-12)
+            assert paired.mcnemar(worse, better) <= 1
             cases += 1
     assert cases == 625
-    assert metrics.mcnemar(0, 0) == metrics.mcnemar(7, 7) == 1
+    assert paired.mcnemar(0, 0) == paired.mcnemar(7, 7) == 1
     for worse, better in ((531, 12), (400, 477), (0, 900)):
-        np.testing.assert_allclose(metrics.mcnemar(worse, better), mcnemar(worse, better), rtol=1e-9)
-    assert 0 <= metrics.mcnemar(0, 5000) < 1e-300  # below the smallest float
+        np.testing.assert_allclose(paired.mcnemar(worse, better), mcnemar(worse, better), rtol=1e-9)
+    assert 0 <= paired.mcnemar(0, 5000) < 1e-300  # below the smallest float
 
 
 def by_confusion(labels, predicted, names):
@@ -158,16 +158,16 @@ def test_paired(case):
     flips = sum(before != after for _, before, after in rows)
     worse = sum(before == label != after for label, before, after in rows)
     better = sum(before != label == after for label, before, after in rows)
-    assert metrics.paired(labels, clean, changed) == {
+    assert paired.compared(labels, clean, changed) == {
         "flip_rate": flips / len(rows),
         "flip_rate_interval": metrics.wilson(flips, len(rows)),
         "only_clean_right": worse,
         "only_this_right": better,
-        "mcnemar_p": metrics.mcnemar(worse, better),
+        "mcnemar_p": paired.mcnemar(worse, better),
     }
 
 
 def test_paired_counts_flips_between_wrong_labels():
-    found = metrics.paired(np.array([0, 0, 0, 1, 2]), np.array([0, 1, 1, 1, 0]), np.array([1, 2, 0, 0, 0]))
+    found = paired.compared(np.array([0, 0, 0, 1, 2]), np.array([0, 1, 1, 1, 0]), np.array([1, 2, 0, 0, 0]))
     assert (found["flip_rate"], found["only_clean_right"], found["only_this_right"]) == (4 / 5, 2, 1)
     assert found["mcnemar_p"] == 1.0
