@@ -86,6 +86,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    from minilora import coverage, errors
+    from minilora import command, coverage
 
-    errors.exit_cleanly(coverage.main)  # of the module that the others import, so that there is one Slot
+    command.exit_cleanly(coverage.main)  # of the module that the others import, so that there is one Slot
