@@ -86,12 +86,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-<<<<<<< HEAD
     from minilora.command import exit_cleanly
 
     exit_cleanly(main)
-=======
-    from minilora import command, coverage
-
-    command.exit_cleanly(coverage.main)  # of the module that the others import, so that there is one Slot
->>>>>>> fields
