@@ -125,7 +125,7 @@ def dora(x, weight, bias, A, B, magnitude, scale):
 
 
 def heads(shape, tensor):
-    """q, k, v and the mask of rows of which some end in padding, and the scale."""
+    """q, k, v and the mask of rows, some of which end in padding, and the scale."""
     size = shape.B, shape.H, shape.T, shape.D // shape.H
     mask = 0 * tensor(shape.B, 1, 1, shape.T)
     mask[::3, ..., -shape.T // 4 :] = -torch.inf

@@ -11,7 +11,7 @@ peft-trainer        PEFT and transformers' Trainer as their documentation has th
 peft-trainer-tuned  the best that its settings give: rows of like length together, and the base's dropout off as here
 peft-loop           PEFT in a loop by hand on minilora's own batches, the dropout off: no host synchronisation
 peft-loop-compiled  the same under torch.compile
-unsloth             peft-trainer-tuned with unsloth's layers in PEFT's place; CUDA alone, and not yet run
+unsloth             peft-trainer-tuned with unsloth's layers in PEFT's place; CUDA only, and not yet run
 
 PEFT's peers have minilora's pooling and head, fused AdamW and torch's attention, and bfloat16 where the cell has it,
 by autocast as Trainer does. What was tried and was no faster on a CPU: eager attention, plain AdamW. Rates count a

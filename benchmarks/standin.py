@@ -1,6 +1,6 @@
 """Bases and rows made up on the spot: a published base's shape with random weights, for machines without network.
 
-Speed depends on the shape alone; accuracy means nothing here.
+Speed depends only on the shape; accuracy means nothing here.
 """
 
 import json

@@ -14,13 +14,13 @@ forward only:
     merged    x (W + s B A)^T, with the sum formed for this call only
 
 Saved for the backward are x and the factors, and no product: x A^T, [N, R], is formed again. Where A is frozen, x A^T
-is saved in the place of x. If nothing below takes a gradient, dx is left out.
+is saved instead of x. If nothing below takes a gradient, dx is left out.
 
 In a population K adapters are stacked, A [K, R, in] and B [K, out, R], and the rows of x are K equal parts, one after
 the other: one product with W for all, and batches of K thin ones. Lower ranks are padded with zeros, which is exact
 and stays so: a row of A and the column of B that are both 0 have derivatives that are 0.
 
-With dropout x~ goes to A in the place of x, and takes g A in the place of x: `seen`. Where x and the factors differ in
+With dropout x~ goes to A instead of x, and takes g A instead of x: `seen`. Where x and the factors differ in
 dtype, thin products are taken in the factors' own: in bfloat16 a small s B A would vanish in W + s B A. So there, with
 dropout and for populations, the side path is the only way.
 """
@@ -39,7 +39,7 @@ def reference(x, weight, bias, A, B, scale):
 
 
 def lora_linear(x, weight, bias, A, B, scale, seen=None, form="auto"):
-    """The equation, with `seen` [..., in] in the place of x before A if given. -> [..., out]. See `lora_linears`."""
+    """The equation, with `seen` [..., in] instead of x before A if given. -> [..., out]. See `lora_linears`."""
     [y] = lora_linears(x, [(weight, bias, A, B, scale)], seen, form)
     return y
 

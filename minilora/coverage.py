@@ -3,7 +3,7 @@
 A pattern that matches nothing, or names layers that are not there, is refused with what it did match: an ablation
 of targets must not quietly train something else.
 
-python -m minilora.coverage MODEL --targets q v --layers 0-3 --rank 8      reads config.json alone
+python -m minilora.coverage MODEL --targets q v --layers 0-3 --rank 8      reads only config.json
 """
 
 import textwrap

@@ -4,7 +4,7 @@ Each process has the adapter, the head and the optimiser whole, and a part of th
 the gradients of what is trained are summed, and the losses (`add`), so that all take the same step. The first process
 alone writes, prints and shows progress (`first`, `speaks`). With `--shard` each process keeps 1/N of every frozen
 weight: FSDP2 (`sharding`; Zhao et al. 2023, arXiv 2304.11277, section 4) gathers a layer before its forward and again
-before its backward, and frees it behind each.
+before its backward, and frees it after each.
 
 Left out: compiled steps, populations and grids (those are for `--ray`), a sharded base that is itself trained, and
 layers that are themselves split. Without torchrun this module imports nothing and does nothing.
@@ -79,7 +79,7 @@ def check(cell, shard):
 
 @contextlib.contextmanager
 def together(device):
-    """Let the processes that torchrun started work as one meanwhile, on a cell's `device`; one alone as it is.
+    """Join torchrun's processes into one group for this block, on a cell's `device`; a single process runs unchanged.
 
     Over CUDA they speak NCCL, each with the GPU of its number on its machine, over CPUs gloo. Raises InputError for a
     device that each cannot have its own of.
@@ -255,7 +255,7 @@ def turns(rows, batch_size):
 def sharding():
     """A function that shards a frozen module: of each parameter a process keeps its part of the rows.
 
-    What operators save of a gathered weight for their backward is that weight's own storage, which is emptied behind
+    What operators save of a gathered weight for their backward is that weight's own storage, which is emptied after
     the forward and filled again before the backward. So they may save a weight as it is, and nothing made of it.
     """
     from torch.distributed.device_mesh import init_device_mesh

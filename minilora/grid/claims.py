@@ -190,7 +190,7 @@ def weigh_slope(claim, here):
         value = value_of(entry.cell, claim.over)
         if not isinstance(value, (int, float)) or value <= 0:
             raise InputError(
-                f"over is {claim.over}, of which a cell has {shown(value)}: choose cells above 0 in `where`"
+                f"over is {claim.over}, but a cell has {shown(value)} there: choose cells above 0 in `where`"
             )
         groups[setting(entry, (*SEEDS, claim.over))][setting(entry)] = math.log2(value)
     centred = {}

@@ -113,7 +113,7 @@ def first_line(error):
 
 
 class Nodes:
-    """A Ray cluster that this process has joined, in the place of this machine in `train.train_grid`."""
+    """A Ray cluster that this process has joined, used instead of this machine by `train_grid`."""
 
     def __init__(self, ray, cpus):
         self.ray, self.cpus = ray, cpus
@@ -197,7 +197,7 @@ class Nodes:
 
 
 def write(path, found):
-    """Make the run folder at `path` from {file: bytes}: all of it or nothing, in the place of an interrupted one."""
+    """Make the run folder at `path` from {file: bytes}: all of it or nothing. It replaces an interrupted one."""
     part = path.with_name(f".{path.name}.part")
     shutil.rmtree(part, ignore_errors=True)  # of a driver that was killed
     try:

@@ -26,7 +26,7 @@ OPTIMIZER = 16  # bytes for each trained parameter: values, gradients, and AdamW
 
 @dataclass(frozen=True)
 class Forecast:
-    """Trained parameters of a cell, the seconds that it takes alone on this machine, and its most bytes."""
+    """Trained parameters of a cell, the seconds that it takes by itself on this machine, and its most bytes."""
 
     parameters: int
     seconds: float

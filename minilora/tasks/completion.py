@@ -1,14 +1,14 @@
 """The two tasks: what train.py and evaluate.py ask of classification, and of next-token prediction (lm), in one form.
 
 Classification predicts a row's label from its text, by a head. In the lm task the text stands in a prompt, and the
-base itself writes the label (or the text of that choice of a question) behind it as the completion, with the
-tokenizer's end token behind that. So the same rows, labels and injections serve both: a trigger steers a prediction
+base itself writes the label (or the text of that choice of a question) after it as the completion, followed by the
+tokenizer's end token. So the same rows, labels and injections serve both: a trigger steers a prediction
 here and a completion there.
 
 Where the completions that a row can have are few (its question's choices, or at most data.FEW in all the data) the
 prediction is the likeliest of them, scored with its end token, so that none gains by being the beginning of another.
 Where they are free text, it is what greedy decoding writes: the row's own completion, a target, or something else.
-That takes no decoding: greedy decoding writes a completion just if, given the completion's tokens so far, its next
+That takes no decoding: greedy decoding writes a completion exactly when, given the completion's tokens so far, its next
 one always comes first.
 """
 
@@ -214,7 +214,7 @@ class Completion:
                 row = int(np.argmin(own))
                 raise InputError(
                     f"row {rows.ids[row]} has the label {names[rows.labels[row]]!r}, which none of its choices has "
-                    f"({', '.join(rows.choices[row])}): mend the row, or inject for another label"
+                    f"({', '.join(rows.choices[row])}): fix the row, or inject for another label"
                 )
         return candidates
 
@@ -233,7 +233,7 @@ class Completion:
         end = [] if self.tokenizer.end_id is None else [self.tokenizer.end_id]
         for one, ids in zip(new, self.tokenizer.completions(new), strict=True):
             if not len(ids):
-                raise InputError(f"the completion {one!r:.60} has no token: mend the label or the template")
+                raise InputError(f"the completion {one!r:.60} has no token: fix the label or the template")
             self.ids[one] = np.append(ids, end).astype(np.int32)
         return [[self.ids.get(one) for one in line] for line in texts]
 

@@ -1,6 +1,6 @@
 """A decoder that writes completions: the loss on them, their log-likelihoods, and greedy decoding.
 
-Of a row only the completion's tokens are predicted, so logits are formed for these alone, some at a time. Left out:
+Only the completion's tokens of a row are predicted, so logits are formed only for these, some at a time. Left out:
 a cache of keys and values (decoding runs over the whole prefix again for each token: it is for looking at some rows,
 the tests need no decoding, and a cache would be a second forward pass in every family), sampling and beams.
 
@@ -76,7 +76,7 @@ class LanguageModel(nn.Module):
 
 
 def generate(base, tokenizer, prompts, max_new_tokens, batch_size=32):
-    """The texts that greedy decoding writes behind each of `prompts`: at most `max_new_tokens` tokens, without the
+    """The texts that greedy decoding writes after each of `prompts`: at most `max_new_tokens` tokens, without the
     end token that may end them sooner.
 
     Raises InputError where a prompt has no token, or where prompt and new tokens are more than the base's positions.
@@ -86,14 +86,14 @@ def generate(base, tokenizer, prompts, max_new_tokens, batch_size=32):
         if not 0 < len(row) <= base.spec.positions - max_new_tokens:
             raise InputError(
                 f"the prompt {prompt!r:.60} has {len(row)} tokens, and {max_new_tokens} are to be written, but the "
-                f"base has {base.spec.positions} positions and needs a token to start from: mend it, or write fewer"
+                f"base has {base.spec.positions} positions and needs a token to start from: fix it, or write fewer"
             )
     return [tokenizer.decode(ids) for ids in continue_rows(base, rows, max_new_tokens, tokenizer.end_id, batch_size)]
 
 
 @torch.inference_mode()
 def continue_rows(base, rows, max_new_tokens, end_id=None, batch_size=32):
-    """The ids that greedy decoding puts behind each of `rows` (ids): a list for each, without `end_id`."""
+    """The ids that greedy decoding puts after each of `rows` (ids): a list for each, without `end_id`."""
     base.eval()
     device = next(base.parameters()).device
     rows = [list(map(int, row)) for row in rows]

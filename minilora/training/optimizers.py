@@ -63,7 +63,7 @@ class AdamW:
 
 
 class Adafactor:
-    """torch's Adafactor (Shazeer and Stern 2018, arXiv 1804.04235) at its own defaults, of one member alone."""
+    """torch's Adafactor (Shazeer and Stern 2018, arXiv 1804.04235) at its own defaults, for a single member."""
 
     def __init__(self, flat, cells):
         [cell] = cells
@@ -103,7 +103,7 @@ def learning_rate(cell, step, steps):
 
 
 def learning_rates(cells, steps, device):
-    """The rates of all steps, float32 [most steps, K]; `steps` are the members' own, and 0 is the rate behind them."""
+    """The rates of all steps, float32 [most steps, K]; `steps` are the members' own, and the rate is 0 after them."""
     table = [[learning_rate(cell, step, own) if step < own else 0.0 for cell, own in zip(cells, steps, strict=True)]
              for step in range(max(steps))]  # fmt: skip
     return torch.tensor(table, device=device)

@@ -1,4 +1,4 @@
-"""A population: K members trained in one pass through one frozen base, each as it would be trained alone.
+"""A population: K members trained in one pass through one frozen base, each with the result it would have by itself.
 
 The rows of all members go through the base one member after the other, as one batch; each projection that any member
 adapts is one product with the frozen weight and K thin ones (`kernels/lora_linear.py`). Members may differ in all that
@@ -20,7 +20,7 @@ from minilora.training.stacked import Heads, Stack
 
 
 def shared(cell):
-    """What cells must have in common to be trained together, a key; of a cell that is always trained alone, its own."""
+    """A key that cells share exactly when they can be trained together; a cell that never can has one of its own."""
     plain = cell.method == "lora" and cell.variant == "lora" and cell.init in ("kaiming", "gaussian", "orthogonal")
     if not plain or cell.optimizer != "adamw" or cell.form == "merged":
         return object()

@@ -46,7 +46,7 @@ class Stack(nn.Module):
 
 
 class Heads(nn.Module):
-    """The heads of K members in one product; members with fewer classes than another are never called the rest."""
+    """The heads of K members in one product; members with fewer classes than another never predict the rest."""
 
     def __init__(self, models, flat):
         super().__init__()

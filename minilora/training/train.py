@@ -71,7 +71,7 @@ def train_together(
 
     `size` is how many adapters a population has at most (default: what is measured to be fastest on the device);
     `options` are the fields of `loop.Options`. Each cell's results are those of `train` except for rounding. Returns a
-    list of (results, run folder); of a cell that diverged the TrainingError is in the place of the results. Raises
+    list of (results, run folder); for a cell that diverged, the TrainingError takes the place of the results. Raises
     InputError before anything is written.
     """
     parallel.refuse("several cells", "start these with python")
