@@ -3,8 +3,8 @@
 Each process has the adapter, the head and the optimiser whole, and a part of the rows of each batch (`part`). Of a step
 the gradients of what is trained are summed, and the losses (`all_reduce`), so that all take the same step. Only the
 first process writes, prints and shows progress (`first`, `speaks`). With `--shard` each process keeps 1/N of every
-frozen weight: FSDP2 (`sharding`; Zhao et al. 2023, arXiv 2304.11277, section 4) gathers a layer before its forward and again
-before its backward, and frees it after each.
+frozen weight: FSDP2 (`sharding`; Zhao et al. 2023, arXiv 2304.11277, section 4) gathers a layer before its forward and
+again before its backward, and frees it after each.
 
 Left out: compiled steps, populations and grids (those are for `--ray`), a sharded base that is itself trained, and
 layers that are themselves split. Without torchrun this module imports nothing and does nothing.
