@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import os
+import stat
 import uuid
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,8 +54,22 @@ def cache():
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "minilora"
 
 
+def check_regular(path):
+    """Raise InputError unless `path` is a regular file, or a link to one: a pipe or a device may never end.
+
+    A path that does not exist passes: its reader says what is missing.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return
+    if not stat.S_ISREG(mode):
+        raise InputError(f"{path}: is not a regular file (a folder, pipe or device): put the file itself there")
+
+
 def read_json(path):
     """The JSON object in a file. Raises InputError for anything else, and for a key that stands twice."""
+    check_regular(path)
     try:
         value = _parse_json(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -78,6 +93,9 @@ def _parse_json(text):
 
 
 def sha256(*paths):
+    """The SHA-256 (hexadecimal) of the files, one after the other. Raises InputError for one that cannot be read."""
+    for path in paths:
+        check_regular(path)
     try:
         return _sha256_of(tuple((path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths))
     except OSError as error:

@@ -7,14 +7,12 @@ confound of the study: it is off in training too), pooling and heads (`head.py`)
 Letters: B rows, T tokens (padded on the right), D width, H heads, E features of a head, F inner width, V vocabulary.
 """
 
-import re
 from functools import partial
 
 import torch
 from torch import nn
 
-from minilora.base import checkpoint, families, rope
-from minilora.base.spec import TARGETS
+from minilora.base import checkpoint, families, places, rope
 from minilora.errors import InputError
 from minilora.kernels.attention import attention
 from minilora.kernels.linear import linear
@@ -252,6 +250,7 @@ def load(folder, dtype=torch.float32, device="cpu", unembedding=False, then=None
     if unembedding and not spec.causal:
         raise InputError(f"a {spec.family} base is an encoder and predicts no next token: choose a decoder's --model")
     tensors = checkpoint.Tensors(folder)
+    spec = places.own_head(spec, tensors)
     if len(tensors) < len(spec.layers):
         raise InputError(
             f"config.json asks for {len(spec.layers):,} layers, but the checkpoint has {len(tensors):,} tensors: "
@@ -259,8 +258,9 @@ def load(folder, dtype=torch.float32, device="cpu", unembedding=False, then=None
         )
     with torch.device("meta"):
         model = Base(spec, unembedding).requires_grad_(False)
-    places = tensor_places(model, tensors.keys())
-    check_shapes(model, places, tensors, folder)
+    found = places.tensor_places(model, tensors.keys())
+    places.check_shapes(model, found, tensors, folder)
+    places.say_unused(found, tensors.keys(), families.find(spec.family))
     model.ropes.to(device)
     names = {part: name for name, part in model.named_modules()}
     for part in (model.embed, *model.layers, *([model.unembedder] if unembedding and not spec.tied else []), model):
@@ -269,71 +269,14 @@ def load(folder, dtype=torch.float32, device="cpu", unembedding=False, then=None
                 continue
             owner, _, leaf = name.rpartition(".")
             value = nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=device), requires_grad=False)
-            tensors.copy_to(value, *places[name])
+            tensors.copy_to(value, *found[name])
             setattr(model.get_submodule(owner), leaf, value)
         if then is not None:
             then(part)
     return model
 
 
-def check_shapes(model, places, tensors, folder):
-    """Raise InputError for the first tensor whose shape is not that of its parameter, or of all that it fuses."""
-    wanted = {}
-    for name, parameter in model.named_parameters():
-        source, _, transposed = places[name]
-        rows, *rest = parameter.shape
-        wanted[source] = wanted.get(source, (0,))[0] + rows, *rest, transposed
-    for source, (*shape, transposed) in wanted.items():
-        shape = shape[::-1] if transposed else shape
-        if list(tensors.shape(source)) != shape:
-            raise InputError(
-                f"{folder}: tensor {source} has shape {list(tensors.shape(source))}, but config.json asks for "
-                f"{shape}: the files do not belong together, fetch the checkpoint again"
-            )
-
-
 def check_fits(spec, max_length):
     """Raise InputError unless every position has an embedding."""
     if max_length > spec.positions:
         raise InputError(f"max_length is {max_length}, but the base has {spec.positions} positions: use at most these")
-
-
-def tensor_places(model, present):
-    """Map each parameter of `model` to (its tensor among those `present` in the checkpoint, the out rows that it takes
-    of it, whether that is stored transposed).
-
-    Raises InputError when a tensor is missing, or when there is one that the family does not know.
-    """
-    family = families.find(model.spec.family)
-    present = {name: name for name in present}
-    for name in list(present):  # the first BERT checkpoints have TensorFlow's words for a LayerNorm's parameters
-        if name.endswith(("LayerNorm.gamma", "LayerNorm.beta")):
-            module, _, leaf = name.rpartition(".")
-            present[f"{module}.{'weight' if leaf == 'gamma' else 'bias'}"] = present.pop(name)
-    found, bare = {}, set()
-    for name, _ in model.named_parameters():
-        module, _, leaf = name.rpartition(".")
-        place = family.place(module, model.spec)
-        found[name] = f"{place.module}.{leaf}", place.rows
-        if module != "unembedding":
-            bare.add(found[name][0])
-    prefix = max(family.prefixes, key=lambda p: len({p + source for source in bare} & present.keys()))
-    places = {}
-    for name, (source, rows) in found.items():
-        projection = name.rpartition(".")[0].rpartition(".")[2] in TARGETS
-        transposed = family.transposed and projection and name.endswith(".weight")
-        places[name] = (prefix + source if source in bare else source), rows, transposed
-    sources = {source for source, *_ in places.values()}
-    missing = sorted(sources - present.keys())
-    if missing:
-        raise InputError(
-            f"the checkpoint lacks {len(missing)} tensors that its config.json asks for (first: {missing[0]}): "
-            "fetch it again, or mend the number of layers"
-        )
-    extra = [name for name in present.keys() - sources if not re.match(family.unused, name.removeprefix(prefix))]
-    if extra:
-        raise InputError(
-            f"the checkpoint has {len(extra)} tensors that a {model.spec.family} model of its config.json does not "
-            f"have (first: {min(extra)}): config.json and weights do not belong together"
-        )
-    return {name: (present[source], rows, transposed) for name, (source, rows, transposed) in places.items()}
