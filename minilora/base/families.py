@@ -10,99 +10,22 @@ Adding a family is a row here, a layout, and a row of tiny models in `tests/zoo.
 
 import difflib
 
-from minilora.base import names
-from minilora.base.config import LARGEST, Take, read, read_openelm
+from minilora.base import names, traits
+from minilora.base.config import Take, read, read_openelm
 from minilora.base.family import Family
 from minilora.base.spec import TARGETS
 from minilora.errors import InputError
 
-
 TASK_HEADS = r"pooler\.|cls\.|classifier\.|qa_outputs\.|score\.|lm_head\."
-ATTENTION = ("q", "k", "v", "o")
-MLP = ("gate", "up", "down")
-
-
-def _bert_traits(take):
-    types = take("type_vocab_size", int, 2)
-    return dict(position_offset=0, types=types, embed_norm=True, final_norm=False)
-
-
-def _roberta_traits(take):
-    """Positions start behind that of the padding token."""
-    offset = take("pad_token_id", int, 1, least=0) + 1
-    positions = take("max_position_embeddings", int) - offset
-    if positions < 1:
-        raise InputError(f"config.json: max_position_embeddings leaves no position after {offset} unused ones")
-    return _bert_traits(take) | dict(position_offset=offset, positions=positions)
-
-
-def _nomic_traits(take):
-    # The older configurations call a gated MLP by its activation.
-    older = {"swiglu": "silu", "geglu": "gelu"}
-    activation = take("hidden_act", str)
-    trained = take("max_trained_positions", int, LARGEST - 1)  # beyond, rotations would depend on the batch
-    return dict(
-        activation=older.get(activation, activation),
-        positions=min(take("max_position_embeddings", int), trained),
-        types=take("type_vocab_size", int, 2),
-        embed_norm=True,
-        final_norm=False,
-    )
-
-
-def _attention_bias(take):
-    return ATTENTION if take("attention_bias", bool, False) else ()
-
-
-def _llama_biases(take):
-    return _attention_bias(take) + (MLP if take("mlp_bias", bool, False) else ())
-
-
-def _gemma_traits(take):
-    """Scaled embeddings; from the second generation on also scores of their own scale, and soft-caps."""
-    traits = dict(embed_scale=take("hidden_size", int) ** 0.5)
-    positive = {"query_pre_attn_scalar": None, "attn_logit_softcapping": "attention_cap",
-                "final_logit_softcapping": "final_cap"}  # fmt: skip
-    for key, name in positive.items():
-        value = take(key, float, None)
-        if value is not None and value <= 0:
-            raise InputError(f"config.json: {key} is {value}, but must be positive: mend the checkpoint")
-        if value is not None:
-            traits |= {name: value} if name else {"attention_scale": value**-0.5}
-    return traits
-
-
-def _gemma1_traits(take):
-    # The first configurations say gelu and mean its approximation by tanh.
-    activation = take.config.get("hidden_activation") or take("hidden_act", str)
-    return _gemma_traits(take) | dict(activation="gelu_pytorch_tanh" if activation == "gelu" else activation)
-
-
-def _modernbert_traits(take):
-    return dict(norm_bias=take("norm_bias", bool, False), embed_norm=True)
-
-
-def _phi3_traits(take):
-    bias = take("lm_head_bias", bool, False)
-    if bias and take("tie_word_embeddings", bool, False):
-        raise InputError(
-            "config.json: lm_head_bias with tie_word_embeddings is not implemented: choose another --model"
-        )
-    return dict(unembed_bias=bias)
-
-
-def _neox_traits(take):
-    return dict(placement="parallel" if take("use_parallel_residual", bool, True) else "pre")
-
 
 BERT_LIKE = dict(
     layout=names.BERT,
     unused=TASK_HEADS + r"|embeddings\.position_ids$",
-    traits=_bert_traits,
+    traits=traits.bert,
     defaults={"layer_norm_eps": 1e-12, "hidden_act": "gelu"},
     only={"is_decoder": False, "add_cross_attention": False, "position_embedding_type": "absolute"},
 )  # fmt: skip
-ROBERTA_LIKE = BERT_LIKE | dict(prefixes=("", "roberta."), traits=_roberta_traits)
+ROBERTA_LIKE = BERT_LIKE | dict(prefixes=("", "roberta."), traits=traits.roberta)
 LLAMA_LIKE = dict(
     layout=names.LLAMA,
     prefixes=("", "model."),
@@ -117,7 +40,7 @@ LLAMA_LIKE = dict(
 )
 GEMMA_LIKE = LLAMA_LIKE | dict(
     norm="rms1",
-    biases=_attention_bias,
+    biases=traits.attention_bias,
     defaults={"tie_word_embeddings": True, "hidden_act": "gelu_pytorch_tanh", "rms_norm_eps": 1e-6},
     absent={"head_dim": 256},
     only={"use_bidirectional_attention": False},
@@ -144,6 +67,15 @@ FAMILIES = {
         },
         defaults={"layer_norm_eps": 1e-12, "hidden_act": "gelu"},
     ),
+    # He et al. 2021 (arXiv 2111.09543): DeBERTa-v3, and v2 without its convolution.
+    "deberta-v2": Family(
+        layout=names.DEBERTA,
+        prefixes=("", "deberta."),
+        unused=TASK_HEADS + r"|lm_predictions\.|mask_predictions\.|embeddings\.position_(ids$|embeddings\.)",
+        traits=traits.deberta,
+        defaults={"layer_norm_eps": 1e-7, "hidden_act": "gelu"},
+        only={"conv_kernel_size": 0, "embedding_size": None, "attention_head_size": None, "head_dim": None},
+    ),
     # Warner et al. 2024 (arXiv 2412.13663).
     "modernbert": Family(
         layout=names.MODERNBERT,
@@ -152,10 +84,10 @@ FAMILIES = {
         placement="pre",
         first_normed=False,  # the embeddings are normalised already
         gated=True,
-        biases=_llama_biases,
+        biases=traits.llama_biases,
         window="global_every",
         ropes={"full": ("global_rope_theta", 160_000.0), "local": ("local_rope_theta", 10_000.0)},
-        traits=_modernbert_traits,
+        traits=traits.modernbert,
         keys={"hidden_act": "hidden_activation", "layer_norm_eps": "norm_eps"},
         defaults={"hidden_act": "gelu", "layer_norm_eps": 1e-5, "local_attention": 128},
     ),
@@ -168,7 +100,7 @@ FAMILIES = {
         gated=True,
         biases=lambda take: (),
         ropes={"full": ("rotary_emb_base", 1000.0)},
-        traits=_nomic_traits,
+        traits=traits.nomic,
         keys={
             "hidden_size": "n_embd",
             "num_hidden_layers": "n_layer",
@@ -197,7 +129,7 @@ FAMILIES = {
         },
     ),
     # Touvron et al. 2023 (arXiv 2307.09288), Llama 3 (arXiv 2407.21783), SmolLM2 (arXiv 2502.02737).
-    "llama": Family(**LLAMA_LIKE | dict(biases=_llama_biases)),
+    "llama": Family(**LLAMA_LIKE | dict(biases=traits.llama_biases)),
     "mistral": Family(
         **LLAMA_LIKE | dict(window="all", absent={"sliding_window": 4096, "num_key_value_heads": 8})
     ),  # Jiang et al. 2023 (arXiv 2310.06825)
@@ -209,14 +141,14 @@ FAMILIES = {
     "qwen3": Family(
         **LLAMA_LIKE
         | dict(
-            biases=_attention_bias,
+            biases=traits.attention_bias,
             window="late",
             qk_norm=lambda take: "head",
             absent={"num_key_value_heads": 32, "head_dim": 128},
         )
     ),
     # Gemma Team 2024 (arXiv 2403.08295).
-    "gemma": Family(**GEMMA_LIKE | dict(traits=_gemma1_traits, absent={"head_dim": 256, "num_key_value_heads": 16})),
+    "gemma": Family(**GEMMA_LIKE | dict(traits=traits.gemma1, absent={"head_dim": 256, "num_key_value_heads": 16})),
     # Gemma Team 2024 (arXiv 2408.00118).
     "gemma2": Family(
         **GEMMA_LIKE
@@ -224,7 +156,7 @@ FAMILIES = {
             layout=names.GEMMA2,
             placement="both",
             window="even",
-            traits=_gemma_traits,
+            traits=traits.gemma,
             absent=GEMMA2_ABSENT | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
             keys={"hidden_act": "hidden_activation"},
         )
@@ -242,7 +174,7 @@ FAMILIES = {
             prefixes=GEMMA3_PREFIXES,
             unused=LLAMA_LIKE["unused"]
             + r"|(model\.)?(vision_tower|multi_modal_projector)\.|language_model\.lm_head\.",
-            traits=_gemma_traits,
+            traits=traits.gemma,
             keys={"hidden_act": "hidden_activation"},
             only={"use_bidirectional_attention": False, "attn_logit_softcapping": None},
         )
@@ -268,7 +200,7 @@ FAMILIES = {
             layout=names.PHI3,
             window="all",
             partial=("partial_rotary_factor", 1.0),
-            traits=_phi3_traits,
+            traits=traits.phi3,
             defaults={"hidden_act": "silu", "rms_norm_eps": 1e-5},
         )
     ),
@@ -301,11 +233,11 @@ FAMILIES = {
         unused=TASK_HEADS + r"|embed_out\.|layers\.\d+\.attention\.((masked_)?bias|rotary_emb\.inv_freq)$",
         causal=True,
         placement="parallel",
-        biases=lambda take: TARGETS if take("attention_bias", bool, True) else MLP,
+        biases=lambda take: TARGETS if take("attention_bias", bool, True) else traits.MLP,
         ropes={"full": ("rotary_emb_base", 10_000.0)},
         partial=("rotary_pct", 0.25),
         by_head=True,
-        traits=_neox_traits,
+        traits=traits.neox,
         defaults={"hidden_act": "gelu", "layer_norm_eps": 1e-5, "tie_word_embeddings": False},
         unembed="embed_out",
     ),
@@ -315,7 +247,7 @@ FAMILIES = {
         | dict(
             layout=names.OLMO2,
             placement="output",
-            biases=_attention_bias,
+            biases=traits.attention_bias,
             qk_norm=lambda take: "width",
             defaults={"hidden_act": "silu", "rms_norm_eps": 1e-5},
         )
@@ -326,7 +258,7 @@ FAMILIES = {
         | dict(
             layout=names.OLMO2,
             placement="output",
-            biases=_attention_bias,
+            biases=traits.attention_bias,
             qk_norm=lambda take: "width",
             window="every_4",
             ropes={"full": ("rope_theta", 500_000.0), "local": ("rope_theta", 500_000.0)},
@@ -338,7 +270,7 @@ FAMILIES = {
     "smollm3": Family(
         **LLAMA_LIKE
         | dict(
-            biases=_llama_biases,
+            biases=traits.llama_biases,
             window="unturned",
             skips_ropes=True,
             ropes={"full": ("rope_theta", 2_000_000.0)},

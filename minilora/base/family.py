@@ -1,4 +1,4 @@
-"""One row of the table of model families (`families.py`): the fields that a family may set, and where its tensors lie."""
+"""A row of the table of model families (`families.py`): what a family may set, and where its tensors lie."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from minilora.base import checkpoint, families, places, rope
+from minilora.base import checkpoint, deberta, families, places, rope
 from minilora.errors import InputError
 from minilora.kernels.attention import attention
 from minilora.kernels.linear import linear
@@ -123,11 +123,21 @@ class Layer(nn.Module):
         q, k, v = (p.view(B, T, -1, E).transpose(1, 2) for p in (q, k, v))
         if by_head:
             q, k = self.q_norm(q), self.k_norm(k)
+        if self.spec.relative:
+            attended = self.disentangled(q, k, v, mask, turn)
+            return self.o(attended.transpose(1, 2).reshape(B, T, -1))
         if turn is not None:
             # As a view v would keep the unturned q and k too, where the three come of one product.
             q, k, v = rotate(q, *turn), rotate(k, *turn), v.contiguous()
         attended = attention(q, k, v, mask, self.scale, self.cap)
         return self.o(attended.transpose(1, 2).reshape(B, T, -1))  # [B, H, T, E] -> [B, T, H E]
+
+    def disentangled(self, q, k, v, mask, relative):
+        """DeBERTa's attention; `relative` is what `deberta.Distances` gives."""
+        q_of, k_of = project(relative[0], self.q, self.k)
+        terms = self.spec.relative
+        q_of, k_of = q_of if terms.keys else None, k_of if terms.queries else None
+        return deberta.attend(q, k, v, mask, self.scale, relative, q_of, k_of)
 
     def mlp(self, x):
         if self.spec.gated:
@@ -172,6 +182,7 @@ class Base(nn.Module):
         self.layers = nn.ModuleList(Layer(spec, number) for number in range(len(spec.layers)))
         self.norm = make_norm(spec, spec.width) if spec.final_norm else nn.Identity()
         self.ropes = nn.ModuleList(rope.Rotary(r) for r in spec.ropes)
+        self.relative = deberta.Distances(spec, make_norm) if spec.relative else None
         self.has_unembedding = unembedding
         if unembedding and not spec.tied:
             self.unembedding = Linear(spec.width, spec.vocabulary, bias=spec.unembed_bias)
@@ -180,18 +191,19 @@ class Base(nn.Module):
         """With `copies` K the rows are gone through K times, one pass after the other, but the first `prefix` layers
         once for all: for a population, which has no adapter there. -> [K B, T, D].
         """
-        x = self._through(self.embed(ids), ids, lengths, 0, prefix)
+        x = self._through(self.embed(ids), ids, lengths, 0, prefix, 1)
         if copies > 1:
             x, ids, lengths = x.repeat(copies, 1, 1), ids.repeat(copies, 1), lengths.repeat(copies)
-        return self.norm(self._through(x, ids, lengths, prefix, len(self.layers)))
+        return self.norm(self._through(x, ids, lengths, prefix, len(self.layers), copies))
 
-    def _through(self, x, ids, lengths, start, stop):
+    def _through(self, x, ids, lengths, start, stop, copies):
         if start == stop:
             return x
         turns = [turn(lengths, ids.shape[1], x.dtype) for turn in self.ropes]
         masks = {window: self.mask(ids, lengths, window, x.dtype) for window in {s.window for s in self.spec.layers}}
+        relative = self.relative(ids.shape[1], copies) if self.relative else None
         for layer, here in zip(self.layers[start:stop], self.spec.layers[start:stop], strict=True):
-            x = layer(x, masks[here.window], None if here.rope is None else turns[here.rope])
+            x = layer(x, masks[here.window], relative if here.rope is None else turns[here.rope])
         return x
 
     def mask(self, ids, lengths, window, dtype):
@@ -262,6 +274,8 @@ def load(folder, dtype=torch.float32, device="cpu", unembedding=False, then=None
     places.check_shapes(model, found, tensors, folder)
     places.say_unused(found, tensors.keys(), families.find(spec.family))
     model.ropes.to(device)
+    for name, buffer in model.relative.named_buffers() if model.relative else ():
+        setattr(model.relative, name, buffer.to(device))
     names = {part: name for name, part in model.named_modules()}
     for part in (model.embed, *model.layers, *([model.unembedder] if unembedding and not spec.tied else []), model):
         for name, parameter in list(part.named_parameters(prefix=names[part])):
