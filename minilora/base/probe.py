@@ -24,10 +24,11 @@ PLAIN = {
 SECONDS, ROOM = 5, 768 << 20  # of processor time; bytes of address space beyond 40 times the file
 TRY = """
 import json, resource, sys
-limit, seconds = int(sys.argv[2]), int(sys.argv[3])
-resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
-resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+for kind, limit in ("AS", int(sys.argv[2])), ("CPU", int(sys.argv[3])), ("CORE", 0):
+    kind = getattr(resource, "RLIMIT_" + kind)
+    most = resource.getrlimit(kind)[1]
+    limit = limit if most == resource.RLIM_INFINITY else min(limit, most)
+    resource.setrlimit(kind, (limit, limit))
 from tokenizers import Tokenizer
 try:
     tokenizer = Tokenizer.from_file(sys.argv[1])
