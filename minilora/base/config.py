@@ -277,7 +277,8 @@ def read_windows(family, take, count, turned):
             raise InputError(f"config.json: layer_types {unknown[0]!r:.80} is not implemented: choose another --model")
         local = [t == "sliding_attention" for t in types]
     elif family.window == "unturned":  # SmolLM3
-        local = [not turns and take.get("sliding_window") is not None for turns in turned]
+        used = take("use_sliding_window", bool, False) and take.get("sliding_window") is not None
+        local = [used and not turns for turns in turned]
     else:
         local = [bool(family.window) and WINDOWS[family.window](take, i) for i in range(count)]
     if family.window in (None, "all") and any(value is not bool(family.window) for value in local):
@@ -288,7 +289,7 @@ def read_windows(family, take, count, turned):
         size = take("local_attention", int) // 2 + 1
     else:
         size = take("sliding_window", int, None)
-    if family.window in ("late", "unturned") and not take("use_sliding_window", bool, False):
+    if family.window == "late" and not take("use_sliding_window", bool, False):
         size = None
     return [size if slides else None for slides in local], local
 
