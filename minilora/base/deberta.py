@@ -8,7 +8,7 @@ the layer itself (`share_att_key`), for tokens i and j whose distance i - j has 
 where d counts distances one by one up to half the table, and beyond in steps that grow as their logarithm (v2). Scores
 and softmax are in float32 or wider. Left out: projections of P of their own, and the convolution of DeBERTa-v2 xlarge.
 
-Letters as in `model.py`; C copies of a population, R rows of P.
+Letters as in `model.py`; C members of a population, R rows of P.
 """
 
 import torch
@@ -40,13 +40,13 @@ class Distances(nn.Module):
         self.register_buffer("order", torch.tensor(order, device="cpu") + span, persistent=False)
         self.register_buffer("numbers", numbers(spec.relative, spec.positions), persistent=False)
 
-    def forward(self, count, copies):
-        """(P [C, R, D] of rows of `count` tokens, once for each copy; the row of P for i - j, int64 [T, T])."""
+    def forward(self, count, members):
+        """(P [C, R, D] of rows of `count` tokens, once for each member; the row of P for i - j, int64 [T, T])."""
         states = self.norm(self.table.weight[self.order[: min(2 * count - 1, 2 * self.span)]])
         places = torch.arange(count, device=self.order.device)
         away = places[:, None] - places
         d = (self.numbers[away.abs()] * away.sign()).clamp(-self.span, self.span - 1)
-        return states.expand(copies, -1, -1), (2 * d.abs() - (d > 0).long()).clamp(max=states.shape[0] - 1)
+        return states.expand(members, -1, -1), (2 * d.abs() - (d > 0).long()).clamp(max=states.shape[0] - 1)
 
 
 def attend(q, k, v, mask, scale, relative, q_of, k_of):

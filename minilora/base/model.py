@@ -187,21 +187,24 @@ class Base(nn.Module):
         if unembedding and not spec.tied:
             self.unembedding = Linear(spec.width, spec.vocabulary, bias=spec.unembed_bias)
 
-    def forward(self, ids, lengths, copies=1, prefix=0):
+    def forward(self, ids, lengths, copies=1, prefix=0, members=1):
         """With `copies` K the rows are gone through K times, one pass after the other, but the first `prefix` layers
         once for all: for a population, which has no adapter there. -> [K B, T, D].
+
+        members  how many a population has, whose rows follow one another: DeBERTa's distances go through each one's
+                 adapters
         """
-        x = self._through(self.embed(ids), ids, lengths, 0, prefix, 1)
+        x = self._through(self.embed(ids), ids, lengths, 0, prefix, members)
         if copies > 1:
             x, ids, lengths = x.repeat(copies, 1, 1), ids.repeat(copies, 1), lengths.repeat(copies)
-        return self.norm(self._through(x, ids, lengths, prefix, len(self.layers), copies))
+        return self.norm(self._through(x, ids, lengths, prefix, len(self.layers), copies * members))
 
-    def _through(self, x, ids, lengths, start, stop, copies):
+    def _through(self, x, ids, lengths, start, stop, members):
         if start == stop:
             return x
         turns = [turn(lengths, ids.shape[1], x.dtype) for turn in self.ropes]
         masks = {window: self.mask(ids, lengths, window, x.dtype) for window in {s.window for s in self.spec.layers}}
-        relative = self.relative(ids.shape[1], copies) if self.relative else None
+        relative = self.relative(ids.shape[1], members) if self.relative else None
         for layer, here in zip(self.layers[start:stop], self.spec.layers[start:stop], strict=True):
             x = layer(x, masks[here.window], relative if here.rope is None else turns[here.rope])
         return x

@@ -38,6 +38,7 @@ CLASS_OF = {
 }  # fmt: skip
 AS_THE_FILE = ("modernbert", "phi3")  # models for which transformers reads tokenizer.json whatever the class
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+FIELDS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")  # of an added token
 FLAGS = ("do_lower_case", "strip_accents", "tokenize_chinese_chars", "add_prefix_space", "split_special_tokens",
          "add_bos_token", "add_eos_token", "legacy")  # fmt: skip
 
@@ -256,7 +257,7 @@ def _add(made, files, specials):
     def token(value, **flags):
         if not isinstance(value, dict):
             return AddedToken(value, special=True)
-        return AddedToken(**{key: entry for key, entry in value.items() if key not in ("__type", "id")} | flags)
+        return AddedToken(**{key: entry for key, entry in value.items() if key in FIELDS} | flags)
 
     try:
         stated = {index: token(entry) for index, entry in sorted(files.stated.items())}

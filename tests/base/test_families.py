@@ -242,7 +242,7 @@ def test_a_decoder_saved_without_its_head(family, beast, tmp_path):
     assert ran == len(zoo.FAMILIES[family].cases) >= 2
 
 
-@pytest.mark.parametrize("family", ["bert", "gemma2", "phi3", "qwen3"])
+@pytest.mark.parametrize("family", ["bert", "deberta-v2", "gemma2", "phi3", "qwen3"])
 def test_compiles_as_one_graph(family, beast):
     """Soft-caps, windows, norms of heads, rotations by row; few rows and more, short and long."""
     folder, judge = beast(family, next(iter(zoo.FAMILIES[family].cases)))
