@@ -13,8 +13,9 @@ from minilora.fields import declared, kind_of, nested
 def exit_cleanly(main, argv=None):
     """Run `main(argv)` as a script: an `InputError` becomes one line on stderr and exit status 2.
 
-    A `TrainingError` or a failing disk exits with status 1, an interrupt with 130. `--traceback` among the arguments
-    (by default those of the command line) shows the full trace as well. Of several processes, only the first prints.
+    A `TrainingError`, a failing disk or a missing package exits with status 1, an interrupt with 130. `--traceback`
+    among the arguments (by default those of the command line) shows the full trace as well. Of several processes, only
+    the first prints.
     """
     from minilora import parallel
     from minilora.console import visible
@@ -29,6 +30,14 @@ def exit_cleanly(main, argv=None):
                 traceback.print_exc()
             print(f"error: {visible(' '.join(str(error).split()))}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
+    except ImportError as error:
+        if parallel.speaks():
+            if "--traceback" in argv:
+                traceback.print_exc()
+            name = (error.name or "").partition(".")[0]
+            hint = f"install it (pip install {name})" if name else "install the package that it names"
+            print(f"error: a package is missing or broken ({' '.join(str(error).split())}): {hint}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt as error:
         if parallel.speaks():
             print(f"interrupted: {error}".removesuffix(": "), file=sys.stderr)

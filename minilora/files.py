@@ -85,6 +85,7 @@ def write_jsonl(path, records):
 
 def read_json(path, advice="fetch the checkpoint again"):
     """The JSON object in a file. Raises InputError, which ends in `advice`, for anything else."""
+    check_regular(path)
     try:
         value = parse_json(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -165,6 +166,9 @@ def check_regular(path):
 
 
 def sha256(*paths):
+    """The SHA-256 (hexadecimal) of the files, one after the other. Raises InputError for one that cannot be read."""
+    for path in paths:
+        check_regular(path)
     try:
         return _sha256_of(tuple((path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths))
     except OSError as error:

@@ -43,7 +43,8 @@ INERT = {
     "cache_implementation": "hybrid", "use_mrope": False, "n_ctx": 1024, "gradient_checkpointing": False,
     "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}}, "pretraining_tp": 1,
     "auto_map": {"AutoModel": "modeling.Model"}, "_name_or_path": "somebody/model", "summary_type": "cls_index",
-    "tie_weights_": True, "output_past": True, "layer_norm_eps": 1e-5, "hidden_act": "gelu_pytorch_tanh",
+    "max_window_layers": 28, "tie_weights_": True, "output_past": True, "layer_norm_eps": 1e-5,
+    "hidden_act": "gelu_pytorch_tanh",
 }  # fmt: skip
 ROPE = "rope_scaling rope_theta"
 
@@ -113,6 +114,24 @@ FAMILIES = {
         dict(vocab_size=V, dim=24, n_layers=3, n_heads=3, hidden_dim=41, max_position_embeddings=37),
         {"gelu": {}, "relu, sinusoidal": {"dim": 30, "n_heads": 5, "activation": "relu", "sinusoidal_pos_embds": True}},
         bare="DistilBertModel",
+    ),
+    "deberta-v2": Family(
+        "microsoft/deberta-v3-base", "DebertaV2Config", "DebertaV2ForMaskedLM",
+        "model_type attention_probs_dropout_prob hidden_act hidden_dropout_prob hidden_size initializer_range "
+        "intermediate_size max_position_embeddings relative_attention position_buckets norm_rel_ebd share_att_key "
+        "pos_att_type layer_norm_eps max_relative_positions position_biased_input num_attention_heads "
+        "num_hidden_layers type_vocab_size vocab_size",
+        BERTS | dict(type_vocab_size=0, relative_attention=True, share_att_key=True, pos_att_type="p2c|c2p",
+                     position_biased_input=False, max_position_embeddings=P),
+        {"v3: buckets": dict(position_buckets=8, norm_rel_ebd="layer_norm"),
+         "c2p, whole span, positions and types": OTHER | dict(
+             pos_att_type=["c2p"], position_biased_input=True, type_vocab_size=2, max_relative_positions=17,
+             position_buckets=-1, norm_rel_ebd="none"),
+         "p2c, odd buckets": dict(pos_att_type=["p2c"], position_buckets=7, max_relative_positions=30,
+                                  norm_rel_ebd="none", hidden_act="gelu_python"),
+         "no distances": dict(relative_attention=False, pos_att_type=None, position_biased_input=True,
+                              position_buckets=-1, norm_rel_ebd="none", max_position_embeddings=37)},
+        bare="DebertaV2Model",
     ),
     "modernbert": Family(
         "answerdotai/ModernBERT-base", "ModernBertConfig", "ModernBertForMaskedLM",
@@ -214,6 +233,7 @@ FAMILIES = {
              num_hidden_layers=5, sliding_window_pattern=2, query_pre_attn_scalar=4, num_key_value_heads=4,
              rope_parameters={"full_attention": plain(800.0) | {"rope_type": "linear", "factor": 8.0},
                               "sliding_attention": plain(60.0)}),
+         "inside the one that sees pictures": dict(hub="wrapper", num_key_value_heads=2),
          "final cap": dict(final_logit_softcapping=2.0, sliding_window_pattern=3, num_key_value_heads=2)},
     ),
     "phi": Family(
@@ -267,6 +287,26 @@ FAMILIES = {
         {"all heads": dict(rope_parameters=plain(5e5), rms_norm_eps=1e-6),
          "some heads, biases, tied": dict(num_key_value_heads=2, attention_bias=True, tie_word_embeddings=True,
                                           rms_norm_eps=1e-3)},
+    ),
+    "olmo3": Family(
+        "allenai/Olmo-3-7B-Base", "Olmo3Config", "Olmo3ForCausalLM",
+        f"{COMMON} {LLAMA} {ROPE} attention_bias attention_dropout layer_types pad_token_id sliding_window", DECODER,
+        {"scaled where whole": dict(
+            num_hidden_layers=4, sliding_window=6, num_key_value_heads=2,
+            rope_parameters={"full_attention": YARN | {"rope_theta": 5e5}, "sliding_attention": plain(5e5)}),
+         "other pattern": OTHER | dict(sliding_window=4, attention_bias=True, tie_word_embeddings=True,
+                                       layer_types=["full_attention", "sliding_attention"], rms_norm_eps=1e-3)},
+    ),
+    "smollm3": Family(
+        "HuggingFaceTB/SmolLM3-3B", "SmolLM3Config", "SmolLM3ForCausalLM",
+        f"{COMMON} {LLAMA} {ROPE} attention_bias attention_dropout layer_types max_window_layers mlp_bias "
+        "no_rope_layer_interval no_rope_layers pad_token_id pretraining_tp sliding_window use_sliding_window",
+        DECODER | dict(num_key_value_heads=2),
+        {"every fourth without": dict(num_hidden_layers=5, rope_parameters=plain(2e6)),
+         "windows, listed, untied": OTHER | dict(
+             num_hidden_layers=4, no_rope_layers=[1, 0, 0, 1], use_sliding_window=True, sliding_window=5,
+             attention_bias=True, mlp_bias=True, num_key_value_heads=5, tie_word_embeddings=False,
+             rope_parameters=plain(300.0))},
     ),
     "openelm": Family(
         "apple/OpenELM-270M", "", "OpenELM", "",
@@ -423,6 +463,8 @@ LLAMA_NAMES = (
 PARTS = {
     "bert": ("encoder.layer", "attention.self.query attention.self.key attention.self.value attention.output.dense "
                               "- intermediate.dense output.dense"),
+    "deberta-v2": ("encoder.layer", "attention.self.query_proj attention.self.key_proj attention.self.value_proj "
+                                    "attention.output.dense - intermediate.dense output.dense"),
     "distilbert": ("transformer.layer", "attention.q_lin attention.k_lin attention.v_lin attention.out_lin "
                                         "- ffn.lin1 ffn.lin2"),
     "modernbert": ("layers", "attn.Wqkv attn.Wqkv attn.Wqkv attn.Wo mlp.Wi mlp.Wi mlp.Wo"),
@@ -473,16 +515,18 @@ NEWER = ("rope_parameters", "layer_types", "dtype", "_sliding_window_pattern", "
 
 def older(settings):
     """transformers' settings of today in the words that published files use."""
-    old = {key: value for key, value in settings.items() if key not in NEWER}
+    listed = ("layer_types",) if settings["model_type"] in ("olmo3", "smollm3") else ()  # published with these
+    old = {key: value for key, value in settings.items() if key not in NEWER or key in listed}
     kind, rope = settings["model_type"], settings.get("rope_parameters")
-    if kind in ("gemma3_text", "modernbert"):
+    if kind in ("gemma3_text", "modernbert", "olmo3"):
         whole, near = rope["full_attention"], rope["sliding_attention"]
         if kind == "modernbert":
             old["global_rope_theta"], old["local_rope_theta"] = whole["rope_theta"], near["rope_theta"]
             old["global_attn_every_n_layers"] = settings.get("global_attn_every_n_layers", 3)
             return old
-        old["sliding_window_pattern"] = settings.get("sliding_window_pattern", 6)
-        old["rope_local_base_freq"] = near["rope_theta"]
+        if kind == "gemma3_text":
+            old["sliding_window_pattern"] = settings.get("sliding_window_pattern", 6)
+            old["rope_local_base_freq"] = near["rope_theta"]
         rope = whole
     if rope is None:
         return old
@@ -493,7 +537,7 @@ def older(settings):
     scaling = rope.pop("rope_type")
     if kind == "phi3":
         rope.pop("original_max_position_embeddings", None)  # stands at the top level
-    key = "rope_type" if scaling == "llama3" or kind == "gemma3_text" else "type"  # the older of the two is `type`
+    key = "rope_type" if scaling == "llama3" or kind in ("gemma3_text", "olmo3") else "type"  # the older is `type`
     old["rope_scaling"] = None if scaling == "default" else {key: scaling} | rope
     return old
 
@@ -510,6 +554,10 @@ def hub_config(config, layout, extra):
         written |= extra
     if extra == "su":
         written["rope_scaling"]["type"] = "su"
+    if extra == "wrapper":  # google/gemma-3-4b-it
+        vision = {"model_type": "siglip_vision_model"}
+        written = {"model_type": "gemma3", "text_config": written, "vision_config": vision,
+                   "mm_tokens_per_image": 256, "torch_dtype": "bfloat16"}  # fmt: skip
     return written
 
 
@@ -550,6 +598,13 @@ def hub_tensors(family, model, tensors, extra):
     if extra == "gamma":  # google-bert/bert-base-uncased itself
         for old, new in (("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta")):
             tensors = {name.replace(old, new): value for name, value in tensors.items()}
+    if extra == "wrapper":
+        tensors = {f"language_model.{name}": value for name, value in tensors.items()}
+        tensors["vision_tower.vision_model.embeddings.patch_embedding.weight"] = torch.rand(3, 3)
+        tensors["multi_modal_projector.mm_soft_emb_norm.weight"] = torch.rand(3)
+    if family == "deberta-v2":
+        tensors["deberta.embeddings.position_ids"] = torch.arange(config.max_position_embeddings)[None]
+        tensors["mask_predictions.dense.weight"] = torch.rand(3, 3)
     if extra == "bert.":  # nomic-ai/nomic-bert-2048
         tensors = {extra + name: value for name, value in tensors.items()}
     if extra == "head":

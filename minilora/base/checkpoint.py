@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minilora.errors import InputError
-from minilora.files import parse_json, read_json, sha256
+from minilora.files import check_regular, parse_json, read_json, sha256
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 WEIGHT_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -35,9 +35,9 @@ def read_config(folder):
 def weight_files(folder):
     """The safetensors files of a checkpoint folder, sorted by name. Raises InputError."""
     folder = Path(folder)
-    if (folder / WEIGHTS).is_file():
+    if (folder / WEIGHTS).exists():
         return [folder / WEIGHTS]
-    return [folder / name for name in sorted(set(_read_index(folder / INDEX).values()))]
+    return [folder / name for name in sorted(set(read_index(folder / INDEX).values()))]
 
 
 def fingerprint(folder):
@@ -73,11 +73,11 @@ class Tensors(Mapping):
 
     def __init__(self, folder):
         self.path = Path(folder) / WEIGHTS  # the file that names all tensors
-        if self.path.is_file():
+        if self.path.exists():
             self._stored = _open(self.path)
             return
         self.path = Path(folder) / INDEX
-        shard_of = _read_index(self.path)
+        shard_of = read_index(self.path)
         held = {shard: _open(Path(folder) / shard) for shard in sorted(set(shard_of.values()))}
         for name, shard in shard_of.items():
             if name not in held[shard]:
@@ -132,7 +132,8 @@ class Tensors(Mapping):
         transposed  a weight is stored as [in, out], and its rows are columns of what is stored (a bias is as ever)
 
         About `PIECE` bytes of the file are in memory at a time, so that the parameter is the only copy.
-        Raises InputError for a tensor that is not of floating point, and for a shape that is not the parameter's.
+        Raises InputError for a tensor that is not of floating point, for a shape that is not the parameter's, and for
+        a number that is not finite in the parameter's dtype.
         """
         import torch
 
@@ -155,9 +156,24 @@ class Tensors(Mapping):
             for start, stop in runs:
                 target = parameter[done : done + stop - start].split(step, axis)
                 for to, piece in zip(target, value[start:stop].split(step, axis), strict=True):
+                    _check_finite(stored.path, name, piece, parameter.dtype)
                     to.copy_(piece)
                     stored.give_back()
                 done += stop - start
+
+
+def _check_finite(path, name, piece, dtype):
+    """Raise InputError for a number that is not finite in `dtype`, such as NaN."""
+    import torch
+
+    if piece.numel():
+        low, high = (value.item() for value in piece.aminmax())
+        bound = torch.finfo(dtype).max
+        if not (-bound <= low and high <= bound):
+            raise InputError(
+                f"{path}: tensor {name} holds a number that is not finite (its range is {low:g} to {high:g}): its"
+                " training diverged or the file is damaged, choose another --model"
+            )
 
 
 def _runs(rows, size):
@@ -181,6 +197,7 @@ def _open(path):
     """The tensors of a safetensors file: {name: Stored}."""
     from safetensors import SafetensorError, safe_open
 
+    check_regular(path)
     try:
         # The library's own reader checks all but what it lets pass: a name that stands twice, and sizes that no
         # tensor can have. What it found good is then mapped here, as it cannot give pages back.
@@ -206,9 +223,9 @@ def _open(path):
     }
 
 
-def _read_index(path):
-    """The index's map from tensor name to shard file name."""
-    if not path.is_file():
+def read_index(path):
+    """The index's map from tensor name to shard file name. Raises InputError for a name that is a path."""
+    if not path.exists():
         raise InputError(f"{path.parent} has neither {WEIGHTS} nor {INDEX}: it is not a base that minilora reads")
     shard_of = read_json(path).get("weight_map")
     if not isinstance(shard_of, dict) or not shard_of:

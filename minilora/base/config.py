@@ -13,6 +13,9 @@ from minilora.errors import InputError
 REQUIRED = object()
 LARGEST = 2**31  # of any number of a configuration
 DEEPEST = 10_000  # layers
+# Other names that Hugging Face's configurations have for an activation of `kernels/mlp.py`.
+ACTIVATIONS = {"gelu_python": "gelu", "swish": "silu", "gelu_python_tanh": "gelu_pytorch_tanh",
+               "gelu_accurate": "gelu_pytorch_tanh"}  # fmt: skip
 # The settings that each kind of rotary embedding takes, with their defaults.
 ROPES = {
     "default": {},
@@ -44,8 +47,15 @@ class Take:
         own = self.family.keys.get(key, key)
         return own if self.config.get(own) is not None or self.config.get(key) is None else key
 
+    def has(self, key):
+        """Whether the file has the key, be it null."""
+        return key in self.config or self.family.keys.get(key, key) in self.config
+
     def get(self, key):
+        """The value; null is as if left out, but for keys whose null has a meaning of its own (`Family.absent`)."""
         value = self.config.get(self.name(key))
+        if value is None and not self.has(key):
+            value = self.family.absent.get(key)
         return self.family.defaults.get(key) if value is None else value
 
     def __call__(self, key, kind, default=REQUIRED, least=1):
@@ -53,6 +63,14 @@ class Take:
         if value is None and default is not REQUIRED:
             return default
         return check(self.name(key), value, kind, least)
+
+    def theta(self, key):
+        """The value of a rotation's base, under this key or ModernBERT's other name for it; None without."""
+        other = {"local_rope_theta": "local_attention_rope_theta"}.get(key, key)
+        values = [self.config[k] for k in (key, other) if self.config.get(k) is not None]
+        if len(values) == 2 and values[0] != values[1]:
+            raise InputError(f"config.json: {key} is {values[0]!r:.80}, but {other} is {values[1]!r:.80}: correct one")
+        return values[0] if values else None
 
     def only(self, key, value):
         """Refuse any value of `key` but the one that is implemented."""
@@ -97,10 +115,12 @@ def read(name, family, take):
     inner = take("intermediate_size", int, REQUIRED if family.inner is None else family.inner * width)
     positions = take("max_position_embeddings", int)
     ropes, positions = read_ropes(family, take, head_width, positions)
-    windows, local = read_windows(family, take, count)
+    turned = read_turned(family, take, count)
+    windows, local = read_windows(family, take, count, turned)
+    normed = [family.first_normed] + [True] * (count - 1)
     layers = tuple(
-        LayerSpec(heads, kv_heads, inner, window, int(slides) % len(ropes) if ropes else None, normed)
-        for window, slides, normed in zip(windows, local, [family.first_normed] + [True] * (count - 1), strict=True)
+        LayerSpec(heads, kv_heads, inner, window, int(slides) % len(ropes) if ropes and turns else None, norms)
+        for window, slides, turns, norms in zip(windows, local, turned, normed, strict=True)
     )
     traits = dict(
         family=name,
@@ -119,9 +139,11 @@ def read(name, family, take):
         qk_norm=family.qk_norm(take),
         ropes=ropes,
         attention_scale=head_width**-0.5,
-        tied=family.causal and take("tie_word_embeddings", bool, True),
+        tied=family.causal and take("tie_word_embeddings", bool, False),
     )
-    return Spec(**traits | family.traits(take))
+    traits |= family.traits(take)
+    traits["activation"] = ACTIVATIONS.get(traits["activation"], traits["activation"])
+    return Spec(**traits)
 
 
 def read_ropes(family, take, head_width, positions):
@@ -130,8 +152,13 @@ def read_ropes(family, take, head_width, positions):
     new = take.config.get("rope_parameters")  # transformers 5; before: rope_theta, rope_scaling, ...
     if new is not None and not isinstance(new, dict):
         raise InputError(f"config.json: rope_parameters is {new!r:.80}, but must be an object: mend the checkpoint")
-    if new and len(family.ropes) > 1 and (odd := sorted(set(new) - {"full_attention", "sliding_attention"}, key=str)):
-        raise InputError(f"config.json: rope_parameters: {odd[0]!r:.80} is not implemented: choose another --model")
+    if new and len(family.ropes) > 1:  # a section for each kind of layer; published files have leftovers beside them
+        kinds = {"full_attention", "sliding_attention"}
+        beside = {key: value for key, value in new.items() if value is not None and key not in kinds}
+        if odd := sorted(beside.keys() - {"rope_type", "type"}, key=str) or set(beside.values()) - {"default"}:
+            raise InputError(
+                f"config.json: rope_parameters: {min(odd, key=str)!r:.80} is not implemented: choose another --model"
+            )
     for kind, (key, theta) in family.ropes.items():
         named = {"full": "full_attention", "local": "sliding_attention"}[kind]
         if new is not None:
@@ -149,6 +176,8 @@ def read_ropes(family, take, head_width, positions):
 
 
 def read_rope(family, take, settings, source, theta, head_width, positions):
+    """(one `Rope` from a section of config.json, the number of positions that it serves)."""
+    settings = {key: value for key, value in settings.items() if value is not None}
     older = settings.pop("type", None)
     kind = settings.pop("rope_type", None) or older or "default"
     if family.layout is PHI3 and kind in ("su", "yarn"):  # names that Phi-3 had for it
@@ -167,7 +196,7 @@ def read_rope(family, take, settings, source, theta, head_width, positions):
     if width < 2 or width % 2:
         raise InputError(f"config.json: {width} features of each head are to be rotated, but this must be even")
     value = settings.pop("rope_theta", None)
-    value = take.config.get(theta[0]) if value is None else value
+    value = take.theta(theta[0]) if value is None else value
     value = check(theta[0], theta[1] if value is None else value, float)
     if value <= 0:
         raise InputError(f"config.json: {theta[0]} is {value}, but must be positive: mend the checkpoint")
@@ -221,10 +250,24 @@ WINDOWS = {
     "even": lambda take, i: i % 2 == 0,  # Gemma 2
     "pattern": lambda take, i: (i + 1) % take("sliding_window_pattern", int, 6) != 0,  # Gemma 3
     "global_every": lambda take, i: i % take("global_attn_every_n_layers", int, 3) != 0,  # ModernBERT
+    "every_4": lambda take, i: (i + 1) % 4 != 0,  # OLMo 3
 }
 
 
-def read_windows(family, take, count):
+def read_turned(family, take, count):
+    """Whether the queries and keys of each layer are rotated: in SmolLM3 not in every layer."""
+    if not family.skips_ropes:
+        return [True] * count
+    listed = take.config.get("no_rope_layers")  # in spite of its name: 1 where a layer has a rotation
+    if listed is None:
+        every = take("no_rope_layer_interval", int, 4)
+        return [(i + 1) % every != 0 for i in range(count)]
+    if not isinstance(listed, list) or len(listed) != count or any(value not in (0, 1) for value in listed):
+        raise InputError(f"config.json: no_rope_layers must be a list of {count} times 0 or 1: correct it")
+    return [bool(value) for value in listed]
+
+
+def read_windows(family, take, count, turned):
     """(window of each layer or None, whether each layer is a local one)."""
     types = take.config.get("layer_types")
     if types is not None:
@@ -233,6 +276,9 @@ def read_windows(family, take, count):
         if unknown := [t for t in types if t not in ("full_attention", "sliding_attention")]:
             raise InputError(f"config.json: layer_types {unknown[0]!r:.80} is not implemented: choose another --model")
         local = [t == "sliding_attention" for t in types]
+    elif family.window == "unturned":  # SmolLM3
+        used = take("use_sliding_window", bool, False) and take.get("sliding_window") is not None
+        local = [used and not turns for turns in turned]
     else:
         local = [bool(family.window) and WINDOWS[family.window](take, i) for i in range(count)]
     if family.window in (None, "all") and any(value is not bool(family.window) for value in local):
@@ -287,8 +333,8 @@ def read_openelm(name, family, take):
         activation="silu",  # called swish there; `only` refuses others
         gated=True,
         biases=frozenset(),
-        qk_norm="head" if take("normalize_qk_projections", bool, True) else None,
+        qk_norm="head" if take("normalize_qk_projections", bool, False) else None,
         ropes=(rope,),
         attention_scale=head_width**-0.5,
-        tied=take("share_input_output_layers", bool, True),
+        tied=take("share_input_output_layers", bool, False),
     )

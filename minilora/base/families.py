@@ -9,153 +9,23 @@ Adding a family is a row here, a layout, and a row of tiny models in `tests/zoo.
 """
 
 import difflib
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import NamedTuple
 
-from minilora.base import names
-from minilora.base.config import LARGEST, Take, read, read_openelm
-from minilora.base.names import Layout
+from minilora.base import names, traits
+from minilora.base.config import Take, read, read_openelm
+from minilora.base.family import Family
 from minilora.base.spec import TARGETS
 from minilora.errors import InputError
 
-
-class Place(NamedTuple):
-    """Where a projection lies in the checkpoint: the out rows `rows` (a slice or an int64 tensor) of `module`."""
-
-    module: str
-    rows: object = slice(None)
-
-
-@dataclass(frozen=True)
-class Family:
-    layout: Layout
-    prefixes: tuple[str, ...]  # the checkpoint may hold the base bare, or under the last of these in a task model
-    causal: bool = False
-    norm: str = "layer"  # this and the next: see Spec
-    placement: str = "post"
-    gated: bool = False
-    biases: Callable = lambda take: TARGETS  # the targets that have a bias
-    qk_norm: Callable = lambda take: None
-    window: str | None = None  # a key of WINDOWS
-    ropes: dict[str, tuple[str, float]] = field(default_factory=dict)  # full, local -> key of theta, its default
-    partial: tuple[str, float] | None = None  # key and default of the part of a head that is rotated
-    keys: dict[str, str] = field(default_factory=dict)  # Llama's key -> this family's
-    defaults: dict[str, object] = field(default_factory=dict)  # by Llama's keys
-    only: dict[str, object] = field(default_factory=dict)  # the only value of a key that is implemented
-    traits: Callable = lambda take: {}  # further fields of the Spec
-    inner: int | None = None  # F / D where the configuration does not say
-    unembed: str = "lm_head"
-    unused: str = r""  # a regular expression for the tensors, without prefix, that the base does not need
-    transposed: bool = False  # projections are stored [in, out]
-    by_head: bool = False  # a fused projection has head by head each part's rows, not part by part all heads'
-    first_normed: bool = True  # whether attention's input is normalised in the first layer too
-    peft: Layout | None = None  # transformers' own names, where they differ from the checkpoint's
-    read: Callable | None = None  # of a configuration unlike Llama's
-
-    def place(self, name, spec, layout=None):
-        """The `Place` of a module in `layout` (default: the checkpoint's):
-        `layers.3.q` -> encoder.layer.3.attention.self.query, whole."""
-        layout = layout or self.layout
-        if name == "unembedding":
-            return Place(self.unembed)
-        if name in layout.embeddings:
-            return Place(layout.embeddings[name])
-        _, index, part = name.split(".", 2)
-        parts, module = next((k.split(), v) for k, v in layout.modules.items() if part in k.split())
-        module = layout.layer.format(i=index) + module
-        if len(parts) == 1:
-            return Place(module)
-        sizes = [spec.shape(target, int(index))[0] for target in parts]
-        first = sum(sizes[: parts.index(part)])
-        if not self.by_head:
-            return Place(module, slice(first, first + spec.shape(part, int(index))[0]))
-        import torch  # the rest of this module, and with it --help and the coverage report, does without
-
-        heads = spec.layers[int(index)].heads
-        rows = torch.arange(sum(sizes)).view(heads, len(parts), -1)[:, parts.index(part)]
-        return Place(module, rows.reshape(-1))
-
-    def fused(self, name, spec, layout=None):
-        """The modules of the same layer that share the checkpoint's module with `name`, itself included, in order."""
-        _, index, part = name.split(".", 2)
-        parts = next(k.split() for k in (layout or self.layout).modules if part in k.split())
-        return [f"layers.{index}.{target}" for target in parts]
-
-
 TASK_HEADS = r"pooler\.|cls\.|classifier\.|qa_outputs\.|score\.|lm_head\."
-ATTENTION = ("q", "k", "v", "o")
-MLP = ("gate", "up", "down")
-
-
-def _bert_traits(take):
-    types = take("type_vocab_size", int, 2)
-    return dict(position_offset=0, types=types, embed_norm=True, final_norm=False)
-
-
-def _roberta_traits(take):
-    """Positions start behind that of the padding token."""
-    offset = take("pad_token_id", int, 1, least=0) + 1
-    positions = take("max_position_embeddings", int) - offset
-    if positions < 1:
-        raise InputError(f"config.json: max_position_embeddings leaves no position after {offset} unused ones")
-    return _bert_traits(take) | dict(position_offset=offset, positions=positions)
-
-
-def _nomic_traits(take):
-    # The older configurations call a gated MLP by its activation.
-    older = {"swiglu": "silu", "geglu": "gelu"}
-    activation = take("hidden_act", str)
-    trained = take("max_trained_positions", int, LARGEST - 1)  # beyond, rotations would depend on the batch
-    return dict(
-        activation=older.get(activation, activation),
-        positions=min(take("max_position_embeddings", int), trained),
-        types=take("type_vocab_size", int, 2),
-        embed_norm=True,
-        final_norm=False,
-    )
-
-
-def _attention_bias(take):
-    return ATTENTION if take("attention_bias", bool, False) else ()
-
-
-def _llama_biases(take):
-    return _attention_bias(take) + (MLP if take("mlp_bias", bool, False) else ())
-
-
-def _gemma_traits(take):
-    """Scaled embeddings; from the second generation on also scores of their own scale, and soft-caps."""
-    traits = dict(embed_scale=take("hidden_size", int) ** 0.5)
-    positive = {"query_pre_attn_scalar": None, "attn_logit_softcapping": "attention_cap",
-                "final_logit_softcapping": "final_cap"}  # fmt: skip
-    for key, name in positive.items():
-        value = take(key, float, None)
-        if value is not None and value <= 0:
-            raise InputError(f"config.json: {key} is {value}, but must be positive: mend the checkpoint")
-        if value is not None:
-            traits |= {name: value} if name else {"attention_scale": value**-0.5}
-    return traits
-
-
-def _gemma1_traits(take):
-    # The first configurations say gelu and mean its approximation by tanh.
-    activation = take.config.get("hidden_activation") or take("hidden_act", str)
-    return _gemma_traits(take) | dict(activation="gelu_pytorch_tanh" if activation == "gelu" else activation)
-
-
-def _neox_traits(take):
-    return dict(placement="parallel" if take("use_parallel_residual", bool, True) else "pre")
-
 
 BERT_LIKE = dict(
     layout=names.BERT,
     unused=TASK_HEADS + r"|embeddings\.position_ids$",
-    traits=_bert_traits,
+    traits=traits.bert,
     defaults={"layer_norm_eps": 1e-12, "hidden_act": "gelu"},
     only={"is_decoder": False, "add_cross_attention": False, "position_embedding_type": "absolute"},
 )  # fmt: skip
-ROBERTA_LIKE = BERT_LIKE | dict(prefixes=("", "roberta."), traits=_roberta_traits)
+ROBERTA_LIKE = BERT_LIKE | dict(prefixes=("", "roberta."), traits=traits.roberta)
 LLAMA_LIKE = dict(
     layout=names.LLAMA,
     prefixes=("", "model."),
@@ -170,10 +40,13 @@ LLAMA_LIKE = dict(
 )
 GEMMA_LIKE = LLAMA_LIKE | dict(
     norm="rms1",
-    biases=_attention_bias,
+    biases=traits.attention_bias,
     defaults={"tie_word_embeddings": True, "hidden_act": "gelu_pytorch_tanh", "rms_norm_eps": 1e-6},
+    absent={"head_dim": 256},
     only={"use_bidirectional_attention": False},
 )
+GEMMA2_ABSENT = {"head_dim": 256, "num_key_value_heads": 4, "query_pre_attn_scalar": 256, "sliding_window": 4096}
+GEMMA3_PREFIXES = ("", "language_model.model.", "model.language_model.", "model.")  # also inside the one with vision
 FAMILIES = {
     # Devlin et al. 2019 (arXiv 1810.04805); all-MiniLM and Snowflake arctic-embed xs, s, m and l.
     "bert": Family(**BERT_LIKE, prefixes=("", "bert.")),
@@ -194,6 +67,15 @@ FAMILIES = {
         },
         defaults={"layer_norm_eps": 1e-12, "hidden_act": "gelu"},
     ),
+    # He et al. 2021 (arXiv 2111.09543): DeBERTa-v3, and v2 without its convolution.
+    "deberta-v2": Family(
+        layout=names.DEBERTA,
+        prefixes=("", "deberta."),
+        unused=TASK_HEADS + r"|lm_predictions\.|mask_predictions\.|embeddings\.position_(ids$|embeddings\.)",
+        traits=traits.deberta,
+        defaults={"layer_norm_eps": 1e-7, "hidden_act": "gelu"},
+        only={"conv_kernel_size": 0, "embedding_size": None, "attention_head_size": None, "head_dim": None},
+    ),
     # Warner et al. 2024 (arXiv 2412.13663).
     "modernbert": Family(
         layout=names.MODERNBERT,
@@ -202,10 +84,10 @@ FAMILIES = {
         placement="pre",
         first_normed=False,  # the embeddings are normalised already
         gated=True,
-        biases=_llama_biases,
+        biases=traits.llama_biases,
         window="global_every",
         ropes={"full": ("global_rope_theta", 160_000.0), "local": ("local_rope_theta", 10_000.0)},
-        traits=lambda take: dict(norm_bias=take("norm_bias", bool, False), embed_norm=True),
+        traits=traits.modernbert,
         keys={"hidden_act": "hidden_activation", "layer_norm_eps": "norm_eps"},
         defaults={"hidden_act": "gelu", "layer_norm_eps": 1e-5, "local_attention": 128},
     ),
@@ -218,7 +100,7 @@ FAMILIES = {
         gated=True,
         biases=lambda take: (),
         ropes={"full": ("rotary_emb_base", 1000.0)},
-        traits=_nomic_traits,
+        traits=traits.nomic,
         keys={
             "hidden_size": "n_embd",
             "num_hidden_layers": "n_layer",
@@ -247,13 +129,26 @@ FAMILIES = {
         },
     ),
     # Touvron et al. 2023 (arXiv 2307.09288), Llama 3 (arXiv 2407.21783), SmolLM2 (arXiv 2502.02737).
-    "llama": Family(**LLAMA_LIKE | dict(biases=_llama_biases)),
-    "mistral": Family(**LLAMA_LIKE | dict(window="all")),  # Jiang et al. 2023 (arXiv 2310.06825)
+    "llama": Family(**LLAMA_LIKE | dict(biases=traits.llama_biases)),
+    "mistral": Family(
+        **LLAMA_LIKE | dict(window="all", absent={"sliding_window": 4096, "num_key_value_heads": 8})
+    ),  # Jiang et al. 2023 (arXiv 2310.06825)
     # Yang et al. 2024 (arXiv 2407.10671).
-    "qwen2": Family(**LLAMA_LIKE | dict(biases=lambda take: ("q", "k", "v"), window="late")),
+    "qwen2": Family(
+        **LLAMA_LIKE | dict(biases=lambda take: ("q", "k", "v"), window="late", absent={"num_key_value_heads": 32})
+    ),
     # Yang et al. 2025 (arXiv 2505.09388).
-    "qwen3": Family(**LLAMA_LIKE | dict(biases=_attention_bias, window="late", qk_norm=lambda take: "head")),
-    "gemma": Family(**GEMMA_LIKE | dict(traits=_gemma1_traits)),  # Gemma Team 2024 (arXiv 2403.08295)
+    "qwen3": Family(
+        **LLAMA_LIKE
+        | dict(
+            biases=traits.attention_bias,
+            window="late",
+            qk_norm=lambda take: "head",
+            absent={"num_key_value_heads": 32, "head_dim": 128},
+        )
+    ),
+    # Gemma Team 2024 (arXiv 2403.08295).
+    "gemma": Family(**GEMMA_LIKE | dict(traits=traits.gemma1, absent={"head_dim": 256, "num_key_value_heads": 16})),
     # Gemma Team 2024 (arXiv 2408.00118).
     "gemma2": Family(
         **GEMMA_LIKE
@@ -261,7 +156,8 @@ FAMILIES = {
             layout=names.GEMMA2,
             placement="both",
             window="even",
-            traits=_gemma_traits,
+            traits=traits.gemma,
+            absent=GEMMA2_ABSENT | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
             keys={"hidden_act": "hidden_activation"},
         )
     ),
@@ -274,7 +170,11 @@ FAMILIES = {
             window="pattern",
             qk_norm=lambda take: "head",
             ropes={"full": ("rope_theta", 1_000_000.0), "local": ("rope_local_base_freq", 10_000.0)},
-            traits=_gemma_traits,
+            absent=GEMMA2_ABSENT,
+            prefixes=GEMMA3_PREFIXES,
+            unused=LLAMA_LIKE["unused"]
+            + r"|(model\.)?(vision_tower|multi_modal_projector)\.|language_model\.lm_head\.",
+            traits=traits.gemma,
             keys={"hidden_act": "hidden_activation"},
             only={"use_bidirectional_attention": False, "attn_logit_softcapping": None},
         )
@@ -300,6 +200,7 @@ FAMILIES = {
             layout=names.PHI3,
             window="all",
             partial=("partial_rotary_factor", 1.0),
+            traits=traits.phi3,
             defaults={"hidden_act": "silu", "rms_norm_eps": 1e-5},
         )
     ),
@@ -332,11 +233,11 @@ FAMILIES = {
         unused=TASK_HEADS + r"|embed_out\.|layers\.\d+\.attention\.((masked_)?bias|rotary_emb\.inv_freq)$",
         causal=True,
         placement="parallel",
-        biases=lambda take: TARGETS if take("attention_bias", bool, True) else MLP,
+        biases=lambda take: TARGETS if take("attention_bias", bool, True) else traits.MLP,
         ropes={"full": ("rotary_emb_base", 10_000.0)},
         partial=("rotary_pct", 0.25),
         by_head=True,
-        traits=_neox_traits,
+        traits=traits.neox,
         defaults={"hidden_act": "gelu", "layer_norm_eps": 1e-5, "tie_word_embeddings": False},
         unembed="embed_out",
     ),
@@ -346,9 +247,35 @@ FAMILIES = {
         | dict(
             layout=names.OLMO2,
             placement="output",
-            biases=_attention_bias,
+            biases=traits.attention_bias,
             qk_norm=lambda take: "width",
             defaults={"hidden_act": "silu", "rms_norm_eps": 1e-5},
+        )
+    ),
+    # OLMo Team 2025 (arXiv 2512.13961): three layers of four see a window, and only the fourth has a scaled rotation.
+    "olmo3": Family(
+        **LLAMA_LIKE
+        | dict(
+            layout=names.OLMO2,
+            placement="output",
+            biases=traits.attention_bias,
+            qk_norm=lambda take: "width",
+            window="every_4",
+            ropes={"full": ("rope_theta", 500_000.0), "local": ("rope_theta", 500_000.0)},
+            absent={"sliding_window": 4096},
+            defaults={"hidden_act": "silu", "rms_norm_eps": 1e-5},
+        )
+    ),
+    # Bakouch et al. 2025: every fourth layer has no rotation (Yang et al. 2025, arXiv 2501.18795).
+    "smollm3": Family(
+        **LLAMA_LIKE
+        | dict(
+            biases=traits.llama_biases,
+            window="unturned",
+            skips_ropes=True,
+            ropes={"full": ("rope_theta", 2_000_000.0)},
+            absent={"num_key_value_heads": 4},
+            defaults={"hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": True},
         )
     ),
     # Mehta et al. 2024 (arXiv 2404.14619).
@@ -368,6 +295,7 @@ FAMILIES = {
 
 def read_spec(config):
     """The `Spec` of a `config.json` (a dict). Refuses unknown families and unsupported values by name."""
+    config = text_config(config)
     family = find(config.get("model_type"))
     take = Take(config, family)
     for key, value in family.only.items():
@@ -375,6 +303,17 @@ def read_spec(config):
     if config.get("quantization_config") is not None:
         raise InputError("config.json: quantization_config: the weights are quantised: choose the unquantised base")
     return (family.read or read)(config["model_type"], family, take)
+
+
+def text_config(config):
+    """The configuration of the text model inside one that sees pictures too (only Gemma 3's), else `config`."""
+    if config.get("model_type") != "gemma3":
+        return config
+    inner = config.get("text_config")
+    if not isinstance(inner, dict):
+        raise InputError(f"config.json: text_config is {inner!r:.80}, but must be an object: fetch it again")
+    shared = {key: config[key] for key in ("quantization_config", "tie_word_embeddings") if config.get(key) is not None}
+    return inner | shared | {"model_type": "gemma3_text"}
 
 
 def find(model_type):

@@ -7,14 +7,12 @@ confound of the study: it is off in training too), pooling and heads (`head.py`)
 Letters: B rows, T tokens (padded on the right), D width, H heads, E features of a head, F inner width, V vocabulary.
 """
 
-import re
 from functools import partial
 
 import torch
 from torch import nn
 
-from minilora.base import checkpoint, families, rope
-from minilora.base.spec import TARGETS
+from minilora.base import checkpoint, deberta, families, places, rope
 from minilora.errors import InputError
 from minilora.kernels.attention import attention
 from minilora.kernels.linear import linear
@@ -125,11 +123,21 @@ class Layer(nn.Module):
         q, k, v = (p.view(B, T, -1, E).transpose(1, 2) for p in (q, k, v))
         if by_head:
             q, k = self.q_norm(q), self.k_norm(k)
+        if self.spec.relative:
+            attended = self.disentangled(q, k, v, mask, turn)
+            return self.o(attended.transpose(1, 2).reshape(B, T, -1))
         if turn is not None:
             # As a view v would keep the unturned q and k too, where the three come of one product.
             q, k, v = rotate(q, *turn), rotate(k, *turn), v.contiguous()
         attended = attention(q, k, v, mask, self.scale, self.cap)
         return self.o(attended.transpose(1, 2).reshape(B, T, -1))  # [B, H, T, E] -> [B, T, H E]
+
+    def disentangled(self, q, k, v, mask, relative):
+        """DeBERTa's attention; `relative` is what `deberta.Distances` gives."""
+        q_of, k_of = project(relative[0], self.q, self.k)
+        terms = self.spec.relative
+        q_of, k_of = q_of if terms.keys else None, k_of if terms.queries else None
+        return deberta.attend(q, k, v, mask, self.scale, relative, q_of, k_of)
 
     def mlp(self, x):
         if self.spec.gated:
@@ -174,26 +182,31 @@ class Base(nn.Module):
         self.layers = nn.ModuleList(Layer(spec, number) for number in range(len(spec.layers)))
         self.norm = make_norm(spec, spec.width) if spec.final_norm else nn.Identity()
         self.ropes = nn.ModuleList(rope.Rotary(r) for r in spec.ropes)
+        self.relative = deberta.Distances(spec, make_norm) if spec.relative else None
         self.has_unembedding = unembedding
         if unembedding and not spec.tied:
             self.unembedding = Linear(spec.width, spec.vocabulary, bias=spec.unembed_bias)
 
-    def forward(self, ids, lengths, copies=1, prefix=0):
+    def forward(self, ids, lengths, copies=1, prefix=0, members=1):
         """With `copies` K the rows are gone through K times, one pass after the other, but the first `prefix` layers
         once for all: for a population, which has no adapter there. -> [K B, T, D].
+
+        members  how many a population has, whose rows follow one another: DeBERTa's distances go through each one's
+                 adapters
         """
-        x = self._through(self.embed(ids), ids, lengths, 0, prefix)
+        x = self._through(self.embed(ids), ids, lengths, 0, prefix, members)
         if copies > 1:
             x, ids, lengths = x.repeat(copies, 1, 1), ids.repeat(copies, 1), lengths.repeat(copies)
-        return self.norm(self._through(x, ids, lengths, prefix, len(self.layers)))
+        return self.norm(self._through(x, ids, lengths, prefix, len(self.layers), copies * members))
 
-    def _through(self, x, ids, lengths, start, stop):
+    def _through(self, x, ids, lengths, start, stop, members):
         if start == stop:
             return x
         turns = [turn(lengths, ids.shape[1], x.dtype) for turn in self.ropes]
         masks = {window: self.mask(ids, lengths, window, x.dtype) for window in {s.window for s in self.spec.layers}}
+        relative = self.relative(ids.shape[1], members) if self.relative else None
         for layer, here in zip(self.layers[start:stop], self.spec.layers[start:stop], strict=True):
-            x = layer(x, masks[here.window], None if here.rope is None else turns[here.rope])
+            x = layer(x, masks[here.window], relative if here.rope is None else turns[here.rope])
         return x
 
     def mask(self, ids, lengths, window, dtype):
@@ -252,6 +265,7 @@ def load(folder, dtype=torch.float32, device="cpu", unembedding=False, then=None
     if unembedding and not spec.causal:
         raise InputError(f"a {spec.family} base is an encoder and predicts no next token: choose a decoder's --model")
     tensors = checkpoint.Tensors(folder)
+    spec = places.own_head(spec, tensors)
     if len(tensors) < len(spec.layers):
         raise InputError(
             f"config.json asks for {len(spec.layers):,} layers, but the checkpoint has {len(tensors):,} tensors: "
@@ -259,9 +273,12 @@ def load(folder, dtype=torch.float32, device="cpu", unembedding=False, then=None
         )
     with torch.device("meta"):
         model = Base(spec, unembedding).requires_grad_(False)
-    places = tensor_places(model, tensors.keys())
-    check_shapes(model, places, tensors, folder)
+    found = places.tensor_places(model, tensors.keys())
+    places.check_shapes(model, found, tensors, folder)
+    places.say_unused(found, tensors.keys(), families.find(spec.family))
     model.ropes.to(device)
+    for name, buffer in model.relative.named_buffers() if model.relative else ():
+        setattr(model.relative, name, buffer.to(device))
     names = {part: name for name, part in model.named_modules()}
     for part in (model.embed, *model.layers, *([model.unembedder] if unembedding and not spec.tied else []), model):
         for name, parameter in list(part.named_parameters(prefix=names[part])):
@@ -269,71 +286,14 @@ def load(folder, dtype=torch.float32, device="cpu", unembedding=False, then=None
                 continue
             owner, _, leaf = name.rpartition(".")
             value = nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=device), requires_grad=False)
-            tensors.copy_to(value, *places[name])
+            tensors.copy_to(value, *found[name])
             setattr(model.get_submodule(owner), leaf, value)
         if then is not None:
             then(part)
     return model
 
 
-def check_shapes(model, places, tensors, folder):
-    """Raise InputError for the first tensor whose shape is not that of its parameter, or of all that it fuses."""
-    wanted = {}
-    for name, parameter in model.named_parameters():
-        source, _, transposed = places[name]
-        rows, *rest = parameter.shape
-        wanted[source] = wanted.get(source, (0,))[0] + rows, *rest, transposed
-    for source, (*shape, transposed) in wanted.items():
-        shape = shape[::-1] if transposed else shape
-        if list(tensors.shape(source)) != shape:
-            raise InputError(
-                f"{folder}: tensor {source} has shape {list(tensors.shape(source))}, but config.json asks for "
-                f"{shape}: the files do not belong together, fetch the checkpoint again"
-            )
-
-
 def check_fits(spec, max_length):
     """Raise InputError unless every position has an embedding."""
     if max_length > spec.positions:
         raise InputError(f"max_length is {max_length}, but the base has {spec.positions} positions: use at most these")
-
-
-def tensor_places(model, present):
-    """Map each parameter of `model` to (its tensor among those `present` in the checkpoint, the out rows that it takes
-    of it, whether that is stored transposed).
-
-    Raises InputError when a tensor is missing, or when there is one that the family does not know.
-    """
-    family = families.find(model.spec.family)
-    present = {name: name for name in present}
-    for name in list(present):  # the first BERT checkpoints have TensorFlow's words for a LayerNorm's parameters
-        if name.endswith(("LayerNorm.gamma", "LayerNorm.beta")):
-            module, _, leaf = name.rpartition(".")
-            present[f"{module}.{'weight' if leaf == 'gamma' else 'bias'}"] = present.pop(name)
-    found, bare = {}, set()
-    for name, _ in model.named_parameters():
-        module, _, leaf = name.rpartition(".")
-        place = family.place(module, model.spec)
-        found[name] = f"{place.module}.{leaf}", place.rows
-        if module != "unembedding":
-            bare.add(found[name][0])
-    prefix = max(family.prefixes, key=lambda p: len({p + source for source in bare} & present.keys()))
-    places = {}
-    for name, (source, rows) in found.items():
-        projection = name.rpartition(".")[0].rpartition(".")[2] in TARGETS
-        transposed = family.transposed and projection and name.endswith(".weight")
-        places[name] = (prefix + source if source in bare else source), rows, transposed
-    sources = {source for source, *_ in places.values()}
-    missing = sorted(sources - present.keys())
-    if missing:
-        raise InputError(
-            f"the checkpoint lacks {len(missing)} tensors that its config.json asks for (first: {missing[0]}): "
-            "fetch it again, or mend the number of layers"
-        )
-    extra = [name for name in present.keys() - sources if not re.match(family.unused, name.removeprefix(prefix))]
-    if extra:
-        raise InputError(
-            f"the checkpoint has {len(extra)} tensors that a {model.spec.family} model of its config.json does not "
-            f"have (first: {min(extra)}): config.json and weights do not belong together"
-        )
-    return {name: (present[source], rows, transposed) for name, (source, rows, transposed) in places.items()}

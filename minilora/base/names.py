@@ -32,6 +32,16 @@ BERT = Layout(
         "mlp_norm": "output.LayerNorm",
     },
 )
+DEBERTA = Layout(
+    embeddings=BERT.embeddings | {"relative.table": "encoder.rel_embeddings", "relative.norm": "encoder.LayerNorm"},
+    layer="encoder.layer.{i}.",
+    modules=BERT.modules
+    | {
+        "q": "attention.self.query_proj",
+        "k": "attention.self.key_proj",
+        "v": "attention.self.value_proj",
+    },
+)
 DISTILBERT = Layout(
     embeddings={name: module for name, module in BERT.embeddings.items() if name != "embed.types"},
     layer="transformer.layer.{i}.",

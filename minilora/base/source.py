@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minilora import hub
-from minilora.base.checkpoint import CONFIG, INDEX, WEIGHTS
+from minilora.base.checkpoint import CONFIG, INDEX, WEIGHTS, read_index
 from minilora.errors import InputError
 from minilora.files import cache, replacing, sha256
 
-SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 PICKLED = re.compile(r"(pytorch_)?model.*\.bin|.*\.(pt|pth|ckpt|pkl)")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 
@@ -56,7 +55,17 @@ def resolve_base(model, revision=None, tokenizer=None):
     if model in KNOWN and revision is None and not os.path.exists(model):
         return _resolve_known(model, KNOWN[model])
     choose = functools.partial(needed, where=model, tokenizer=tokenizer is None)
-    return _locate(model, choose, "--model", revision)
+    folder = _locate(model, choose, "--model", revision)
+    if os.path.isdir(os.path.expanduser(model)) or (folder / WEIGHTS).exists():
+        return folder
+    shards = sorted(set(read_index(folder / INDEX).values()))
+
+    def choose_shards(names):
+        if missing := [shard for shard in shards if shard not in names]:
+            raise InputError(f"{model} has no {missing[0]}, which its {INDEX} names: choose another --model")
+        return [*choose(names), *shards]
+
+    return hub.fetch(model, choose_shards, revision=folder.name)  # the same commit
 
 
 def resolve_config(model, revision=None):
@@ -108,7 +117,8 @@ def _locate(name, choose, flag, revision=None):
 def needed(names, where, tokenizer=True):
     """The file names that a base needs, weights last, out of all `names` in the folder or repository `where`.
 
-    Raises InputError if `config.json`, the weights or (unless `tokenizer` is False) the tokenizer is missing.
+    Of weights in shards it is the index, which names them. Raises InputError if `config.json`, the weights or (unless
+    `tokenizer` is False) the tokenizer is missing.
     """
     names = sorted(set(names))
     if CONFIG not in names:
@@ -116,7 +126,7 @@ def needed(names, where, tokenizer=True):
     if WEIGHTS in names:
         weights = [WEIGHTS]
     elif INDEX in names:
-        weights = [INDEX, *filter(SHARD.fullmatch, names)]
+        weights = [INDEX]
     elif pickled := [name for name in names if PICKLED.fullmatch(name)]:
         raise InputError(
             f"{where} has its weights only in a pickle ({pickled[0]}), which can run code when it is opened:"
@@ -136,7 +146,8 @@ def needed_tokenizer(names, where):
             f"{where} has neither tokenizer.json nor vocab.txt: add the tokenizer of the model, or name a folder or"
             " hub id that has it with --tokenizer"
         )
-    return [tokenizer, *(name for name in ("tokenizer_config.json", "special_tokens_map.json") if name in names)]
+    beside = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+    return [tokenizer, *(name for name in beside if name in names)]
 
 
 def _resolve_known(model, known):

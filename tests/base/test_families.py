@@ -23,8 +23,9 @@ from minilora.lora.targets import Slot
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' and PEFT's own
 FUSED = {"modernbert", "nomic_bert", "phi3", "gpt2", "gpt_neox", "openelm"}
 EVERY = {
-    "bert", "roberta", "xlm-roberta", "distilbert", "modernbert", "nomic_bert", "llama", "mistral", "qwen2", "qwen3",
-    "gemma", "gemma2", "gemma3_text", "phi", "phi3", "gpt2", "gpt_neox", "olmo2", "openelm",
+    "bert", "roberta", "xlm-roberta", "distilbert", "deberta-v2", "modernbert", "nomic_bert", "llama", "mistral",
+    "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "gpt2", "gpt_neox", "olmo2", "olmo3", "smollm3",
+    "openelm",
 }  # fmt: skip
 every_case = pytest.mark.parametrize(("family", "case"), zoo.CASES, ids=[" ".join(case) for case in zoo.CASES])
 every_family = pytest.mark.parametrize("family", sorted(EVERY))
@@ -103,11 +104,11 @@ def compare(base, judge, ids, lengths, within):
 
 def test_the_zoo_holds_every_family_and_case():
     assert set(zoo.FAMILIES) == set(families.FAMILIES) == EVERY
-    assert len(EVERY) == 19
-    assert len(zoo.CASES) == len(set(zoo.CASES)) == 49
+    assert len(EVERY) == 22
+    assert len(zoo.CASES) == len(set(zoo.CASES)) == 58
     assert min(len(entry.cases) for entry in zoo.FAMILIES.values()) >= 2
     assert {name for name, entry in zoo.FAMILIES.items() if not entry.decoder} == {
-        "bert", "roberta", "xlm-roberta", "distilbert", "modernbert", "nomic_bert"
+        "bert", "roberta", "xlm-roberta", "distilbert", "deberta-v2", "modernbert", "nomic_bert"
     }  # fmt: skip
 
 
@@ -130,7 +131,8 @@ def logits_size(judge, exact):
 
 @every_case
 def test_bfloat16(family, case, tmp_path):
-    """Both in bfloat16: within 2e-2 of the largest entry, and ours as near to float32's states as transformers' are.
+    """Both in bfloat16: within 2e-2 of the largest entry (or transformers' own error, if larger), and ours as near to
+    float32's states as transformers' are.
 
     Entries themselves differ by a bit or two of their 8, where one rounds what the other keeps in float32 (transformers
     rounds scores, and for some families the angles' cosines; attention here keeps scores in float32).
@@ -144,11 +146,12 @@ def test_bfloat16(family, case, tmp_path):
             theirs, exact = half(ids, lengths), judge(ids, lengths)
         _, hidden, logits = states(base, ids, lengths)
         size = exact.hidden.abs().max().item()
-        assert apart(hidden, theirs.hidden) <= 2e-2 * size
+        # Or no more than transformers' own error: norms behind attention and MLP (OLMo) enlarge roundings.
+        assert apart(hidden, theirs.hidden) <= max(2e-2 * size, apart(theirs.hidden, exact.hidden))
         assert (hidden - exact.hidden).norm() <= 1.25 * (theirs.hidden - exact.hidden).norm()
         if judge.decoder:
             size = logits_size(judge, exact)
-            assert apart(logits, theirs.logits) <= 2e-2 * size
+            assert apart(logits, theirs.logits) <= max(2e-2 * size, apart(theirs.logits, exact.logits))
             assert (logits - exact.logits).norm() <= 1.25 * (theirs.logits - exact.logits).norm()
 
 
@@ -159,7 +162,7 @@ def test_long_positions(family, beast, device):
         folder, judge = beast(family, case)
         ids, lengths = rows(judge, (350, 12), seed=1)
         learned = judge.family in ("bert", "roberta", "xlm-roberta", "distilbert", "gpt2")
-        assert lengths[0] == (judge.longest if learned or case == "dynamic" else 350)
+        assert lengths[0] == (judge.longest if learned or case in ("dynamic", "no distances") else 350)
         compare(load(folder, judge, device=device), judge, ids, lengths, within=2e-5)
 
 
@@ -186,7 +189,8 @@ def test_transformers_own_style_is_the_same_base(family, case, beast):
     old_config = json.loads((old / "config.json").read_text())
     if family != "openelm":
         assert {"dtype", "transformers_version"} <= set(config) and "torch_dtype" not in config
-        assert not {"rope_parameters", "layer_types", "dtype"} & set(old_config)
+        listed = {"layer_types"} if family in ("olmo3", "smollm3") else set()
+        assert not {"rope_parameters", "layer_types", "dtype"} - listed & set(old_config)
     ids, lengths = rows(judge, (23, 4))
     one, other = (states(load(folder, judge), ids, lengths) for folder in (old, new))
     for own, same in zip(one[0] + list(one[1:]), other[0] + list(other[1:]), strict=True):
@@ -200,7 +204,7 @@ def test_the_judge_reads_the_published_style_alike(family, case, beast):
 
     folder, judge = beast(family, case)
     entry = zoo.FAMILIES[family]
-    if family in ("openelm", "nomic_bert") or entry.cases[case].get("hub") == "su":
+    if family in ("openelm", "nomic_bert") or entry.cases[case].get("hub") in ("su", "wrapper"):
         return  # unknown to transformers; a configuration for remote code; a name that transformers 5 forgot
     again = getattr(transformers, entry.model).from_pretrained(folder, attn_implementation="eager").eval()
     ids, lengths = rows(judge, (23, 4))
@@ -239,7 +243,7 @@ def test_a_decoder_saved_without_its_head(family, beast, tmp_path):
     assert ran == len(zoo.FAMILIES[family].cases) >= 2
 
 
-@pytest.mark.parametrize("family", ["gemma2", "phi3", "qwen3"])
+@pytest.mark.parametrize("family", ["deberta-v2", "gemma2", "phi3", "qwen3"])
 def test_compiles_as_one_graph(family, beast):
     """Soft-caps, windows, norms of heads, rotations by row; few rows and more, short and long. (See test_compiling.py
     for BERT.)"""

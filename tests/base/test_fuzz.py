@@ -4,7 +4,7 @@ python tests/base/test_fuzz.py KIND FIRST COUNT FOLDER...    cases of one kind o
 
 Every case is drawn from its kind and number alone, so that a failure can be run again. The cases run in a process of
 their own, where the address space is limited: a crash ends that process, and an allocation of gigabytes fails in it.
-Left out: tokenizers, whose parser is another library's, and data.
+Left out: data.
 """
 
 import json
@@ -20,7 +20,7 @@ import pytest
 import torch
 
 sys.path.append(str(Path(__file__).parents[2]))  # as a program it has no conftest.py
-from minilora.base import families, model  # noqa: E402
+from minilora.base import families, model, tokenizer  # noqa: E402
 from minilora.errors import InputError  # noqa: E402
 
 ROOM = 400 << 20  # bytes of address space beyond what a good load needed
@@ -167,11 +167,16 @@ KINDS = {
     "shard": ("model-00002-of-00002.safetensors", weights),
     "index": ("model.safetensors.index.json", text),
     "config": ("config.json", text),
+    "tokenizer": ("tokenizer.json", text),
+    "settings": ("tokenizer_config.json", text),
 }
 
 
-def use(folder):
-    """Load a base and let it compute a short row."""
+def use(folder, kind=""):
+    """Load a base and let it compute a short row; or load a tokenizer and encode some texts."""
+    if kind in ("tokenizer", "settings"):
+        tokenizer.load(folder).encode(["", "The film, good it's 2024\n", "a" * 99, "Naïve 中文 🎬 <s>"], 32)
+        return
     base = model.load(folder)
     ids = torch.ones(1, min(5, base.spec.positions), dtype=torch.int64)
     base(ids, torch.tensor([ids.shape[1]]))
@@ -179,9 +184,10 @@ def use(folder):
 
 def run(kind, first, count, folders):
     """What happened to cases `first` to `first + count`, by folder."""
+    os.environ["RAYON_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     for folder in folders:
-        use(folder)  # what it imports and allocates once
+        use(folder, kind)  # what it imports and allocates once
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + ROOM, size + ROOM))
     return {folder: run_one(kind, range(first, first + count), folder) for folder in folders}
@@ -198,11 +204,11 @@ def run_one(kind, numbers, folder):
         path.write_bytes(bad)
         began = time.perf_counter()
         try:
-            use(folder)
+            use(folder, kind)
             counts["loaded"] += 1
         except InputError:
             counts["refused"] += 1
-        except Exception as error:
+        except BaseException as error:  # the tokenizers' library panics
             failed.append(f"{kind} {number}: {type(error).__name__}: {error}"[:300])
         slowest = max(slowest, time.perf_counter() - began)
     path.unlink()
@@ -253,6 +259,24 @@ def test_damaged_configurations_load_or_are_refused(tmp_path):
     counts = in_a_process("config", 80, *(tmp_path / family for family in zoo.FAMILIES))
     assert len(counts) == len(families.FAMILIES) >= 18
     assert min(loaded for loaded, _ in counts) > 10 and min(refused for _, refused in counts) > 10
+
+
+@linux
+@pytest.mark.parametrize("kind, count", [("tokenizer", 150), ("settings", 150)])
+def test_damaged_tokenizers_load_or_are_refused(tmp_path, kind, count, monkeypatch):
+    from test_words import TOKENIZERS
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for rules, made in TOKENIZERS.items():
+        (tmp_path / rules).mkdir()
+        made.save(str(tmp_path / rules / "tokenizer.json"))
+        named = {"wordpiece": "BertTokenizer", "bytes": "RobertaTokenizer", "pieces": "LlamaTokenizer"}[rules]
+        settings = {"tokenizer_class": named, "do_lower_case": True, "add_prefix_space": False, "legacy": False,
+                    "eos_token": "<e>", "additional_special_tokens": ["<x>"],
+                    "added_tokens_decoder": {str(made.get_vocab_size()): dict(content="<e>", special=True)}}  # fmt: skip
+        (tmp_path / rules / "tokenizer_config.json").write_text(json.dumps(settings))
+    counts = in_a_process(kind, count, *(tmp_path / rules for rules in TOKENIZERS))
+    assert len(counts) == 3 and min(loaded for loaded, _ in counts) > 10 and min(refused for _, refused in counts) > 10
 
 
 def test_auto_map_is_never_followed(tiny_folder):

@@ -9,7 +9,7 @@ import transformers
 from conftest import random_batch, tiny_bert
 from safetensors.torch import load_file, save_file
 
-from minilora.base import checkpoint, families, model
+from minilora.base import checkpoint, families, model, places
 from minilora.errors import InputError
 
 TINY = [  # odd sizes, one head and many, every activation, long positions
@@ -115,7 +115,7 @@ def test_the_base_is_frozen_and_whole(tiny_folder):
     base = model.load(tiny_folder)
     assert not any(p.requires_grad for p in base.parameters())
     stored = load_file(tiny_folder / "model.safetensors")
-    sources = model.tensor_places(base, stored)
+    sources = places.tensor_places(base, stored)
     assert len(sources) == 5 + 3 * 16 == len({source for source, *_ in sources.values()})
     for name, parameter in base.named_parameters():
         assert torch.equal(parameter, stored[sources[name][0]])
