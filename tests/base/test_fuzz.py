@@ -271,9 +271,10 @@ def test_damaged_tokenizers_load_or_are_refused(tmp_path, kind, count, monkeypat
         (tmp_path / rules).mkdir()
         made.save(str(tmp_path / rules / "tokenizer.json"))
         named = {"wordpiece": "BertTokenizer", "bytes": "RobertaTokenizer", "pieces": "LlamaTokenizer"}[rules]
+        added = {str(made.get_vocab_size()): {"content": "<e>", "special": True}}
         settings = {"tokenizer_class": named, "do_lower_case": True, "add_prefix_space": False, "legacy": False,
                     "eos_token": "<e>", "additional_special_tokens": ["<x>"],
-                    "added_tokens_decoder": {str(made.get_vocab_size()): dict(content="<e>", special=True)}}  # fmt: skip
+                    "added_tokens_decoder": added}  # fmt: skip
         (tmp_path / rules / "tokenizer_config.json").write_text(json.dumps(settings))
     counts = in_a_process(kind, count, *(tmp_path / rules for rules in TOKENIZERS))
     assert len(counts) == 3 and min(loaded for loaded, _ in counts) > 10 and min(refused for _, refused in counts) > 10
