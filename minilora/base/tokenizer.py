@@ -275,8 +275,8 @@ class TextTokenizer:
             return future.result(timeout=PATIENCE_SECONDS)
         except TimeoutError:
             raise InputError(
-                f"the tokenizer needs more than {PATIENCE_SECONDS} s for {len(texts)} texts (first: {texts[0]!a:.60}): its"
-                " patterns do not end on some text, choose another --tokenizer"
+                f"the tokenizer needs more than {PATIENCE_SECONDS} s for {len(texts)} texts (first: {texts[0]!a:.60}):"
+                " its patterns do not end on some text, choose another --tokenizer"
             ) from None
 
 

@@ -283,8 +283,8 @@ def _add(made, files, specials):
     for index, entry in stated.items():
         if made.token_to_id(entry.content) != index:
             raise InputError(
-                f"{files.path.parent}: the added token {entry.content!r:.80} should have id {index} (added_tokens.json or"
-                f" added_tokens_decoder), but gets {made.token_to_id(entry.content)}: correct the file"
+                f"{files.path.parent}: the added token {entry.content!r:.80} should have id {index}"
+                f" (added_tokens.json or added_tokens_decoder), but gets {made.token_to_id(entry.content)}: correct the file"
             )
 
 

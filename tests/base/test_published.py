@@ -118,8 +118,8 @@ def test_deberta_in_a_population_is_what_it_is_alone(tmp_path):
         some = [words[int(torch.randint(len(words), (), generator=draw))] for _ in range(3 + row % 9)]
         lines.append(" ".join([*some, ("good", "bad")[row % 2]]) + f",{('yes', 'no')[row % 2]}")
     (tmp_path / "rows.csv").write_text("\n".join(lines))
-    cell = Cell(model=str(tmp_path / "base"), data=str(tmp_path / "rows.csv"), test_rows=20, inject={"sources": ["none"]}, max_length=30, batch_size=6,
-                steps=8, lr=0.01, rank=2, device="cpu")  # fmt: skip
+    cell = Cell(model=str(tmp_path / "base"), data=str(tmp_path / "rows.csv"), test_rows=20,
+                inject={"sources": ["none"]}, max_length=30, batch_size=6, steps=8, lr=0.01, rank=2, device="cpu")  # fmt: skip
     cells = [cell.replace(targets=("q", "k")), cell.replace(targets=("all",), rank=3, seed=2),
              cell.replace(targets=("k", "v"), layers="1-2", dropout=0.2, seed=3)]  # fmt: skip
     minilora.train_together(cells, [tmp_path / f"t{k}" for k in range(3)], size=3)

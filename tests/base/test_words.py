@@ -113,7 +113,7 @@ SETTINGS = {
                                           ADDED: {"<x>": "V+1"}, MAP: {"mask_token": "<x>"}},
     "list of special tokens": {CONFIG: {"additional_special_tokens": ["<date>", "[NEW]"]}},
     "new names of it": {CONFIG: {"extra_special_tokens": ["<date>", "[NEW]"]}},
-    "tokens with a role of their own": {CONFIG: {"extra_special_tokens": {"image_token": "<x>"}, "boi_token": "<date>"}},
+    "tokens with a role": {CONFIG: {"extra_special_tokens": {"image_token": "<x>"}, "boi_token": "<date>"}},
     "map with objects": {MAP: {"mask_token": token("<x>", lstrip=True), "pad_token": "<pad>"}},
     "map over settings": {CONFIG: {"pad_token": "<date>"}, MAP: {"pad_token": "<x>"}},
     "a special token of the settings": {CONFIG: {"pad_token": "<date>", "eos_token": "</s>"}},
