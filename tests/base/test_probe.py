@@ -4,6 +4,8 @@ import base64
 import copy
 import json
 import os
+import threading
+from types import SimpleNamespace
 
 import pytest
 from test_tokenizer import rows_of
@@ -127,10 +129,12 @@ def test_a_cache_that_cannot_be_written_changes_nothing(tmp_path, monkeypatch):
 
 
 def test_a_chunk_that_never_ends_is_refused(tmp_path, monkeypatch):
-    ours = tokenizer.load(write(tmp_path, document()))
+    ours, end = tokenizer.load(write(tmp_path, document())), threading.Event()
+    monkeypatch.setattr(ours, "_tokenizer", SimpleNamespace(encode_batch=lambda *_, **__: end.wait()))
     monkeypatch.setattr(tokenizer, "PATIENCE_SECONDS", 0.0)
     with pytest.raises(InputError, match="needs more than 0.0 s for 2 texts .first: 'a film'"):
         ours.encode(["a film", "the film"], 9)
+    end.set()
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "vocab.txt", "tokenizer_config.json", "special_tokens_map.json",
