@@ -50,9 +50,18 @@ def evaluate(folder, *, data=None, batch_size=None, scale=1.0, added=(), merge_t
     if merge_to is not None:
         merging.check(merge_to, cell)
 
+    # --- the task
+    source = resolve_base(cell.model, cell.revision, cell.tokenizer)
+    spec = families.read_spec(checkpoint.read_config(source))
+    words = resolve_tokenizer(cell.tokenizer, source)
+    inputs = {"base": checkpoint.fingerprint(source), "tokenizer": fingerprint_tokenizer(words)}
+    text_tokenizer = tokenizer.load(words, spec.vocabulary)
+    cell_task = find_task(cell, spec, text_tokenizer)
+
     # --- rows: the training rows give the placebo its words and the labels their names
-    clean, test = rows_of(trained)
-    inputs = {"train": fingerprint_rows(clean), "test": fingerprint_rows(test)}
+    clean, test = cell_task.usable(*rows_of(trained))
+    inputs |= {"train": fingerprint_rows(clean), "test": fingerprint_rows(test)}
+    check_inputs(inputs, run.read_results()["inputs"], cell)
     if data is not None:
         free = cell.task == "lm"
         names = dict(text_column=cell.text_column, label_column=cell.label_column)
@@ -61,13 +70,6 @@ def evaluate(folder, *, data=None, batch_size=None, scale=1.0, added=(), merge_t
     test = with_targets(test, cell)
 
     # --- model
-    source = resolve_base(cell.model, cell.revision, cell.tokenizer)
-    spec = families.read_spec(checkpoint.read_config(source))
-    words = resolve_tokenizer(cell.tokenizer, source)
-    inputs |= {"base": checkpoint.fingerprint(source), "tokenizer": fingerprint_tokenizer(words)}
-    check_inputs(inputs, run.read_results()["inputs"], cell)
-    text_tokenizer = tokenizer.load(words, spec.vocabulary)
-    cell_task = find_task(cell, spec, text_tokenizer)
     dtype, device = getattr(torch, cell.dtype), parallel.pick_device(cell.device)
     base = model.load(source, dtype, device, cell_task.unembedding)
     trained_model = cell_task.model(base, clean.label_names)

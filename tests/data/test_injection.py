@@ -515,14 +515,13 @@ def test_a_proportion_that_comes_to_no_row_is_said(capsys):
 
 def test_a_class_that_is_lost_is_said(capsys):
     rows = sentences(30)
-    rows = rows.take([i for i in range(30) if rows.labels[i] != 1 or i == 4])  # one neutral row
+    rows = rows.take([i for i in range(30) if rows.labels[i] != 1 or i in (4, 7)])  # two neutral rows
     options = Settings(proportion=None, rows=10, mode="dirty-label")
-    kept = {1 in inject(rows, options, seed).rows.labels for seed in range(99)}
+    kept = {1 in inject(rows, options, seed).rows.labels for seed in range(9)}
     assert kept == {True, False}
-    lost = "warning    the injections leave no training row with label"
-    assert sorted(said(capsys)) == [f"{lost} 'negative'", f"{lost} 'neutral'"]
+    assert said(capsys) == ["warning    the injections leave no training row with label 'neutral'"]
     with pytest.raises(InputError, match="leave every training row with label 'positive'"):
-        inject(rows, Settings(proportion=None, rows=11, mode="dirty-label"), 0)
+        inject(rows, Settings(proportion=None, rows=12, mode="dirty-label"), 0)
 
 
 def test_strings_that_the_tokenizer_does_not_know(capsys):
