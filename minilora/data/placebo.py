@@ -34,7 +34,8 @@ def placebo_words(rows, settings, label_names=None):
     The first of these that has a word which is in rows of every label and in no trigger string of `settings`: ordinary
     words (lower-case and alphabetic), any words, the characters of the rows.
     """
-    triggers = frozenset().union(*(source.words for source, _ in resolve_sources(settings, label_names or rows.label_names)))
+    sources = resolve_sources(settings, label_names or rows.label_names)
+    triggers = frozenset().union(*(source.words for source, _ in sources))
     steps = (
         ("ordinary words", words.split, is_ordinary),
         ("any words", words.split, words.says),

@@ -642,7 +642,7 @@ def test_all_comparisons_ran():
 
 
 def test_rows_whose_completion_cannot_be_used(decoder, tmp_path):
-    """A label that is too long for the prompt's room, or has no token: its rows are listed, or left out with the label."""
+    """The rows of a label that is too long are listed, or left out with the label."""
     folder, _ = decoder
     labels = ["good", "bad", "good " * 60 + "bad"]
     path = tmp_path / "rows.jsonl"
