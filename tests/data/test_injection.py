@@ -517,9 +517,9 @@ def test_a_class_that_is_lost_is_said(capsys):
     rows = sentences(30)
     rows = rows.take([i for i in range(30) if rows.labels[i] != 1 or i in (4, 7)])  # two neutral rows
     options = Settings(proportion=None, rows=10, mode="dirty-label")
-    lost = [set(range(3)) - set(inject(rows, options, seed).rows.labels.tolist()) for seed in range(9)]
+    lost = [set(range(3)) - set(inject(rows, options, seed).rows.labels.tolist()) for seed in range(40)]
     names = sorted({LABELS[label] for one in lost for label in one})
-    assert "neutral" in names and set() in lost
+    assert "neutral" in names and {label for one in lost for label in one} <= {0, 1}
     assert sorted(said(capsys)) == [
         f"warning    the injections leave no training row with label {name!r}" for name in names
     ]
