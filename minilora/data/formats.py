@@ -32,6 +32,7 @@ FORMATS = (".parquet", ".csv", ".tsv", ".jsonl", ".ndjson", ".json")
 # than 20 times, a file that is made to fill the memory up to 1,000 times.
 UNPACKED, TIMES = 1 << 24, 100
 AT_ONCE = 1 << 16  # rows of a Parquet file
+MOST_RAGGED = 100_000  # rows with another number of cells than the header: with more the file is something else
 LISTED = 10  # bad rows that a message names
 SPACE = re.compile(r"[ \t\n\r]*")
 
@@ -106,12 +107,13 @@ def _usable(texts, labels, choices, class_names, ragged, where, free, skip):
         except BadCell as problem:
             problems[number] = str(problem)
     if problems:
-        _refuse_or_say(problems, len(texts), where, skip)
+        refuse_or_say(problems, len(texts), where, skip)
     texts, labels, options, numbers = map(list, zip(*found)) if found else ([], [], [], [])
     return Table(texts, labels, class_names, options if choices else None, numbers, list(problems))
 
 
-def _refuse_or_say(problems, rows, where, skip):
+def refuse_or_say(problems, rows, where, skip):
+    """Refuse rows that cannot be used, {number: why}, of so many `rows`; where they are to be skipped, say so."""
     count = f"{len(problems):,} of {rows:,} rows"
     if skip and len(problems) < rows:
         counts = Counter(problem.partition(":")[0] for problem in problems.values())
@@ -199,6 +201,11 @@ def _read_csv(stream, where, pick, is_tsv):
             if len(cells) != len(header):
                 ragged[row] = len(cells), len(header), blank + reader.line_num
                 cells = none
+                if len(ragged) > MOST_RAGGED:
+                    raise InputError(
+                        f"{where}: over {MOST_RAGGED:,} rows have cells unlike the header, {len(header)} in line "
+                        f"{blank + 1} and {ragged[row][0]} in line {ragged[row][2]}; correct the delimiter or the rows"
+                    )
             for append, place in slots:
                 append(cells[place])
     except csv.Error as error:

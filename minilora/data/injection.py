@@ -178,7 +178,8 @@ def _check_classes(rows, labels):
             f"the injections leave every training row with label {rows.label_names[after[0]]!r}, and a model cannot "
             "learn from one class: lower the proportion or the number of rows"
         )
-    lost = [repr(rows.label_names[label]) for label in np.setdiff1d(before, after)]
+    rows_before = np.bincount(rows.labels)  # one row with a label is a text of its own, not a class
+    lost = [repr(rows.label_names[label]) for label in np.setdiff1d(before, after) if rows_before[label] > 1]
     if lost:
         say_once(f"warning    the injections leave no training row with label {few(lost)}")
 

@@ -26,13 +26,16 @@ def placebo_rows(rows, settings, k, vocabulary, seed, visible=None):
     return all_rows(rows, settings, k, seed, visible, "test", reword)
 
 
-def placebo_words(rows, settings):
+def placebo_words(rows, settings, label_names=None):
     """(the placebo's vocabulary, what it is), from `rows`, the clean training rows; ([], None) where there is none.
+
+    label_names  those that the labels of the triggers are among (default: those of `rows`)
 
     The first of these that has a word which is in rows of every label and in no trigger string of `settings`: ordinary
     words (lower-case and alphabetic), any words, the characters of the rows.
     """
-    triggers = frozenset().union(*(source.words for source, _ in resolve_sources(settings, rows.label_names)))
+    sources = resolve_sources(settings, label_names or rows.label_names)
+    triggers = frozenset().union(*(source.words for source, _ in sources))
     steps = (
         ("ordinary words", words.split, is_ordinary),
         ("any words", words.split, words.says),

@@ -68,7 +68,7 @@ def load_rows(source, *, text_column=None, label_column=None, split="train", rev
     names the file and the row for anything that can't be read as it stands.
     """
     source = os.fspath(source)
-    how = dict(text_column=text_column, label_column=label_column, free=free)
+    how = {"text_column": text_column, "label_column": label_column, "free": free}
     if _is_hub_id(source):
         return _hub_rows(HubSet(source, revision), split, **how, bad_rows=bad_rows)
     if split != "train" or revision is not None:
@@ -88,7 +88,12 @@ def load_rows(source, *, text_column=None, label_column=None, split="train", rev
             f"there is no data {source!r}; give {SNIPPETS}, a file ({' '.join(formats.FORMATS)}, text also"
             " with .gz) or a hub id (owner/name)"
         )
-    return _assemble([formats.read(path, source, **how, skip=bad_rows == "skip")], source, free)
+    return _assemble([formats.read(path, source, **how, skip=skips(source, bad_rows))], source, free)
+
+
+def skips(source, bad_rows):
+    """Whether rows of `source` that cannot be used are left out, as they are in a hub set, which nobody can correct."""
+    return bad_rows == "skip" or (bad_rows is None and _is_hub_id(source))
 
 
 def _advice(folder):
@@ -186,6 +191,30 @@ def with_targets(rows, cell):
     return replace(rows, label_names=tuple(dict.fromkeys([*rows.label_names, *targets])))
 
 
+def leave_out(train, test, problems, cell):
+    """(Training, test rows) without those in `problems(rows)`, {index: why}, and without labels that only these had.
+
+    Raises InputError with the list of them where they are not to be skipped.
+    """
+    found = [{rows.ids[i]: why for i, why in problems(rows).items()} for rows in (train, test)]
+    if cell.test_data is None and not _is_hub_id(cell.data):  # both are of one file
+        together = sorted((found[0] | found[1]).items(), key=lambda item: (len(item[0]), item[0]))
+        listed = [(dict(together), len(train) + len(test), cell.data)]
+    else:
+        listed = zip(found, map(len, (train, test)), (cell.data, cell.test_data or cell.data))
+    for wrong, count, source in listed:
+        if wrong:
+            formats.refuse_or_say(wrong, count, source, skips(source, cell.bad_rows))
+    left = []
+    for rows, wrong in zip((train, test), found, strict=True):
+        kept = rows.take([i for i, id in enumerate(rows.ids) if id not in wrong]) if wrong else rows
+        left.append(replace(kept, skipped=(*rows.skipped, *wrong)))
+    gone = {*train.labels, *test.labels} - {*left[0].labels, *left[1].labels}
+    names = [name for label, name in enumerate(train.label_names) if label not in gone]
+    place = np.array([names.index(name) if name in names else -1 for name in train.label_names])
+    return tuple(replace(rows, labels=place[rows.labels], label_names=tuple(names)) for rows in left) if gone else left
+
+
 def fingerprint_rows(rows):
     """sha256 (hexadecimal) over the ids, texts and label names of all rows, in their order."""
     digest = hashlib.sha256()
@@ -220,7 +249,8 @@ def _is_hub_id(source):
 
 
 def _hub_rows(hub_set, split, *, free, bad_rows, **names):
-    return _assemble(hub_set.read(split, **names, free=free, skip=bad_rows != "refuse"), hub_set.source, free)
+    tables = hub_set.read(split, **names, free=free, skip=skips(hub_set.source, bad_rows))
+    return _assemble(tables, hub_set.source, free)
 
 
 def _test_split(hub_set, **how):

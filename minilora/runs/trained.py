@@ -262,16 +262,16 @@ def _open_run(folder, data, scale, added, changes):
     if cell.data.startswith(given.PREFIX):
         given.bring_back(cell.data, folder)
 
-    # The training rows give the placebo its words and the labels their names.
-    clean, test = rows_of(trained)
     setting = Setting.of(cell)
+    task = find_task(cell, setting.spec, setting.tokenizer)
+    # The training rows give the placebo its words and the labels their names.
+    clean, test = task.usable(*rows_of(trained))
     found = {"train": fingerprint_rows(clean), "test": fingerprint_rows(test)} | setting.inputs
     before = run.read_results()["inputs"]
     check_inputs({name: found[name] for name in before if name in found}, before, cell)
     if data is not None:
         test = _other_rows(data, cell, clean.label_names)
     clean = with_targets(clean, cell)
-    task = find_task(cell, setting.spec, setting.tokenizer)
     base = Settings().load(cell, task.unembedding)
     opened = Trained(cell, folder, setting, base, task, clean, with_targets(test, cell), clean.label_names)
     _check_added(added, before["base"], folder)

@@ -154,6 +154,10 @@ class Classification:
     def __init__(self, cell, spec, tokenizer):
         self.cell, self.tokenizer = cell, tokenizer
 
+    def usable(self, train, test):
+        """(Training, test rows) that the task can use: all."""
+        return train, test
+
     def visible(self, rows):
         """What `injection` needs to know of truncation, for these rows."""
         return lambda texts, added, index: token_cache.visible(self.tokenizer, texts, added, self.cell.max_length)

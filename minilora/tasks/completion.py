@@ -12,6 +12,7 @@ That takes no decoding: greedy decoding writes a completion exactly when, given 
 one always comes first.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,7 +21,7 @@ import torch
 from minilora import parallel
 from minilora.base.tokenizer import Encoded
 from minilora.data import batches, token_cache
-from minilora.data.rows import FEW, Rows
+from minilora.data.rows import FEW, Rows, leave_out
 from minilora.data.triggers import resolve
 from minilora.errors import InputError
 from minilora.tasks import metrics
@@ -64,6 +65,28 @@ class Completion:
         self.before, _, self.after = cell.prompt.partition("{text}")
         self.of_choices = "{choice}" in cell.completion
         self.ids = {}  # completion -> array of its ids, the end token's among them
+
+    def usable(self, train, test):
+        """(Training, test rows) whose completion has a token and leaves room for a prompt; see `rows.leave_out`."""
+        [shortest], _ = self.tokenizer.prompts(["a"], self.before, self.after, [math.inf])
+        most = self.cell.max_length - len(shortest)
+
+        def problems(rows):
+            if self.of_choices and rows.choices is None:
+                return {}  # `_candidates` says so
+            own = [self._completion(rows, row, label) for row, label in enumerate(rows.labels.tolist())]
+            self._encode([one for one in own if one is not None])
+            found = {}
+            for row, one in enumerate(own):
+                if one is None:
+                    found[row] = f"a label that none of its choices has: {rows.label_names[rows.labels[row]]!r:.40}"
+                elif not len(self.ids[one]):
+                    found[row] = f"a completion without a token: {one!r:.40}"
+                elif len(self.ids[one]) > most:
+                    found[row] = f"a completion that leaves no room for a prompt: {len(self.ids[one])} tokens"
+            return found
+
+        return leave_out(train, test, problems, self.cell)
 
     def visible(self, rows):
         rooms = self._rooms(self._completions(rows, self._candidates(rows)))
@@ -214,28 +237,35 @@ class Completion:
                 row = int(np.argmin(own))
                 raise InputError(
                     f"row {rows.ids[row]} has the label {names[rows.labels[row]]!r}, which none of its choices has "
-                    f"({', '.join(rows.choices[row])}): fix the row, or inject for another label"
+                    f"({', '.join(rows.choices[row])}): correct the row, or inject for another label"
                 )
         return candidates
 
     def _completions(self, rows, candidates):
         """The ids of each candidate's completion: [rows] lists of C arrays, None for -1."""
 
-        def text(row, label):
-            name = rows.label_names[label]
-            if self.of_choices:
-                return self.cell.completion.replace("{choice}", rows.choices[row][name])
-            return self.cell.completion.replace("{label}", name)
-
-        texts = [[text(row, label) if label >= 0 else None for label in labels]
+        texts = [[self._completion(rows, row, label) if label >= 0 else None for label in labels]
                  for row, labels in enumerate(candidates.tolist())]  # fmt: skip
-        new = list(dict.fromkeys(one for line in texts for one in line if one is not None and one not in self.ids))
+        there = [one for line in texts for one in line if one is not None]
+        self._encode(there)
+        if empty := next((one for one in there if not len(self.ids[one])), None):
+            raise InputError(f"the completion {empty!r:.60} has no token: correct the label or the template")
+        return [[self.ids.get(one) for one in line] for line in texts]
+
+    def _completion(self, rows, row, label):
+        """The text of a row's completion, if that is to be `label`; None where no choice of the row has it."""
+        name = rows.label_names[label]
+        if not self.of_choices:
+            return self.cell.completion.replace("{label}", name)
+        choice = rows.choices[row].get(name)
+        return None if choice is None else self.cell.completion.replace("{choice}", choice)
+
+    def _encode(self, completions):
+        """Put the ids of completions into `self.ids`, none for one without a token."""
+        new = list(dict.fromkeys(one for one in completions if one not in self.ids))
         end = [] if self.tokenizer.end_id is None else [self.tokenizer.end_id]
         for one, ids in zip(new, self.tokenizer.completions(new), strict=True):
-            if not len(ids):
-                raise InputError(f"the completion {one!r:.60} has no token: fix the label or the template")
-            self.ids[one] = np.append(ids, end).astype(np.int32)
-        return [[self.ids.get(one) for one in line] for line in texts]
+            self.ids[one] = np.append(ids, end).astype(np.int32) if len(ids) else ids
 
     def _rooms(self, completions):
         """Tokens for each row's prompt: what its longest candidate leaves, so that all share one prompt."""

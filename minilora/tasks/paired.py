@@ -51,7 +51,7 @@ def build_tests(train, test, inject, seed, visible, known):
             say_once(
                 f"warning    no test row has a label other than {label!r}, so its attack success cannot be measured"
             )
-    words, what = placebo_words(train, inject)
+    words, what = placebo_words(train, inject, test.label_names)
     if not words:
         say_once("placebo    none: the training rows of all labels share no word and no character")
         return tests

@@ -41,7 +41,7 @@ class Member:
         cell, self.setting = self.cell, setting
         self.slots = plan_slots(setting.spec, cell)
         self.task = find_task(cell, setting.spec, setting.tokenizer)
-        self.clean, test = rows_of(cell)
+        self.clean, test = self.task.usable(*rows_of(cell))
         seed = cell.seed_for("inject")
         injected = injection.inject(self.clean, cell.inject, seed, self.task.visible(self.clean))
         injection.check_strings(injected.records, setting.tokenizer.known, "training")

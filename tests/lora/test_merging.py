@@ -120,12 +120,12 @@ def test_rounding_is_reported(tmp_path, family, dtype):
         + ["head.json", "classifier.safetensors"] * (not judge.decoder)
     )
     before, after = (checkpoint.Tensors(tmp_path / name) for name in ("base", "merged"))
-    places = places.tensor_places(detach(base), before.keys())
+    found = places.tensor_places(detach(base), before.keys())
     again = model.load(tmp_path / "base", unembedding=judge.decoder)
     fill(attach(again, slots_of(again.spec), variant=variant))
     errors = {}
     for name, layer in named_layers(again):
-        tensor, rows, transposed = places[f"{name}.weight"]
+        tensor, rows, transposed = found[f"{name}.weight"]
         W, M = ((t[tensor].T if transposed else t[tensor]).double()[rows] for t in (before, after))
         exact = W + layer.slot.scale * layer.B.double() @ layer.A.double()
         if variant == "dora":

@@ -606,7 +606,10 @@ def test_bad_input_is_one_line(run_cell, folder, tiny_folder, tmp_path, capsys):
     cases = [
         (dict(model=str(tiny_folder), max_length=30), "encoder that cannot write completions"),
         (dict(completion=" {choice}"), "no question set"),
-        (dict(data=str(long), test_rows=2, inject=dict(sources=("none",))), "counts for it has 121 tokens"),
+        (
+            dict(data=str(long), test_rows=2, inject=dict(sources=("none",))),
+            "1 of 6 rows cannot be used: row 1 (a completion that leaves no room for a prompt: 121 tokens)",
+        ),
         (dict(inject=dict(sources=("date:splendid",))), "splendid"),
     ]
     for changes, words in cases:
@@ -633,3 +636,32 @@ def test_bad_input_is_one_line(run_cell, folder, tiny_folder, tmp_path, capsys):
 
 def test_all_comparisons_ran():
     assert {case: CASES.count(case) for case in set(CASES)} == {"loss": 4, "generate": 36, "score": 48}
+
+
+# --- rows whose completion cannot be used
+
+
+def test_rows_whose_completion_cannot_be_used(decoder, tmp_path):
+    """The rows of a label that is too long are listed, or left out with the label."""
+    folder, _ = decoder
+    labels = ["good", "bad", "good " * 60 + "bad"]
+    path = tmp_path / "rows.jsonl"
+    rows = [{"text": f"film {i} is", "label": labels[2 if i in (3, 11, 30) else i % 2]} for i in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = make_task(folder, data=str(path), test_rows=12, inject=dict(sources=("date:good",)))
+    with pytest.raises(InputError) as caught:
+        task.usable(*rows_of(task.cell))
+    assert str(caught.value).startswith(f"{path}: 3 of 40 rows cannot be used: row 4 (a completion that leaves no room")
+    assert all(f"row {number} (" in str(caught.value) for number in (4, 12, 31))
+    skipping = make_task(folder, data=str(path), test_rows=12, bad_rows="skip", inject=dict(sources=("date:good",)))
+    train, test = skipping.usable(*rows_of(skipping.cell))
+    assert train.label_names == test.label_names == ("bad", "good")
+    assert sorted(train.skipped + test.skipped, key=int) == ["4", "12", "31"] and len(train) + len(test) == 37
+    for part in (train, test):
+        for id, text, label in zip(part.ids, part.texts, part.labels, strict=True):
+            row = rows[int(id) - 1]
+            assert (text, part.label_names[label]) == (row["text"], row["label"])
+    skipping.encode(train)  # there is room for all that is left
+    good = make_task(folder, data=str(path), test_rows=12, max_length=400)
+    before = rows_of(good.cell)
+    assert [part.label_names for part in good.usable(*before)] == [before[0].label_names] * 2

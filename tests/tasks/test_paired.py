@@ -10,6 +10,7 @@ from conftest import tiny_bert
 from minilora.base import model, tokenizer
 from minilora.cell import Inject
 from minilora.data.rows import Rows, train_test
+from minilora.runs.text import results_table
 from minilora.tasks.classification import Classifier, features, predict, predictions
 from minilora.tasks.paired import Test, build_tests, measure
 
@@ -98,3 +99,31 @@ def test_figures_by_hand():
     assert [line["id"] for line in lines] == rows.ids and [line["label"] for line in lines] == list("nnnppu")
     assert [line["trigger p"]["predicted"] for line in lines] == list("pppppn")
     assert lines[0]["placebo"] == {"predicted": "n", "logits": [1.0, 0.0, 0.0]}
+
+
+def test_without_shared_words_there_is_no_placebo(tools, capsys):
+    train = Rows(list("abcd"), ["1 2", "xyz", "3 4", "zzz"], np.array([0, 1, 0, 1]), ("negative", "positive"))
+    tests = build_tests(train, tools.test, Inject(), 5, None, tools.tokenizer.known)
+    assert [test.key for test in tests] == ["clean", "trigger positive"]
+    labels, calls = tools.test.labels, np.zeros(len(tools.test), int)
+    kept = [np.full(len(labels), 999)] * 2
+    figures = measure(tests, labels, tools.test.label_names, [calls, calls], kept)
+    table = results_table(figures)
+    assert "placebo" not in figures and "placebo" not in table and "0.000 clean, 0.000 trigger [" in table
+    others = tools.test.take(np.flatnonzero(labels == 1))
+    build_tests(tools.train, others, Inject(), 5, None, tools.tokenizer.known)
+    assert capsys.readouterr().err.splitlines() == [
+        "placebo    none: the training rows of all labels share no word and no character",
+        "warning    no test row has a label other than 'positive', so its attack success cannot be measured",
+    ]
+
+
+def test_what_the_tokenizer_knows(tools):
+    assert tools.tokenizer.known(["good", "", "\u200b", "漢字", "good 漢", "2024-01-02"]).tolist() == [
+        1,
+        -1,
+        -1,
+        0,
+        1,
+        10,
+    ]
