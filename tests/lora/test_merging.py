@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_adapter_families import OURS, fill, ours, slots_of, some_rows, wrapped
 
-from minilora.base import checkpoint, families, model
+from minilora.base import checkpoint, families, model, places
 from minilora.cell import Cell
 from minilora.errors import InputError
 from minilora.lora import merging
