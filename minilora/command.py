@@ -30,7 +30,8 @@ def run_cleanly(main, argv):
 
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        with contextlib.nullcontext() if parallel.speaks() else contextlib.redirect_stdout(None):
+        quiet = contextlib.nullcontext() if parallel.speaks() else contextlib.redirect_stdout(None)
+        with interrupts.not_swallowed(), quiet:
             main(argv)
     except (InputError, TrainingError, OSError) as error:
         if is_full(error):

@@ -70,6 +70,8 @@ def handled(handler=note):
     before = {}
     if threading.current_thread() is threading.main_thread():
         before = {number: signal.getsignal(number) for number in SIGNALS}
+    global _asked
+    _asked = None
     _terminals[:] = [stream for stream in (1, 2) if os.isatty(stream)]
     try:
         for number, other in before.items():
@@ -87,6 +89,17 @@ def ignore():
         for number in SIGNALS:
             if signal.getsignal(number) is note:
                 signal.signal(number, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def not_swallowed():
+    """What fails after a signal failed because of it: an import that it stopped may take it for another error."""
+    try:
+        yield
+    except Exception as error:
+        if _asked is None:
+            raise
+        raise Interrupted(number=_asked) from error
 
 
 class Stop:

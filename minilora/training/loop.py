@@ -150,9 +150,8 @@ def take_folders(members, flat, optimizer, folders):
     with parallel.fail_together():
         for member in members:
             folders.enter_context(member.hold())
-        if parallel.first():
-            for member in members:
-                member.run.write_population([other.run.path for other in members])
+        for member in members:
+            member.write_population(members)
     parallel.barrier()  # the others read what the first process has locked
     with parallel.fail_together():
         first = max(member.read_meters() for member in members)

@@ -106,6 +106,11 @@ class Member:
                 given.copy_to(self.cell.data, self.run.path)
             yield
 
+    def write_population(self, members):
+        """Write down who is trained together with this member."""
+        if parallel.first():
+            self.run.write_population([member.run.path for member in members])
+
     def read_meters(self):
         """The step that the saved state is of, 0 where there is none. Raises InputError for a state of another run."""
         self.meters = {"step": 0, "seconds": 0.0, "tokens": 0, "inputs": self.inputs}
