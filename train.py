@@ -10,20 +10,29 @@ python train.py --grid FILE.toml --out DIR --ray auto    the same on the Ray clu
 torchrun --nproc-per-node N train.py ...              one cell over N processes, with --shard the base split among them
 """
 
-import contextlib
-import shlex
-import sys
 import time
-from pathlib import Path
 
 START = time.perf_counter()
+
+from minilora import interrupts  # noqa: E402
+
+if __name__ == "__main__":
+    interrupts.quit_early()  # until `exit_cleanly` has the signals
+
+import contextlib  # noqa: E402
+import os  # noqa: E402
+import shlex  # noqa: E402
+import sys  # noqa: E402
+from pathlib import Path  # noqa: E402
 
 import minilora  # noqa: E402
 from minilora.cell import PRESETS, Cell  # noqa: E402
 from minilora.command import Parser, add_flags, exit_cleanly, given_flags  # noqa: E402
 from minilora.errors import InputError, TrainingError  # noqa: E402
 from minilora.fields import load_toml  # noqa: E402
-from minilora.runs.folder import SAVE_EVERY  # noqa: E402
+from minilora.files import full_disk, is_full  # noqa: E402
+from minilora.interrupts import Interrupted  # noqa: E402
+from minilora.runs.folder import SAVE_EVERY, Run  # noqa: E402
 
 
 def main(argv=None):
@@ -34,7 +43,8 @@ def main(argv=None):
     general.add_argument("--out", metavar="DIR", help="run folder, or of several cells the folder of their run folders "
                          "(default: runs/NAME, named after the cell, or grids/NAME, after the file)")  # fmt: skip
     general.add_argument("--preset", choices=PRESETS, help="set many fields at once; flags stand before it")
-    general.add_argument("--resume", metavar="RUN", help="go on with the interrupted run in this folder")
+    general.add_argument("--resume", metavar="RUN", nargs="+", default=[],
+                         help="go on with the interrupted run in this folder and those trained with it")  # fmt: skip
     general.add_argument("--population", type=int, metavar="K",
                          help="of several cells train at most K at once (default: as many as is fastest)")  # fmt: skip
     general.add_argument("--eval-every", type=int, default=0, metavar="N",
@@ -80,9 +90,7 @@ def main(argv=None):
     if arguments.grid:
         others = ("config", "preset", "resume", "merge_to", "eval_every", "shard")
         if given := [name for name in others if getattr(arguments, name)]:
-            raise InputError(
-                f"--{given[0].replace('_', '-')} is for single cells, but --grid is given: drop one"
-            )
+            raise InputError(f"--{given[0].replace('_', '-')} is for single cells, but --grid is given: drop one")
         if arguments.save_every != SAVE_EVERY:
             raise InputError(f"--save-every is for single cells, and those of a grid take {SAVE_EVERY}: drop it")
         if flags:
@@ -98,15 +106,7 @@ def main(argv=None):
             raise InputError(
                 "--resume goes on with the run's own cell: drop --config, --out, --preset and the cell's flags"
             )
-        from minilora.runs.folder import Run
-
-        run = Run(arguments.resume)
-        if run.finished:
-            if arguments.merge_to:
-                raise InputError(f"{run.path} is finished: use python evaluate.py {run.path} --merge-to DIR")
-            print(f"{run.path} is finished:")
-            return report(run.read_results(), run.path)
-        return report(*minilora.train(resume=arguments.resume, **one))
+        return resume(arguments, one, often)
     if arguments.preset and arguments.config:
         raise InputError("--config has all fields of its cells, and --preset sets them: drop one of them")
     preset = Cell().replace(**PRESETS.get(arguments.preset, {}))
@@ -118,7 +118,31 @@ def main(argv=None):
     if arguments.shard:
         raise InputError("--shard is for one cell: give one --config")
     outs = None if arguments.out is None else [Path(arguments.out) / cell.name for cell in cells]
-    outcomes = minilora.train_together(cells, outs, size=arguments.population, **often)
+    report_all(minilora.train_together(cells, outs, size=arguments.population, **often))
+
+
+def resume(arguments, one, often):
+    """train.py --resume; `one` and `often` are the options of `train` and of `train_together`."""
+    populations = dict.fromkeys(tuple(Run(path).population()) for path in arguments.resume)
+    given = [Path(os.path.normpath(path)) for path in arguments.resume]
+    for runs in populations:
+        left = [path for path in runs if not Run(path).finished and (path in given or Run(path).begun)]
+        if (len(left) > 1 or len(given) > 1) and (arguments.merge_to or arguments.shard):
+            raise InputError("--merge-to and --shard are for one run, but several are to go on: drop them")
+        for path in runs:
+            if path in given and path not in left:
+                if arguments.merge_to:
+                    raise InputError(f"{path} is finished: use python evaluate.py {path} --merge-to DIR")
+                print(f"{path} is finished:")
+                report(Run(path).read_results(), path)
+        if len(left) == 1:
+            report(*minilora.train(resume=left[0], **one))
+        elif left:
+            report_all(minilora.train_together(resume=left, **often))
+
+
+def report_all(outcomes):
+    """The end of several cells, of which some may have failed."""
     for results, folder in outcomes:
         if isinstance(results, TrainingError):
             print(f"\nfailed: {results}")
@@ -158,8 +182,13 @@ def main_of_grid(arguments):
         with joined as nodes:
             train_grid(folder.grid, folder.path, size=arguments.population, only=only,
                        retry_failed=arguments.retry_failed, nodes=nodes)  # fmt: skip
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"go on with python train.py --grid {folder.path}") from None
+    except KeyboardInterrupt as error:
+        stopped = Interrupted(number=getattr(error, "number", 2), folders=getattr(error, "folders", ()))
+        raise stopped.go_on(["--grid", folder.path]) from None
+    except Exception as error:
+        if is_full(error):
+            raise full_disk(error, folder.path / "cells").go_on(["--grid", folder.path]) from error
+        raise
     print(grid_status(folder))
     if folder.counts()["failed"]:
         sys.exit(1)

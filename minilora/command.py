@@ -3,28 +3,39 @@
 import argparse
 import contextlib
 import difflib
+import signal
 import sys
 import traceback
 
+from minilora import interrupts
 from minilora.errors import InputError, TrainingError
 from minilora.fields import declared, kind_of, nested
+from minilora.files import full_disk, is_full
 
 
 def exit_cleanly(main, argv=None):
     """Run `main(argv)` as a script: an `InputError` becomes one line on stderr and exit status 2.
 
-    A `TrainingError`, a failing disk or a missing package exits with status 1, an interrupt with 130. `--traceback`
-    among the arguments (by default those of the command line) shows the full trace as well. Of several processes, only
-    the first prints.
+    A `TrainingError`, a failing disk or a missing package exits with status 1, a signal with 128 + its number.
+    `--traceback` among the arguments (by default those of the command line) shows the full trace as well. Of several
+    processes, only the first prints.
     """
+    with interrupts.handled():
+        run_cleanly(main, argv)
+
+
+def run_cleanly(main, argv):
     from minilora import parallel
     from minilora.console import visible
 
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        with contextlib.nullcontext() if parallel.speaks() else contextlib.redirect_stdout(None):
+        quiet = contextlib.nullcontext() if parallel.speaks() else contextlib.redirect_stdout(None)
+        with interrupts.not_swallowed(), quiet:
             main(argv)
     except (InputError, TrainingError, OSError) as error:
+        if is_full(error):
+            error = full_disk(error, getattr(error, "filename", None) or "./file")
         if parallel.speaks():
             if "--traceback" in argv:
                 traceback.print_exc()
@@ -39,9 +50,12 @@ def exit_cleanly(main, argv=None):
             print(f"error: a package is missing or broken ({' '.join(str(error).split())}): {hint}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt as error:
+        interrupts.ignore()
+        number = getattr(error, "number", signal.SIGINT)
         if parallel.speaks():
-            print(f"interrupted: {error}".removesuffix(": "), file=sys.stderr)
-        sys.exit(130)
+            by = "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"
+            print(f"interrupted{by}: {error}".removesuffix(": "), file=sys.stderr)
+        sys.exit(128 + number)
     except Exception:
         if parallel.speaks():
             raise

@@ -1,11 +1,14 @@
 """Files: written whole or not at all, read strictly, and locked against other processes."""
 
+import errno
 import functools
 import hashlib
 import json
 import math
 import os
 import re
+import shlex
+import shutil
 import stat
 import uuid
 from collections import Counter
@@ -14,10 +17,54 @@ from pathlib import Path
 
 from minilora.errors import InputError, shown
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}")  # the names of unfinished files
+
+
+class FullDisk(OSError):
+    """No space is left for a file. The message is one line: which folder, and how much there is."""
+
+    def __str__(self):
+        return self.strerror
+
+    def go_on(self, arguments):
+        """The same, with the line that goes on: train.py with `arguments`."""
+        line = shlex.join(map(str, arguments))
+        return FullDisk(self.errno, f"{self}: make room, then go on with python train.py {line}")
+
+
+def is_full(error):
+    """Whether it is a full disk that made `error`, or what that was raised from."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in FULL:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def full_disk(error, path, size=0):
+    """The `FullDisk` that made `error`, which `is_full`; of another error one for a file at `path` of `size` bytes."""
+    at = error
+    while at is not None:
+        if isinstance(at, FullDisk):
+            return at
+        at = at.__cause__ or at.__context__
+    folder, number = Path(path).parent, getattr(error, "errno", None) or errno.ENOSPC
+    with suppress(OSError):
+        free = shutil.disk_usage(folder).free
+        if size > free:
+            needed, missing = (-(-count // 1024) for count in (size, size - free))
+            words = f"{Path(path).name} needs {needed:,} KiB, of which {missing:,} KiB are missing"
+            return FullDisk(number, f"no space is left in {folder}: {words}")
+    return FullDisk(number, f"no space is left in {folder}")
+
 
 @contextmanager
-def replacing(path):
-    """Yield a temporary path beside `path`; on success flush it to disk and rename it to `path`."""
+def replacing(path, size=0):
+    """Yield a temporary path beside `path`; on success flush it to disk and rename it to `path`.
+
+    Raises FullDisk where the disk has no space for it; `size` is how many bytes are to be written, where that is known.
+    """
     path = Path(path)
     # Not tempfile's: its files are closed to other users, and the name would keep that.
     temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}"
@@ -30,8 +77,21 @@ def replacing(path):
         if isinstance(error, OSError) and error.filename in (temporary, str(temporary)):
             error.filename = str(path)  # the name that the user knows
         with suppress(OSError):  # on a read-only disk there is nothing to remove
-            temporary.unlink(missing_ok=True)
+            size = max(size, temporary.stat().st_size + 1)
+            temporary.unlink()
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise full_disk(error, path, size) from error
         raise
+
+
+def delete_unfinished(folder, names=None):
+    """Delete what a killed process left unfinished in a folder: of the files `names`, by default of all.
+
+    Only for who holds the lock under which those files are written.
+    """
+    for path in Path(folder).iterdir():
+        if TEMPORARY.fullmatch(path.name) and (names is None or path.name[1:-33] in names):
+            path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -68,7 +128,7 @@ def try_folder(path, flag):
 
 
 def write_text(path, text):
-    with replacing(path) as temporary:
+    with replacing(path, len(text.encode(errors="replace"))) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
@@ -135,7 +195,7 @@ def write_tensors(path, tensors, metadata=None):
     from safetensors.torch import save_file
 
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    with replacing(path) as temporary:
+    with replacing(path, sum(value.nbytes for value in tensors.values())) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode
         try:

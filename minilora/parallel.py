@@ -174,6 +174,17 @@ def all_reduce(*tensors):
             distributed.all_reduce(tensor if torch.is_tensor(tensor) else torch.from_numpy(tensor))
 
 
+def any_of(flag):
+    """Whether `flag` holds in any process."""
+    if count() > 1:
+        import torch
+
+        flags = torch.tensor([float(flag)])
+        all_reduce(flags)
+        flag = flags.item() > 0
+    return flag
+
+
 def broadcast(tensor):
     """Let all processes have the first one's values."""
     if count() > 1:

@@ -10,7 +10,6 @@ Several processes may work in one folder: each takes populations that no other h
 """
 
 import contextlib
-import errno
 import itertools
 import os
 import shutil
@@ -23,8 +22,6 @@ from minilora.errors import InputError, cut
 from minilora.fields import read_state
 from minilora.grid.file import read_grid
 from minilora.runs.folder import Run
-
-FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class GridFolder:
@@ -71,6 +68,7 @@ class GridFolder:
             raise InputError(f"cannot make the folder {self.path} ({error.strerror}): choose another --out") from None
         with self.lock(".lock"):
             self.check()
+            files.delete_unfinished(self.path, ("grid.toml", "grid.json", "populations.json"))
             if not (self.path / "grid.json").exists():
                 files.write_text(self.path / "grid.toml", self.grid.text)
                 names = [entry.name for entry in self.grid.entries]
@@ -195,12 +193,3 @@ def read_record(path):
             f"{path} was made by minilora {cut(record['minilora'])}, and this is {__version__}: choose another --out"
         )
     return read_state(path / "grid.json", {"size": (str, NoneType), "cells": [str]}, advice)
-
-
-def is_full(error):
-    """Whether it is a full disk that made `error`, or what that was raised from."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in FULL:
-            return True
-        error = error.__cause__ or error.__context__
-    return False

@@ -9,6 +9,7 @@ from minilora.cell import Cell
 from minilora.data.rows import rows_of
 from minilora.fields import declared, grouped, value_of
 from minilora.lora.targets import plan_slots
+from minilora.runs.bases import size_of_base
 from minilora.runs.folder import Run
 from minilora.tasks.classification import POOLED
 from minilora.training.feed import TOKENS
@@ -97,12 +98,6 @@ def trained(cell, spec, slots, labels):
     if cell.head == "trained":
         count += labels * (POOLED[cell.pooling] * spec.width + 1)
     return count
-
-
-def size_of_base(spec):
-    """Parameters of the base's matrices and its token embedding."""
-    layers = [spec.shape(target, layer) for layer in range(len(spec.layers)) for target in spec.targets]
-    return spec.vocabulary * spec.width + sum(out * inner for out, inner in layers)
 
 
 def kept(spec, length):

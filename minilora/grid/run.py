@@ -1,9 +1,9 @@
 """Train the cells of a grid in its folder: those that are left, population after population."""
 
 from minilora import console, parallel
-from minilora.errors import InputError
+from minilora.files import is_full
 from minilora.grid.axes import matches
-from minilora.grid.folder import GridFolder, is_full
+from minilora.grid.folder import GridFolder
 from minilora.grid.plan import settle
 from minilora.grid.table import write_table
 from minilora.runs.bases import Settings
@@ -38,7 +38,8 @@ def train_grid(grid, out, *, size=None, only=None, retry_failed=False, nodes=Non
                     if held:
                         train_chunk(folder, folder.left(chunk), settings, progress)
     if not folder.left(grid.entries):
-        write_table(folder)
+        with folder.lock(".lock"):
+            write_table(folder)
     return folder
 
 
@@ -49,10 +50,8 @@ def train_chunk(folder, entries, settings, progress):
         with console.quiet():
             train_all(members, len(members), settings=settings)
     except Exception as error:
-        if is_full(error):
-            raise InputError(
-                f"no space is left for {folder.path}: make some and start again, finished cells are kept"
-            ) from error
+        if is_full(error):  # no fault of the cell's
+            raise
         settings.forget()  # the base may carry an adapter still
         if len(entries) > 1:
             for entry in entries:

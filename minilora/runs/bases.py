@@ -8,7 +8,9 @@ from minilora import parallel
 from minilora.base import checkpoint, families, model, tokenizer
 from minilora.base.source import fingerprint_tokenizer, resolve_base, resolve_tokenizer
 from minilora.cell import Cell
+from minilora.errors import InputError
 from minilora.fields import grouped, value_of
+from minilora.runs.record import free_memory
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,24 @@ class Settings:
         key, setting = (self.key(cell), unembedding), self.of(cell)
         if self._base[0] != key or cell.method == "full":
             self._base = None, None  # one at a time in memory
+            check_memory(cell, setting)
             then = parallel.sharding() if self.shard else None
             base = model.load(setting.folder, setting.dtype, setting.device, unembedding, then)
             self._base = (key if cell.method != "full" else None), base  # a trained base is nobody else's
         return self._base[1]
+
+
+def check_memory(cell, setting):
+    """Raise InputError for a base that does not fit into the memory that is free, where the system says how much."""
+    free, needed = free_memory(setting.device), setting.dtype.itemsize * size_of_base(setting.spec) / parallel.count()
+    if free is not None and needed > free:
+        raise InputError(
+            f"{cell.model} in {cell.dtype} needs about {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB of memory "
+            f"are free on {setting.device}: choose a smaller base, or --dtype bfloat16"
+        )
+
+
+def size_of_base(spec):
+    """Parameters of the base's matrices and its token embedding."""
+    layers = [spec.shape(target, layer) for layer in range(len(spec.layers)) for target in spec.targets]
+    return spec.vocabulary * spec.width + sum(out * inner for out, inner in layers)

@@ -8,6 +8,7 @@ injected.jsonl      one line an injected training row: id, labels, spans, string
 trainable.json      every trained tensor: name, shape, count
 predictions.jsonl   one line a test row: predicted label and logits in each of its forms
 results.json        scores, versions and hardware; once it is there, the run is finished
+population.json     the runs that are trained together with this one, where there are such: --resume takes all
 state.safetensors   for --resume, while the run is unfinished
 """
 
@@ -19,7 +20,7 @@ from pathlib import Path
 from minilora import files
 from minilora.cell import Cell
 from minilora.errors import InputError
-from minilora.fields import load_toml, read_state
+from minilora.fields import check_shape, load_toml, read_state, read_toml
 from minilora.files import parse_json
 
 LOCK = ".lock"
@@ -39,6 +40,11 @@ RESULTS = {
     "versions": {str: str},
     "hardware": {str: (str, int)},
 }
+
+
+def is_foreign(name):
+    """Whether a file of that name is none that a run leaves where it was killed before it began."""
+    return name != LOCK and not files.TEMPORARY.fullmatch(name)
 
 
 class Run:
@@ -71,7 +77,7 @@ class Run:
         self.check_unfinished()
         if os.path.lexists(path / "cell.toml"):
             raise InputError(f"{path} holds an unfinished run: go on with --resume {path}, or choose another --out")
-        if os.path.lexists(path) and (not path.is_dir() or any(name != LOCK for name in os.listdir(path))):
+        if os.path.lexists(path) and (not path.is_dir() or any(map(is_foreign, os.listdir(path)))):
             raise InputError(f"{path} exists and is not an empty folder: choose another --out")
 
     def check_unfinished(self):
@@ -92,11 +98,16 @@ class Run:
                     self.path.mkdir(parents=True, exist_ok=True)
                 held = stack.enter_context(files.lock(self.path / LOCK, wait=False))
             except OSError as error:
+                if files.is_full(error):
+                    raise
                 raise InputError(
                     f"cannot write to the run folder {self.path} ({error.strerror}): choose another --out"
                 ) from None
             if not held:
                 raise InputError(f"{self.path} is in use by another process: wait for it, or choose another --out")
+            for folder in (self.path, self.path / "adapter"):
+                if folder.is_dir():
+                    files.delete_unfinished(folder)
             if self.resume:
                 self.check_unfinished()
             else:
@@ -104,8 +115,6 @@ class Run:
                 files.write_text(self.path / "cell.toml", cell.to_toml())
             try:
                 yield self
-            except KeyboardInterrupt:
-                raise KeyboardInterrupt(f"go on with python train.py --resume {self.path}") from None
             finally:
                 if self._metrics is not None:
                     self._metrics.close()
@@ -115,12 +124,41 @@ class Run:
         files.write_json(self.path / "results.json", results)
         self.state.unlink(missing_ok=True)
 
+    def write_population(self, paths):
+        """Write down which runs, those at `paths`, are trained together with this one."""
+        path = self.path / "population.json"
+        if len(paths) == 1:
+            return path.unlink(missing_ok=True)
+        files.write_json(path, {"runs": [os.path.relpath(other, self.path) for other in paths]})
+
+    def population(self):
+        """The paths of the runs that were trained together, this one among them."""
+        path, runs = self.path / "population.json", ["."]
+        if path.exists():
+            advice = "delete it: the run then goes on without the others"
+            runs = read_state(path, {"runs": [str]}, advice)["runs"]
+        return [Path(os.path.normpath(self.path / other)) for other in runs]
+
     def read_cell(self):
         if not os.path.isdir(self.path):
             raise InputError(f"there is no run folder {self.path}: check the path")
         if not os.path.isfile(self.path / "cell.toml"):
             raise InputError(f"{self.path} has no cell.toml, so it is not a run folder: check the path")
-        return load_toml(Cell, self.path / "cell.toml")
+        path = self.path / "cell.toml"
+        cell, values = load_toml(Cell, path), read_toml(path)
+        whole = cell.to_dict()
+        lost = [name for name in whole if name not in values]
+        lost += [f"inject.{name}" for name in whole["inject"] if name not in values.get("inject", {})]
+        if lost:
+            raise InputError(
+                f"{path} has no {lost[0]}, so a part of it is lost: put it back from a copy, or delete the folder and "
+                "train its cell again"
+            )
+        return cell
+
+    @property
+    def begun(self):
+        return os.path.isfile(self.path / "cell.toml")
 
     @property
     def finished(self):
@@ -136,13 +174,19 @@ class Run:
         return read_state(path, RESULTS, advice)
 
     def start_metrics(self, step):
-        """Open metrics.jsonl for appending, with only the lines of the first `step` steps."""
+        """Open metrics.jsonl for appending, with only the lines of the first `step` steps.
+
+        Raises InputError for a file whose lines are not of a run. The last may be half a line: the run was killed.
+        """
         path = self.path / "metrics.jsonl"
-        lines = []
-        if path.exists():
-            for line in path.read_text(encoding="utf-8").split("\n"):
-                with contextlib.suppress(ValueError):  # a killed run may leave half a line
-                    lines.append(parse_json(line))
+        advice = "delete it and go on: what it shows of the steps before is lost, and no result changes"
+        try:
+            *lines, _ = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
+            lines = [parse_json(line) for line in lines]
+            for line in lines:
+                check_shape(line, {"step": int}, "a line")
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}: {error}; {advice}") from None
         files.write_jsonl(path, [line for line in lines if line["step"] <= step])
         self._metrics = open(path, "a", encoding="utf-8", newline="\n")
 

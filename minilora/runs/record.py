@@ -4,6 +4,7 @@ import contextlib
 import importlib.metadata
 import os
 import platform
+import re
 import sys
 from pathlib import Path
 
@@ -64,6 +65,22 @@ def hardware(device):
     if device.type == "cuda":
         found["gpu"] = torch.cuda.get_device_name(device)
     return found
+
+
+def free_memory(device):
+    """Bytes that a process can still have on a device, or None where the system does not say."""
+    import torch
+
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    found = []
+    with contextlib.suppress(OSError):
+        found = re.findall(r"MemAvailable: +([0-9]+) kB", Path("/proc/meminfo").read_text())
+    found = [int(kilobytes) * 1024 for kilobytes in found]
+    with contextlib.suppress(OSError, ValueError):  # a container's limit; "max" is none
+        found.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(found, default=None) if device.type == "cpu" else None
 
 
 def peak_memory(device):

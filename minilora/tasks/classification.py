@@ -15,11 +15,14 @@ from torch import nn
 from minilora import parallel
 from minilora.data import batches, token_cache
 from minilora.data.batches import IGNORED
+from minilora.errors import InputError
 from minilora.seeds import generator
+from minilora.tasks.metrics import check_finite
 from minilora.tasks.paired import build_tests, measure
 
 POOLED = {"mean+last": 2, "mean": 1, "last": 1, "first": 1}  # P / D
 RIDGE_PENALTY = 1e-2  # of the features' mean variance
+SAME = 1e-6  # of the largest feature: differences that are no more than float32's rounding
 
 
 def pool(hidden, lengths, pooling):
@@ -83,14 +86,23 @@ def ridge(features, labels, classes, penalty=RIDGE_PENALTY):
     """Weight [C, P] and bias [C] of the ridge regression of +-1 targets (a class against the rest) on features [N, P].
 
     Centred features X, targets Y:  W = ((X^T X + N l I)^-1 X^T Y)^T with l = `penalty` x mean variance, in float64
-    (Hoerl and Kennard 1970, equation 2.1); the bias is not penalised.
+    (Hoerl and Kennard 1970, equation 2.1); the bias is not penalised. Raises InputError for features that are not
+    finite, or the same in all rows.
     """
     features = features.double()
     targets = 2.0 * nn.functional.one_hot(labels, classes).double() - 1.0
     mean, target_mean = features.mean(0), targets.mean(0)
     X, Y = features - mean, targets - target_mean
     gram = X.T @ X
-    gram.diagonal().add_(penalty * gram.diagonal().mean())
+    variance = gram.diagonal().mean()
+    if not variance.isfinite():
+        raise InputError("head is 'ridge', but the base's features of the training rows are not finite: check the base")
+    if variance <= len(X) * (SAME * features.abs().max()) ** 2:
+        raise InputError(
+            "head is 'ridge', but the base's features are the same for all training rows, and nothing can be fitted: "
+            "use another --pooling, or --head trained"
+        )
+    gram.diagonal().add_(penalty * variance)
     weight = torch.linalg.solve(gram, X.T @ Y).T
     return weight.float(), (target_mean - weight @ mean).float()
 
@@ -111,6 +123,7 @@ def predict(model, tokenizer, texts, max_length, batch_size, progress=None):
         if progress:
             progress(len(batch.index), int(batch.lengths.sum()))
     parallel.all_reduce(logits)
+    check_finite(logits)
     return logits, encoded.kept
 
 

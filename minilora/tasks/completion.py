@@ -154,6 +154,7 @@ class Completion:
             if progress:
                 progress(len(batch.index), int(batch.lengths.sum()))
         parallel.all_reduce(likelihoods, greedy)
+        metrics.check_finite(likelihoods)
 
         def grid(values, fill):
             filled = np.full(candidates.shape, fill)

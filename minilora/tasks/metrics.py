@@ -4,7 +4,15 @@ import math
 
 import numpy as np
 
+from minilora.errors import TrainingError
+
 Z95 = 1.959963984540054  # the normal distribution's 97.5% quantile
+
+
+def check_finite(scores):
+    """Raise TrainingError unless the scores of the test rows, an array, are finite: no figure follows from others."""
+    if count := int((~np.isfinite(scores)).sum()):
+        raise TrainingError(f"{count:,} of {scores.size:,} scores of the test rows are not finite")
 
 
 def wilson(hits, total):

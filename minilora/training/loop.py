@@ -6,6 +6,7 @@ is in `population.py` and `state.py`.
 
 import contextlib
 import math
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ import torch
 
 from minilora import parallel
 from minilora.console import Progress, say
+from minilora.files import full_disk, is_full
+from minilora.interrupts import Interrupted, Stop
 from minilora.runs.folder import SAVE_EVERY
 from minilora.training import compiling
 from minilora.training.feed import Feed, ahead
@@ -84,23 +87,47 @@ def update(population, optimizer, clips, going, micro_batches, rates):
 def train_population(members, base, options):
     """Train members that share a base, all at once, and write their results."""
     flat, optimizer, population = put_together(members, base)
-    with contextlib.ExitStack() as folders:
+    with going_on(members), contextlib.ExitStack() as folders:
         first = take_folders(members, flat, optimizer, folders)
         job = Job(members, population, optimizer, first)
         announce(members, job)
-        with Log(members, first, options.on_step, job.device) as log:
+        with Log(members, first, options.on_step, job.device) as log, Stop() as stop:
             for step, micro_batches in ahead(job.feed, first, job.steps, job.device):
                 log.add(step, *job.update(micro_batches, job.rates[step]))
+                ends = parallel.any_of(stop.asked())
                 for k, member in log.reached(step, options.tests):
                     with population.only(k) as model:
                         member.evaluate(model, step + 1)
-                for k, member in log.reached(step, options.saves):
+                for k, member in log.reached(step, going if ends else options.saves):
                     member.save_state(flat, optimizer, k, step + 1)
+                if ends:
+                    stop.end()
                 if all(member.error for member in members):
                     parallel.barrier()  # until the first process has written it down: who fails first ends the others
                     break
         finish(members, population, job, options)
     population.detach()
+
+
+def going(step, steps):
+    """Whether a member of `steps` steps is in training at that step: the others are saved already."""
+    return step < steps
+
+
+@contextlib.contextmanager
+def going_on(members):
+    """What ends the training from outside, a signal or a full disk, says how to go on with all that were stopped."""
+    try:
+        yield
+    except BaseException as error:
+        stopped = [member.run.path for member in members if member.run.begun and not member.run.finished]
+        if isinstance(error, KeyboardInterrupt):
+            asked = Interrupted(number=getattr(error, "number", signal.SIGINT), folders=stopped)
+        elif is_full(error):
+            asked = full_disk(error, members[0].run.state)
+        else:
+            raise
+        raise (asked.go_on(["--resume", *stopped]) if stopped else asked) from error
 
 
 def put_together(members, base):
@@ -123,6 +150,8 @@ def take_folders(members, flat, optimizer, folders):
     with parallel.fail_together():
         for member in members:
             folders.enter_context(member.hold())
+        for member in members:
+            member.write_population(members)
     parallel.barrier()  # the others read what the first process has locked
     with parallel.fail_together():
         first = max(member.read_meters() for member in members)
@@ -217,11 +246,16 @@ class Log:
             self.write()
 
     def reached(self, step, test):
-        """The (k, member) whose `test(step, its steps)` holds and that go on: the log is up to date for them."""
+        """The (k, member) whose `test(step, its steps)` holds and that go on: the log is up to date for them.
+
+        A member whose weights are not finite ends here. All are reached after their last step, when they are saved.
+        """
         here = [(k, member) for k, member in enumerate(self.members) if test(step, member.schedule.steps)]
         if here:
             self.write()
         for k, member in here:
+            if not member.error:
+                member.check_weights(step)
             if not member.error:
                 yield k, member
         if here:

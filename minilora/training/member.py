@@ -25,7 +25,7 @@ from minilora.tasks.find import find_task
 from minilora.training import optimizers
 from minilora.training.feed import Schedule
 from minilora.training.limit import training_flops
-from minilora.training.state import load_state, read_state, save_state
+from minilora.training.state import load_state, misfit, read_state, save_state
 
 
 class Member:
@@ -107,11 +107,18 @@ class Member:
                 given.copy_to(self.cell.data, self.run.path)
             yield
 
+    def write_population(self, members):
+        """Write down who is trained together with this member."""
+        if parallel.first():
+            self.run.write_population([member.run.path for member in members])
+
     def read_meters(self):
         """The step that the saved state is of, 0 where there is none. Raises InputError for a state of another run."""
         self.meters = {"step": 0, "seconds": 0.0, "tokens": 0, "inputs": self.inputs}
         if self.run.state.exists():
             self.meters = read_state(self.run.state)[1]
+            if self.meters["step"] > self.schedule.steps:
+                raise misfit(self.run.state, f"it is after step {self.meters['step']:,} of {self.schedule.steps:,}")
             check_inputs(self.inputs, self.meters["inputs"], self.cell)
         return self.meters["step"]
 
@@ -136,11 +143,7 @@ class Member:
             return 0, 0
         seen = np.concatenate(self.schedule.rows_at(step))
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            ids, path, kept = [self.injected.rows.ids[i] for i in seen], self.run.path, self.meters["step"]
-            error = f"the loss is {loss} and the norm of its gradient {norm} at step {step + 1}"
-            self.run.log({"step": step + 1, "error": error, "rows": ids})
-            kept = f"the state after step {kept} is kept" if kept else "no state was saved"
-            self.error = TrainingError(f"{error} (rows {', '.join(ids)}); {kept} in {path}; try a lower --lr")
+            self.fail(f"the loss is {loss} and the norm of its gradient {norm} at step {step + 1}", step)
             return 0, 0
         rows, tokens = len(seen), int(self.lengths[seen].sum())
         rate = optimizers.learning_rate(self.cell, step, self.schedule.steps)
@@ -153,9 +156,26 @@ class Member:
         self.meters["tokens"] += tokens
         return rows, tokens
 
+    def fail(self, error, step):
+        """The member ends: a number was not finite in or after step `step` (from 0). Its `error` says so."""
+        ids = [self.injected.rows.ids[i] for i in np.concatenate(self.schedule.rows_at(step))]
+        self.run.log({"step": step + 1, "error": error, "rows": ids})
+        kept = self.meters["step"]
+        kept = f"the state after step {kept} is kept" if kept else "no state was saved"
+        self.error = TrainingError(f"{error} (rows {', '.join(ids)}); {kept} in {self.run.path}; try a lower --lr")
+
+    def check_weights(self, step):
+        """End the member if what it trains is not finite after step `step` (from 0)."""
+        for name, parameter in self.parameters.items():
+            if not parameter.isfinite().all():
+                return self.fail(f"{name} is not finite after step {step + 1}", step)
+
     def evaluate(self, model, step):
         """Run the tests after `step` steps, and log them."""
-        figures, _ = self.task.run_tests(model, self.tests, self.cell.batch_size)
+        try:
+            figures, _ = self.task.run_tests(model, self.tests, self.cell.batch_size)
+        except TrainingError as error:
+            return self.fail(f"{error} after step {step}", step - 1)
         self.run.log({"step": step, "tests": figures})
         console.say(f"after step {step:,}:\n{results_table(figures)}")
 
@@ -175,7 +195,10 @@ class Member:
         elif parallel.is_sharded(model.base) and cell.method == "lora":
             to_peft(adapter_of(model.base), model.base)  # may gather weights, which takes all processes
         began = time.perf_counter()
-        figures, outcomes = self.task.run_tests(model, self.tests, cell.batch_size, progress)
+        try:
+            figures, outcomes = self.task.run_tests(model, self.tests, cell.batch_size, progress)
+        except TrainingError as error:
+            return self.fail(f"{error} after step {self.schedule.steps}", self.schedule.steps - 1)
         evaluation_seconds = time.perf_counter() - began
         if parallel.first():
             files.write_jsonl(run.path / "predictions.jsonl", self.task.predictions(self.tests, outcomes))

@@ -9,6 +9,7 @@ import time
 import torch
 
 from minilora.console import say
+from minilora.runs.record import free_memory
 from minilora.training.feed import Feed
 from minilora.training.population import Population
 from minilora.training.state import Flat
@@ -57,8 +58,3 @@ def trial(members, base, repeats=2):
     population.detach()
     taken = torch.cuda.max_memory_allocated(device) - before if cuda else None
     return sum(map(len, batch.index)) / best, taken
-
-
-def free_memory(device):
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

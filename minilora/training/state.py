@@ -9,6 +9,9 @@ from torch import nn
 
 from minilora import files
 from minilora.errors import InputError
+from minilora.fields import check_shape
+
+METERS = {"step": int, "seconds": (int, float), "tokens": int, "inputs": {str: str}}
 
 
 class Flat:
@@ -89,7 +92,12 @@ def read_state(path):
 
     try:
         with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["meters"])
+            tensors, meters = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()["meters"]
+        meters = files.parse_json(meters)
+        check_shape(meters, METERS, "meters")
+        if meters["step"] < 1 or meters["seconds"] <= 0 or meters["tokens"] < 1:
+            raise ValueError("its meters are not above 0")
+        return tensors, meters
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
         raise misfit(path, error) from None
 

@@ -64,10 +64,15 @@ def train(
 
 
 def train_together(
-    cells: list[Cell], outs: list | None = None, *, size: int | None = None, **options
+    cells: list[Cell] | None = None,
+    outs: list | None = None,
+    *,
+    resume: list | None = None,
+    size: int | None = None,
+    **options,
 ) -> list[tuple[dict | Exception, Path]]:
     """Train several cells, each in its own folder of `outs` (default: as `train`), grouping compatible ones into
-    populations.
+    populations. Or go on in the run folders `resume`, all at once, as a population that was stopped.
 
     `size` is how many adapters a population has at most (default: what is measured to be fastest on the device);
     `options` are the fields of `loop.Options`. Each cell's results are those of `train` except for rounding. Returns a
@@ -76,6 +81,12 @@ def train_together(
     """
     parallel.refuse("several cells", "start these with python")
     members = []
+    for path in resume or ():
+        run = Run(path, resume=True)
+        members.append(Member(run.read_cell(), run))
+        run.check_unfinished()
+    size = len(members) or size
+    cells = cells or []
     for cell, out in zip(cells, outs or [None] * len(cells), strict=True):
         members.append(Member(cell, Run.plan(out, cell, taken=[member.run.path for member in members])))
     train_all(members, size, Options(**options))

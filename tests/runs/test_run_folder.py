@@ -195,6 +195,63 @@ def test_metrics_go_on_after_the_saved_step(tmp_path):
         third.log({"step": 1})
 
 
+def test_damaged_files_of_a_run_are_named(tmp_path):
+    with Run(tmp_path).hold(CELL):
+        pass
+    lines = ["1", "{}", "null", '{"step": "x"}', '{"step": 1}\n{"st', "[" * 9999]
+    for text in lines:
+        (tmp_path / "metrics.jsonl").write_text(text + "\n")
+        with Run(tmp_path, resume=True).hold(CELL) as run, pytest.raises(InputError, match="metrics.jsonl: .*; delete"):
+            run.start_metrics(1)
+        assert (tmp_path / "metrics.jsonl").read_text() == text + "\n"
+    (tmp_path / "metrics.jsonl").write_bytes(b"\xff\n")
+    with Run(tmp_path, resume=True).hold(CELL) as run, pytest.raises(InputError, match="metrics.jsonl: .*; delete"):
+        run.start_metrics(1)
+    whole, cuts = CELL.to_toml(), 0
+    for end in range(len(whole.rstrip().rpartition("\n")[0]) + 1):
+        (tmp_path / "cell.toml").write_text(whole[:end])
+        with pytest.raises(InputError, match="cell.toml"):
+            Run(tmp_path).read_cell()
+        cuts += 1
+    assert cuts > 500 and len(lines) == 6
+    (tmp_path / "cell.toml").write_text(whole)
+    assert Run(tmp_path).read_cell() == CELL
+
+
+def test_what_a_kill_leaves_is_cleaned(tmp_path):
+    """Unfinished files, in a folder whose cell.toml was never finished and in one to resume; nobody else's."""
+    mark = "0123456789abcdef" * 2
+    for name in (f".cell.toml.{mark}", ".lock"):
+        (tmp_path / name).write_text("half")
+    with Run.plan(tmp_path, CELL).hold(CELL):
+        assert entries(tmp_path) == [".lock", "cell.toml"]
+    (tmp_path / "adapter").mkdir()
+    for name in (f".state.safetensors.{mark}", f"adapter/.x.json.{mark}", f".mine.{mark[1:]}", f"mine.{mark}"):
+        (tmp_path / name).write_text("half")
+    with Run(tmp_path, resume=True).hold(CELL):
+        assert entries(tmp_path) == [".lock", f".mine.{mark[1:]}", "adapter", "cell.toml", f"mine.{mark}"]
+        assert entries(tmp_path / "adapter") == []
+
+
+def test_a_run_knows_its_population(tmp_path):
+    runs = [Run(tmp_path / name) for name in "abc"]
+    paths = [run.path for run in runs]
+    for run in runs:
+        run.path.mkdir()
+        assert run.population() == [run.path]
+        run.write_population(paths)
+        assert run.population() == paths
+    (tmp_path / "moved").mkdir()
+    for path in paths:
+        path.rename(tmp_path / "moved" / path.name)
+    assert Run(tmp_path / "moved" / "b").population() == [tmp_path / "moved" / name for name in "abc"]
+    (tmp_path / "moved" / "b" / "population.json").write_text('{"runs": [1]}')
+    with pytest.raises(InputError, match="population.json: .*; delete it"):
+        Run(tmp_path / "moved" / "b").population()
+    Run(tmp_path / "moved" / "b").write_population(paths[:1])
+    assert entries(tmp_path / "moved" / "b") == []
+
+
 # --- what results.json says of the run
 
 

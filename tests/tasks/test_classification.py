@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from minilora.errors import InputError
 from minilora.tasks.classification import POOLED, Classifier, pool, ridge
 
 LENGTHS = torch.tensor([5, 1, 9, 4, 9, 2])
@@ -185,6 +186,22 @@ def test_ridge_does_not_depend_on_place_or_scale():
         scores.append(changed @ weight.T + bias)
     torch.testing.assert_close(scores[0], scores[1], rtol=1e-4, atol=1e-4)
     assert (scores[0].argmax(1) == labels).float().mean() > 0.5
+
+
+def test_ridge_of_features_that_say_nothing():
+    features, labels = problem(40, 5, 2)
+    same = features[:1].expand(40, 5)
+    noise = 1 + 1e-7 * torch.rand(40, 5, generator=torch.Generator().manual_seed(1))
+    for constant in (same, same * noise, torch.zeros(40, 5)):
+        with pytest.raises(InputError, match="are the same for all training rows"):
+            ridge(constant, labels, 2)
+    for value in (math.nan, math.inf):
+        with pytest.raises(InputError, match="are not finite"):
+            ridge(features.index_fill(1, torch.tensor([3]), value), labels, 2)
+    one = same.clone()
+    one[:, 2] = labels  # one feature is enough
+    weight, bias = ridge(one, labels, 2)
+    assert torch.equal((one @ weight.T + bias).argmax(1), labels)
 
 
 def test_ridge_of_a_class_without_rows():

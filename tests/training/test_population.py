@@ -213,6 +213,9 @@ class Stub:
     def hold(self):
         return contextlib.nullcontext()
 
+    def write_population(self, members):
+        pass
+
     def read_meters(self):
         return self.meters["step"]
 

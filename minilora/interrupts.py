@@ -1,0 +1,127 @@
+"""Signals that ask a process to end: Ctrl-C, SIGTERM (of a scheduler), SIGHUP (of a terminal that closes).
+
+A script ends with one line, and the status 128 + the signal's number. Training saves its state before: `Stop`. A second
+Ctrl-C does not wait for that.
+"""
+
+import contextlib
+import os
+import shlex
+import signal
+import threading
+
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+_asked = None  # the signal that came
+_waits = False  # whether it is only noted down
+_terminals = []  # of standard output and error, those that were a terminal
+
+
+class Interrupted(KeyboardInterrupt):
+    """The process was asked to end by the signal `number`, and `folders` are those of the runs that stopped."""
+
+    def __init__(self, message="", number=signal.SIGINT, folders=()):
+        super().__init__(message)
+        self.number, self.folders = number, tuple(folders)
+
+    def go_on(self, arguments):
+        """The same, with the line that goes on: train.py with `arguments`."""
+        stopped = f"{', '.join(map(str, self.folders))} stopped; " if self.folders else ""
+        line = f"{stopped}go on with python train.py {shlex.join(map(str, arguments))}"
+        return type(self)(line, self.number, self.folders)
+
+
+def note(number, frame):
+    """The handler of a signal."""
+    global _asked
+    at_once = not _waits or number == _asked == signal.SIGINT
+    _asked = number
+    if number != signal.SIGINT:
+        leave_terminal()
+    if at_once:
+        raise Interrupted(number=number)
+
+
+def leave_terminal():
+    """Write no more to a terminal that has gone: each write would fail."""
+    for stream in _terminals:
+        if not os.isatty(stream):
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+
+
+def quit_now(number, frame):
+    """The handler while nothing is under way: one line, and the end."""
+    with contextlib.suppress(OSError):
+        os.write(2, b"interrupted\n")
+    os._exit(128 + number)
+
+
+def quit_early():
+    """End a script that is still being imported in one line."""
+    for number in SIGNALS:
+        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+            signal.signal(number, quit_now)
+
+
+@contextlib.contextmanager
+def handled(handler=note):
+    """Let `handler` have the signals for this block, except those that someone else has, or that are ignored."""
+    own = (signal.SIG_DFL, signal.default_int_handler, quit_now)
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+    global _asked
+    _asked = None
+    _terminals[:] = [stream for stream in (1, 2) if os.isatty(stream)]
+    try:
+        for number, other in before.items():
+            if other in own:
+                signal.signal(number, handler)
+        yield
+    finally:
+        for number, other in before.items():
+            signal.signal(number, other)
+
+
+def ignore():
+    """The process is ending: further signals change nothing."""
+    if threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            if signal.getsignal(number) is note:
+                signal.signal(number, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def not_swallowed():
+    """What fails after a signal failed because of it: an import that it stopped may take it for another error."""
+    try:
+        yield
+    except Exception as error:
+        if _asked is None:
+            raise
+        raise Interrupted(number=_asked) from error
+
+
+class Stop:
+    """Signals meanwhile wait, from the first call of `asked` on: until then nothing would be lost."""
+
+    def __enter__(self):
+        self.own = contextlib.ExitStack()
+        if threading.current_thread() is threading.main_thread():
+            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a notebook's
+                self.own.callback(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, note))
+        return self
+
+    def asked(self):
+        """Whether the process was asked to end."""
+        global _waits
+        _waits = True
+        return _asked is not None
+
+    def __exit__(self, *error):
+        global _asked, _waits
+        _asked, _waits = None, False
+        self.own.close()
+
+    def end(self):
+        raise Interrupted(number=_asked or signal.SIGINT)
