@@ -8,7 +8,6 @@ and the time that a sick or hostile hub can take. Left out: uploads, and a secon
 
 import base64
 import glob
-import hashlib
 import os
 import re
 import threading
@@ -19,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 from minilora.errors import InputError, shown
-from minilora.files import replacing
+from minilora.files import replacing, sha256
 
 # One request that lists a repository takes well under a second; a hub that needs longer than this is down.
 PATIENCE_SECONDS = 8
@@ -136,6 +135,8 @@ def _endpoint():
 
     parts = urlsplit(constants.ENDPOINT)
     user, _, host = parts.netloc.rpartition("@")
+    if parts.scheme not in ("http", "https") or not host:
+        raise HubUnreachable("HF_ENDPOINT is not an address such as https://host: correct it, or unset it")
     if not user:
         return constants.ENDPOINT, None
     basic = base64.b64encode(unquote(user).encode()).decode()
@@ -309,21 +310,19 @@ def _download(repo_id, kind, revision, commit, chosen):
 
 
 def _verify(folder, chosen, repo_id, kind):
-    """Raise InputError, and forget the file, where its content is not what the hub lists for it."""
-    for entry in _tree(folder.name, repo_id, kind) or ():
-        path, stored = folder / entry.path, getattr(entry, "lfs", None)
-        if entry.path in chosen and stored:
-            digest = hashlib.sha256()
-            with open(path, "rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
-            if digest.hexdigest() != stored.sha256:
-                path.resolve().unlink()
-                path.unlink(missing_ok=True)
-                raise InputError(
-                    f"{kind} {repo_id!r}: the hub sent a {entry.path} whose sha256 is not the one it lists; it was"
-                    " removed from the cache: run again"
-                )
+    """Raise InputError, and forget the file, where its content has another sha256 than the hub gave for it.
+
+    The cache keeps a file under the hash that the hub gave: a sha256 for large ones, which is not checked there.
+    """
+    for path in (folder / name for name in chosen):
+        kept = path.resolve()
+        if re.fullmatch("[0-9a-f]{64}", kept.name) and sha256(kept) != kept.name:
+            kept.unlink()
+            path.unlink(missing_ok=True)
+            raise InputError(
+                f"{kind} {repo_id!r}: the hub sent a {path.name} whose sha256 is not the one it lists; it was removed"
+                " from the cache: run again"
+            )
 
 
 def _refusal(error, repo_id, kind, revision):
