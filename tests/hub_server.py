@@ -17,7 +17,7 @@ Misbehaviour, to set and reset at any time:
     server.hang = 30             seconds that every request waits first (ends early when the server closes)
     server.hidden.add("owner/name")    private to others: 401 as for a missing repository
     server.gated.add("owner/name")     listed, but its files are refused with 403
-    server.lfs = "ab..."               the sha256 that the listing gives for every file
+    server.lfs = "ab..."               the sha256 that is given for every file
     server.sick["/tree/"] = function   what answers requests whose path has that part: it gets the request's handler,
                                        and may write anything to it; see SICK and `sickly`
 
@@ -39,7 +39,7 @@ class HubServer:
         self.requests = []  # (method, path) in the order of arrival
         self.status, self.broken, self.hang = None, None, 0
         self.hidden, self.gated, self.sick = set(), set(), {}
-        self.lfs = {}
+        self.lfs = None
         self.refs = {}  # (kind, repository id) -> {revision: commit}
         self.commits = {}  # commit -> {file name: bytes}
         self._sent = []
@@ -150,7 +150,6 @@ class _Handler(BaseHTTPRequestHandler):
         if action == "tree":
             value = [
                 {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
-                | (hub.lfs and {"lfs": {"oid": hub.lfs, "size": len(data), "pointerSize": 1}})
                 for name, data in files.items()
             ]
         else:
@@ -165,7 +164,7 @@ class _Handler(BaseHTTPRequestHandler):
         data = hub.commits[commit].get(name)
         if data is None:
             return self._error(404, "EntryNotFound")
-        headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": commit}
+        headers = {"ETag": f'"{hub.lfs or hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": commit}
         status, start = 200, 0
         if given := self.headers.get("Range"):
             start = int(given.removeprefix("bytes=").split("-")[0])
