@@ -17,10 +17,14 @@ Misbehaviour, to set and reset at any time:
     server.hang = 30             seconds that every request waits first (ends early when the server closes)
     server.hidden.add("owner/name")    private to others: 401 as for a missing repository
     server.gated.add("owner/name")     listed, but its files are refused with 403
+    server.lfs = "ab..."               the sha256 that is given for every file
+    server.sick["/tree/"] = function   what answers requests whose path has that part: it gets the request's handler,
+                                       and may write anything to it; see SICK and `sickly`
 
 Not a hub in anything else: no upload, no LFS or Xet storage, no pagination, no token is ever checked.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -34,7 +38,8 @@ class HubServer:
     def __init__(self):
         self.requests = []  # (method, path) in the order of arrival
         self.status, self.broken, self.hang = None, None, 0
-        self.hidden, self.gated = set(), set()
+        self.hidden, self.gated, self.sick = set(), set(), {}
+        self.lfs = None
         self.refs = {}  # (kind, repository id) -> {revision: commit}
         self.commits = {}  # commit -> {file name: bytes}
         self._sent = []
@@ -116,6 +121,12 @@ class _Handler(BaseHTTPRequestHandler):
         hub.requests.append((self.command, path))
         if hub.hang:
             hub._closing.wait(hub.hang)
+        for part, answer in hub.sick.items():
+            if part in self.path:
+                self.close_connection = True
+                with contextlib.suppress(OSError):  # the other side has had enough
+                    answer(self)
+                return
         if hub.status:
             return self._send(hub.status, b"", {})
         api = path.startswith("api/")
@@ -153,7 +164,7 @@ class _Handler(BaseHTTPRequestHandler):
         data = hub.commits[commit].get(name)
         if data is None:
             return self._error(404, "EntryNotFound")
-        headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": commit}
+        headers = {"ETag": f'"{hub.lfs or hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": commit}
         status, start = 200, 0
         if given := self.headers.get("Range"):
             start = int(given.removeprefix("bytes=").split("-")[0])
@@ -177,3 +188,65 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "GET":
             self.wfile.write(body[: len(body) // 2] if cut else body)
             self.close_connection = self.close_connection or cut
+
+
+# --- answers of a sick hub
+
+
+def sickly(status=200, body=b"", endless=False, pause=0.0, **headers):
+    """An answer with these headers (`_` for `-`) and this body; `endless` repeats it, `pause` seconds after each."""
+
+    def answer(handler):
+        handler.send_response(status)
+        for name, value in headers.items():
+            handler.send_header(name.replace("_", "-"), value)
+        handler.end_headers()
+        while handler.command == "GET":
+            handler.wfile.write(body)
+            if not endless or handler.server_hub._closing.wait(pause):
+                return
+
+    return answer
+
+
+def listed(*names, sha="a" * 40):
+    """A listing of a repository as the hub's JSON."""
+    return json.dumps({"id": "o/m", "sha": sha, "siblings": [{"rfilename": name} for name in names]}).encode()
+
+
+JSON = {"Content_Type": "application/json"}
+# What a hub may answer in place of a repository's listing ...
+SICK_LISTINGS = {
+    "endless": sickly(body=b'{"rfilename": "x"},' * 50_000, endless=True, **JSON),
+    "drip": sickly(body=b" ", endless=True, pause=0.1, **JSON),
+    "html": sickly(body=b"<html>Sign in</html>", Content_Type="text/html"),
+    "list": sickly(body=b"[]", **JSON),
+    "null": sickly(body=b'{"id": "o/m", "sha": null, "siblings": null}', **JSON),
+    "numbers": sickly(body=b'{"id": "o/m", "sha": "' + b"a" * 40 + b'", "siblings": [{"rfilename": 7}]}', **JSON),
+    "commit": sickly(body=listed("config.json", sha="../../../../escaped"), **JSON),
+    "absolute": sickly(body=listed("/tmp/escaped.safetensors"), **JSON),
+    "parent": sickly(body=listed("../../../../escaped.safetensors"), **JSON),
+    "deep": sickly(body=b"[" * 100_000, **JSON),
+    "claim": sickly(Content_Length=str(4 * 10**10), **JSON),
+    "packed": sickly(body=b"\x1f\x8b", Content_Encoding="gzip", **JSON),
+    "scheme": sickly(302, Location="file:///etc/passwd"),
+    "ftp": sickly(302, Location="ftp://127.0.0.1/x"),
+    "loop": sickly(302, Location="?again"),
+    "limited": sickly(429, Retry_After="99999"),
+    "down": sickly(503),
+    "message": sickly(400, X_Error_Message="x" * 20_000),
+}
+# ... and of a file or of the tree of files.
+SICK_FILES = {
+    "endless": sickly(body=bytes(1 << 20), endless=True, X_Repo_Commit="a" * 40, ETag='"e"'),
+    "drip": sickly(body=b" ", endless=True, pause=0.1, ETag='"e"'),
+    "claim": sickly(body=b"{}", Content_Length=str(4 * 10**10), ETag='"e"'),
+    "short": sickly(body=b"{", ETag='"e"'),
+    "html": sickly(body=b"<html>Sign in</html>", Content_Type="text/html"),
+    "packed": sickly(body=b"\x1f\x8b", Content_Encoding="gzip", ETag='"e"'),
+    "scheme": sickly(302, Location="file:///etc/passwd"),
+    "loop": sickly(302, Location="?again"),
+    "limited": sickly(429, Retry_After="99999"),
+    "missing": sickly(404, X_Error_Code="EntryNotFound"),
+    "teapot": sickly(418),
+}

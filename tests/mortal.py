@@ -32,9 +32,9 @@ class Mortal:
                                             stderr=log, text=True, env=environment)  # fmt: skip
         return self
 
-    def run(self, arguments, folder, last=0):
+    def run(self, arguments, folder, last=0, how=signal.SIGKILL):
         """(Status of train.py with these arguments, how many moments it had in `folder`); killed at moment `last`."""
-        print(json.dumps([list(map(str, arguments)), str(folder), last]), file=self.process.stdin, flush=True)
+        print(json.dumps([list(map(str, arguments)), str(folder), last, how]), file=self.process.stdin, flush=True)
         answer = self.process.stdout.readline()
         assert answer, self.log.read_text()
         return tuple(json.loads(answer))
@@ -67,13 +67,13 @@ def serve():
         print(json.dumps(in_a_child(*json.loads(line))), file=answers, flush=True)
 
 
-def in_a_child(arguments, folder, last):
+def in_a_child(arguments, folder, last, how):
     reading, writing = os.pipe()
     process = os.fork()
     if not process:
         status = 1
         try:
-            os.write(writing, str(moments(arguments, folder, last)).encode())
+            os.write(writing, str(moments(arguments, folder, last, how)).encode())
             status = 0
         except Exception as error:
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
@@ -86,7 +86,7 @@ def in_a_child(arguments, folder, last):
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), count
 
 
-def moments(arguments, folder, last):
+def moments(arguments, folder, last, how):
     import train
     from minilora.training import loop
 
@@ -96,7 +96,7 @@ def moments(arguments, folder, last):
         nonlocal count
         count += 1
         if count == last:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), how)
 
     def step(*arguments):
         moment()

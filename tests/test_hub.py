@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 import subprocess
@@ -7,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hub_server import HubServer
+from hub_server import SICK_FILES, SICK_LISTINGS, HubServer, sickly
 
 from minilora import hub
 from minilora.errors import InputError
@@ -292,3 +293,93 @@ def test_importing_the_module_does_not_import_huggingface_hub():
     code = "import sys, minilora.hub; assert not {'huggingface_hub', 'torch', 'numpy'} & set(sys.modules)"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
+
+
+# --- a sick or hostile hub
+
+SECRETS = ("PASSW0RD", "PASS%57", "hf_secret")
+
+
+@pytest.fixture
+def sick(server, monkeypatch):
+    """The local hub, impatient limits, and a user, a password and a token that no message may show."""
+    from huggingface_hub import constants
+
+    for name, value in (("PATIENCE_SECONDS", 3), ("SLOW_SECONDS", 1), ("LISTING_BYTES", 4 << 20)):
+        monkeypatch.setattr(hub, name, value)
+    monkeypatch.setattr(hub, "FILE_BYTES", 8 << 20)
+    monkeypatch.setattr(constants, "ENDPOINT", server.url.replace("//", "//someone:PASSW0RD@"))
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    server.put("owner/model", FILES)
+    return server
+
+
+def refused(tmp_path, capfd, error=InputError):
+    """The one line with which the hub's model is refused, after checks that hold for each refusal."""
+    with pytest.raises(error) as caught:
+        hub.fetch("owner/model", weights)
+    message, shown = str(caught.value), "".join(capfd.readouterr())
+    assert "\n" not in message and len(message) < 800
+    assert not [secret for secret in SECRETS if secret in message + shown]
+    assert not list(tmp_path.rglob("*escaped*")) and not Path("/tmp/escaped.safetensors").exists()
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) < 32 << 20
+    return message
+
+
+@pytest.mark.parametrize("name", SICK_LISTINGS)
+def test_a_sick_listing_is_refused(sick, tmp_path, capfd, name):
+    sick.sick["/api/"] = SICK_LISTINGS[name]
+    message = refused(tmp_path, capfd)
+    parts = {"endless": "more to send than it listed", "drip": "no answer in|less than", "claim": "40,000,0",
+             "commit": "not the listing", "numbers": "not the listing", "null": "not the listing",
+             "absolute": "leads out of its folder", "parent": "leads out of its folder",
+             "packed": "a compressed answer", "limited": "to wait 99,999 s", "down": "answered 503"}  # fmt: skip
+    assert any(part in message for part in parts.get(name, "cannot reach|refused").split("|")), message
+
+
+@pytest.mark.parametrize("name", SICK_FILES)
+@pytest.mark.parametrize("part", ["/resolve/", "/tree/"])
+def test_a_sick_file_or_tree_is_refused(sick, tmp_path, capfd, part, name):
+    sick.sick[part] = SICK_FILES[name]
+    message = refused(tmp_path, capfd)
+    assert "the download of model 'owner/model' broke off" in message or name in ("missing", "html", "short"), message
+    sick.sick.clear()
+    assert contents(hub.fetch("owner/model", weights)) == {name: FILES[name] for name in WANTED}
+
+
+def test_pages_of_a_tree_without_end_are_refused(sick, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(hub, "LISTING_BYTES", 300_000)
+    page = json.dumps([{"type": "file", "path": "x", "size": 1, "oid": "0"}]).encode()
+    sick.sick["/tree/"] = sickly(body=page, Link=f'<{sick.url}/api/models/owner/model/tree/x>; rel="next"')
+    assert "more to send than it listed" in refused(tmp_path, capfd)
+
+
+def test_content_of_another_hash_is_not_kept(sick, tmp_path, capfd):
+    sick.put("owner/model", {"model.safetensors": b"content"})
+    sick.lfs = hashlib.sha256(b"other").hexdigest()
+    assert "model.safetensors whose sha256 is not the one it lists" in refused(tmp_path, capfd)
+    assert not list(tmp_path.rglob("model.safetensors")) and sick.bodies() == ["model.safetensors"]
+    sick.put("owner/model", {"model.safetensors": b"content", "x": b""})
+    sick.lfs = hashlib.sha256(b"content").hexdigest()
+    assert contents(hub.fetch("owner/model", weights)) == {"model.safetensors": b"content"}
+
+
+def test_user_and_password_of_the_address_are_sent_and_not_shown(sick, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", sick.url.replace("//", "//someone:PASS%57@"))
+    seen, real = [], sick._server.RequestHandlerClass._answer
+    monkeypatch.setattr(sick._server.RequestHandlerClass, "_answer",
+                        lambda handler: [seen.append(handler.headers["Authorization"]), real(handler)])  # fmt: skip
+    hub.fetch("owner/model", weights)
+    assert len(seen) >= 4 and set(seen) == {"Basic c29tZW9uZTpQQVNTVw=="}  # someone:PASSW
+
+
+def test_a_password_is_not_shown_where_nothing_answers(sick, tmp_path, capfd, monkeypatch):
+    from huggingface_hub import constants
+
+    for address in ("http://someone:PASSW0RD@127.0.0.1:9", "someone:PASSW0RD@127.0.0.1:9", "gopher://a:PASSW0RD@b"):
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        message = refused(tmp_path, capfd, hub.HubUnreachable)
+        assert "cannot reach the hub" in message or "HF_ENDPOINT is not an address" in message
