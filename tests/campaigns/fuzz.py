@@ -101,7 +101,9 @@ def adapter(kind, folder):
 
     tiny_bert(folder / "tiny")
     rows = [
-        (f"the film is {word} {i}", label) for i in range(10) for word, label in (("great", "good"), ("dull", "bad"))
+        (f"the film is {word} {i}", label)
+        for i in range(10)
+        for word, label in (("great", "positive"), ("dull", "negative"))
     ]
     cell = Cell(model=str(folder / "tiny"), steps=1, test_rows=4, batch_size=4, max_length=16, rank=2)
     minilora.train(cell, folder / "run", rows=rows)
@@ -215,8 +217,8 @@ def sick_hubs(kind, seed, first, folder):
 
             def use():
                 got = hub.fetch("owner/model", lambda names: chosen)
-                if {name: (got / name).read_bytes() for name in chosen} != content and not server.sick:
-                    raise AssertionError("other content")
+                if {name: (got / name).read_bytes() for name in chosen} != content:
+                    raise AssertionError(f"other content from {[*server.sick]}")
 
             yield (number if number >= first else None), use
 
