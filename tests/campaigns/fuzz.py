@@ -273,13 +273,19 @@ def run(folder, seed, end, first=0, cases=10**9, only=None, kinds=KINDS):
     return list(counts.values()), wrong
 
 
+def command(kind, seed, first, place):
+    """The command line of a process that meets the cases of a kind from `first` on, in the folder `place`."""
+    return [sys.executable, "-m", f"{__package__}.fuzz", kind, str(seed), str(first), str(place)]
+
+
 def answers(folder, kind, seed, first, most, end):
     """Yield (number, used or refused, what was wrong or None) of at most `most` cases, from one process."""
     place = folder / f"{kind}-{first}"
     place.mkdir()
-    command = [sys.executable, "-m", f"{__package__}.fuzz", kind, str(seed), str(first), str(place)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "RUST_BACKTRACE": "0"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+    process = subprocess.Popen(
+        command(kind, seed, first, place), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+    )
     number, done = None, 0
     try:
         while done < most:
