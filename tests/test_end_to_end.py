@@ -24,8 +24,8 @@ from minilora.command import exit_cleanly
 from minilora.errors import InputError, TrainingError
 from minilora.training import feed, loop
 
-FILES = {"cell.toml", "adapter", "metrics.jsonl", "injected.jsonl", "trainable.json", "predictions.jsonl",
-         "results.json", ".lock"}  # fmt: skip
+FILES = {"cell.toml", "adapter", "factors.safetensors", "metrics.jsonl", "injected.jsonl", "trainable.json",
+         "predictions.jsonl", "results.json", ".lock"}  # fmt: skip
 
 
 @pytest.fixture
