@@ -261,6 +261,8 @@ def run(folder, seed, end, first=0, cases=10**9, only=None, kinds=KINDS):
     following, wrong = dict.fromkeys(kinds, first), []
     while kinds and (time.monotonic() < end or not all(count["cases"] for count in counts.values())):
         for kind in list(kinds):
+            if time.monotonic() > end and counts[kind]["cases"]:
+                continue
             most = min(AT_ONCE * (1 + counts[kind]["cases"] // AT_ONCE), first + cases - following[kind])
             for number, what, why in answers(folder, kind, seed, following[kind], most, end):
                 following[kind], count = number + 1, counts[kind]
@@ -268,6 +270,7 @@ def run(folder, seed, end, first=0, cases=10**9, only=None, kinds=KINDS):
                 count["wrong" if why else what] += 1
                 if why:
                     wrong.append(f"fuzz {kind} {number} (seed {seed}): {why}")
+                    print(wrong[-1], file=sys.stderr, flush=True)  # a campaign may be stopped
             if following[kind] >= first + cases:
                 kinds.remove(kind)
     return list(counts.values()), wrong
