@@ -12,12 +12,11 @@ from conftest import ROOT, random_batch, tiny_bert
 
 from benchmarks import cell as one
 from benchmarks import device, grid, job, limits, operators, peers, report, standin
-from minilora import console, files
+from minilora import console, files, train
 from minilora.base import model, tokenizer
 from minilora.base.source import DEFAULT_BASE
 from minilora.cell import Cell
 from minilora.errors import InputError
-from train import train
 
 
 @pytest.fixture(scope="module")

@@ -487,7 +487,7 @@ def test_resume_takes_the_cell_of_the_folder(trained, tmp_path):
     (tmp_path / "cell.toml").write_text(Cell(rank=5).to_toml())
     train.main(["--resume", str(tmp_path), "--save-every", "9"])
     assert [(cell, out, rest["resume"], rest["save_every"]) for cell, out, rest in trained] == [
-        (None, None, str(tmp_path), 9)
+        (None, None, tmp_path, 9)
     ]
 
 

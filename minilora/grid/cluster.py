@@ -88,9 +88,9 @@ def check_answers(address):
 def copy_code(folder):
     """What a worker imports of ours, from a checkout or from where it is installed."""
     [kernels] = importlib.import_module("minilora.kernels").__path__
-    ignore = shutil.ignore_patterns("__pycache__")
+    ignore = shutil.ignore_patterns("__pycache__", "kernels")  # of a checkout: it points beside the package
     shutil.copytree(Path(__file__).parents[1], folder / "minilora", ignore=ignore)
-    shutil.copytree(kernels, folder / "minilora" / "kernels", ignore=ignore, dirs_exist_ok=True)
+    shutil.copytree(kernels, folder / "minilora" / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
 
 
 def local_files(cells):

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from test_layer import fill
 from zoo import HeadJudge
 
+from minilora import files
 from minilora.base import model
 from minilora.cell import Cell
 from minilora.errors import InputError
@@ -249,7 +250,7 @@ def test_a_run_keeps_its_factors(tiny_folder, tmp_path, cell):
         path.write_text(before)
     name = next(name for name in tensors if "lora_B" in name)
     tensors[name][0, 0] += 1
-    storage.write_tensors(two / "adapter" / peft_config.TENSORS, tensors)
+    files.write_tensors(two / "adapter" / peft_config.TENSORS, tensors)
     refused("adapter_model.safetensors is not what the run wrote")
     base = model.load(tiny_folder)
     storage.load(two / "adapter", base)
@@ -269,7 +270,7 @@ def test_a_run_keeps_its_factors(tiny_folder, tmp_path, cell):
         record | {"slots": []},
         record | {"adapter": None},
     ):
-        storage.write_tensors(two / storage.FACTORS, factors, {storage.RECORD: json.dumps(changed)})
+        files.write_tensors(two / storage.FACTORS, factors, {storage.RECORD: json.dumps(changed)})
         refused("factors.safetensors is not as a run writes it: train the run again, or name")
         cases += 1
     assert cases == 6
@@ -476,7 +477,7 @@ def test_keys_of_a_state_dict(tiny_folder, tmp_path, capsys):
         {f"{prefix}{name}": value for name, value in tensors.items()},
         tensors | {embeddings: base.embed.tokens.weight.detach().clone()},
     ):
-        storage.write_tensors(tmp_path / peft_config.TENSORS, changed)
+        files.write_tensors(tmp_path / peft_config.TENSORS, changed)
         found = storage.read(tmp_path, base)
         assert found.slots == wanted.slots and found.head["bias"].equal(wanted.head["bias"])
         for name, part in wanted.parts.items():
@@ -493,7 +494,7 @@ def test_keys_of_a_state_dict(tiny_folder, tmp_path, capsys):
         ({norm: torch.ones(24) * 1.5}, "embeddings.LayerNorm.weight is not the base's, and minilora does not train it"),
         ({f"{prefix}encoder.layer.0.output.LayerNorm.weight": torch.ones(24)}, "LayerNorm.weight has no place in it"),
     ):
-        storage.write_tensors(tmp_path / peft_config.TENSORS, tensors | norms | more)
+        files.write_tensors(tmp_path / peft_config.TENSORS, tensors | norms | more)
         if words:
             assert words in refusal(tmp_path, tiny_folder)
         else:
@@ -501,12 +502,12 @@ def test_keys_of_a_state_dict(tiny_folder, tmp_path, capsys):
     (tmp_path / peft_config.CONFIG).write_text(json.dumps(config))
     others = base.embed.tokens.weight.detach() + 1e-3
     for other in (others, torch.cat([others, others[:1]])):
-        storage.write_tensors(tmp_path / peft_config.TENSORS, tensors | {embeddings: other})
+        files.write_tensors(tmp_path / peft_config.TENSORS, tensors | {embeddings: other})
         assert "word_embeddings.weight is not the base's, and minilora does not train it" in refusal(
             tmp_path, tiny_folder
         )
     capsys.readouterr()
-    storage.write_tensors(tmp_path / peft_config.TENSORS, tensors)
+    files.write_tensors(tmp_path / peft_config.TENSORS, tensors)
     patterns = dict(rank_pattern={"q_proj": 7, r"encoder\.layer\.1\..*query": 2}, alpha_pattern={"layer.9.up": 3})
     (tmp_path / peft_config.CONFIG).write_text(json.dumps(config | patterns))
     storage.read(tmp_path, base)

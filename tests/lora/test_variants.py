@@ -24,6 +24,7 @@ from minilora.training import optimizers
 from minilora.training.member import trained_parameters
 from minilora.training.state import Flat, load_state, save_state
 
+METERS = {"step": 3, "seconds": 1.5, "tokens": 70, "inputs": {"base": "a"}}
 ALPHA = {"q": 5.0, "v": 8.0, "down": 3.0}
 RANK = {"q": 4, "v": 2, "down": 6}
 TARGETS = tuple(RANK)
@@ -498,10 +499,10 @@ def test_resuming_is_bit_for_bit(tmp_path):
 
         net, optimizer = fresh()
         steps(net, optimizer, 3, 0.01)
-        save_state(tmp_path / "state", optimizer.flat, optimizer, 0, {"step": 3})
+        save_state(tmp_path / "state", optimizer.flat, optimizer, 0, METERS)
         whole = steps(net, optimizer, 3, 0.02)
         net, optimizer = fresh()
-        assert load_state(tmp_path / "state", optimizer.flat, optimizer, 0) == {"step": 3}
+        assert load_state(tmp_path / "state", optimizer.flat, optimizer, 0) == METERS
         resumed = steps(net, optimizer, 3, 0.02)
         assert list(whole) == list(resumed) and all(torch.equal(resumed[n], value) for n, value in whole.items())
         cases += 1

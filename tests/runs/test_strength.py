@@ -12,6 +12,7 @@ from conftest import random_batch, tiny_bert
 import evaluate
 import minilora
 import train
+from minilora import files
 from minilora.base import model
 from minilora.cell import Cell
 from minilora.errors import InputError
@@ -102,7 +103,7 @@ def test_refused(runs, tmp_path, reviews):
     path = tmp_path / "changed" / "adapter" / peft_config.TENSORS
     tensors = storage.read_tensors(path)
     tensors["base_model.model.encoder.layer.0.attention.self.query.lora_B.weight"][3, 1] = float("nan")
-    storage.write_tensors(path, tensors)
+    files.write_tensors(path, tensors)
     cases = [
         (evaluate, [folder / "one", "--add", tmp_path / "foreign"], "foreign: it was trained on another base than"),
         (evaluate, [folder / "one", "--add", tmp_path / "head"], "head holds no LoRA adapter"),

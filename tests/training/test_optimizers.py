@@ -22,7 +22,7 @@ from minilora.training import optimizers
 from minilora.training.feed import Schedule
 from minilora.training.state import load_state, save_state
 
-
+METERS = {"step": 3, "seconds": 1.5, "tokens": 70, "inputs": {"base": "a"}}
 def setup(folder, cell, classes=3):
     base = model.load(folder)
     attach(base, plan_slots(base.spec, cell), cell.dropout or 0.0, cell.seed_for("init"))
@@ -156,10 +156,10 @@ def test_a_state_on_disk_goes_on_bit_for_bit(tiny_folder, tmp_path, optimizer):
             one_step(population, optimizer, [batches[step]], labels, cell, rate, step)
 
     go(population, state, range(3))
-    save_state(tmp_path / "state", population.flat, state, 0, {"step": 3, "seconds": 1.5})
+    save_state(tmp_path / "state", population.flat, state, 0, METERS)
     torch.manual_seed(99)  # what else happened to the global generator does not matter
     second, population, state = setup(tiny_folder, cell)
-    assert load_state(tmp_path / "state", population.flat, state, 0) == {"step": 3, "seconds": 1.5}
+    assert load_state(tmp_path / "state", population.flat, state, 0) == METERS
     go(population, state, range(3, 6))
     assert all(torch.equal(second.state_dict()[n], value) for n, value in whole.state_dict().items())
     for rank in (1, 3):
