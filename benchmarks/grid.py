@@ -164,7 +164,7 @@ def agreement(ours, theirs):
 
 def train_minilora(jobs, began):
     """All cells through minilora's Python API."""
-    from train import train_together
+    from minilora import train_together
 
     grid = job.read_json(jobs / "grid.json")
     cells = [from_dict(Cell, values) for values in grid["cells"]]

@@ -82,7 +82,7 @@ def figures(seen, warm_up, warm_up_seconds, seconds):
 
 def train_minilora(job, began, **changes):
     """train.py keeps the clock itself: `seconds` in metrics.jsonl is of a step and its batch, as for the peers."""
-    from train import train
+    from minilora import train
 
     start = time.perf_counter() - (time.time() - began)
     with tempfile.TemporaryDirectory() as folder:

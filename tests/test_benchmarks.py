@@ -250,7 +250,7 @@ def test_every_operator_does_what_it_is_compared_with(dtype, tolerance):
                 assert wanted.abs().max() > 0
                 torch.testing.assert_close(y, wanted, rtol=tolerance, atol=tolerance * wanted.abs().max().item())
                 compared += 1
-    assert compared == {"float32": 30, "bfloat16": 23}[dtype]
+    assert compared == {"float32": 28, "bfloat16": 23}[dtype]
 
 
 def test_what_an_operator_demands():
@@ -271,7 +271,7 @@ def test_operators_measured():
         assert line["limit"] == min(found["limits"]["float32"], found["limits"]["memory"] * line["intensity"])
         assert line["limit_share"] == pytest.approx(line["operations"] / line["operator_seconds"] / line["limit"])
     shown = report.OPERATORS, report.operator_lines(found), report.operator_notes(found)
-    assert len(shown[1]) == 3 and max(map(len, report.page(*shown).splitlines())) <= console.COLUMNS
+    assert len(shown[1]) == 2 and max(map(len, report.page(*shown).splitlines())) <= console.COLUMNS
 
 
 def test_limits():

@@ -151,10 +151,10 @@ class Nodes:
             raise InputError(f"the Ray cluster failed: {first_line(error)}; fix it and start again") from error
 
     def settle(self, entries, size, settings):
-        """As `planner.settle`, measured on a worker."""
-        from minilora.grid.plan import settle
+        """As `plan.settle`, measured on a worker."""
+        from minilora.grid import plan
 
-        return settle(entries, size, settings) if size else self.result(self.submit(settle, entries))
+        return plan.settle(entries, size, settings) if size else self.result(self.submit(settle, entries))
 
     def train(self, folder, chunks, progress):
         """Train what is left of the populations `chunks`, as many at once as there is room for and `SPARE` more.
@@ -217,11 +217,11 @@ def write(path, found):
 
 
 def settle(entries, cpus, home, paths):
-    """`planner.settle` on this node."""
+    """`plan.settle` on this node."""
     with at_work(cpus, home, paths):
-        from minilora.grid.plan import settle
+        from minilora.grid import plan
 
-        return settle(entries, None, settings())
+        return plan.settle(entries, None, settings())
 
 
 def train(entries, path, cpus, home, paths):

@@ -56,7 +56,7 @@ REFUSED = [
     ({"over": "rank"}, "over goes with statistic = 'slope', which is 'mean': drop it"),
     ({"statistic": "slope"}, "statistic = 'slope' needs over: give it"),
     ({"statistic": "slope", "over": "rnak"}, "unknown over 'rnak': did you mean rank?"),
-    ({"statistic": "slope", "over": "rank"}, "over is rank, but a cell has None there: choose cells above 0 in `where`"),
+    ({"statistic": "slope", "over": "rank"}, "over is rank, but a cell has None there: choose cells above 0"),
     ({"statistic": "slope", "over": "inject.proportion"}, "over is inject.proportion, but a cell has 0.0 there"),
     ({"statistic": "slope", "over": "lr"}, "no two of its cells differ only in lr: nothing can decide it"),
     ({"statistic": "slope", "over": "rank", "where": {"rank": 2}}, "no two of its cells differ only in rank"),
