@@ -17,3 +17,9 @@ def shown(value):
 def cut(text):
     """The first 80 characters of a text."""
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def first_words(error):
+    """What a library says of a file, on one line: at most 200 characters, since it may quote the file."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 200 else text[:197] + "..."

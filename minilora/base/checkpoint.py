@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from minilora.errors import InputError
+from minilora.errors import InputError, cut, first_words, shown
 from minilora.files import check_regular, parse_json, read_json, sha256
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -86,7 +86,7 @@ class Tensors(Mapping):
             for name in stored:
                 if shard_of.get(name) != shard:
                     raise InputError(
-                        f"{self.path}: does not say that tensor {name} is in {shard}; fetch the checkpoint again"
+                        f"{self.path}: does not say that tensor {cut(name)} is in {shard}; fetch the checkpoint again"
                     )
         self._stored = {name: held[shard][name] for name, shard in shard_of.items()}
 
@@ -214,7 +214,7 @@ def _open(path):
         raise InputError(f"{path}: the weight file is missing; fetch the checkpoint again") from error
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(
-            f"{path}: truncated, corrupt or no safetensors file ({error}); fetch it again (in a git clone:"
+            f"{path}: truncated, corrupt or no safetensors file ({first_words(error)}); fetch it again (in a git clone:"
             " `git lfs pull`)"
         ) from error
     return {
@@ -233,5 +233,6 @@ def read_index(path):
     for name, shard in shard_of.items():
         # Shards are names, not paths. (The files may be links: those of the hub's cache point to its blobs.)
         if not isinstance(shard, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", shard):
-            raise InputError(f"{path}: tensor {name} is in {shard!r}, which is no .safetensors file beside it")
+            where = f"{path}: tensor {cut(name)} is in {shown(shard)}"
+            raise InputError(f"{where}, which is no .safetensors file beside it")
     return shard_of

@@ -8,7 +8,7 @@ import math
 
 from minilora.base.names import PHI3
 from minilora.base.spec import LayerSpec, Rope, Spec
-from minilora.errors import InputError
+from minilora.errors import InputError, shown
 
 REQUIRED = object()
 LARGEST = 2**31  # of any number of a configuration
@@ -77,7 +77,7 @@ class Take:
         found = self.config.get(key)
         if found not in (None, value):
             raise InputError(
-                f"config.json: {key} = {found!r} is not implemented (only {value!r} is): choose another --model"
+                f"config.json: {key} = {shown(found)} is not implemented (only {value!r} is): choose another --model"
             )
 
     def divide(self, key, by):

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from minilora.base import checkpoint, deberta, families, places, rope
-from minilora.errors import InputError
+from minilora.errors import InputError, shown
 from minilora.kernels.attention import attention
 from minilora.kernels.linear import linear
 from minilora.kernels.mlp import ACTIVATIONS, formed_again, gated
@@ -259,7 +259,7 @@ def load(folder, dtype=torch.float32, device="cpu", unembedding=False, then=None
     spec = families.read_spec(checkpoint.read_config(folder))
     if spec.activation not in ACTIVATIONS:
         raise InputError(
-            f"config.json: activation {spec.activation!r} is not implemented "
+            f"config.json: activation {shown(spec.activation)} is not implemented "
             f"(there are: {', '.join(ACTIVATIONS)}): choose another --model"
         )
     if unembedding and not spec.causal:

@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 
-from minilora.errors import InputError
+from minilora.errors import InputError, first_words
 from minilora.files import cache, check_regular, replacing
 
 # Rules without patterns or tables of their own.
@@ -67,7 +67,7 @@ def check_safe(path):
         return
     reason = attempt(path, texts(document), ROOM + 40 * len(data), SECONDS + len(data) // 2_000_000)
     if reason is not None:
-        raise InputError(f"{path}: not a usable tokenizer ({reason}); fetch the checkpoint again")
+        raise InputError(f"{path}: not a usable tokenizer ({first_words(reason)}); fetch the checkpoint again")
     with contextlib.suppress(OSError):  # without a cache it is tried each time
         passed.parent.mkdir(parents=True, exist_ok=True)
         with replacing(passed) as temporary:

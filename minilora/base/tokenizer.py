@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from minilora.base import words
-from minilora.errors import InputError
+from minilora.errors import InputError, first_words
 
 # Texts are encoded in chunks of about so many characters: an encoding needs some 50 bytes a character.
 CHUNK_CHARACTERS = 1 << 20
@@ -54,7 +54,8 @@ def load(folder, embedded=None):
         raise
     except BaseException as error:
         raise_unless_broken(error)
-        raise InputError(f"{files.path}: not a usable tokenizer ({error}); fetch the checkpoint again") from error
+        reason = first_words(error)
+        raise InputError(f"{files.path}: not a usable tokenizer ({reason}); fetch the checkpoint again") from error
 
 
 def raise_unless_broken(error):
