@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import os
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,12 @@ import numpy as np
 import pytest
 import torch
 from hub_server import HubServer
+
+# A shell that starts the tests in the background lets them ignore Ctrl-C, and nohup a closed terminal: not ours.
+for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL),
+                          (getattr(signal, "SIGHUP", signal.SIGTERM), signal.SIG_DFL)):  # fmt: skip
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _handler)
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))  # behind the rest, so that `import kernels` stays Hugging Face's: for train and evaluate

@@ -71,7 +71,7 @@ def inside(folder, seed, end, first, cases, only):
                 why, again = None, [*line, "--out", out]
                 if status:
                     counts[kind]["filled"] += 1
-                    lines = [text for text in said.splitlines() if "Error" in text]
+                    lines = [text for text in said.splitlines() if "Error" in text or text.startswith("FullDisk: ")]
                     if len(lines) != 1 or "pace" not in lines[0] or "Traceback" in said:
                         why = f"on {size} KiB it says {said[-300:]!r}"
                     elif list(out.rglob("error.json")):
