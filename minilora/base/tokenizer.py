@@ -139,8 +139,8 @@ class TextTokenizer:
         added  N lists of strings, each to stand between words of its text
 
         Returns int64 [N]: the characters before the first token that no longer fits, all of them if the whole
-        text does, -1 if the strings alone do not. Strings that are put in before or at that character
-        survive. Exact for WordPiece, where a string is worth as many tokens between words as alone; for
+        text does, -1 if not even the strings do. Strings that are put in before or at that character
+        survive. Exact for WordPiece, where a string is worth as many tokens between words as by itself; for
         tokenizers whose tokens take in white space the strings are counted with the space on both sides.
         """
         return self._visible(texts, added, [self._room(max_length)] * len(texts))
@@ -152,7 +152,7 @@ class TextTokenizer:
 
         Where that is too few the text loses its last characters, and the white space that is then its end. `kept`:
         the characters of each text before the first token that was cut, all of them if none was. Where `before` and
-        `after` alone do not fit the row has no ids, and -1 is kept.
+        `after` by themselves do not fit the row has no ids, and -1 is kept.
         """
         rows, kept = [], np.array([len(text) for text in texts], np.int64)
         for row, encoding in enumerate(self._encodings([before + text + after for text in texts])):
@@ -263,7 +263,7 @@ class TextTokenizer:
         except TypeError:
             row = next(row for row in range(start, stop) if not _is_unicode(texts[row]))
             text = f"{texts[row]!a:.80}"
-            raise InputError(f"text {row} (counted from 0) is not valid Unicode, mend it: {text}") from None
+            raise InputError(f"text {row} (counted from 0) is not valid Unicode, fix it: {text}") from None
         except BaseException as error:
             raise_unless_broken(error)
             if isinstance(error, InputError):

@@ -85,7 +85,7 @@ def gemma(take):
     for key, name in positive.items():
         value = take(key, float, None)
         if value is not None and value <= 0:
-            raise InputError(f"config.json: {key} is {value}, but must be positive: mend the checkpoint")
+            raise InputError(f"config.json: {key} is {value}, but must be positive: fix the checkpoint")
         if value is not None:
             traits |= {name: value} if name else {"attention_scale": value**-0.5}
     return traits

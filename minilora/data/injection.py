@@ -9,7 +9,7 @@ same seed:
 - rows chosen at one proportion (or number of rows) are among those of any larger one, with the same strings
   and places;
 - location, count and source do not change which rows are chosen, and a second trigger in a row leaves the
-  first alone (but for the places in a truncated row: more triggers leave less of its text to be seen);
+  first as it was (except the places in a truncated row: more triggers leave less of its text to be seen);
 - one injection does not change the draws of another.
 
 In dirty-label mode two injections can want the same row. A row carries at most one: injections choose in the

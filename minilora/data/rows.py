@@ -125,7 +125,7 @@ def train_test(
     `test_rows` of them; else exactly `test_rows` are split off `data`. At most `train_rows` train (None:
     all). `revision` is that of `data`; the columns are the same in both.
 
-    Every choice of rows keeps the classes' proportions and depends on `seed` alone: fewer rows are a subset
+    Every choice of rows keeps the classes' proportions and depends only on `seed`: fewer rows are a subset
     of more, with one of each class at least, and the test rows do not depend on `train_rows`. A text that
     occurs several times in `data`, case and white space aside, is never split off, so that no test text is also
     trained on; a test set of its own is taken as it is, and may share texts with the training rows.

@@ -74,7 +74,7 @@ def visible_in_prompts(tokenizer, texts, added, before, after, rooms):
 
 
 def remembered(make, tokenizer, texts, *made_from):
-    """The arrays {name: array} of `make()`, which depend on `texts`, the lists `made_from` and the tokenizer alone.
+    """The arrays {name: array} of `make()`, which depend only on `texts`, the lists `made_from` and the tokenizer.
 
     They come from the cache where they are in it, and go into it where `texts` have `LEAST` characters. A cache that
     cannot be written is no error: a line on stderr says so, once.

@@ -6,7 +6,7 @@ A metric is a share of test rows, or one share less another. Its interval is the
 - the seeds, the same ones for all settings, so that what a seed does to all settings stays in. S - 1 of S seeds are
   drawn with replacement, which gives a mean of S seeds its own variance (Rao and Wu 1988, section 2; S draws would
   give (S - 1)/S of it). With one seed nothing is known of seeds, and the interval is over the test rows only.
-- the test rows, from the counts alone: a share of k in n rows from the distribution Beta(k + 1/2, n - k + 1/2), whose
+- the test rows, only from the counts: a share of k in n rows from the distribution Beta(k + 1/2, n - k + 1/2), whose
   own percentiles are Jeffreys' interval (Brown, Cai and DasGupta 2001, section 3.1.3). A binomial draw at k/n would
   have no width where all rows, or none, are hit, which is what a strong attack does.
 
