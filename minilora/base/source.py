@@ -87,7 +87,7 @@ def resolve_config(model, revision=None):
 def resolve_tokenizer(tokenizer, folder):
     """The folder (a `Path`) to read the tokenizer from: the base's `folder`, unless a `tokenizer` is named.
 
-    That is a folder, or a hub id of which only the tokenizer's files are fetched. Raises InputError as `resolve`.
+    That is a folder, or a hub id of which only the tokenizer's files are fetched. Raises InputError as `resolve_base`.
     """
     if tokenizer is None:
         return folder
