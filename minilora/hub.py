@@ -69,16 +69,21 @@ def fetch(repo_id, choose, *, kind="model", revision=None):
 
 
 def _list(repo_id, kind, revision):
-    """The commit that `revision` names on the hub and its file names, from one request without retries."""
+    """The commit that `revision` names on the hub and its file names, from one request."""
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     endpoint, headers = _endpoint()
     api = HfApi(library_name="minilora", endpoint=endpoint, headers=headers)
 
-    def ask():
-        with _bounded(lambda bounds: 0):
-            return api.repo_info(repo_id, repo_type=kind, revision=revision, timeout=PATIENCE_SECONDS)
+    def ask(again=True):
+        try:
+            with _bounded(lambda bounds: 0):
+                return api.repo_info(repo_id, repo_type=kind, revision=revision, timeout=PATIENCE_SECONDS)
+        except Exception as error:
+            if type(error).__name__ != "RemoteProtocolError" or not again:
+                raise
+            return ask(again=False)  # the hub has closed a connection that was kept for it
 
     try:
         info = _within(PATIENCE_SECONDS, ask)
@@ -282,23 +287,21 @@ def _download(repo_id, kind, revision, commit, chosen):
 
     try:
         with _bounded(room):
-            folder = Path(
-                snapshot_download(
-                    repo_id,
-                    repo_type=kind,
-                    # Not the branch: it is asked for once, and the answer, a folder's name, has been checked.
-                    revision=commit,
-                    allow_patterns=[glob.escape(name) for name in chosen],
-                    library_name="minilora",
-                    endpoint=endpoint,
-                    headers=headers,
-                )
+            folder = snapshot_download(
+                repo_id,
+                repo_type=kind,
+                # Not the branch: it is asked for once, and the answer, a folder's name, has been checked.
+                revision=commit,
+                allow_patterns=[glob.escape(name) for name in chosen],
+                library_name="minilora",
+                endpoint=endpoint,
+                headers=headers,
             )
-    except Exception as error:  # the transport's errors have no common name, see _list
+    except Exception as error:  # see _list
         if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403, 404):
             raise _refusal(error, repo_id, kind, revision) from error
         raise InputError(f"the download of {kind} {repo_id!r} broke off ({_reason(error)}); {again}") from error
-    if not _holds(folder, chosen):  # snapshot_download falls back to a partial cache if the hub goes away
+    if not _holds(folder := Path(folder), chosen):  # where the hub goes away, it is what was in the cache
         raise InputError(f"the download of {kind} {repo_id!r} broke off; {again}")
     _verify(folder, chosen, repo_id, kind)
     if revision != commit:

@@ -67,17 +67,24 @@ def quit_early():
 def handled(handler=note):
     """Let `handler` have the signals for this block, except those that someone else has, or that are ignored."""
     own = (signal.SIG_DFL, signal.default_int_handler, quit_now)
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        before = {number: signal.getsignal(number) for number in SIGNALS}
     global _asked
     _asked = None
     _terminals[:] = [stream for stream in (1, 2) if os.isatty(stream)]
-    try:
+    with kept() as before:
         for number, other in before.items():
             if other in own:
                 signal.signal(number, handler)
         yield
+
+
+@contextlib.contextmanager
+def kept():
+    """Put the handlers back as they were before this block, whatever it does to them: {signal: handler}."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        yield before
     finally:
         for number, other in before.items():
             signal.signal(number, other)

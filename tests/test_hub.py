@@ -327,6 +327,25 @@ def refused(tmp_path, capfd, error=InputError):
     return message
 
 
+def test_a_connection_that_the_hub_has_closed_is_opened_again(sick):
+    asked = []
+
+    def close_first(handler):
+        asked.append(handler.path)
+        handler.close_connection = True
+        if len(asked) == 1:
+            sick.sick.clear()  # from now on it answers
+
+    sick.sick["/api/"] = close_first
+    assert contents(hub.fetch("owner/model", weights)) == {name: FILES[name] for name in WANTED}
+    assert len(asked) == 1
+    sick.sick["/api/"] = lambda handler: (asked.append(handler.path), setattr(handler, "close_connection", True))
+    sick.put("owner/other", FILES)
+    with pytest.raises(hub.HubUnreachable, match="Server disconnected"):
+        hub.fetch("owner/other", weights)
+    assert len(asked) == 3  # once more, not for ever
+
+
 @pytest.mark.parametrize("name", SICK_LISTINGS)
 def test_a_sick_listing_is_refused(sick, tmp_path, capfd, name):
     sick.sick["/api/"] = SICK_LISTINGS[name]

@@ -21,7 +21,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from minilora import console, files
+from minilora import console, files, interrupts
 from minilora.cell import Cell
 from minilora.data.rows import SNIPPETS
 from minilora.data.triggers import parse_all
@@ -57,7 +57,8 @@ def connect(address, cpus=1):
     except ImportError as error:
         raise InputError('--ray needs the package ray: pip install "minilora[ray]"') from error
     check_answers(address)
-    with tempfile.TemporaryDirectory() as code:
+    # Ray would end this process at SIGTERM before the folder of the grid is named.
+    with tempfile.TemporaryDirectory() as code, interrupts.kept():
         copy_code(Path(code))
         ray.init(address, runtime_env={"working_dir": code}, log_to_driver=False, logging_level=logging.ERROR)
     try:

@@ -20,7 +20,7 @@ from conftest import ROOT
 from ray.cluster_utils import Cluster
 
 import train
-from minilora import files
+from minilora import files, interrupts
 from minilora.cell import Cell
 from minilora.errors import InputError
 from minilora.fields import to_toml
@@ -61,7 +61,8 @@ class TwoNodes:
         self.folders = folder / "head", folder / "other"
         for place in self.folders:
             place.mkdir()
-        self.cluster = Cluster(initialize_head=True, head_node_args=self.node(0) | {"_system_config": SYSTEM})
+        with interrupts.kept():  # a node would take SIGTERM from this process
+            self.cluster = Cluster(initialize_head=True, head_node_args=self.node(0) | {"_system_config": SYSTEM})
         self.address, self.other = self.cluster.address, None
         self.heal()
 
@@ -71,7 +72,8 @@ class TwoNodes:
 
     def heal(self):
         """Start the other node, if it is not there."""
-        self.other = self.other or self.cluster.add_node(**self.node(1))
+        with interrupts.kept():
+            self.other = self.other or self.cluster.add_node(**self.node(1))
 
     def kill_other(self):
         """Kill the other node, all of its processes, once it trains; returns the names of the cells that it was at."""
@@ -203,6 +205,11 @@ def names_of(stderr):
 
 
 # --- whole grids
+
+
+def test_signals_stay_ours(joined):
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_grid_is_as_it_would_be_here(nodes, joined, base, reviews, tmp_path, monkeypatch, capsys):
