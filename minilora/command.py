@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import difflib
+import os
 import signal
 import sys
 import traceback
@@ -16,9 +17,9 @@ from minilora.files import full_disk, is_full
 def exit_cleanly(main, argv=None):
     """Run `main(argv)` as a script: an `InputError` becomes one line on stderr and exit status 2.
 
-    A `TrainingError`, a failing disk or a missing package exits with status 1, a signal with 128 + its number.
-    `--traceback` among the arguments (by default those of the command line) shows the full trace as well. Of several
-    processes, only the first prints.
+    A `TrainingError`, a failing disk or a missing package exits with status 1, a signal with 128 + its number, and
+    without a word where the reader of standard output is gone. `--traceback` among the arguments (by default those of
+    the command line) shows the full trace as well. Of several processes, only the first prints.
     """
     with interrupts.handled():
         run_cleanly(main, argv)
@@ -33,6 +34,12 @@ def run_cleanly(main, argv):
         quiet = contextlib.nullcontext() if parallel.speaks() else contextlib.redirect_stdout(None)
         with interrupts.not_swallowed(), quiet:
             main(argv)
+            if sys.stdout:
+                sys.stdout.flush()
+    except BrokenPipeError:  # its reader, such as head, has read enough
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+        sys.exit(141)  # as a shell names the signal SIGPIPE
     except (InputError, TrainingError, OSError) as error:
         if is_full(error):
             error = full_disk(error, getattr(error, "filename", None) or "./file")

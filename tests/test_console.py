@@ -1,12 +1,15 @@
 """Tables of at most 100 columns whatever the labels are, and progress on and off a terminal."""
 
 import io
+import os
 import re
+import subprocess
 import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -210,3 +213,13 @@ def test_say_goes_to_stderr(capsys):
     console.say("one")
     console.say()
     assert capsys.readouterr() == ("", "one\n\n")
+
+
+@pytest.mark.parametrize("length", [1, 1 << 20])
+def test_a_reader_that_has_read_enough(length):
+    reading, writing = os.pipe()
+    os.close(reading)
+    code = f"from minilora.command import exit_cleanly; exit_cleanly(lambda argv: print('x' * {length}))"
+    done = subprocess.run([sys.executable, "-c", code], stdout=writing, stderr=subprocess.PIPE, cwd=ROOT)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, b"")
