@@ -87,7 +87,7 @@ def in_a_child(arguments, folder, last, how):
 
 
 def moments(arguments, folder, last, how):
-    import train
+    from minilora.scripts import train
     from minilora.training import loop
 
     count, update = 0, loop.update

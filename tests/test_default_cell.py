@@ -43,7 +43,7 @@ def test_without_injection_there_is_no_such_effect(default):
 
 
 def test_evaluating_again_gives_the_same_predictions(default):
-    import evaluate
+    from minilora.scripts import evaluate
 
     _, _, folder = default["injected"]
     figures, predictions = evaluate.evaluate(folder, batch_size=50)

@@ -26,15 +26,14 @@ import pytest
 import zoo
 from conftest import FAST, ROOT, tiny_bert
 
-import evaluate
 import minilora
-import train
 from minilora import command
 from minilora.base.families import FAMILIES, read_spec
 from minilora.cell import Cell
 from minilora.data import injection, triggers
 from minilora.grid.file import build_grid
 from minilora.lora import variants
+from minilora.scripts import evaluate, train
 
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}

@@ -16,12 +16,11 @@ from conftest import ROOT, tiny_bert
 from mortal import Mortal
 from safetensors.torch import load_file, save_file
 
-import evaluate
 import minilora
-import train
 from minilora.cell import Cell
 from minilora.command import exit_cleanly
 from minilora.errors import InputError, TrainingError
+from minilora.scripts import evaluate, train
 from minilora.training import feed, loop
 
 FILES = {"cell.toml", "adapter", "factors.safetensors", "metrics.jsonl", "injected.jsonl", "trainable.json",

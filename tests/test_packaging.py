@@ -23,7 +23,9 @@ def python(code, folder, **environment):
 
 def test_the_judges_are_never_imported(tmp_path):
     imports = "; ".join(f"import {name}" for name in MODULES)
-    loaded = python(f"import sys, train, evaluate; {imports}; print(*sys.modules)", ROOT)
+    loaded = python(
+        f"import sys, minilora.scripts.train, minilora.scripts.evaluate; {imports}; print(*sys.modules)", ROOT
+    )
     assert len(MODULES) >= 60 and set(MODULES) <= set(loaded)
     judges = {"transformers", "peft", "pandas", "sklearn", "pyarrow", "matplotlib"}
     assert "torch" in loaded and not judges & set(loaded)

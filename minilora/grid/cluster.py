@@ -4,7 +4,7 @@ Nodes share no file system. A worker trains in a temporary folder and returns th
 the process that was started with --ray, holds the population's claim meanwhile and writes them into the grid's folder.
 So what `grid/folder.py` says holds here too, and other processes may be at work in that folder, drivers among them.
 
-A node needs Ray and what minilora imports; the driver sends its own minilora and train.py along. Left out: starting a
+A node needs Ray and what minilora imports; the driver sends its own minilora along. Left out: starting a
 cluster (`ray start` does), the state of a population whose worker dies (it begins again), and the temporary folder
 (minilora-...) of a worker that is killed, which stays on its node.
 """

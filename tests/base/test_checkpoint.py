@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save, save_file
 
-import evaluate
 import minilora
 from minilora.base import checkpoint
 from minilora.base.source import DEFAULT_BASE, KNOWN, Known, needed, resolve_base, resolve_tokenizer
 from minilora.cell import Cell
 from minilora.errors import InputError
+from minilora.scripts import evaluate
 
 MODEL = "owner/tiny"
 TENSORS = {

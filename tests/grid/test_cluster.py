@@ -19,7 +19,6 @@ import torch
 from conftest import ROOT
 from ray.cluster_utils import Cluster
 
-import train
 from minilora import files, interrupts
 from minilora.cell import Cell
 from minilora.errors import InputError
@@ -29,6 +28,7 @@ from minilora.grid.axes import Entry
 from minilora.grid.file import read_grid
 from minilora.grid.folder import GridFolder
 from minilora.grid.run import train_grid
+from minilora.scripts import train
 
 DEADLINE = 600  # seconds, on a machine that is busy with other things
 # Nodes are found dead soon after their connection breaks, but not for being slow; and no worker dies for what others
@@ -38,7 +38,7 @@ SYSTEM = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "he
 # train.py, with patience; killed where it has written a run folder, its argument of them, but not yet put it in place.
 DRIVER = """
 import os, signal, sys
-import train
+from minilora.scripts import train
 from minilora.command import exit_cleanly
 from minilora.grid import cluster
 

@@ -14,7 +14,6 @@ from conftest import ROOT
 from mortal import Mortal, saving_often
 
 import minilora
-import train
 from minilora import files
 from minilora.errors import InputError
 from minilora.files import is_full
@@ -22,6 +21,7 @@ from minilora.grid import run
 from minilora.grid.file import read_grid
 from minilora.grid.folder import GridFolder
 from minilora.grid.run import train_grid
+from minilora.scripts import train
 
 STATES = ("finished", "failed", "interrupted", "waiting")
 

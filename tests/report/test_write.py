@@ -11,7 +11,6 @@ import made_grid
 import numpy as np
 import pytest
 
-import evaluate
 from minilora import files
 from minilora.console import COLUMNS
 from minilora.errors import InputError
@@ -20,6 +19,7 @@ from minilora.grid.table import table_rows, write_table
 from minilora.report import markup, page, summary
 from minilora.report.verdicts import decide
 from minilora.report.write import write_report
+from minilora.scripts import evaluate
 
 TEXT = """
 title = "Rank & <proportion>"

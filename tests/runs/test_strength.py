@@ -9,14 +9,13 @@ import torch
 import transformers
 from conftest import random_batch, tiny_bert
 
-import evaluate
 import minilora
-import train
 from minilora import files
 from minilora.base import model
 from minilora.cell import Cell
 from minilora.errors import InputError
 from minilora.lora import peft_config, storage
+from minilora.scripts import evaluate, train
 from minilora.tasks.classification import Classifier
 
 

@@ -11,14 +11,13 @@ from torch.nn import functional as F
 from zoo import DECODER_TEXT as TEXT
 from zoo import tiny_decoder
 
-import evaluate
 import minilora
-import train
 from minilora.base import model, tokenizer
 from minilora.cell import Cell
 from minilora.data import batches
 from minilora.data.rows import Rows, load_rows, rows_of
 from minilora.errors import InputError
+from minilora.scripts import evaluate, train
 from minilora.tasks import language_model
 from minilora.tasks.completion import OTHER, OWN, Scores, joined
 from minilora.tasks.find import find_task

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import minilora
-import train
 from minilora.base import model
 from minilora.cell import Cell
 from minilora.errors import InputError, TrainingError
 from minilora.lora import peft_config, storage
+from minilora.scripts import train
 from minilora.training import loop, planner
 from minilora.training.member import Member
 from minilora.training.population import shared

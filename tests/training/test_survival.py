@@ -14,13 +14,13 @@ from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
 import minilora
-import train
 from minilora import files
 from minilora.cell import Cell
 from minilora.command import exit_cleanly
 from minilora.errors import InputError, TrainingError
 from minilora.runs import bases
 from minilora.runs.folder import Run
+from minilora.scripts import train
 from minilora.training import loop
 from minilora.training.state import read_state
 

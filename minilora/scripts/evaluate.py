@@ -1,0 +1,142 @@
+"""Test a finished run again, from its adapter: the same tests, or other rows, other triggers, another batch size. Of a
+grid's folder, write the report.
+
+python evaluate.py RUN                             its own tests; says whether every prediction is the same
+python evaluate.py RUN --inject country:positive   other triggers
+python evaluate.py RUN --data reviews.csv          other test rows
+python evaluate.py RUN --scale 0.5                 half of what the adapter changes
+python evaluate.py RUN --scale 0.3 --add RUN2:0.7  between two adapters
+python evaluate.py RUN --merge-to DIR              a checkpoint folder with the adapter merged in
+python evaluate.py GRID                            of a grid: its tables, figures, claims, and report.html
+"""
+
+import math
+from pathlib import Path
+
+import minilora
+from minilora import files, parallel
+from minilora.cell import Cell
+from minilora.command import Parser, add_flags, given_flags
+from minilora.errors import InputError
+from minilora.fields import marked
+
+
+def evaluate(folder, *, data=None, batch_size=None, scale=1.0, added=(), merge_to=None, **changes):
+    """Run the tests of the finished run in `folder`: (figures, predictions).
+
+    The figures are as `tests` in results.json, the predictions as the lines of predictions.jsonl. `merge_to` is a new
+    folder for the base with all that (see `merging.write`); the other arguments are those of `minilora.open`.
+    """
+    from minilora.console import Progress, say
+    from minilora.lora import merging
+
+    run = minilora.open(folder, data=data, scale=scale, added=added, **changes)
+    if merge_to is not None:
+        merging.check(merge_to, run.cell)
+        source, words = run.setting.folder, run.setting.words
+        merged = merging.write(merge_to, run.model, run.cell, run.labels, source=source, tokenizer=words)
+        say(f"merged     {merge_to}: {merging.describe(merged)}")
+    with Progress("evaluation", run.task.passes(run.tests)) as progress:
+        return run.run_tests(batch_size, progress.advance)
+
+
+def compare(folder, predictions):
+    """How many of the run's own predictions came out the same: (same, all). They are matched by row and test."""
+    before = files.read_jsonl(Path(folder) / "predictions.jsonl")
+    pairs = [(old[test]["predicted"], new.get(test, {}).get("predicted")) for old, new in zip(before, predictions)
+             for test in old if test not in ("id", "label")]  # fmt: skip
+    return sum(old == new for old, new in pairs), len(pairs)
+
+
+def parse_added(text):
+    """`--add`'s OTHER[:X] as (OTHER, X)."""
+    name, _, weight = text.rpartition(":")
+    try:
+        weight = float(weight) if name else 1.0
+    except ValueError:
+        name, weight = text, 1.0
+    if not math.isfinite(weight):
+        raise InputError(f"--add {text}: the weight must be a finite number")
+    return name or text, weight
+
+
+def main(argv=None):
+    parser = Parser(prog="evaluate.py", description=__doc__.partition("\n\n")[0])
+    parser.add_argument("run", metavar="RUN", help="folder of a finished run, or of a grid")
+    parser.add_argument("--data", dest="rows", metavar="FILE", help="other test rows: a file (default: the run's own)")
+    parser.add_argument("--batch-size", dest="batch", type=int, metavar="N", help="rows a batch (default: the run's)")
+    parser.add_argument(
+        "--scale", type=float, default=1.0, metavar="X",
+        help="multiply what the adapter changes: 0 is the base, 1 the adapter (default: 1)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--add", action="append", default=[], metavar="OTHER[:X]",
+        help="stack the adapter of another run, or in a folder, on top, X times (default: once)",
+    )  # fmt: skip
+    parser.add_argument("--merge-to", metavar="DIR", help="write the base with the adapter, for transformers")
+    parser.add_argument("--out", metavar="DIR", help="write results.json and predictions.jsonl to this new folder")
+    parser.add_argument("--traceback", action="store_true", help="show the full trace of an error")
+    add_flags(parser, Cell, only=marked(Cell, "test"), default="the run's")
+    arguments = parser.parse_args(argv)
+    parallel.refuse("an evaluation", "start that with python")
+    changes = given_flags(arguments, Cell)
+    if (Path(arguments.run) / "grid.json").is_file():
+        return main_of_grid(arguments, changes)
+    if arguments.batch is not None and arguments.batch < 1:
+        raise InputError(f"--batch-size is {arguments.batch}, but must be at least 1")
+    if arguments.rows is None and {"text_column", "label_column", "bad_rows"} & set(changes):
+        raise InputError("--text-column, --label-column and --bad-rows are those of --data: give it too")
+    out = Path(arguments.out) if arguments.out else None
+    if out and out.exists():
+        raise InputError(f"{out} exists: choose another --out")
+
+    for flag, folder in (("--out", arguments.out), ("--merge-to", arguments.merge_to)):
+        if folder:
+            files.try_folder(folder, flag)
+
+    if not math.isfinite(arguments.scale):
+        raise InputError(f"--scale is {arguments.scale}, but must be a finite number")
+    added = [parse_added(text) for text in arguments.add]
+    settings = {"data": arguments.rows, "scale": arguments.scale, "added": added}
+
+    figures, predictions = evaluate(
+        arguments.run, batch_size=arguments.batch, merge_to=arguments.merge_to, **settings, **changes
+    )
+    from minilora.runs.text import results_table
+
+    print(results_table(figures))
+    own_rows = arguments.rows is None and "inject" not in changes and "seed_inject" not in changes
+    if own_rows and arguments.scale == 1 and not added:
+        same, total = compare(arguments.run, predictions)
+        print(f"predictions the same as the run's own: {same:,} of {total:,}")
+    if out:
+        out.mkdir(parents=True)
+        files.write_jsonl(out / "predictions.jsonl", predictions)
+        tested = {"run": str(arguments.run), "changes": changes} | settings
+        files.write_json(out / "results.json", tested | {"tests": figures})
+        print(f"written to {out}")
+
+
+def main_of_grid(arguments, changes):
+    """evaluate.py GRID"""
+    from minilora.grid.folder import GridFolder
+    from minilora.report.write import write_report
+
+    others = {"--data": arguments.rows, "--batch-size": arguments.batch, "--add": arguments.add,
+              "--merge-to": arguments.merge_to, "--out": arguments.out}  # fmt: skip
+    given = [flag for flag, value in others.items() if value not in (None, [])] + ["--scale"] * (arguments.scale != 1)
+    given += [f"a change of {name}" for name in changes]
+    if given:
+        raise InputError(f"{given[0]} is for single runs, but {arguments.run} is a grid's folder: drop it")
+    folder = GridFolder.find(arguments.run)
+    text, paths, left_out = write_report(folder)
+    counts = folder.counts()
+    missing = sum(count for state, count in counts.items() if state != "finished")
+    if missing:
+        states = ", ".join(f"{count:,} {state}" for state, count in counts.items() if count and state != "finished")
+        print(f"{missing:,} of {len(folder.grid.entries):,} cells are missing ({states}): all below is of the others\n")
+    print(text)
+    if paths:
+        print("\nwritten:", *(f"  {path}" for path in paths), sep="\n")
+    if left_out:
+        print("left out:", *(f"  {reason}" for reason in left_out), sep="\n")
