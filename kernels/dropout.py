@@ -29,12 +29,14 @@ def mask(shape, p, keys, salt):
     rows, tokens, features = shape
     members = len(keys)
 
-    def count(n):
-        return torch.arange(n, dtype=torch.int32, device=keys.device)
+    def places(n):
+        # Without ^ 0, Inductor takes the product for an index: its C++ counts with steps of STRIDE, whose overflow is
+        # undefined there, and reads and writes beyond the end where n is no multiple of a vector's length.
+        return (torch.arange(n, dtype=torch.int32, device=keys.device) ^ 0) * STRIDE
 
-    h = mix((keys + salt)[:, None] + count(rows // members) * STRIDE)  # [K, n]
-    h = mix(h[..., None] + count(tokens) * STRIDE)  # [K, n, T]
-    h = mix(h[..., None] + count(features) * STRIDE)  # [K, n, T, features], uniform over int32
+    h = mix((keys + salt)[:, None] + places(rows // members))  # [K, n]
+    h = mix(h[..., None] + places(tokens))  # [K, n, T]
+    h = mix(h[..., None] + places(features))  # [K, n, T, features], uniform over int32
     if torch.is_tensor(p):
         least = (p.double() * 2.0**32 - 2.0**31).to(torch.int32)[:, None, None, None]
     else:

@@ -135,8 +135,8 @@ class Projections(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *dys):
-        count = len(dys)
-        weights, As, Bs, kept = (ctx.saved_tensors[i * count : (i + 1) * count] for i in range(4))
+        count, saved = len(dys), ctx.saved_tensors  # read once: what was packed is unpacked each time
+        weights, As, Bs, kept = (saved[i * count : (i + 1) * count] for i in range(4))
         needs_x, needs_seen = ctx.needs_input_grad[2], ctx.apart and ctx.needs_input_grad[3]
         below = needs_seen if ctx.apart else needs_x
         dx = None
