@@ -139,14 +139,19 @@ def log_ticks(axis):
 
 def percent_axis(axis):
     """An axis of rates, from 0 to 100."""
-    axis.set_view_interval(-3, 103, ignore=True)
+    set_limits(axis, -3, 103)
     axis.set_ticks([0, 25, 50, 75, 100])
 
 
 def signed_axis(axis, ends):
     """An axis of signed figures: 0 in its middle, and room for all of `ends`."""
     reach = 1.08 * max([1, *map(abs, ends)])
-    axis.set_view_interval(-reach, reach, ignore=True)
+    set_limits(axis, -reach, reach)
+
+
+def set_limits(axis, low, high):
+    panel = axis.axes
+    (panel.set_xlim if axis is panel.xaxis else panel.set_ylim)(low, high)
 
 
 def spread(places, gap):
@@ -165,12 +170,13 @@ def spread(places, gap):
 
 
 def direct_label(panel, place, from_, text, colour):
-    """Write `text` at the height `place` right of a panel, with a line to the point `from_` (x, y) that it names.
+    """Write `text` at the height `place` right of a panel, with a thin line to the point `from_` (x, y) that it names.
 
-    The line has the curve's colour, and the words have `INK`. All coordinates are the data's.
+    The line has the point's colour, and the words have `INK`. All coordinates are the data's.
     """
     panel.annotate(text, xy=from_, xytext=(1.03, place), textcoords=("axes fraction", "data"), va="center", fontsize=8,
-                   arrowprops=dict(arrowstyle="-", color=colour, linewidth=1, shrinkA=1, shrinkB=3),
+                   arrowprops=dict(arrowstyle="-", color=colour, linewidth=0.6, relpos=(0, 0.5), shrinkA=1,
+                                   shrinkB=3),
                    annotation_clip=False)  # fmt: skip
 
 

@@ -15,10 +15,11 @@ from minilora.report import summary
 from minilora.report.words import axis_label, sentence, tick, title_of
 
 MOST_ROWS = 60  # of a figure
-WORDS = 34  # characters of a row's name in one line
+WORDS = 40  # characters of a row's name in one line
 ROW = 0.21  # inches
 DOT = dict(fmt="o", color=HUES[0], capsize=2, linewidth=1.1, zorder=3)
-REFERENCES = {"clean": dict(marker="o", markerfacecolor="none"), "placebo": dict(marker="x")}
+REFERENCES = {"clean": dict(marker="o", markerfacecolor="none", label="the same rate without the trigger"),
+              "placebo": dict(marker="x", label="under the placebo")}  # fmt: skip
 VERDICTS = {"supported": dict(color=HUES[0], marker="o"), "contradicted": dict(color=HUES[1], marker="s"),
             "undecided": dict(color=GREY, marker="D")}  # fmt: skip
 
@@ -88,7 +89,7 @@ def forest(rows, panels, first=None):
     heights = np.array([max(1, 0.8 * len(name)) for name in names])
     places = np.cumsum(heights) - heights / 2
     panels = {key: name for key, name in panels.items() if any(metrics and key in metrics for _, metrics in rows)}
-    figure, axes = new_figure(1.8 + 2.1 * len(panels), ROW * heights.sum() + 1.1, ncols=len(panels), sharey=True)
+    figure, axes = new_figure(1.8 + 2.1 * len(panels), ROW * heights.sum() + 1.35, ncols=len(panels), sharey=True)
     for panel, (key, name) in zip(axes.flat, panels.items()):
         signed = key.endswith("_change") or name == "degradation"
         drawn = [(place, *(100 * np.array(metrics[key])), metrics) for place, (_, metrics) in zip(places, rows)
@@ -97,7 +98,7 @@ def forest(rows, panels, first=None):
             panel.axhline(place, color=GREY, linewidth=0.5, alpha=0.35, zorder=0)
             if not signed:
                 beside(panel, place, name, metrics)
-            panel.errorbar(value, place, xerr=[[value - low], [high - value]], **DOT)
+            panel.errorbar(value, place, xerr=[[value - low], [high - value]], label="mean, 95% interval", **DOT)
         if signed:
             signed_axis(panel.xaxis, [end for _, _, low, high, _ in drawn for end in (low, high)])
             panel.axvline(0, color=GREY, linewidth=1, linestyle="--" if first else "-", zorder=1)
@@ -116,6 +117,9 @@ def forest(rows, panels, first=None):
     for text, (_, metrics) in zip(panel.get_yticklabels(), rows):
         if metrics is None:
             text.set_fontweight("bold")
+    handles, labels = panel.get_legend_handles_labels()
+    key = dict(zip(reversed(labels), reversed(handles)))
+    figure.legend(key.values(), key.keys(), loc="outside lower left", ncols=len(key))
     return figure
 
 
@@ -138,10 +142,10 @@ def claims(decisions):
     kinds = {}  # statistics have units of their own, so each has an axis of its own
     for one in known:
         kinds.setdefault(one.claim.statistic, []).append(one)
-    names = {kind: [textwrap.wrap(visible(one.claim.text), 58) for one in own] for kind, own in kinds.items()}
+    names = {kind: [textwrap.wrap(visible(one.claim.text), 62) for one in own] for kind, own in kinds.items()}
     heights = {kind: [max(2, len(name)) * 0.75 + 0.4 for name in found] for kind, found in names.items()}
     ratios = [sum(found) + 3 for found in heights.values()]
-    figure, axes = new_figure(8.6, ROW * sum(ratios) + 0.3, nrows=len(kinds), height_ratios=ratios)
+    figure, axes = new_figure(9, ROW * sum(ratios) + 0.3, nrows=len(kinds), height_ratios=ratios)
     for panel, (kind, own) in zip(axes.flat, kinds.items()):
         places = np.cumsum(heights[kind]) - np.array(heights[kind]) / 2
         for place, height, one in zip(places, heights[kind], own):
@@ -156,7 +160,7 @@ def claims(decisions):
         panel.tick_params(axis="y", length=0)
         panel.spines["left"].set_visible(False)
         panel.set_xlabel({"mean": "mean (%)", "difference": "difference (percentage points)",
-                          "slope": "slope (percentage points)"}.get(kind, kind))  # fmt: skip
+                          "slope": "slope (percentage points a doubling)"}.get(kind, kind))  # fmt: skip
     left = len(decisions) - len(known)
     return figure, " ".join([
         "What was found of each claim, with its 95% interval; the shaded side of the bar is what it claims. The whole "

@@ -31,7 +31,7 @@ def heat_maps(lines, grid):
     states = summary.grid_states(lines, across, down)
     columns = min(3, len(maps))
     rows = math.ceil(len(maps) / columns)
-    wide, high = min(5, max(2.6, 0.9 + 0.36 * len(xs))), min(5.5, max(2.1, 1 + 0.28 * len(ys)))
+    wide, high = min(5, max(3, 0.9 + 0.36 * len(xs))), min(5.5, max(2.1, 1 + 0.28 * len(ys)))
     figure, panels = new_figure(columns * wide, rows * high + 0.4, nrows=rows, ncols=columns)
     figure.get_layout_engine().set(wspace=0.05, hspace=0.06)
     for panel in panels.flat[len(maps) :]:
@@ -42,9 +42,9 @@ def heat_maps(lines, grid):
         for axis, field, places in ((panel.xaxis, across, xs), (panel.yaxis, down, ys)):
             every = math.ceil(len(places) / MOST_TICKS)
             axis.set_ticks(range(0, len(places), every), [tick(field, value) for value in places[::every]])
-        panel.set_title(f"{sentence(FIGURES[name][0])} ({'points' if signed else '%'})", fontsize=9)
-        panel.set_xlabel(axis_label(across))
-        panel.set_ylabel(axis_label(down))
+        panel.set_title(f"{sentence(FIGURES[name][0])} ({'points' if signed else '%'})", fontsize=8.5)
+        panel.set_xlabel(axis_label(across), fontsize=8.5)
+        panel.set_ylabel(axis_label(down), fontsize=8.5)
     others = [name for name in summary.settings_of(grid.varied) if name not in pair]
     rest = f", {', '.join(others)}" if others else ""
     known = {summary.ABSENT: "Blank: not in the grid.", summary.UNFINISHED: "Hatched: in the grid, but not finished."}

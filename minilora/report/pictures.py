@@ -107,8 +107,10 @@ def dose_response(curves):
     least = min(curve.doses.min() for curve in curves)
     most = max(curve.doses.max() for curve in curves)
     nought = least / max(2, (most / least) ** 0.15)  # the place of 0, which a logarithmic axis does not have
+    right = most * max(1.15, (most / least) ** 0.06)
     doses = np.unique(np.concatenate([curve.doses for curve in curves]))
     ticks = doses if len(doses) <= 9 else doses[np.linspace(0, len(doses) - 1, 9).round().astype(int)]
+    uninjected = any(curve.uninjected is not None for curve in curves)
     looks = looks_of({first_of(curve.group): curve.group for group in groups.values() for curve in group})
     columns = min(2, len(groups))
     rows = math.ceil(len(groups) / columns)
@@ -122,15 +124,14 @@ def dose_response(curves):
             look = looks[first_of(curve.group)]
             end = draw_curve(panel, curve, *look, nought, shift)
             labels.append((end[1] - 0.01 * place, end, label_of(curve), look[0]))
-        labels += draw_beside(panel, group, nought)
+        labels += [*draw_beside(panel, group, nought), (50, (right, 50), "50%: half of the attack", GREY)]
         for place, (_, *label) in zip(spread([label[0] for label in labels], 5.2), labels):
             direct_label(panel, place, *label)
         panel.axhline(50, color=GREY, linewidth=0.8, zorder=0)
-        panel.annotate("50%: half of the attack", xy=(0.01, 50), xycoords=("axes fraction", "data"), xytext=(0, 2),
-                       textcoords="offset points", fontsize=7)  # fmt: skip
         panel.set_xscale("log")
+        panel.set_xlim((nought if uninjected else least) / 1.3, right)
         panel.set_xticks(ticks, [f"{dose:,.0f}" for dose in ticks])
-        if any(curve.uninjected is not None for curve in curves):
+        if uninjected:
             panel.axvline(math.sqrt(nought * least), color=GREY, linewidth=0.7, linestyle=(0, (2, 2)), zorder=0)
             panel.set_xticks([nought, *ticks], ["0", *(f"{dose:,.0f}" for dose in ticks)])
         panel.set_xticks([], minor=True)
@@ -212,8 +213,9 @@ def k50(curves):
         reach = ys - np.maximum(lows, least), np.minimum(highs, most) - ys
         panel.errorbar(xs, ys, reach, color=colour, marker=marker, linestyle=style if ordered else "none",
                        linewidth=1.2, capsize=3)  # fmt: skip
-        if inside:
-            labels.append((math.log(ys[-1]), (xs[-1], ys[-1]), name, colour))
+        last = max(group, key=lambda curve: places[curve.group[across]])
+        end = min(max(last.k50[0], least), most)
+        labels.append((math.log(end), (places[last.group[across]] + shift, end), name, colour))
         for curve in group:
             for bound, beyond, arrow in ((most, curve.k50[2] > most, "^"), (least, curve.k50[1] < least, "v")):
                 if beyond:
@@ -269,8 +271,8 @@ def trade_off(lines, grid):
             rates = [math.nan if rate is None else 100 * rate for rate in (getattr(point, kind) for point in group)]
             panel.plot(xs, rates, linestyle="none", marker=marker, markerfacecolor="none", color=GREY, markersize=3.5,
                        markeredgewidth=0.8, zorder=1)  # fmt: skip
-        best = int(np.argmax(ys))
-        labels.append((ys[best], (xs[best], ys[best]), name, colour))
+        near = (np.argmax if losses else np.argmin)(xs)  # the point next to the labels
+        labels.append((ys[near], (xs[near], ys[near]), name, colour))
     if losses:
         loss_axis(panel, [100 * point.loss for point in points])
     else:

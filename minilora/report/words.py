@@ -1,8 +1,9 @@
 """How figures name fields, values and settings."""
 
-from minilora.console import visible
+from minilora.console import short, visible
 from minilora.grid.axes import FIELDS, word
 
+WIDEST = 48  # characters of a field and its value
 
 def axis_label(name):
     return (name in FIELDS and FIELDS[name].metadata["axis"]) or name.removeprefix("inject.")
@@ -14,8 +15,13 @@ def tick(name, value):
 
 def title_of(group):
     """The fields of `group` that have a value, in words."""
-    named = {name: value for name, value in group.items() if value is not None}
-    return ", ".join(f"{axis_label(name)} {visible(str(word(value)))}" for name, value in named.items()) or "all cells"
+    return ", ".join(named(name, value) for name, value in group.items() if value is not None) or "all cells"
+
+
+def named(name, value):
+    if name == "inject.proportion":
+        return f"{tick(name, value)}% injected"
+    return short(f"{axis_label(name)} {tick(name, value)}", WIDEST)
 
 
 def first_of(group):
