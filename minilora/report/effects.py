@@ -40,7 +40,8 @@ def value_effects(means):
         if mean.field != before:
             rows.append((axis_label(mean.field), None))  # a heading
         name = "all cells" if mean.field is None else "none" if mean.value is None else tick(mean.field, mean.value)
-        rows.append((name, mean.metrics))
+        some = f" ({mean.cells - mean.missing:,} of {mean.cells:,} cells)" if mean.missing else ""
+        rows.append((name + some, mean.metrics))
         before = mean.field
     rows, some = thinned(rows)
     panels = {name: name for name in ("attack_success", "clean_accuracy", "flip_rate", "degradation")}
@@ -89,7 +90,8 @@ def forest(rows, panels, first=None):
     heights = np.array([max(1, 0.8 * len(name)) for name in names])
     places = np.cumsum(heights) - heights / 2
     panels = {key: name for key, name in panels.items() if any(metrics and key in metrics for _, metrics in rows)}
-    figure, axes = new_figure(1.8 + 2.1 * len(panels), ROW * heights.sum() + 1.35, ncols=len(panels), sharey=True)
+    wide = 0.6 + 0.075 * max(len(line) for name in names for line in name)
+    figure, axes = new_figure(wide + 2 * len(panels), ROW * heights.sum() + 1.35, ncols=len(panels), sharey=True)
     for panel, (key, name) in zip(axes.flat, panels.items()):
         signed = key.endswith("_change") or name == "degradation"
         drawn = [(place, *(100 * np.array(metrics[key])), metrics) for place, (_, metrics) in zip(places, rows)

@@ -276,10 +276,10 @@ def trade_off(lines, grid):
     if losses:
         loss_axis(panel, [100 * point.loss for point in points])
     else:
-        panel.set_xlabel("← less noticed    clean accuracy (%)    more noticed →")
+        panel.set_xlabel("← less noticed · clean accuracy (%) · more noticed →")
         panel.invert_xaxis()
     percent_axis(panel.yaxis)
-    panel.set_ylabel("attack success (% of the rows of other labels)  stronger →")
+    panel.set_ylabel("attack success (% of the rows of other labels) · stronger →")
     if len(groups) > 1:
         for place, (_, *label) in zip(spread([label[0] for label in labels], 5.2), labels):
             direct_label(panel, place, *label)
@@ -305,4 +305,4 @@ def loss_axis(panel, losses):
         panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         unit += f", log scale beyond {BENT}"
     panel.axvline(0, color=GREY, linewidth=0.7, zorder=0)
-    panel.set_xlabel(f"← less noticed    loss of clean accuracy against no injection ({unit})    more noticed →")
+    panel.set_xlabel(f"← less noticed · loss of clean accuracy against no injection ({unit}) · more noticed →")

@@ -160,14 +160,16 @@ class Setting:
 
 
 def crossed(lines, varied):
-    """Whether at least half of all combinations of the fields' values are in the grid.
+    """Whether the grid has more than half of all combinations of its fields' values, and changes more than one field
+    at a time. Fields that move together count as one.
 
-    Where they are not, as where one thing is changed at a time, a mean over a value's settings would compare unlike
-    settings with each other.
+    If it does not, a mean over a value's settings would compare unlike settings with each other.
     """
-    names = settings_of(varied)
-    combinations = math.prod(len({line[name] for line in lines}) for name in names)
-    return 2 * len({key(line, names) for line in lines}) >= combinations
+    settings = np.array(list(dict.fromkeys(key(line, settings_of(varied)) for line in lines)), dtype=object)
+    fields = {tuple(numbered(column)[0]) for column in settings.T}  # the number of each setting's value, [settings]
+    changed = sum(np.array(column) > 0 for column in fields)  # against the first setting
+    one_at_a_time = len(fields) > 1 and max(changed) == 1
+    return not one_at_a_time and 2 * len(settings) > math.prod(max(column) + 1 for column in fields)
 
 
 def against_first(lines, varied):
@@ -241,8 +243,8 @@ def trades(lines, varied):
 def map_axes(lines, varied):
     """(The two fields of a heat map, down and across, or None; why there are none).
 
-    Rank and proportion, or else the first two numeric fields, of which more than half of all combinations are in the
-    grid.
+    Rank and proportion, or else the first two numeric fields: two that more than half of the grid's cells have, and of
+    which more than half of all combinations are in the grid.
     """
 
     def is_numeric(name):
@@ -253,10 +255,11 @@ def map_axes(lines, varied):
     names.sort(key=lambda name: {"rank": 0, "inject.proportion": 1}.get(name, 2))
     pairs = list(itertools.combinations(names, 2))
     for down, across in pairs:
-        if (grid_states(lines, across, down) != ABSENT).mean() > 0.5:
+        shown = places_of(lines, across, down)[0]
+        if 2 * len(shown) > len(lines) and (grid_states(lines, across, down) != ABSENT).mean() > 0.5:
             return (down, across), None
     return None, (
-        "of no two numeric fields more than half of all combinations are in the grid"
+        "a map of any two numeric fields would be half empty, or without half of the cells"
         if pairs
         else "the grid varies fewer than two numeric fields that are no seeds"
     )

@@ -5,6 +5,7 @@ from minilora.grid.axes import FIELDS, word
 
 WIDEST = 48  # characters of a field and its value
 
+
 def axis_label(name):
     return (name in FIELDS and FIELDS[name].metadata["axis"]) or name.removeprefix("inject.")
 
