@@ -154,12 +154,12 @@ def set_limits(axis, low, high):
     (panel.set_xlim if axis is panel.xaxis else panel.set_ylim)(low, high)
 
 
-def spread(places, gap):
-    """`places`, moved apart as little as makes neighbours differ by `gap` or more; in the order given."""
+def spread(places, gap, top=np.inf):
+    """`places`, moved apart as little as makes neighbours differ by `gap` or more, none above `top`; as ordered."""
     order = np.argsort(places, kind="stable")
     blocks = []  # [sum of wanted starts, how many]: neighbours that touch move as one
     for number, place in enumerate(np.asarray(places, dtype=float)[order]):
-        blocks.append([place - number * gap, 1])
+        blocks.append([min(place, top - gap * (len(order) - 1 - number)) - number * gap, 1])
         while len(blocks) > 1 and blocks[-2][0] / blocks[-2][1] > blocks[-1][0] / blocks[-1][1]:
             total, count = blocks.pop()
             blocks[-1] = [blocks[-1][0] + total, blocks[-1][1] + count]
@@ -167,6 +167,20 @@ def spread(places, gap):
     found = np.empty(len(order))
     found[order] = starts + gap * np.arange(len(order))
     return found
+
+
+def room(labels):
+    """The inches that direct labels need."""
+    return 0.3 + 0.066 * max(map(len, labels))
+
+
+def apart(places, gap):
+    """Which of the ordered `places` to name so that names are `gap` or more apart."""
+    kept = []
+    for number, place in enumerate(places):
+        if not kept or place - places[kept[-1]] >= gap:
+            kept.append(number)
+    return kept
 
 
 def direct_label(panel, place, from_, text, colour):

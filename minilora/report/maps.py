@@ -31,7 +31,7 @@ def heat_maps(lines, grid):
     states = summary.grid_states(lines, across, down)
     columns = min(3, len(maps))
     rows = math.ceil(len(maps) / columns)
-    wide, high = min(5, max(3, 0.9 + 0.36 * len(xs))), min(5.5, max(2.1, 1 + 0.28 * len(ys)))
+    wide, high = min(5, max(3, 0.9 + 0.4 * len(xs))), min(5.5, max(2.1, 1 + 0.28 * len(ys)))
     figure, panels = new_figure(columns * wide, rows * high + 0.4, nrows=rows, ncols=columns)
     figure.get_layout_engine().set(wspace=0.05, hspace=0.06)
     for panel in panels.flat[len(maps) :]:

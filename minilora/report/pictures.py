@@ -25,12 +25,14 @@ from minilora.drawing import (
     PLAIN,
     STYLES,
     Drawn,
+    apart,
     direct_label,
     hues,
     log_ticks,
     new_figure,
     paths_of,
     percent_axis,
+    room,
     save,
     shades,
     spread,
@@ -41,6 +43,7 @@ from minilora.report.effects import claims, effects
 from minilora.report.maps import heat_maps
 from minilora.report.words import axis_label, first_of, numeric, rest_of, tick
 
+HALF = "50%: half of the attack"
 MOST = len(MARKERS)  # curves in one figure
 BENT = 2  # percentage points; beyond them a long axis of losses is logarithmic
 BESIDE = {"attack_success_clean": ("without the trigger", (0, (1, 1))),
@@ -112,9 +115,10 @@ def dose_response(curves):
     ticks = doses if len(doses) <= 9 else doses[np.linspace(0, len(doses) - 1, 9).round().astype(int)]
     uninjected = any(curve.uninjected is not None for curve in curves)
     looks = looks_of({first_of(curve.group): curve.group for group in groups.values() for curve in group})
-    columns = min(2, len(groups))
+    wide = 3.9 + room([*map(label_of, itertools.chain(*groups.values())), HALF])
+    columns = min(2 if wide < 7 else 1, len(groups))
     rows = math.ceil(len(groups) / columns)
-    figure, panels = new_figure(max(7, 6 * columns), 4 * rows, sharey=True, nrows=rows, ncols=columns)
+    figure, panels = new_figure(columns * wide, 4 * rows, sharey=True, nrows=rows, ncols=columns)
     for panel in panels.flat[len(groups) :]:
         panel.set_visible(False)
     for panel, (title, group) in zip(panels.flat, groups.items()):
@@ -124,8 +128,8 @@ def dose_response(curves):
             look = looks[first_of(curve.group)]
             end = draw_curve(panel, curve, *look, nought, shift)
             labels.append((end[1] - 0.01 * place, end, label_of(curve), look[0]))
-        labels += [*draw_beside(panel, group, nought), (50, (right, 50), "50%: half of the attack", GREY)]
-        for place, (_, *label) in zip(spread([label[0] for label in labels], 5.2), labels):
+        labels += [*draw_beside(panel, group, nought), (50, (right, 50), HALF, GREY)]
+        for place, (_, *label) in zip(spread([label[0] for label in labels], 5.2, 103), labels):
             direct_label(panel, place, *label)
         panel.axhline(50, color=GREY, linewidth=0.8, zorder=0)
         panel.set_xscale("log")
@@ -201,7 +205,7 @@ def k50(curves):
     values = sorted(values) if ordered else values
     logarithmic = ordered and min(values) > 0
     places = {value: math.log2(value) if logarithmic else number for number, value in enumerate(values)}
-    figure, [[panel]] = new_figure(6.6 if len(series) > 1 else 5, 4)
+    figure, [[panel]] = new_figure(5 + (room(series) if len(series) > 1 else 0), 4)
     labels = []
     looks = looks_of({name: dict(list(group[0].group.items())[1:]) for name, group in series.items()})
     for number, (name, group) in enumerate(series.items()):
@@ -227,7 +231,9 @@ def k50(curves):
     low, high = max(least / 1.3, ends.min() / 1.5), min(most * 1.3, ends.max() * 1.5)
     panel.set_ylim(low, high)
     log_ticks(panel.yaxis)
-    panel.set_xticks(list(places.values()), [tick(across, value) for value in values])
+    kept = apart(list(places.values()), (max(places.values()) - min(places.values())) / 16)
+    broken = [textwrap.fill(tick(across, values[i]), max(6, 56 // len(kept))) for i in kept]
+    panel.set_xticks([places[values[i]] for i in kept], broken)
     panel.margins(x=0.15)
     panel.set_xlabel(axis_label(across))
     panel.set_ylabel("k50 (injected rows, log scale)")
@@ -258,7 +264,7 @@ def trade_off(lines, grid):
     losses = all(point.loss is not None for point in points)
     rows = [point.rows for point in points]
     size = {count: 18 + 62 * math.log(count / min(rows)) / max(1e-9, math.log(max(rows) / min(rows))) for count in rows}
-    figure, [[panel]] = new_figure(7.4, 4.6)
+    figure, [[panel]] = new_figure(7 + (room(groups) if len(groups) > 1 else 0), 4.6)
     labels = []
     looks = looks_of({name: group[0].group if len(groups) > 1 else {} for name, group in groups.items()})
     for name, group in groups.items():
@@ -281,7 +287,7 @@ def trade_off(lines, grid):
     percent_axis(panel.yaxis)
     panel.set_ylabel("attack success (% of the rows of other labels) · stronger →")
     if len(groups) > 1:
-        for place, (_, *label) in zip(spread([label[0] for label in labels], 5.2), labels):
+        for place, (_, *label) in zip(spread([label[0] for label in labels], 5.2, 103), labels):
             direct_label(panel, place, *label)
     how = "what the attack costs in accuracy on clean rows, against the same cells without injection" if losses else (
         "accuracy on clean rows, from right to left, as not every setting has cells that differ only in the injection"

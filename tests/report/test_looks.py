@@ -67,6 +67,9 @@ def test_labels_move_apart_as_little_as_they_must():
         found = drawing.spread(places, 8)
         assert np.diff(np.sort(found)).min(initial=8) >= 8 - 1e-9 and (np.argsort(found) == np.argsort(places)).all()
         assert found.mean() == pytest.approx(places.mean())
+        capped = drawing.spread(places, 8, 100)
+        assert capped.max() <= 100 + 1e-9 and np.diff(np.sort(capped)).min(initial=8) >= 8 - 1e-9
+    assert drawing.apart([0, 1, 2, 5, 5.5, 9], 2) == [0, 2, 3, 5]
 
 
 # --- SVG
