@@ -31,7 +31,7 @@ def effects(lines, grid, means):
     """(The figure, its caption). `means` are `summary.marginal_means`."""
     if summary.crossed(lines, grid.varied):
         return value_effects(means)
-    return setting_effects(summary.against_first(lines, grid.varied))
+    return setting_effects(*summary.against_first(lines, grid.varied, MOST_ROWS))
 
 
 def value_effects(means):
@@ -52,11 +52,11 @@ def value_effects(means):
     ])  # fmt: skip
 
 
-def setting_effects(settings):
+def setting_effects(settings, count):
     rows = [("first: " * (number == 0) + title_of(one.values),
              one.metrics | {f"{name}_change": change for name, change in one.changes.items()})
             for number, one in enumerate(settings)]  # fmt: skip
-    rows, some = thinned(rows)
+    some = [f"{len(settings)} of {count:,} settings, evenly spread."] if len(settings) < count else []
     panels = {"attack_success": "attack_success", "attack_success_change": "attack_success",
               "clean_accuracy": "clean_accuracy", "clean_accuracy_change": "clean_accuracy"}  # fmt: skip
     return forest(rows, panels, settings[0].metrics), " ".join([

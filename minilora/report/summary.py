@@ -172,10 +172,15 @@ def crossed(lines, varied):
     return not one_at_a_time and 2 * len(settings) > math.prod(max(column) + 1 for column in fields)
 
 
-def against_first(lines, varied):
-    """A `Setting` for each setting of the grid, in its order."""
+def against_first(lines, varied, most):
+    """(A `Setting` for each setting of the grid, in its order, or for `most` of them, evenly spread; how many it has).
+
+    The first is always among them.
+    """
     names, seeds = settings_of(varied), seeds_of(varied)
     settings = list(dict.fromkeys(key(line, names) for line in lines))
+    count = len(settings)
+    settings = [settings[i] for i in np.linspace(0, count - 1, min(count, most)).round().astype(int)]
     groups = [lambda setting, one=one: setting[: len(names)] == one for one in settings]
     changes = [{} for _ in settings]
     for metric in ("attack_success", "clean_accuracy"):
@@ -190,7 +195,7 @@ def against_first(lines, varied):
     for one, metrics, change in zip(settings, estimates(lines, varied, groups), changes, strict=True):
         own = {name: value for name, value, first in zip(names, one, settings[0]) if value != first or not found}
         found.append(Setting(own, metrics, change))
-    return found
+    return found, count
 
 
 # --- attack success against clean-accuracy loss

@@ -133,7 +133,9 @@ def test_a_grid_that_changes_one_thing_at_a_time_is_shown_against_its_first_sett
     folder = made_grid.make(tmp_path, text)
     lines, means = means_of(folder)
     assert not summary.crossed(lines, folder.grid.varied)
-    found = summary.against_first(lines, folder.grid.varied)
+    found, count = summary.against_first(lines, folder.grid.varied, 60)
+    some, all_of_them = summary.against_first(lines, folder.grid.varied, 2)
+    assert some == [found[0], found[-1]] and all_of_them == count == 4
     assert [one.values for one in found[1:]] == [{"rank": 64}, {"lr": 0.5}, {"inject.proportion": 0.01}]
     assert set(found[0].values) == {"rank", "lr", "inject.proportion"} and found[0].changes == {}
     for number, one in enumerate(found):
