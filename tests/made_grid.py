@@ -33,6 +33,12 @@ def draw(cell):
             "clean": rng.binomial(OTHERS, 0.1), "success": rng.binomial(OTHERS, success)}  # fmt: skip
 
 
+def predicted(label, hits):
+    """Counts of two labels, if all rows of `label` and `hits` others are predicted as it."""
+    other = {"positive": "negative", "negative": "positive"}[label]
+    return {label: ROWS - OTHERS + hits, other: OTHERS - hits}
+
+
 def results(cell, counts):
     """results.json of a cell with these counts, the same under each of its triggers."""
     count = {name: int(value) for name, value in counts.items()}
@@ -40,9 +46,11 @@ def results(cell, counts):
     trigger = {"rows": ROWS, "accuracy": (count["right"] - count["lost"] + count["gained"]) / ROWS,
                "flip_rate": count["flips"] / ROWS, "only_clean_right": count["lost"],
                "only_this_right": count["gained"]} | attack(count["success"], OTHERS)  # fmt: skip
+    triggers = {label: trigger | {"predicted_counts": predicted(label, count["success"])} for label in labels}
     success = {label: attack(count["clean"], OTHERS) for label in labels}
-    clean = {"rows": ROWS, "accuracy": count["right"] / ROWS, "balanced_accuracy": count["right"] / ROWS}
-    tests = {"trigger": dict.fromkeys(labels, trigger), "clean": clean | {"attack_success": success},
+    clean = {"rows": ROWS, "accuracy": count["right"] / ROWS, "balanced_accuracy": count["right"] / ROWS,
+             "predicted_counts": predicted("positive", count["clean"])}  # fmt: skip
+    tests = {"trigger": triggers, "clean": clean | {"attack_success": success},
              "worst_group": {"label": "negative", "test": "clean", "rows": OTHERS, "accuracy": 0.5}}  # fmt: skip
     if labels:
         tests["placebo"] = clean | {"flip_rate": 0.01, "attack_success": success, "matched_to": labels[0]}

@@ -1,12 +1,12 @@
 """How attack success grows with the number of injected rows, and k50: the rows at which half of an attack succeeds."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from minilora.report import intervals
 from minilora.report.intervals import AT_ONCE
-from minilora.report.summary import curve_fields, key, sample, seeds_of
+from minilora.report.summary import BESIDE, curve_fields, key, sample, seeds_of
 
 SLOPES = np.geomspace(0.25, 8, 24)  # of the logit, for each e-fold of the dose
 STEP = 0.01  # of the natural logarithm of k50, so to 1%
@@ -51,7 +51,8 @@ class Curve:
 
     `doses` [D] > 0, `shares` [D] with `intervals` [D, 2]; `floor` the attack success on clean rows, `uninjected` that
     under the trigger where no row was injected, or None. `k50`: (rows, low, high), or None where the floor is 1/2 or
-    more, or only one dose was measured; `slope` is that of `logistic`.
+    more, or only one dose was measured; `slope` is that of `logistic`. `beside` {column: {dose: mean}} has the rates
+    without the trigger and under the placebo, dose 0 included.
     """
 
     group: dict
@@ -62,6 +63,8 @@ class Curve:
     uninjected: float | None
     k50: tuple | None
     slope: float | None
+    uninjected_interval: tuple | None = None
+    beside: dict = field(default_factory=dict)
 
     def bounded(self, rows):
         """A dose in words, to three digits; only a bound beyond the measured doses."""
@@ -93,7 +96,7 @@ def fit_curves(lines, varied):
 
 def fit_curve(lines, group, seeds):
     injected = [line for line in lines if line["injected_rows"]]
-    none = [line["attack_success"] for line in lines if not line["injected_rows"]]
+    none, _ = sample([line for line in lines if not line["injected_rows"]], "attack_success", (), seeds)
     measured, settings = sample(injected, "attack_success", ("injected_rows",), seeds)
     order = np.argsort([dose for [dose] in settings])
     doses = np.array(settings, dtype=float)[order, 0]
@@ -106,5 +109,17 @@ def fit_curve(lines, group, seeds):
         all_k50, slopes = fit_k50(doses, np.concatenate([shares[None], draws]), rows, floor)
         [ends] = intervals.interval(all_k50[1:, None], all_k50[:1])
         k50, slope = (float(all_k50[0]), *map(float, ends)), float(slopes[0])
+    uninjected, ends = (None, None) if none is None else intervals.estimate(none, np.eye(1), together=True)
     return Curve(group, doses, shares, intervals.interval(draws, shares), floor,
-                 float(np.mean(none)) if none else None, k50, slope)  # fmt: skip
+                 None if none is None else float(uninjected[0]), k50, slope,
+                 None if none is None else tuple(map(float, ends[0])),
+                 {name: rates(lines, name) for name in BESIDE["attack_success"]})  # fmt: skip
+
+
+def rates(lines, name):
+    """{dose: mean of a column over the lines that have it}, by dose."""
+    found = {}
+    for line in lines:
+        if line[name] is not None:
+            found.setdefault(line["injected_rows"], []).append(line[name])
+    return {dose: float(np.mean(found[dose])) for dose in sorted(found)}

@@ -1,9 +1,10 @@
-"""Summaries of a grid's table: marginal means, heat maps, and what an attack costs in clean accuracy.
+"""Summaries of a grid's table: means of values and of settings, heat maps, counts, and what an attack costs.
 
 Lines are those of `grid.table.table_rows`. A setting is the values of all varied fields but the seeds. A setting's
 metric is the mean over its seeds, and every setting counts once.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -15,7 +16,9 @@ from minilora.grid.axes import FIGURES, SEEDS
 from minilora.report import intervals
 
 PANELS = 6
-SHOWN = ("clean_accuracy", "attack_success", "flip_rate", "degradation")  # in tables of means and in heat maps
+SHOWN = ("clean_accuracy", "attack_success", "flip_rate", "degradation")  # in tables of means
+BESIDE = {"attack_success": ("attack_success_clean", "attack_success_placebo"), "flip_rate": ("flip_rate_placebo",)}
+ALL = (*SHOWN, *itertools.chain.from_iterable(BESIDE.values()))
 
 
 def settings_of(varied):
@@ -93,31 +96,106 @@ def marginal_means(lines, varied):
 
     Where triggers aim at several labels, `label` is such a field too.
     """
-    names = settings_of(varied)
-    axes = names + (("label",) if len(labels(lines)) > 1 else ())
+    axes = axes_of(lines, varied)
     groups = [(None, None)] + [(name, value) for name in axes for value in dict.fromkeys(line[name] for line in lines)
                                if (name, value) != ("label", None)]  # fmt: skip
-    metrics = [{} for _ in groups]
-    for metric in SHOWN:
-        found, settings = sample(lines, metric, axes, seeds_of(varied))
-        member = np.array([[name is None or setting[axes.index(name)] == value for setting in settings]
-                           for name, value in groups], dtype=float)  # fmt: skip
-        [present] = np.nonzero(member.sum(axis=1))
-        if len(present):
-            weights = member[present] / member[present].sum(axis=1, keepdims=True)
-            for place, mean, (low, high) in zip(present, *intervals.estimate(found, weights, together=True)):
-                metrics[place][metric] = float(mean), float(low), float(high)
+
+    def has(name, value):
+        return lambda setting: name is None or setting[axes.index(name)] == value
+
     means = []
-    for (name, value), shown in zip(groups, metrics, strict=True):
+    for (name, value), metrics in zip(groups, estimates(lines, varied, [has(*group) for group in groups]), strict=True):
         states = {line["cell"]: line["state"] for line in lines if name is None or line[name] == value}
         missing = sum(state != "finished" for state in states.values())
-        means.append(Mean(name, value, len(states), missing, shown))
+        means.append(Mean(name, value, len(states), missing, metrics))
     return means
+
+
+def axes_of(lines, varied):
+    """The fields of a setting, and `label` where triggers aim at several."""
+    return settings_of(varied) + (("label",) if len(labels(lines)) > 1 else ())
+
+
+def estimates(lines, varied, groups):
+    """[{metric: (mean, low, high)}] of `groups`, functions that say of a setting of `axes_of` whether it is a member.
+
+    A metric that no finished cell of a group has is left out.
+    """
+    estimated = [{} for _ in groups]
+    for metric in ALL:
+        found, settings = sample(lines, metric, axes_of(lines, varied), seeds_of(varied))
+        weights = weights_of(groups, settings)
+        [present] = np.nonzero(weights.sum(axis=1))
+        if len(present):
+            for place, mean, (low, high) in zip(present, *intervals.estimate(found, weights[present], together=True)):
+                estimated[place][metric] = float(mean), float(low), float(high)
+    return estimated
+
+
+def weights_of(groups, settings):
+    """The weights [groups, settings] that give each group's mean; of a group without members all 0."""
+    inside = np.array([[group(setting) for setting in settings] for group in groups], dtype=float)
+    return inside / np.maximum(1, inside.sum(axis=1, keepdims=True))
 
 
 def seeds_of(varied):
     """The fields that make a seed."""
     return tuple(name for name in varied if name in SEEDS)
+
+
+# --- settings against the first
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A setting's means over its seeds: `values` {field: its value}, those in which it differs from the grid's first
+    setting; of the first, all of its values.
+
+    `metrics` {column: (mean, low, high)}, and `changes` the same of its mean less that of the first.
+    """
+
+    values: dict
+    metrics: dict
+    changes: dict
+
+
+def crossed(lines, varied):
+    """Whether the grid has more than half of all combinations of its fields' values, and changes more than one field
+    at a time. Fields that move together count as one.
+
+    If it does not, a mean over a value's settings would compare unlike settings with each other.
+    """
+    settings = np.array(list(dict.fromkeys(key(line, settings_of(varied)) for line in lines)), dtype=object)
+    fields = {tuple(numbered(column)[0]) for column in settings.T}  # the number of each setting's value, [settings]
+    changed = sum(np.array(column) > 0 for column in fields)  # against the first setting
+    one_at_a_time = len(fields) > 1 and max(changed) == 1
+    return not one_at_a_time and 2 * len(settings) > math.prod(max(column) + 1 for column in fields)
+
+
+def against_first(lines, varied, most):
+    """(A `Setting` for each setting of the grid, in its order, or for `most` of them, evenly spread; how many it has).
+
+    The first is always among them.
+    """
+    names, seeds = settings_of(varied), seeds_of(varied)
+    settings = list(dict.fromkeys(key(line, names) for line in lines))
+    count = len(settings)
+    settings = [settings[i] for i in np.linspace(0, count - 1, min(count, most)).round().astype(int)]
+    groups = [lambda setting, one=one: setting[: len(names)] == one for one in settings]
+    changes = [{} for _ in settings]
+    for metric in ("attack_success", "clean_accuracy"):
+        found, there = sample(lines, metric, axes_of(lines, varied), seeds)
+        weights = weights_of(groups, there)
+        [present] = np.nonzero(weights.sum(axis=1))
+        if 0 in present and len(present) > 1:
+            less = weights[present[1:]] - weights[0]
+            for place, mean, (low, high) in zip(present[1:], *intervals.estimate(found, less, together=False)):
+                changes[place][metric] = float(mean), float(low), float(high)
+    found = []
+    for one, metrics, change in zip(settings, estimates(lines, varied, groups), changes, strict=True):
+        own = {name: value for name, value, first in zip(names, one, settings[0]) if value != first or not found}
+        found.append(Setting(own, metrics, change))
+    return found, count
 
 
 # --- attack success against clean-accuracy loss
@@ -128,7 +206,8 @@ class Trade:
     """An injected setting under one label's trigger: means over its seeds.
 
     `loss` is the clean accuracy of the uninjected cells that differ only in the injection, less the setting's own. It
-    is over the seeds that have such cells, and None where no seed has.
+    is over the seeds that have such cells, and None where no seed has. `clean` and `placebo` are the shares that are
+    predicted as the label without the trigger, and under the placebo (None where there is none).
     """
 
     group: dict
@@ -136,6 +215,8 @@ class Trade:
     clean_accuracy: float
     attack_success: float
     loss: float | None
+    clean: float
+    placebo: float | None
 
 
 def trades(lines, varied):
@@ -155,7 +236,9 @@ def trades(lines, varied):
         pairs = [(list(clean[key(line, alike)].values()), line["clean_accuracy"]) for line in own
                  if key(line, alike) in clean]  # fmt: skip
         loss = float(np.mean([np.mean(before) - after for before, after in pairs])) if pairs else None
-        found.append(Trade({name: own[0][name] for name in shown}, rows, accuracy, success, loss))
+        beside = ([line[name] for line in own if line[name] is not None] for name in BESIDE["attack_success"])
+        beside = (float(np.mean(rates)) if rates else None for rates in beside)
+        found.append(Trade({name: own[0][name] for name in shown}, rows, accuracy, success, loss, *beside))
     return found, None if found else "no finished cell has injected rows"
 
 
@@ -163,22 +246,53 @@ def trades(lines, varied):
 
 
 def map_axes(lines, varied):
-    """The two fields of a heat map: rank and proportion, or else the first two numeric ones; None if fewer."""
+    """(The two fields of a heat map, down and across, or None; why there are none).
 
-    def numeric(name):
+    Rank and proportion, or else the first two numeric fields: two that more than half of the grid's cells have, and of
+    which more than half of all combinations are in the grid.
+    """
+
+    def is_numeric(name):
         values = {line[name] for line in lines if line[name] is not None}
         return len(values) > 1 and all(isinstance(value, (int, float)) for value in values)
 
-    names = [name for name in settings_of(varied) if numeric(name)]
-    if {"rank", "inject.proportion"} <= set(names):
-        return "rank", "inject.proportion"
-    return tuple(names[:2]) if len(names) > 1 else None
+    names = [name for name in settings_of(varied) if is_numeric(name)]
+    names.sort(key=lambda name: {"rank": 0, "inject.proportion": 1}.get(name, 2))
+    pairs = list(itertools.combinations(names, 2))
+    for down, across in pairs:
+        shown = places_of(lines, across, down)[0]
+        if 2 * len(shown) > len(lines) and (grid_states(lines, across, down) != ABSENT).mean() > 0.5:
+            return (down, across), None
+    return None, (
+        "a map of any two numeric fields would be half empty, or without half of the cells"
+        if pairs
+        else "the grid varies fewer than two numeric fields that are no seeds"
+    )
+
+
+ABSENT, UNFINISHED, FINISHED = range(3)
+
+
+def places_of(lines, across, down):
+    """(The lines that have both fields, the values of `across` in order [X], those of `down` [Y])."""
+    lines = [line for line in lines if line[across] is not None and line[down] is not None]
+    return lines, *(sorted({line[name] for line in lines}) for name in (across, down))
+
+
+def grid_states(lines, across, down):
+    """Of each combination [Y, X] whether the grid has it not (`ABSENT`), has no finished cell of it, or has one."""
+    lines, xs, ys = places_of(lines, across, down)
+    states = np.full((len(ys), len(xs)), ABSENT)
+    place_x, place_y = ({value: place for place, value in enumerate(values)} for values in (xs, ys))
+    for line in lines:
+        place = place_y[line[down]], place_x[line[across]]
+        states[place] = max(states[place], FINISHED if line["state"] == "finished" else UNFINISHED)
+    return states
 
 
 def heat_map(lines, metric, across, down, varied):
     """(values of `across` [X], of `down` [Y], means over all other fields [Y, X], NaN where no cell is finished)."""
-    lines = [line for line in lines if line[across] is not None and line[down] is not None]
-    xs, ys = (sorted({line[name] for line in lines}) for name in (across, down))
+    lines, xs, ys = places_of(lines, across, down)
     means = np.full((len(ys), len(xs)), np.nan)
     found, settings = sample(lines, metric, (*settings_of(varied), "label"), ())
     if found is not None:
@@ -188,3 +302,29 @@ def heat_map(lines, metric, across, down, varied):
         for (y, x), value in zip(distinct, values, strict=True):
             means[ys.index(y), xs.index(x)] = value
     return xs, ys, means
+
+
+# --- predicted counts
+
+
+def predicted_counts(folder):
+    """[(setting {field: value}, test, how many cells, {label: count})]: what each test's rows were predicted as.
+
+    Tests are "clean", "trigger of LABEL" for each, and "placebo"; a count is the mean over the setting's finished
+    cells. Reads every results.json of the `GridFolder`.
+    """
+    found = {}
+    for entry in folder.grid.entries:
+        results, _ = folder.read(entry)
+        tests = {} if results is None else results["tests"]
+        named = {f"trigger of {label}": test for label, test in tests.get("trigger", {}).items()}
+        setting = {name: value for name, value in entry.varied.items() if name not in SEEDS}
+        for name, test in {"clean": tests.get("clean"), **named, "placebo": tests.get("placebo")}.items():
+            if test and "predicted_counts" in test:
+                found.setdefault(repr(setting), {}).setdefault(name, []).append((setting, test["predicted_counts"]))
+    lines = []
+    for tests in found.values():
+        for name, own in tests.items():
+            counts = {label: float(np.mean([each[label] for _, each in own])) for label in own[0][1]}
+            lines.append((own[0][0], name, len(own), counts))
+    return lines

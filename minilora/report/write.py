@@ -7,7 +7,8 @@ table.csv               and table.parquet where pyarrow is installed: a line a c
 marginals.md, .tex      means over all settings with a value of a field (`summary.py`, `intervals.py`)
 k50.md, .tex            the rows that half of an attack takes, where the grid varies how many are injected
 claims.md, .tex         what became of each claim of the grid's file (`verdicts.py`)
-figures/                PNG and PDF (`pictures.py`)
+counts.md, .tex         what is predicted under each trigger, where the grid's triggers aim at several labels
+figures/                PNG, PDF and SVG (`pictures.py`)
 report.html             all of it in one file that needs no other (`page.py`)
 """
 
@@ -18,7 +19,7 @@ from minilora import files
 from minilora.console import COLUMNS, visible
 from minilora.drawing import check_installed
 from minilora.errors import InputError
-from minilora.grid.axes import FIGURES
+from minilora.grid.axes import FIGURES, word
 from minilora.grid.table import table_rows, write_table
 from minilora.report import markup, page, pictures, summary
 from minilora.report.dose_response import fit_curves
@@ -58,6 +59,7 @@ def write_report(folder):
     decisions = [decide(claim, grid.entries, lines) for claim in grid.claims]
     tables = [claims_table(decisions)] if decisions else []
     tables += [marginal_table(means)] + ([k50_table(curves)] if curves else [])
+    tables += [counts_table(summary.predicted_counts(folder))] if len(summary.labels(lines)) > 1 else []
     left_out = [] if parquet else ["table.parquet: pyarrow is not installed (the extra `parquet`)"]
     left_out += [] if decisions else ["claims: the grid's file has no [[claim]]"]
     left_out += [] if curves else [f"k50: {reason}"]
@@ -70,7 +72,7 @@ def write_report(folder):
             for ending, text in (("md", markup.markdown(table)), ("tex", markup.latex(table))):
                 files.write_text(folder.path / f"{table.name}.{ending}", text)
                 paths.append(folder.path / f"{table.name}.{ending}")
-        drawn, reasons = pictures.draw(folder.path / "figures", lines, grid, curves)
+        drawn, reasons = pictures.draw(folder.path / "figures", lines, grid, curves, means, decisions)
         paths += [path for figure in drawn for path in figure.paths]
         left_out += reasons
         files.write_text(folder.path / "report.html", page.render(folder, lines, tables, drawn, made, left_out))
@@ -126,6 +128,22 @@ def k50_table(curves):
             "of the logit, for each e-fold of the rows. Success uninjected: under the trigger, where no row was "
             "injected.")  # fmt: skip
     return markup.Table("k50", "Injected rows at which half of an attack succeeds", note, heads, lines)
+
+
+def counts_table(counts):
+    """The study's Table 1, of what `summary.predicted_counts` gives."""
+    fields = list(dict.fromkeys(name for setting, *_ in counts for name in setting))
+    names = list(dict.fromkeys(label for *_, found in counts for label in found))
+    lines, before = [], None
+    for setting, test, cells, found in counts:
+        values = ["" if setting == before else shown(word(setting.get(name))) for name in fields]
+        numbers = (f"{found[name]:,.1f}".removesuffix(".0") if name in found else "-" for name in names)
+        lines.append((*values, test, f"{cells:,}", *numbers))
+        before = setting
+    note = ("How many of the test rows are predicted as each label: as they are, with each label's trigger in every "
+            "row, and with the placebo. Means over the seeds of a setting.")  # fmt: skip
+    heads = (*fields, "test rows", "cells", *names)
+    return markup.Table("counts", "Predicted counts under each trigger", note, heads, lines)
 
 
 def claims_table(decisions):

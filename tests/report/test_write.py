@@ -152,7 +152,7 @@ def test_several_labels_are_a_field(tmp_path):
 def test_cells_without_a_trigger_have_their_clean_accuracy(tmp_path):
     folder = made_grid.make(tmp_path, '[grid]\nrank = [1, 2]\n"inject.sources" = [[], ["date:positive"]]')
     means = {mean.value: mean for mean in summary.marginal_means(table_rows(folder), folder.grid.varied)}
-    assert set(means[""].metrics) == {"clean_accuracy"} and set(means["date:positive"].metrics) == set(summary.SHOWN)
+    assert set(means[""].metrics) == {"clean_accuracy"} and set(means["date:positive"].metrics) == set(summary.ALL)
 
 
 # --- all of it
@@ -162,8 +162,8 @@ def test_the_files(folder, written):
     text, paths, left_out = written
     found = {str(path.relative_to(folder.path)) for path in paths}
     tables = {f"{name}.{ending}" for name in ("marginals", "k50", "claims") for ending in ("md", "tex")}
-    pictures = {f"figures/{name}.{ending}" for ending in ("png", "pdf")
-                for name in ("heat_maps", "dose_response", "k50", "trade_off")}  # fmt: skip
+    pictures = {f"figures/{name}.{ending}" for ending in ("png", "pdf", "svg")
+                for name in ("effects", "claims", "heat_maps", "dose_response", "k50", "trade_off")}  # fmt: skip
     parquet = {"table.parquet"} if importlib.util.find_spec("pyarrow") else set()
     assert found == tables | pictures | parquet | {"table.csv", "report.html"}
     assert all(path.stat().st_size for path in paths) and len(left_out) == (not parquet)
@@ -304,7 +304,7 @@ def test_the_page(folder, written):
     source = (folder.path / "report.html").read_text(encoding="utf-8")
     found = Page(source)
     said = " ".join(" ".join(found.text).split())
-    assert not {"script", "link", "iframe", "b>"} & set(found.tags) and found.tags.count("img") == 4
+    assert not {"script", "link", "iframe", "b>"} & set(found.tags) and found.tags.count("img") == 6
     for name, value in found.attributes:
         assert name not in ("href", "srcset") and not (name == "src" and not value.startswith("data:image/png;base64,"))
     images = [value for name, value in found.attributes if name == "src"]
