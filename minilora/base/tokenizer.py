@@ -13,17 +13,18 @@ import functools
 import hashlib
 import json
 import threading
+from array import array
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from minilora.base import words
+from minilora.base import word_table, words
 from minilora.errors import InputError, first_words
 
 # Texts are encoded in chunks of about so many characters: an encoding needs some 50 bytes a character.
-CHUNK_CHARACTERS = 1 << 20
+CHUNK_CHARACTERS = 1 << 18
 PATIENCE_SECONDS = 100  # for a chunk, which takes about one: on the slowest of machines too
 # What a completion is encoded behind: the first of these whose tokens do not run into the completion's.
 ANCHORS = ("\n", "a", ".")
@@ -80,7 +81,11 @@ class TextTokenizer:
         probe = tokenizer.encode("a \U0001f701")  # the rare sign fails here if the unknown token is missing
         mask = probe.special_tokens_mask
         self._before, self._after = mask.index(0), mask[::-1].index(0)  # special tokens around a text
+        self._around = probe.ids[: self._before], probe.ids[len(probe.ids) - self._after :]
         self._tokenizer = tokenizer
+        self._table = None
+        if word_table.is_spaced(tokenizer):
+            self._table = word_table.WordTable(lambda found: self._encodings(found, special=False))
         self.pad_id = self._embeds(pad_token, embedded)
         if self.pad_id is None:
             self.pad_id = padding["pad_id"] if padding else 0
@@ -107,7 +112,7 @@ class TextTokenizer:
         rules, the library's version, and this file's code."""
         import tokenizers
 
-        code = "".join(Path(file).read_text(encoding="utf-8") for file in (__file__, words.__file__))
+        code = "".join(Path(file).read_text(encoding="utf-8") for file in (__file__, words.__file__, word_table.__file__))
         state = [tokenizers.__version__, code, self._embedded, self._tokenizer.to_str()]
         return hashlib.sha256(json.dumps(state).encode()).hexdigest()
 
@@ -118,19 +123,15 @@ class TextTokenizer:
         no room for text, or if a text is not valid Unicode.
         """
         room = self._room(max_length)
-        offsets, kept = np.zeros(len(texts) + 1, np.int64), np.empty(len(texts), np.int64)
-        flat, parts = [], []
-        for row, encoding in enumerate(self._encodings(texts)):
-            ids = encoding.ids
+        flat, offsets, kept = array("i"), np.zeros(len(texts) + 1, np.int64), np.empty(len(texts), np.int64)
+        for row, (ids, fitting) in enumerate(self._read(texts)):
+            kept[row] = len(texts[row])
             if len(ids) > max_length:
+                kept[row] = fitting(room)
                 ids = ids[: self._before + room] + ids[len(ids) - self._after :]
-            flat += ids
-            offsets[row + 1] = offsets[row] + len(ids)
-            kept[row] = self._fitting(encoding, len(texts[row]), room)
-            if len(flat) >= CHUNK_CHARACTERS:
-                parts.append(np.array(flat, np.int32))
-                flat = []
-        return Encoded(np.concatenate([*parts, np.array(flat, np.int32)]), offsets, kept)
+            flat.extend(ids)
+            offsets[row + 1] = len(flat)
+        return Encoded(np.frombuffer(flat, np.int32) if flat else np.empty(0, np.int32), offsets, kept)
 
     def visible(self, texts, added, max_length):
         """How many leading characters of each text stay within `max_length` once strings are put into it.
@@ -205,10 +206,30 @@ class TextTokenizer:
         encodings = self._encodings([f" {string} " for string in strings])
         tokens = {string: len(encoding) - around for string, encoding in zip(strings, encodings, strict=True)}
         visible = np.empty(len(texts), np.int64)
-        for row, encoding in enumerate(self._encodings([before + text + after for text in texts])):
-            left = rooms[row] - sum(map(tokens.__getitem__, added[row]))
-            visible[row] = self._fitting(encoding, len(texts[row]), left, len(before))
+        for row, (_, fitting) in enumerate(self._read(texts, before, after)):
+            visible[row] = fitting(rooms[row] - sum(map(tokens.__getitem__, added[row])))
         return visible
+
+    def _read(self, texts, before="", after=""):
+        """Yield (ids, `fitting`) of each text between `before` and `after`, special tokens included.
+
+        fitting  function of a number of tokens: how many characters of the text stand before its first token that
+                 does not fit into so many, as `_fitting` has it
+        """
+        if self._table is None or before or after:
+            encodings = self._encodings([before + text + after for text in texts] if before or after else texts)
+            for text, encoding in zip(texts, encodings, strict=True):
+                yield encoding.ids, lambda room, e=encoding, n=len(text): self._fitting(e, n, room, len(before))
+            return
+        first, last = self._around
+        for start, stop in _chunks(texts):
+            try:
+                self._table.learn(texts[start:stop])
+            except InputError:
+                self._encode_chunk(texts, start, stop, special=True)  # fails too, and names the text, not the word
+                raise
+            for text in texts[start:stop]:
+                yield [*first, *self._table.ids(text), *last], functools.partial(self._table.fitting, text)
 
     def _room(self, max_length):
         """Tokens of text that fit into `max_length`."""
@@ -242,12 +263,8 @@ class TextTokenizer:
 
     def _encodings(self, texts, special=True):
         """Yield the encoding of each text, with special tokens or without; only a chunk of them is in memory."""
-        start = characters = 0
-        for row, text in enumerate(texts):
-            characters += len(text)
-            if characters >= CHUNK_CHARACTERS or row == len(texts) - 1:
-                yield from self._encode_chunk(texts, start, row + 1, special)
-                start, characters = row + 1, 0
+        for start, stop in _chunks(texts):
+            yield from self._encode_chunk(texts, start, stop, special)
 
     def _encode_chunk(self, texts, start, stop, special):
         try:
@@ -289,6 +306,16 @@ class TextTokenizer:
                 f"the tokenizer needs more than {PATIENCE_SECONDS} s for {len(texts)} texts (first: {texts[0]!a:.60}):"
                 " its patterns do not end on some text, choose another --tokenizer"
             ) from None
+
+
+def _chunks(texts):
+    """Yield (start, stop) of parts of a list that have about `CHUNK_CHARACTERS` each."""
+    start = characters = 0
+    for row, text in enumerate(texts):
+        characters += len(text)
+        if characters >= CHUNK_CHARACTERS or row == len(texts) - 1:
+            yield start, row + 1
+            start, characters = row + 1, 0
 
 
 def _is_unicode(text):
