@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from minilora.base import word_table, words
+from minilora.console import watch
 from minilora.errors import InputError, first_words
 
 # Texts are encoded in chunks of about so many characters: an encoding needs some 50 bytes a character.
@@ -124,7 +125,7 @@ class TextTokenizer:
         """
         room = self._room(max_length)
         flat, offsets, kept = array("i"), np.zeros(len(texts) + 1, np.int64), np.empty(len(texts), np.int64)
-        for row, (ids, fitting) in enumerate(self._read(texts)):
+        for row, (ids, fitting) in enumerate(watch(self._read(texts), "tokenising", len(texts))):
             kept[row] = len(texts[row])
             if len(ids) > max_length:
                 kept[row] = fitting(room)
@@ -156,7 +157,8 @@ class TextTokenizer:
         `after` by themselves do not fit the row has no ids, and -1 is kept.
         """
         rows, kept = [], np.array([len(text) for text in texts], np.int64)
-        for row, encoding in enumerate(self._encodings([before + text + after for text in texts])):
+        encodings = self._encodings([before + text + after for text in texts])
+        for row, encoding in enumerate(watch(encodings, "tokenising", len(texts))):
             characters = len(texts[row])
             # A text that is cut may be divided into other tokens, even into more: so cut until it fits.
             while characters >= 0 and len(encoding) - self._after > rooms[row]:
@@ -206,7 +208,7 @@ class TextTokenizer:
         encodings = self._encodings([f" {string} " for string in strings])
         tokens = {string: len(encoding) - around for string, encoding in zip(strings, encodings, strict=True)}
         visible = np.empty(len(texts), np.int64)
-        for row, (_, fitting) in enumerate(self._read(texts, before, after)):
+        for row, (_, fitting) in enumerate(watch(self._read(texts, before, after), "tokenising", len(texts))):
             visible[row] = fitting(rooms[row] - sum(map(tokens.__getitem__, added[row])))
         return visible
 

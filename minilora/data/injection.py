@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from minilora.console import say_once
+from minilora.console import say_once, watch
 from minilora.data import words
 from minilora.data.columns import few
 from minilora.data.triggers import closing, refuse_shared_strings, resolve, split_strings
@@ -225,7 +225,7 @@ def _inserts(rows, index, source, label, pool, settings, seed, stage, visible):
     arrange = _around_words if source.pair else _in_gaps
     return [
         arrange(text, settings.location, end, strings[part], places[part])
-        for text, end, part in zip(texts, kept, slices, strict=True)
+        for text, end, part in zip(watch(texts, "injecting"), kept, slices, strict=True)
     ]
 
 

@@ -18,6 +18,7 @@ from unicodedata import normalize
 
 import numpy as np
 
+from minilora.console import watch
 from minilora.data import columns, formats, given
 from minilora.data.columns import NoLabels, few
 from minilora.data.hub_sets import HubSet
@@ -217,9 +218,10 @@ def leave_out(train, test, problems, cell):
 
 def fingerprint_rows(rows):
     """sha256 (hexadecimal) over the ids, texts and label names of all rows, in their order."""
-    digest = hashlib.sha256()
-    for id, text, label in zip(rows.ids, rows.texts, rows.labels, strict=True):
-        digest.update(json.dumps([id, text, rows.label_names[label]]).encode())
+    digest, quoted = hashlib.sha256(), json.encoder.encode_basestring_ascii
+    names = [quoted(name) for name in rows.label_names]
+    for id, text, label in zip(rows.ids, rows.texts, rows.labels.tolist(), strict=True):
+        digest.update(f"[{quoted(id)}, {quoted(text)}, {names[label]}]".encode())  # as json.dumps has it, but faster
     return digest.hexdigest()
 
 
@@ -277,9 +279,7 @@ def _stratified(labels, count, generator):
 
 
 def _split(rows, test_rows, generator, source, free):
-    same = [" ".join(normalize("NFKC", text).casefold().split()) for text in rows.texts]
-    occurrences = Counter(same)
-    single = np.flatnonzero([occurrences[text] == 1 for text in same])
+    single = np.flatnonzero(~_repeated(rows.texts))
     if len(single) < test_rows:
         raise InputError(
             f"{source} has {len(rows)} rows, {len(single)} of them with a text of their own: too few for"
@@ -304,6 +304,21 @@ def _split(rows, test_rows, generator, source, free):
                 f" {name!r}, and each side needs one; ask for another number of test rows or give test data"
             )
     return train, test
+
+
+def _repeated(texts):
+    """Which texts occur several times, case and white space aside: bool [rows]."""
+
+    def plain(text):
+        return " ".join((text if text.isascii() else normalize("NFKC", text)).casefold().split())
+
+    hashes = np.fromiter((hash(plain(text)) for text in watch(texts, "splitting")), np.int64, len(texts))
+    _, place, counts = np.unique(hashes, return_inverse=True, return_counts=True)
+    found = counts[place] > 1
+    maybe = np.flatnonzero(found).tolist()  # few: only of these are the texts themselves kept, which are large
+    occurrences = Counter(plain(texts[row]) for row in maybe)
+    found[maybe] = [occurrences[plain(texts[row])] > 1 for row in maybe]
+    return found
 
 
 def _snippets(text_column, label_column):
