@@ -24,8 +24,9 @@ from minilora.base import word_table, words
 from minilora.console import watch
 from minilora.errors import InputError, first_words
 
-# Texts are encoded in chunks of about so many characters: an encoding needs some 50 bytes a character.
-CHUNK_CHARACTERS = 1 << 18
+# Texts are encoded in chunks of at most so many, and about so many characters: an encoding needs some 700 bytes, and
+# some 50 bytes a character.
+CHUNK_TEXTS, CHUNK_CHARACTERS = 1 << 12, 1 << 18
 PATIENCE_SECONDS = 100  # for a chunk, which takes about one: on the slowest of machines too
 # What a completion is encoded behind: the first of these whose tokens do not run into the completion's.
 ANCHORS = ("\n", "a", ".")
@@ -84,9 +85,6 @@ class TextTokenizer:
         self._before, self._after = mask.index(0), mask[::-1].index(0)  # special tokens around a text
         self._around = probe.ids[: self._before], probe.ids[len(probe.ids) - self._after :]
         self._tokenizer = tokenizer
-        self._table = None
-        if word_table.is_spaced(tokenizer):
-            self._table = word_table.WordTable(lambda found: self._encodings(found, special=False))
         self.pad_id = self._embeds(pad_token, embedded)
         if self.pad_id is None:
             self.pad_id = padding["pad_id"] if padding else 0
@@ -100,7 +98,11 @@ class TextTokenizer:
                 "not belong together, choose another --tokenizer or --model"
             )
         # Gemma 3 has one more added token than embeddings: it is refused where a text has it.
-        self._exceeds = embedded is not None and max(tokenizer.get_vocab().values()) >= embedded
+        largest = max(tokenizer.get_vocab().values())
+        self._exceeds = embedded is not None and largest >= embedded
+        self._table = None
+        if word_table.is_spaced(tokenizer):
+            self._table = word_table.WordTable(lambda found: self._encodings(found, special=False), largest + 1)
 
     def _embeds(self, token, embedded):
         """The id of a special token, None where there is none that the base embeds."""
@@ -124,7 +126,8 @@ class TextTokenizer:
         no room for text, or if a text is not valid Unicode.
         """
         room = self._room(max_length)
-        flat, offsets, kept = array("i"), np.zeros(len(texts) + 1, np.int64), np.empty(len(texts), np.int64)
+        small = self.vocab_size <= 1 << 16
+        flat, offsets, kept = array("H" if small else "i"), np.zeros(len(texts) + 1, np.int64), np.empty(len(texts), np.int64)
         for row, (ids, fitting) in enumerate(watch(self._read(texts), "tokenising", len(texts))):
             kept[row] = len(texts[row])
             if len(ids) > max_length:
@@ -132,7 +135,8 @@ class TextTokenizer:
                 ids = ids[: self._before + room] + ids[len(ids) - self._after :]
             flat.extend(ids)
             offsets[row + 1] = len(flat)
-        return Encoded(np.frombuffer(flat, np.int32) if flat else np.empty(0, np.int32), offsets, kept)
+        kind = np.uint16 if small else np.int32
+        return Encoded(np.frombuffer(flat, kind) if flat else np.empty(0, kind), offsets, kept)
 
     def visible(self, texts, added, max_length):
         """How many leading characters of each text stay within `max_length` once strings are put into it.
@@ -195,22 +199,30 @@ class TextTokenizer:
 
     def known(self, texts):
         """How many tokens of each text are not the unknown token, int64 [N]; -1 for a text that has no token at all."""
-        tokens = [encoding.ids for encoding in self._encodings(texts, special=False)]
-        return np.array([sum(id != self._unknown_id for id in ids) if ids else -1 for ids in tokens], np.int64)
+        tokens = (encoding.ids for encoding in self._encodings(texts, special=False))
+        counts = (sum(id != self._unknown_id for id in ids) if ids else -1 for ids in tokens)
+        return np.fromiter(counts, np.int64, len(texts))
 
     def decode(self, ids):
         """The text of token ids, special tokens left out."""
         return self._tokenizer.decode([int(id) for id in ids])
 
     def _visible(self, texts, added, rooms, before="", after=""):
-        strings = sorted({string for strings in added for string in strings})
-        around = self._before + self._after
-        encodings = self._encodings([f" {string} " for string in strings])
-        tokens = {string: len(encoding) - around for string, encoding in zip(strings, encodings, strict=True)}
-        visible = np.empty(len(texts), np.int64)
-        for row, (_, fitting) in enumerate(watch(self._read(texts, before, after), "tokenising", len(texts))):
-            visible[row] = fitting(rooms[row] - sum(map(tokens.__getitem__, added[row])))
+        visible, counts = np.empty(len(texts), np.int64), self._counts(added)
+        readings = zip(self._read(texts, before, after), counts, rooms, strict=True)
+        for row, ((_, fitting), count, room) in enumerate(watch(readings, "tokenising", len(texts))):
+            visible[row] = fitting(room - count)
         return visible
+
+    def _counts(self, added):
+        """Yield how many tokens each list of strings is worth; only those of some lists are in memory."""
+        around = self._before + self._after
+        for start in range(0, len(added), CHUNK_TEXTS):
+            part = added[start : start + CHUNK_TEXTS]
+            strings = sorted({string for strings in part for string in strings})
+            encodings = self._encodings([f" {string} " for string in strings])
+            tokens = {string: len(encoding) - around for string, encoding in zip(strings, encodings, strict=True)}
+            yield from (sum(map(tokens.__getitem__, strings)) for strings in part)
 
     def _read(self, texts, before="", after=""):
         """Yield (ids, `fitting`) of each text between `before` and `after`, special tokens included.
@@ -311,11 +323,11 @@ class TextTokenizer:
 
 
 def _chunks(texts):
-    """Yield (start, stop) of parts of a list that have about `CHUNK_CHARACTERS` each."""
+    """Yield (start, stop) of the chunks of a list of texts."""
     start = characters = 0
     for row, text in enumerate(texts):
         characters += len(text)
-        if characters >= CHUNK_CHARACTERS or row == len(texts) - 1:
+        if characters >= CHUNK_CHARACTERS or row - start == CHUNK_TEXTS - 1 or row == len(texts) - 1:
             yield start, row + 1
             start, characters = row + 1, 0
 

@@ -25,17 +25,21 @@ def is_spaced(tokenizer):
 
 
 class WordTable:
-    """encode  function of N words: an iterator over their encodings, without special tokens"""
+    """encode  function of N words: an iterator over their encodings, without special tokens
+    size    one more than the largest id
+    """
 
-    def __init__(self, encode):
+    def __init__(self, encode, size):
         self._encode, self._ids = encode, {}
+        self._numbers = list(range(size))  # so that words share the objects
 
     def learn(self, texts):
         """Make ready for these texts, and for no others. Raises what `encode` raises."""
         if len(self._ids) > MOST:
             self._ids.clear()
         new = list({word for text in texts for word in text.split(" ")} - self._ids.keys())
-        self._ids.update((word, encoding.ids) for word, encoding in zip(new, self._encode(new), strict=True))
+        for word, encoding in zip(new, self._encode(new), strict=True):
+            self._ids[word] = tuple(map(self._numbers.__getitem__, encoding.ids))
 
     def ids(self, text):
         """The ids of a text, a list."""

@@ -45,7 +45,7 @@ class Table:
     labels: list[str]  # the name of each row's label
     class_names: list[str] | None  # all names in their order, where the file declares them
     choices: list[dict[str, str]] | None  # {label: text} of each question's choices
-    numbers: list[int]  # of each row in the file, from 1
+    numbers: range | list[int]  # of each row in the file, from 1
     skipped: list[int]  # numbers of the rows that cannot be used
 
 
@@ -106,8 +106,9 @@ def _usable(texts, labels, choices, class_names, ragged, where, free, skip):
             problems[number] = str(problem)
     if problems:
         refuse_or_say(problems, len(texts), where, skip)
-    numbers = [number for number in range(1, len(texts) + 1) if number not in problems]
+    numbers = range(1, len(texts) + 1)
     if problems:
+        numbers = [number for number in numbers if number not in problems]
         texts, labels, choices = (
             None if cells is None else [cells[number - 1] for number in numbers] for cells in (texts, labels, choices)
         )

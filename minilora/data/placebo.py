@@ -14,6 +14,7 @@ def placebo_rows(rows, settings, k, vocabulary, seed, visible=None):
     """`trigger_rows` with each trigger string replaced by as many words of `vocabulary` (see `placebo_words`)."""
 
     def reword(inserts, label):
+        inserts = list(inserts)
         counts = np.array([sum(len(words.split(string)) for *_, string in row) for row in inserts], np.int64)
         draws = row_draws(row_keys(seed, "test placebo", label, len(rows)), counts)
         drawn = iter([vocabulary[draw * len(vocabulary) >> 32] for draw in draws.tolist()])

@@ -12,6 +12,7 @@ import json
 import os
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from unicodedata import normalize
@@ -31,6 +32,29 @@ HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(:[\w.-]+)?")
 TEST_STREAM, TRAIN_STREAM = 1, 2  # keep the two seeded choices of rows independent of each other
 
 
+class Numbers(Sequence):
+    """The numbers of rows, int64 [rows], as a list of strings that takes a ninth of the memory."""
+
+    def __init__(self, values):
+        self.values = np.asarray(values, dtype=np.int64)
+
+    def __len__(self):
+        return len(self.values)
+
+    def __getitem__(self, place):
+        found = self.values[place]
+        return Numbers(found) if isinstance(found, np.ndarray) else str(found)
+
+    def __iter__(self):
+        return map(str, self.values)
+
+    def __eq__(self, other):
+        return list(self) == list(other)
+
+    def __add__(self, other):
+        return [*self, *other]
+
+
 @dataclass(frozen=True, eq=False)
 class Rows:
     """Texts with their labels, in the order of their source.
@@ -41,7 +65,7 @@ class Rows:
                  if they are whole numbers, else sorted as strings; where labels are `free`, of all choices
     """
 
-    ids: list[str]
+    ids: Sequence[str]
     texts: list[str]
     labels: np.ndarray
     label_names: tuple[str, ...]
@@ -54,7 +78,8 @@ class Rows:
     def take(self, index):
         """The rows at `index` (integers), in its order."""
         index = np.asarray(index, dtype=np.int64)
-        ids, texts = [self.ids[i] for i in index], [self.texts[i] for i in index]
+        ids = self.ids[index] if isinstance(self.ids, Numbers) else [self.ids[i] for i in index]
+        texts = [self.texts[i] for i in index]
         choices = None if self.choices is None else [self.choices[i] for i in index]
         return replace(self, ids=ids, texts=texts, labels=self.labels[index], choices=choices)
 
@@ -363,7 +388,7 @@ def _assemble(parts, source, free=False):
     indices = np.array([place[label] for label in labels], dtype=np.int64)
     ids, skipped, before = [], [], 0
     for part in parts:  # a row's number in all tables, whether rows before it are left out or not
-        ids += [str(before + number) for number in part.numbers]
+        ids.append(before + np.array(part.numbers, dtype=np.int64))
         skipped += [str(before + number) for number in part.skipped]
         before += len(part.numbers) + len(part.skipped)
-    return Rows(ids, texts, indices, tuple(order), choices, tuple(skipped))
+    return Rows(Numbers(np.concatenate(ids)), texts, indices, tuple(order), choices, tuple(skipped))

@@ -127,17 +127,29 @@ def read(path, key):
 
 def write(path, key, arrays):
     """Put an entry into the cache, and remove those that were not used for longest where all take too much room."""
-    from safetensors.numpy import save
-
     if sum(array.nbytes for array in arrays.values()) > LIMIT:
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
-            temporary.write_bytes(save(arrays, {"sha256": digest_of(key, arrays)}))
+            write_arrays(temporary, arrays, {"sha256": digest_of(key, arrays)})
         make_room(path.parent)
     except OSError as error:
         say_once(f"tokens     not kept for other runs: {path.parent} cannot be written ({error.strerror or error})")
+
+
+def write_arrays(path, arrays, metadata):
+    """A safetensors file, array by array: the library's own `save_file` copies all of them first."""
+    entries, end = {"__metadata__": metadata}, 0
+    for name, array in arrays.items():
+        kind = {"f": "F", "i": "I", "u": "U"}[array.dtype.kind] + str(8 * array.itemsize)
+        entries[name] = {"dtype": kind, "shape": array.shape, "data_offsets": [end, end := end + array.nbytes]}
+    header = json.dumps(entries).encode()
+    header += b" " * (-len(header) % 8)  # so that arrays are aligned
+    with open(path, "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for array in arrays.values():
+            file.write(np.ascontiguousarray(array))
 
 
 def make_room(folder):
