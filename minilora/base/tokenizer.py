@@ -41,6 +41,15 @@ class Encoded:
     kept: np.ndarray  # int64 [N], characters before the first token that was cut; all of them if none was
     answers: np.ndarray | None = None  # int64 [N], how many of a row's last tokens are its completion
 
+    def spread(self, index, count):
+        """These rows as those at `index`, ascending, among `count`; the others have no token."""
+        lengths, kept, answers = np.zeros(count, np.int64), np.zeros(count, np.int64), None
+        lengths[index], kept[index] = np.diff(self.offsets), self.kept
+        if self.answers is not None:
+            answers = np.zeros(count, np.int64)
+            answers[index] = self.answers
+        return Encoded(self.ids, np.concatenate([[0], lengths.cumsum()]), kept, answers)
+
 
 def load(folder, embedded=None):
     """The `TextTokenizer` of a checkpoint folder, for a base that embeds so many tokens (default: as many as it has).

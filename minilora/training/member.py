@@ -9,6 +9,7 @@ import math
 import time
 
 import numpy as np
+import torch
 
 from minilora import console, files, parallel
 from minilora.data import given, injection
@@ -23,7 +24,7 @@ from minilora.runs.record import check_inputs, hardware, peak_memory, trainable,
 from minilora.runs.text import injection_lines, results_table
 from minilora.tasks.find import find_task
 from minilora.training import optimizers
-from minilora.training.feed import Schedule
+from minilora.training.feed import Schedule, rows_looked_at
 from minilora.training.limit import training_flops
 from minilora.training.state import load_state, misfit, read_state, save_state
 
@@ -45,16 +46,26 @@ class Member:
         seed = cell.seed_for("inject")
         injected = injection.inject(self.clean, cell.inject, seed, self.task.visible(self.clean))
         injection.check_strings(injected.records, setting.tokenizer.known, "training")
-        self.encoded, self.answers = self.task.encode(injected.rows)
+        self.encoded, self.answers = self._encode(injected)
         self.injected = injection.mark_survival(injected, self.encoded.kept[injected.index])
         self.tests = self.task.build_tests(self.clean, test, seed)
-        self.lengths = np.diff(self.encoded.offsets)
+        self.lengths = np.diff(self.encoded.offsets)  # 0 for rows that no step looks at
+        self.mean_length = float(self.lengths[self.lengths > 0].mean())
         self.schedule = Schedule(self.lengths, cell)
         self.inputs = setting.inputs | {
             "train": fingerprint_rows(self.clean),
             "test": fingerprint_rows(test),
             "injected": fingerprint_rows(self.injected.rows),
         }
+
+    def _encode(self, injected):
+        """As `encode` of the task, but rows that no step looks at, and that carry no trigger, have no tokens."""
+        count = len(injected.rows)
+        index = np.union1d(rows_looked_at(count, self.cell), injected.index)
+        encoded, own = self.task.encode(injected.rows.take(index))
+        answers = torch.zeros(count, dtype=own.dtype)
+        answers[index] = own
+        return encoded.spread(index, count), answers
 
     # --- with the base
 
@@ -79,7 +90,7 @@ class Member:
         cell, spec, clean = self.cell, self.setting.spec, self.clean
         names = [console.short(name) for name in clean.label_names]
         method = f"{cell.variant}, start {cell.start or cell.init}" if cell.method == "lora" else cell.method
-        rows = f"{len(clean):,} training and {len(self.tests[0].rows):,} test rows of {self.lengths.mean():.1f} tokens"
+        rows = f"{len(clean):,} training and {len(self.tests[0].rows):,} test rows of {self.mean_length:.1f} tokens"
         size = f"{len(spec.layers)} layers of width {spec.width}"
         yield f"base       {cell.model} ({spec.family}, {size}, {cell.dtype}, {self.setting.device})"
         yield f"data       {cell.data}: {rows}"
@@ -202,7 +213,7 @@ class Member:
         evaluation_seconds = time.perf_counter() - began
         if parallel.first():
             files.write_jsonl(run.path / "predictions.jsonl", self.task.predictions(self.tests, outcomes))
-        length, steps, seconds = self.lengths.mean(), self.schedule.steps, self.meters["seconds"]
+        length, steps, seconds = self.mean_length, self.schedule.steps, self.meters["seconds"]
         row_flops = training_flops(self.setting.spec, self.slots, cell.method, length) * length
         self.results = {
             "cell": {"id": cell.id} | cell.to_dict(),
