@@ -105,7 +105,7 @@ def measure(cell, words, spec):
 
 def run(small, large, settings):
     """The figures of `large`, after the stages on `small`."""
-    base, _ = resolve_base(settings["model"] or DEFAULT_BASE)
+    base = resolve_base(settings["model"] or DEFAULT_BASE)
     words, spec = tokenizer.load(base), families.read_spec(checkpoint.read_config(base))
     cell, cpu = Cell(data=large, steps=settings["steps"]), torch.device("cpu")
     measure(cell.replace(data=small, test_rows=500), words, spec)

@@ -36,7 +36,7 @@ ANCHORS = ("\n", "a", ".")
 class Encoded:
     """N rows of tokens; row i is `ids[offsets[i]:offsets[i + 1]]`."""
 
-    ids: np.ndarray  # int32 [tokens of all rows]
+    ids: np.ndarray  # uint16 [tokens of all rows], or int32 where the tokenizer has larger ids
     offsets: np.ndarray  # int64 [N + 1]
     kept: np.ndarray  # int64 [N], characters before the first token that was cut; all of them if none was
     answers: np.ndarray | None = None  # int64 [N], how many of a row's last tokens are its completion
@@ -124,7 +124,8 @@ class TextTokenizer:
         rules, the library's version, and this file's code."""
         import tokenizers
 
-        code = "".join(Path(file).read_text(encoding="utf-8") for file in (__file__, words.__file__, word_table.__file__))
+        own = (__file__, words.__file__, word_table.__file__)
+        code = "".join(Path(file).read_text(encoding="utf-8") for file in own)
         state = [tokenizers.__version__, code, self._embedded, self._tokenizer.to_str()]
         return hashlib.sha256(json.dumps(state).encode()).hexdigest()
 
@@ -135,8 +136,8 @@ class TextTokenizer:
         no room for text, or if a text is not valid Unicode.
         """
         room = self._room(max_length)
-        small = self.vocab_size <= 1 << 16
-        flat, offsets, kept = array("H" if small else "i"), np.zeros(len(texts) + 1, np.int64), np.empty(len(texts), np.int64)
+        kind = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.int32)
+        flat, offsets, kept = array(kind.char), np.zeros(len(texts) + 1, np.int64), np.empty(len(texts), np.int64)
         for row, (ids, fitting) in enumerate(watch(self._read(texts), "tokenising", len(texts))):
             kept[row] = len(texts[row])
             if len(ids) > max_length:
@@ -144,7 +145,6 @@ class TextTokenizer:
                 ids = ids[: self._before + room] + ids[len(ids) - self._after :]
             flat.extend(ids)
             offsets[row + 1] = len(flat)
-        kind = np.uint16 if small else np.int32
         return Encoded(np.frombuffer(flat, kind) if flat else np.empty(0, kind), offsets, kept)
 
     def visible(self, texts, added, max_length):
@@ -242,7 +242,7 @@ class TextTokenizer:
         if self._table is None or before or after:
             encodings = self._encodings([before + text + after for text in texts] if before or after else texts)
             for text, encoding in zip(texts, encodings, strict=True):
-                yield encoding.ids, lambda room, e=encoding, n=len(text): self._fitting(e, n, room, len(before))
+                yield encoding.ids, functools.partial(self._fitting, encoding, len(text), before=len(before))
             return
         first, last = self._around
         for start, stop in _chunks(texts):

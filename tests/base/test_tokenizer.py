@@ -51,7 +51,7 @@ def snippets():
 
 
 def rows_of(encoded):
-    assert encoded.ids.dtype == np.int32 and encoded.offsets.dtype == encoded.kept.dtype == np.int64
+    assert encoded.ids.dtype == np.uint16 and encoded.offsets.dtype == encoded.kept.dtype == np.int64
     assert encoded.offsets[0] == 0 and encoded.offsets[-1] == len(encoded.ids)
     return [encoded.ids[start:stop].tolist() for start, stop in itertools.pairwise(encoded.offsets)]
 

@@ -594,4 +594,4 @@ def test_refused_by_attach_with_nothing_attached():
 
 
 def test_every_name_has_its_object():
-    assert tuple(VARIANTS) == targets.VARIANTS and tuple(STARTS) == targets.STARTS and set(MOVING) < set(STARTS)
+    assert list(VARIANTS) == targets.VARIANTS and list(STARTS) == targets.STARTS and set(MOVING) < set(STARTS)
