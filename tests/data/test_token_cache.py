@@ -250,7 +250,8 @@ def test_the_entries_unused_for_longest_make_room(words, folder, monkeypatch):
 
     # Room for all but the abandoned file and the oldest entry, and not for a byte more.
     entries = sum(path.stat().st_size for path in paths.values())
-    monkeypatch.setattr(token_cache, "LIMIT", entries + entry_size(words, folder.parent / "size") - paths[6].stat().st_size)
+    size = entry_size(words, folder.parent / "size")
+    monkeypatch.setattr(token_cache, "LIMIT", entries + size - paths[6].stat().st_size)
     token_cache.encode(words, TEXTS, 11)
     [new] = set(folder.iterdir()) - left
     assert set(folder.iterdir()) == left - {paths[6]} | {new}
