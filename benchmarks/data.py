@@ -28,7 +28,7 @@ from minilora.data.rows import SNIPPETS, fingerprint_rows, load_rows, rows_of
 from minilora.errors import InputError
 from minilora.runs.record import peak_memory
 from minilora.tasks.find import find_task
-from minilora.training.feed import rows_looked_at
+from minilora.training.member import encode_needed
 
 SMALL = 2000  # rows of the file that is read first: what is loaded once is no part of the memory
 AT_LEAST, AT_MOST = 20_000, 3.0  # rows a second of a core, and times the file, that the project aims at
@@ -93,14 +93,11 @@ def measure(cell, words, spec):
     train, test = timed("reading and splitting", lambda: rows_of(cell))
     task, seed = find_task(cell, spec, words), cell.seed_for("inject")
     injected = timed("injecting", lambda: injection.inject(train, cell.inject, seed, task.visible(train)))
-    index = np.union1d(rows_looked_at(len(train), cell), injected.index)
-    kept = [  # so that the memory is that of all of it
-        timed("tokenising", lambda: task.encode(injected.rows.take(index))),
-        timed("test rows and placebo", lambda: task.build_tests(train, test, seed)),
-        timed("fingerprints", lambda: [fingerprint_rows(rows) for rows in (train, test, injected.rows)]),
-    ]
-    assert len(kept) == 3
-    return len(index), seconds
+    encoded, _ = timed("tokenising", lambda: encode_needed(task, injected, cell))
+    tests = timed("test rows and placebo", lambda: task.build_tests(train, test, seed))
+    everything = (train, injected.rows, *(one.rows for one in tests))
+    timed("fingerprints", lambda: [fingerprint_rows(rows) for rows in everything])
+    return int((np.diff(encoded.offsets) > 0).sum()), seconds
 
 
 def run(small, large, settings):

@@ -46,7 +46,7 @@ class Member:
         seed = cell.seed_for("inject")
         injected = injection.inject(self.clean, cell.inject, seed, self.task.visible(self.clean))
         injection.check_strings(injected.records, setting.tokenizer.known, "training")
-        self.encoded, self.answers = self._encode(injected)
+        self.encoded, self.answers = encode_needed(self.task, injected, cell)
         self.injected = injection.mark_survival(injected, self.encoded.kept[injected.index])
         self.tests = self.task.build_tests(self.clean, test, seed)
         self.lengths = np.diff(self.encoded.offsets)  # 0 for rows that no step looks at
@@ -57,15 +57,6 @@ class Member:
             "test": fingerprint_rows(test),
             "injected": fingerprint_rows(self.injected.rows),
         }
-
-    def _encode(self, injected):
-        """As `encode` of the task, but rows that no step looks at, and that carry no trigger, have no tokens."""
-        count = len(injected.rows)
-        index = np.union1d(rows_looked_at(count, self.cell), injected.index)
-        encoded, own = self.task.encode(injected.rows.take(index))
-        answers = torch.zeros(count, dtype=own.dtype)
-        answers[index] = own
-        return encoded.spread(index, count), answers
 
     # --- with the base
 
@@ -255,6 +246,18 @@ class Member:
             folder, model, self.cell, self.clean.label_names, source=self.setting.folder, tokenizer=self.setting.words
         )
         console.say(f"merged     {folder}: {merging.describe(merged)}")
+
+
+def encode_needed(task, injected, cell):
+    """As `encode` of the task, but rows that no step looks at, and that carry no trigger, have no tokens."""
+    count = len(injected.rows)
+    index = np.union1d(rows_looked_at(count, cell), injected.index)
+    if len(index) == count:
+        return task.encode(injected.rows)
+    encoded, own = task.encode(injected.rows.take(index))
+    answers = torch.zeros(count, dtype=own.dtype)
+    answers[index] = own
+    return encoded.spread(index, count), answers
 
 
 def trained_parameters(model, cell):

@@ -334,6 +334,7 @@ def test_the_table_forgets_and_learns_again(base, snippets, monkeypatch):
         monkeypatch.setattr(tokenizer, "CHUNK_CHARACTERS", 500)
         found = base.encode(snippets[:300], 20)
         assert np.array_equal(found.ids, wanted.ids) and np.array_equal(found.kept, wanted.kept)
+        assert len(base._table._ids) <= most + 300  # and the words of a chunk
 
 
 def test_which_tokenizers_are_read_word_by_word(base):
