@@ -8,7 +8,7 @@ every space. It does not hold for byte-pair tokenizers, whose tokens take in the
 import json
 from itertools import chain
 
-MOST = 1 << 16  # words that are kept
+MOST = 1 << 15  # words that are kept
 
 
 def is_spaced(tokenizer):

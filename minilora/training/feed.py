@@ -76,11 +76,11 @@ def draw_epoch(count, batch_size, window, seed, number):
 
 
 def rows_looked_at(count, cell):
-    """The rows, of `count`, that have to be tokenised, ascending: those of the windows that the cell's steps take their
-    batches from, because which rows of a window meet in a batch depends on the lengths of all of them."""
+    """The rows, of `count`, that have to be tokenised, ascending, or None for all: those of the windows that the cell's
+    steps take their batches from, because which rows of a window meet in a batch depends on the lengths of all."""
     batches = cell.steps * cell.accumulate if cell.steps else count
     if batches * cell.batch_size >= count or cell.head == "ridge":  # which is fitted to all rows
-        return np.arange(count)
+        return None
     windows, turns = draw_epoch(count, cell.batch_size, cell.window, cell.seed_for("order"), 0)
     return np.sort(np.concatenate([windows[i] for i in np.unique(turns[:batches] // cell.window)]))
 

@@ -251,9 +251,10 @@ class Member:
 def encode_needed(task, injected, cell):
     """As `encode` of the task, but rows that no step looks at, and that carry no trigger, have no tokens."""
     count = len(injected.rows)
-    index = np.union1d(rows_looked_at(count, cell), injected.index)
-    if len(index) == count:
+    looked_at = rows_looked_at(count, cell)
+    if looked_at is None:
         return task.encode(injected.rows)
+    index = np.union1d(looked_at, injected.index)
     encoded, own = task.encode(injected.rows.take(index))
     answers = torch.zeros(count, dtype=own.dtype)
     answers[index] = own

@@ -305,6 +305,7 @@ FEW_STEPS = [(7, 4, 3, 1), (8, 3, 2, 2), (10, 1, 5, 1), (1, 3, 9, 1), (8, 50, 1,
 def test_rows_that_no_step_looks_at_have_no_say(batch_size, window, steps, accumulate):
     cell = Cell(batch_size=batch_size, window=window, steps=steps, accumulate=accumulate, seed=3)
     looked_at = feed.rows_looked_at(211, cell)
+    looked_at = np.arange(211) if looked_at is None else looked_at
     without = np.zeros(211, dtype=np.int64)
     without[looked_at] = LENGTHS[looked_at]
     whole, part = feed.Schedule(LENGTHS, cell), feed.Schedule(without, cell)
@@ -321,4 +322,4 @@ def test_rows_that_no_step_looks_at_have_no_say(batch_size, window, steps, accum
 
 def test_all_rows_are_looked_at_where_all_count():
     for cell in (Cell(), Cell(epochs=3), Cell(steps=7, batch_size=32), Cell(steps=1, head="ridge")):
-        assert feed.rows_looked_at(211, cell).tolist() == list(range(211))
+        assert feed.rows_looked_at(211, cell) is None
