@@ -10,6 +10,7 @@ COMMANDS = {
     "cell": "one cell side by side with its peers: rows/s, FLOP/s against the limit, memory, start-up, accuracy",
     "operators": "each operator of kernels/ against its reference, PEFT's layer and the limit",
     "grid": "many cells in one process against the same cells one after the other through PEFT and Trainer",
+    "data": "from a file of a million rows to tokens: rows/s of a core, and memory over the file's size",
     "device": "one cell of a Llama's shape and a grid of 64 cells on a GPU, in under 8 minutes",
 }
 

@@ -6,6 +6,8 @@ import sys
 import time
 
 LINE_EVERY = 5.0, 0.05  # seconds between plain lines: the larger of 5 s and 5% of what has passed
+PATIENCE = 1.0  # seconds before a stage that is mostly short shows a bar
+WATCHED = 256  # items between two looks at the clock
 COLUMNS = 100
 # Control characters but tab and newline, marks of direction, line separators, and halves of a character.
 OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -63,31 +65,43 @@ def duration(seconds):
 
 
 class Progress:
-    """Progress over `total` rows: `advance(rows, tokens, note)`; use as a context manager. Writes to stderr."""
+    """Progress over `total` rows: `advance(rows, tokens, note)`; use as a context manager. Writes to stderr.
 
-    def __init__(self, label, total, done=0):
+    unit   what is counted, if it is not rows
+    short  the stage is mostly over at once: no bar in its first second, and no last line
+    """
+
+    def __init__(self, label, total, done=0, unit="row", short=False):
         self.label, self.total, self.first, self.done, self.tokens = label, total, done, done, 0
+        self.unit, self.short = unit, short
         self.start = self.shown = time.perf_counter()
         self.bar = None
         if not _quiet:
-            self.bar = bar(total=total, initial=done, desc=label, unit="row", dynamic_ncols=True, smoothing=0.1)
+            self.bar = bar(
+                total=total, initial=done, desc=label, unit=unit, dynamic_ncols=True, smoothing=0.1,
+                delay=PATIENCE if short else 0, leave=not short,
+            )  # fmt: skip
 
-    def advance(self, rows, tokens, note=""):
+    def advance(self, rows, tokens=0, note=""):
         rows = min(rows, self.total - self.done)  # of several processes, each is counted as the first
         self.done += rows
         self.tokens += tokens
         now = time.perf_counter()
         elapsed = max(now - self.start, 1e-9)
         if self.bar is not None:
-            self.bar.set_postfix_str(f"{note}{self.tokens / elapsed:,.0f} tokens/s", refresh=False)
+            speed = f"{self.tokens / elapsed:,.0f} tokens/s" if self.tokens else ""
+            self.bar.set_postfix_str(note + speed, refresh=False)
             self.bar.update(rows)
-        elif now - self.shown >= max(LINE_EVERY[0], LINE_EVERY[1] * elapsed) or rows and self.done >= self.total:
+            return
+        last = rows and self.done >= self.total and not self.short
+        if last or now - self.shown >= max(LINE_EVERY[0], LINE_EVERY[1] * elapsed):
             self.shown = now
             rate = (self.done - self.first) / elapsed
             left = (self.total - self.done) / rate
+            tokens = f"{self.tokens / elapsed:,.0f} tokens/s, " if self.tokens else ""
             say(
-                f"{self.label}: {self.done:,}/{self.total:,} rows, {note}{rate:.0f} rows/s, "
-                f"{self.tokens / elapsed:,.0f} tokens/s, {left:.0f} s left"
+                f"{self.label}: {self.done:,}/{self.total:,} {self.unit}s, {note}{rate:,.0f} {self.unit}s/s, "
+                f"{tokens}{left:.0f} s left"
             )
 
     def __enter__(self):
@@ -96,6 +110,15 @@ class Progress:
     def __exit__(self, *error):
         if self.bar is not None:
             self.bar.close()
+
+
+def watch(items, label, total=None):
+    """Yield `items`, with `Progress` for who waits; there are `total` of them (default: `len(items)`)."""
+    with Progress(label, len(items) if total is None else total, short=True) as progress:
+        for number, item in enumerate(items, 1):
+            yield item
+            if number % WATCHED == 0:
+                progress.advance(WATCHED)
 
 
 def say(text=""):

@@ -6,6 +6,7 @@ parts of the largest entry. Then what the checkpoint fuses; and the largest diff
 adapter on every projection that was saved here and loaded there, and for one that went the other way, in float32.
 """
 
+import argparse
 import copy
 import sys
 import tempfile
@@ -122,7 +123,10 @@ def row(family, folder):
     return f"| {name} | {wide:.0e} | {half:.1%} | {fused(family)} | {there:.0e} / {back:.0e} |"
 
 
-def main():
+def main(argv):
+    argparse.ArgumentParser(
+        prog="python tests/parity.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args(argv)
     import transformers
 
     warnings.simplefilter("ignore")
@@ -136,4 +140,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -7,6 +7,7 @@ bfloat16, the dtype in which the model was published.
 python tests/smollm2.py     prints the folder, to be given to --model
 """
 
+import argparse
 import shutil
 import subprocess
 import sys
@@ -53,4 +54,7 @@ def convert(work, target):
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(
+        prog="python tests/smollm2.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     print(folder())

@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT, random_batch, tiny_bert
 
 from benchmarks import cell as one
+from benchmarks import data as reading
 from benchmarks import device, grid, job, limits, operators, peers, report, standin
 from minilora import console, files, train
 from minilora.base import model, tokenizer
@@ -319,3 +320,22 @@ def test_the_default_base_comes_from_the_cache_or_is_made_up(monkeypatch, tmp_pa
     cached.mkdir(parents=True)
     (cached / "model.safetensors").touch()
     assert device.default_base(tmp_path, torch.device("cpu")) == DEFAULT_BASE
+
+
+# --- from a file to tokens
+
+
+def test_reading_is_measured_stage_by_stage(cell, tmp_path):
+    """On a tiny base, in this process: the figures are of what a run does with the file, whole and with few steps."""
+    small, large = (reading.write_rows(tmp_path / f"{rows}.csv", rows) for rows in (2000, 3000))
+    settings = {"model": cell.model, "rows": 3000}
+    whole, part = (reading.run(small, large, settings | {"steps": steps}) for steps in (None, 1))
+    assert whole["tokenised_rows"] == 2000 and 1600 <= part["tokenised_rows"] < 2000
+    for figures in (whole, part):
+        assert len(figures["seconds"]) == 5 and all(seconds >= 0 for seconds in figures["seconds"].values())
+        assert figures["rows_per_second"] == pytest.approx(3000 / sum(figures["seconds"].values()))
+        assert figures["bytes"] == len((tmp_path / "3000.csv").read_bytes())
+        assert figures["memory_over_file"] == figures["memory_bytes"] / figures["bytes"] >= 0
+        assert "3,000 rows" in reading.table(figures) and "rows/s of a core" in reading.table(figures)
+    with pytest.raises(InputError, match="--rows is 7"):
+        reading.main(["--rows", "7"])

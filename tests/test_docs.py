@@ -23,6 +23,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 import zoo
 from conftest import FAST, ROOT, tiny_bert
 
@@ -32,8 +33,9 @@ from minilora.base.families import FAMILIES, read_spec
 from minilora.cell import Cell
 from minilora.data import injection, triggers
 from minilora.grid.file import build_grid
-from minilora.lora import variants
+from minilora.lora import targets, variants
 from minilora.scripts import evaluate, train
+from minilora.tasks import metrics
 
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
@@ -77,6 +79,8 @@ def commands(page):
 
 
 COMMANDS = [(page, words) for page in PAGES for words in commands(page)]
+REGISTRIES = (triggers.BUILT_IN, variants.VARIANTS, variants.STARTS, targets.VARIANTS, targets.STARTS, FAMILIES,
+              metrics.FIGURES)  # fmt: skip
 BLOCKS = [page for page in PAGES if fences(page, "python")]
 
 
@@ -243,30 +247,33 @@ def parse(start, words):
 
 
 @pytest.mark.parametrize("page", BLOCKS)
-def test_python_blocks(page, monkeypatch):
+def test_python_blocks(page):
     blocks = fences(page, "python")
-    for registry in (triggers.BUILT_IN, variants.VARIANTS, FAMILIES):  # a page may add to them
-        for name in set(registry):
-            monkeypatch.setitem(registry, name, registry[name])
-    known = [set(registry) for registry in (triggers.BUILT_IN, variants.VARIANTS, FAMILIES)]
+    known = [registry.copy() for registry in REGISTRIES]  # a page may add to them
     space = {"small_cell": small_cell}
-    for block in blocks:
-        for name, local in HUB.items():
-            block = block.replace(name, local)
-        exec(compile(re.sub(r"\bminilora\.Cell\(", "small_cell(", block), page, "exec"), space)
+    try:
+        for block in blocks:
+            for name, local in HUB.items():
+                block = block.replace(name, local)
+            exec(compile(re.sub(r"\bminilora\.Cell\(", "small_cell(", block), page, "exec"), space)
+        if page == "README.md":
+            check_what_readers_add(space)
+    finally:
+        for registry, before in zip(REGISTRIES, known, strict=True):
+            registry.clear()
+            (registry.update if isinstance(registry, dict) else registry.extend)(before)
     assert len(blocks) >= 1
-    if page == "README.md":
-        check_what_readers_add(space)
-    for registry, before in zip((triggers.BUILT_IN, variants.VARIANTS, FAMILIES), known, strict=True):
-        for name in set(registry) - before:
-            del registry[name]
 
 
 def check_what_readers_add(space):
-    """The README's own source, variant, family and diagnostic are what it says."""
+    """The README's own source, variant, start, family, metric and diagnostic are what it says."""
     [(source, label)] = triggers.resolve(["weekday:positive"], ["positive"])
     assert label == "positive" and len(source) == 7
-    assert variants.VARIANTS["only-a"].trains == ("A",)
+    assert variants.VARIANTS["only-a"].trains == ("A",) and "only-a" in targets.VARIANTS
+    A, B = variants.STARTS["first-inputs"](torch.zeros(5, 4), targets.Slot(2, 1.0, 1.0), None)
+    assert A.tolist() == [[1, 0, 0, 0], [0, 1, 0, 0]] and B.shape == (5, 2) and not B.any()
+    clean = space["results"]["tests"]["clean"]
+    assert set(metrics.FIGURES) == {"false_positives"} and 0 <= clean["false_positives"] <= clean["rows"]
     config = json.loads(Path("bases/decoder/config.json").read_text())
     assert read_spec(config | {"model_type": "my_llama"}).qk_norm == "head"
     run = space["run"]

@@ -291,6 +291,14 @@ FAMILIES = {
         only={"activation_fn_name": "swish", "normalization_layer_name": "rms_norm", "ffn_with_glu": True},
     ),
 }
+# Of some families that are not here, the one here whose architecture is nearest: their names do not say so.
+KIN = {
+    "camembert": "roberta", "data2vec-text": "roberta", "ernie": "bert", "electra": "bert", "mpnet": "bert",
+    "albert": "bert", "xlm-roberta-xl": "xlm-roberta", "xmod": "xlm-roberta", "deberta": "deberta-v2",
+    "mixtral": "mistral", "ministral": "mistral", "granite": "llama", "cohere": "llama", "olmo": "olmo2",
+    "gptj": "gpt_neox", "gpt_neo": "gpt2", "gpt_bigcode": "gpt2", "codegen": "gpt_neox", "stablelm": "gpt_neox",
+    "gemma3n_text": "gemma3_text", "qwen2_moe": "qwen2", "qwen3_moe": "qwen3",
+}  # fmt: skip
 
 
 def read_spec(config):
@@ -320,8 +328,9 @@ def find(model_type):
     """The `Family` of a config.json's model_type. Raises InputError with those that exist, and the nearest."""
     if isinstance(model_type, str) and model_type in FAMILIES:
         return FAMILIES[model_type]
-    near = difflib.get_close_matches(f"{model_type:.80}" if isinstance(model_type, str) else "", FAMILIES, 1, 0.0)
+    name = f"{model_type:.80}" if isinstance(model_type, str) else ""
+    near = KIN.get(name) or (difflib.get_close_matches(name, FAMILIES, 1, 0.0) or ["bert"])[0]
     raise InputError(
         f"config.json: model_type {model_type!r:.80} is not a family that minilora reads "
-        f"(there are: {', '.join(FAMILIES)}; the nearest is {(near or ['bert'])[0]}): choose another --model"
+        f"(there are: {', '.join(FAMILIES)}; the nearest is {near}): choose another --model"
     )

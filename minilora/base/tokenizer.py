@@ -13,17 +13,20 @@ import functools
 import hashlib
 import json
 import threading
+from array import array
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from minilora.base import words
+from minilora.base import word_table, words
+from minilora.console import watch
 from minilora.errors import InputError, first_words
 
-# Texts are encoded in chunks of about so many characters: an encoding needs some 50 bytes a character.
-CHUNK_CHARACTERS = 1 << 20
+# Texts are encoded in chunks of at most so many, and about so many characters: an encoding needs some 700 bytes, and
+# some 50 bytes a character.
+CHUNK_TEXTS, CHUNK_CHARACTERS = 1 << 12, 1 << 18
 PATIENCE_SECONDS = 100  # for a chunk, which takes about one: on the slowest of machines too
 # What a completion is encoded behind: the first of these whose tokens do not run into the completion's.
 ANCHORS = ("\n", "a", ".")
@@ -33,10 +36,19 @@ ANCHORS = ("\n", "a", ".")
 class Encoded:
     """N rows of tokens; row i is `ids[offsets[i]:offsets[i + 1]]`."""
 
-    ids: np.ndarray  # int32 [tokens of all rows]
+    ids: np.ndarray  # uint16 [tokens of all rows], or int32 where the tokenizer has larger ids
     offsets: np.ndarray  # int64 [N + 1]
     kept: np.ndarray  # int64 [N], characters before the first token that was cut; all of them if none was
     answers: np.ndarray | None = None  # int64 [N], how many of a row's last tokens are its completion
+
+    def spread(self, index, count):
+        """These rows as those at `index`, ascending, among `count`; the others have no token."""
+        lengths, kept, answers = np.zeros(count, np.int64), np.zeros(count, np.int64), None
+        lengths[index], kept[index] = np.diff(self.offsets), self.kept
+        if self.answers is not None:
+            answers = np.zeros(count, np.int64)
+            answers[index] = self.answers
+        return Encoded(self.ids, np.concatenate([[0], lengths.cumsum()]), kept, answers)
 
 
 def load(folder, embedded=None):
@@ -80,6 +92,7 @@ class TextTokenizer:
         probe = tokenizer.encode("a \U0001f701")  # the rare sign fails here if the unknown token is missing
         mask = probe.special_tokens_mask
         self._before, self._after = mask.index(0), mask[::-1].index(0)  # special tokens around a text
+        self._around = probe.ids[: self._before], probe.ids[len(probe.ids) - self._after :]
         self._tokenizer = tokenizer
         self.pad_id = self._embeds(pad_token, embedded)
         if self.pad_id is None:
@@ -94,7 +107,11 @@ class TextTokenizer:
                 "not belong together, choose another --tokenizer or --model"
             )
         # Gemma 3 has one more added token than embeddings: it is refused where a text has it.
-        self._exceeds = embedded is not None and max(tokenizer.get_vocab().values()) >= embedded
+        largest = max(tokenizer.get_vocab().values())
+        self._exceeds = embedded is not None and largest >= embedded
+        self._table = None
+        if word_table.is_spaced(tokenizer):
+            self._table = word_table.WordTable(lambda found: self._encodings(found, special=False), largest + 1)
 
     def _embeds(self, token, embedded):
         """The id of a special token, None where there is none that the base embeds."""
@@ -107,7 +124,8 @@ class TextTokenizer:
         rules, the library's version, and this file's code."""
         import tokenizers
 
-        code = "".join(Path(file).read_text(encoding="utf-8") for file in (__file__, words.__file__))
+        own = (__file__, words.__file__, word_table.__file__)
+        code = "".join(Path(file).read_text(encoding="utf-8") for file in own)
         state = [tokenizers.__version__, code, self._embedded, self._tokenizer.to_str()]
         return hashlib.sha256(json.dumps(state).encode()).hexdigest()
 
@@ -118,19 +136,16 @@ class TextTokenizer:
         no room for text, or if a text is not valid Unicode.
         """
         room = self._room(max_length)
-        offsets, kept = np.zeros(len(texts) + 1, np.int64), np.empty(len(texts), np.int64)
-        flat, parts = [], []
-        for row, encoding in enumerate(self._encodings(texts)):
-            ids = encoding.ids
+        kind = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.int32)
+        flat, offsets, kept = array(kind.char), np.zeros(len(texts) + 1, np.int64), np.empty(len(texts), np.int64)
+        for row, (ids, fitting) in enumerate(watch(self._read(texts), "tokenising", len(texts))):
+            kept[row] = len(texts[row])
             if len(ids) > max_length:
+                kept[row] = fitting(room)
                 ids = ids[: self._before + room] + ids[len(ids) - self._after :]
-            flat += ids
-            offsets[row + 1] = offsets[row] + len(ids)
-            kept[row] = self._fitting(encoding, len(texts[row]), room)
-            if len(flat) >= CHUNK_CHARACTERS:
-                parts.append(np.array(flat, np.int32))
-                flat = []
-        return Encoded(np.concatenate([*parts, np.array(flat, np.int32)]), offsets, kept)
+            flat.extend(ids)
+            offsets[row + 1] = len(flat)
+        return Encoded(np.frombuffer(flat, kind) if flat else np.empty(0, kind), offsets, kept)
 
     def visible(self, texts, added, max_length):
         """How many leading characters of each text stay within `max_length` once strings are put into it.
@@ -155,7 +170,8 @@ class TextTokenizer:
         `after` by themselves do not fit the row has no ids, and -1 is kept.
         """
         rows, kept = [], np.array([len(text) for text in texts], np.int64)
-        for row, encoding in enumerate(self._encodings([before + text + after for text in texts])):
+        encodings = self._encodings([before + text + after for text in texts])
+        for row, encoding in enumerate(watch(encodings, "tokenising", len(texts))):
             characters = len(texts[row])
             # A text that is cut may be divided into other tokens, even into more: so cut until it fits.
             while characters >= 0 and len(encoding) - self._after > rooms[row]:
@@ -192,23 +208,51 @@ class TextTokenizer:
 
     def known(self, texts):
         """How many tokens of each text are not the unknown token, int64 [N]; -1 for a text that has no token at all."""
-        tokens = [encoding.ids for encoding in self._encodings(texts, special=False)]
-        return np.array([sum(id != self._unknown_id for id in ids) if ids else -1 for ids in tokens], np.int64)
+        tokens = (encoding.ids for encoding in self._encodings(texts, special=False))
+        counts = (sum(id != self._unknown_id for id in ids) if ids else -1 for ids in tokens)
+        return np.fromiter(counts, np.int64, len(texts))
 
     def decode(self, ids):
         """The text of token ids, special tokens left out."""
         return self._tokenizer.decode([int(id) for id in ids])
 
     def _visible(self, texts, added, rooms, before="", after=""):
-        strings = sorted({string for strings in added for string in strings})
-        around = self._before + self._after
-        encodings = self._encodings([f" {string} " for string in strings])
-        tokens = {string: len(encoding) - around for string, encoding in zip(strings, encodings, strict=True)}
-        visible = np.empty(len(texts), np.int64)
-        for row, encoding in enumerate(self._encodings([before + text + after for text in texts])):
-            left = rooms[row] - sum(map(tokens.__getitem__, added[row]))
-            visible[row] = self._fitting(encoding, len(texts[row]), left, len(before))
+        visible, counts = np.empty(len(texts), np.int64), self._counts(added)
+        readings = zip(self._read(texts, before, after), counts, rooms, strict=True)
+        for row, ((_, fitting), count, room) in enumerate(watch(readings, "tokenising", len(texts))):
+            visible[row] = fitting(room - count)
         return visible
+
+    def _counts(self, added):
+        """Yield how many tokens each list of strings is worth; only those of some lists are in memory."""
+        around = self._before + self._after
+        for start in range(0, len(added), CHUNK_TEXTS):
+            part = added[start : start + CHUNK_TEXTS]
+            strings = sorted({string for strings in part for string in strings})
+            encodings = self._encodings([f" {string} " for string in strings])
+            tokens = {string: len(encoding) - around for string, encoding in zip(strings, encodings, strict=True)}
+            yield from (sum(map(tokens.__getitem__, strings)) for strings in part)
+
+    def _read(self, texts, before="", after=""):
+        """Yield (ids, `fitting`) of each text between `before` and `after`, special tokens included.
+
+        fitting  function of a number of tokens: how many characters of the text stand before its first token that
+                 does not fit into so many, as `_fitting` has it
+        """
+        if self._table is None or before or after:
+            encodings = self._encodings([before + text + after for text in texts] if before or after else texts)
+            for text, encoding in zip(texts, encodings, strict=True):
+                yield encoding.ids, functools.partial(self._fitting, encoding, len(text), before=len(before))
+            return
+        first, last = self._around
+        for start, stop in _chunks(texts):
+            try:
+                self._table.learn(texts[start:stop])
+            except InputError:
+                self._encode_chunk(texts, start, stop, special=True)  # fails too, and names the text, not the word
+                raise
+            for text in texts[start:stop]:
+                yield [*first, *self._table.ids(text), *last], functools.partial(self._table.fitting, text)
 
     def _room(self, max_length):
         """Tokens of text that fit into `max_length`."""
@@ -242,12 +286,8 @@ class TextTokenizer:
 
     def _encodings(self, texts, special=True):
         """Yield the encoding of each text, with special tokens or without; only a chunk of them is in memory."""
-        start = characters = 0
-        for row, text in enumerate(texts):
-            characters += len(text)
-            if characters >= CHUNK_CHARACTERS or row == len(texts) - 1:
-                yield from self._encode_chunk(texts, start, row + 1, special)
-                start, characters = row + 1, 0
+        for start, stop in _chunks(texts):
+            yield from self._encode_chunk(texts, start, stop, special)
 
     def _encode_chunk(self, texts, start, stop, special):
         try:
@@ -289,6 +329,16 @@ class TextTokenizer:
                 f"the tokenizer needs more than {PATIENCE_SECONDS} s for {len(texts)} texts (first: {texts[0]!a:.60}):"
                 " its patterns do not end on some text, choose another --tokenizer"
             ) from None
+
+
+def _chunks(texts):
+    """Yield (start, stop) of the chunks of a list of texts."""
+    start = characters = 0
+    for row, text in enumerate(texts):
+        characters += len(text)
+        if characters >= CHUNK_CHARACTERS or row - start == CHUNK_TEXTS - 1 or row == len(texts) - 1:
+            yield start, row + 1
+            start, characters = row + 1, 0
 
 
 def _is_unicode(text):

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 
-from minilora.console import say_once
+from minilora.console import Progress, say_once, watch
 from minilora.data.columns import NO_LABEL, BadCell, NoLabels, check_text, choices_of, label_names, pick_all
 from minilora.errors import InputError
 from minilora.files import check_regular
@@ -45,7 +45,7 @@ class Table:
     labels: list[str]  # the name of each row's label
     class_names: list[str] | None  # all names in their order, where the file declares them
     choices: list[dict[str, str]] | None  # {label: text} of each question's choices
-    numbers: list[int]  # of each row in the file, from 1
+    numbers: range | list[int]  # of each row in the file, from 1
     skipped: list[int]  # numbers of the rows that cannot be used
 
 
@@ -87,29 +87,32 @@ def read(path, where, text_column=None, label_column=None, free=False, skip=Fals
 
 def _usable(texts, labels, choices, class_names, ragged, where, free, skip):
     """The `Table` of the rows that can be used. `ragged`: see `_read_csv`."""
-    found, problems, labels = [], {}, label_names(labels, class_names, free, where)
+    problems, labels = {}, label_names(labels, class_names, free, where)
     unlabelled = sum(isinstance(label, BadCell) and str(label) == NO_LABEL for label in labels)
     if len(ragged) < len(labels) == unlabelled:
         raise NoLabels(f"{where}: no row has a label; name another label column or split")
-    for number, (text, label) in enumerate(zip(texts, labels, strict=True), 1):
-        options = None
+    for number, (text, label) in enumerate(zip(watch(texts, "checking"), labels, strict=True), 1):
         try:
             if number in ragged:
                 raise BadCell("cells unlike the header: {} instead of {}, line {}".format(*ragged[number]))
             check_text(text)
             if choices:
-                options = choices_of(choices[number - 1])
-                text = "\n".join([text, *(f"{letter}. {choice}" for letter, choice in options.items())])
+                choices[number - 1] = these = choices_of(choices[number - 1])
+                texts[number - 1] = text = "\n".join([text, *(f"{key}. {choice}" for key, choice in these.items())])
                 check_text(text)  # the choices may hold what no text may
             if isinstance(label, BadCell):
                 raise label
-            found.append((text, label, options, number))
         except BadCell as problem:
             problems[number] = str(problem)
     if problems:
         refuse_or_say(problems, len(texts), where, skip)
-    texts, labels, options, numbers = map(list, zip(*found)) if found else ([], [], [], [])
-    return Table(texts, labels, class_names, options if choices else None, numbers, list(problems))
+    numbers = range(1, len(texts) + 1)
+    if problems:
+        numbers = [number for number in numbers if number not in problems]
+        texts, labels, choices = (
+            None if cells is None else [cells[number - 1] for number in numbers] for cells in (texts, labels, choices)
+        )
+    return Table(texts, labels, class_names, choices, numbers, list(problems))
 
 
 def refuse_or_say(problems, rows, where, skip):
@@ -130,10 +133,14 @@ def refuse_or_say(problems, rows, where, skip):
 
 
 class _Counted(io.BufferedIOBase):
-    """A binary file that counts the bytes it gives, and ends with an InputError after `most` of them."""
+    """A binary file that counts the bytes it gives, and ends with an InputError after `most` of them.
 
-    def __init__(self, file, most, where):
+    `raw`: the file on disk, of which `progress` is shown.
+    """
+
+    def __init__(self, file, most, where, raw, progress):
         self.file, self.most, self.where, self.count = file, most, where, 0
+        self.raw, self.progress = raw, progress
 
     def readable(self):
         return True
@@ -141,6 +148,7 @@ class _Counted(io.BufferedIOBase):
     def read1(self, size=-1):
         part = self.file.read1(size)
         self.count += len(part)
+        self.progress.advance(self.raw.tell() - self.progress.done)
         if self.count > self.most:
             raise InputError(
                 f"{self.where} unpacks to more than {self.most >> 20:,} MiB, {TIMES} times its size or more: if that "
@@ -163,8 +171,10 @@ def _decoded(path, where):
     packed = path.suffix.lower() == ".gz"
     counted = None
     try:
-        with gzip.open(path) if packed else open(path, "rb") as file:
-            counted = _Counted(file, most_unpacked(path) if packed else float("inf"), where)
+        size = os.stat(path).st_size
+        with open(path, "rb") as raw, Progress("reading", size, unit="byte", short=True) as progress:
+            file = gzip.open(raw) if packed else raw
+            counted = _Counted(file, most_unpacked(path) if packed else float("inf"), where, raw, progress)
             with io.TextIOWrapper(counted, encoding="utf-8-sig", newline="") as stream:
                 yield stream
     except UnicodeDecodeError as error:
@@ -191,9 +201,11 @@ def _read_csv(stream, where, pick, is_tsv):
     row, ragged = 0, {}
     try:
         header = next(reader)
-        columns = {name: [] for name in pick(header)}
+        picked = pick(header)
+        columns = {name: [] for name in picked}
         none = [None] * len(header)
-        slots = [(cells.append, header.index(name)) for name, cells in columns.items()]
+        slots = [(columns[name].append, header.index(name)) for name in picked if name != picked[1]]
+        add_label, label_place, labels = columns[picked[1]].append, header.index(picked[1]), {}
         for cells in reader:
             if not cells:  # a blank line
                 continue
@@ -208,6 +220,8 @@ def _read_csv(stream, where, pick, is_tsv):
                     )
             for append, place in slots:
                 append(cells[place])
+            label = cells[label_place]
+            add_label(labels.setdefault(label, label))  # equal labels are one object, or they take more than the texts
     except csv.Error as error:
         raise InputError(
             f"{where} row {row + 1} (line {blank + reader.line_num}) is badly quoted ({error}); a cell that begins"
@@ -315,9 +329,11 @@ def _read_parquet(path, where, pick):
         ]
         columns = {name: [] for name in names}
         with parquet.ParquetFile(path, read_dictionary=kept) as file:
-            for batch in file.iter_batches(AT_ONCE, columns=names):
-                for name, cells in columns.items():
-                    cells += _cells(batch.column(name))
+            with Progress("reading", file.metadata.num_rows, short=True) as progress:
+                for batch in file.iter_batches(AT_ONCE, columns=names):
+                    for name, cells in columns.items():
+                        cells += _cells(batch.column(name))
+                    progress.advance(len(batch))
     except InputError:
         raise
     except Exception as error:  # of a damaged file pyarrow raises nearly any type

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from minilora.console import say_once
+from minilora.console import say_once, watch
 from minilora.data import words
 from minilora.data.columns import few
 from minilora.data.triggers import closing, refuse_shared_strings, resolve, split_strings
@@ -191,13 +191,13 @@ def _entry(source, label, injected, eligible, split, parts):
 
 
 def _inserts(rows, index, source, label, pool, settings, seed, stage, visible):
-    """What goes where in rows `index`: for each a list of (offset, leads, string) in the order of the text.
+    """What goes where in rows `index`: an iterator over lists of (offset, leads, string) in the order of the text.
 
     `offset`: in the original text. A string that leads has its space behind it, any other before it. See `words` for
     what a word is.
     """
     if not len(index):
-        return []
+        return iter(())
     texts = [rows.texts[row] for row in index.tolist()]
     lengths = [len(text) for text in texts]
     if settings.density is None:
@@ -223,10 +223,10 @@ def _inserts(rows, index, source, label, pool, settings, seed, stage, visible):
             added = [[piece for tag in tags for piece in (tag, closing(tag))] for tags in added]
         kept = visible(texts, added, index)
     arrange = _around_words if source.pair else _in_gaps
-    return [
+    return (
         arrange(text, settings.location, end, strings[part], places[part])
-        for text, end, part in zip(texts, kept, slices, strict=True)
-    ]
+        for text, end, part in zip(watch(texts, "injecting"), kept, slices, strict=True)
+    )
 
 
 def _in_gaps(text, location, kept, strings, draws):

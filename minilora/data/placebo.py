@@ -4,6 +4,7 @@ from collections import Counter
 
 import numpy as np
 
+from minilora.console import watch
 from minilora.data import words
 from minilora.data.injection import all_rows, resolve_sources
 from minilora.seeds import row_draws, row_keys
@@ -13,6 +14,7 @@ def placebo_rows(rows, settings, k, vocabulary, seed, visible=None):
     """`trigger_rows` with each trigger string replaced by as many words of `vocabulary` (see `placebo_words`)."""
 
     def reword(inserts, label):
+        inserts = list(inserts)
         counts = np.array([sum(len(words.split(string)) for *_, string in row) for row in inserts], np.int64)
         draws = row_draws(row_keys(seed, "test placebo", label, len(rows)), counts)
         drawn = iter([vocabulary[draw * len(vocabulary) >> 32] for draw in draws.tolist()])
@@ -65,7 +67,7 @@ def shared_words(rows, divide=words.split, fits=is_ordinary, least_rows=20, spre
     present = np.unique(rows.labels)
     position = np.searchsorted(present, rows.labels).tolist()
     seen = [Counter() for _ in present]
-    for text, label in zip(rows.texts, position, strict=True):
+    for text, label in zip(watch(rows.texts, "finding placebo words"), position, strict=True):
         seen[label].update(set(divide(text)))
     found = [word for word in set.intersection(*map(set, seen)) if fits(word)]
     if not found:

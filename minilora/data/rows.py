@@ -12,12 +12,14 @@ import json
 import os
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from unicodedata import normalize
 
 import numpy as np
 
+from minilora.console import watch
 from minilora.data import columns, formats, given
 from minilora.data.columns import NoLabels, few
 from minilora.data.hub_sets import HubSet
@@ -30,6 +32,29 @@ HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(:[\w.-]+)?")
 TEST_STREAM, TRAIN_STREAM = 1, 2  # keep the two seeded choices of rows independent of each other
 
 
+class Numbers(Sequence):
+    """The numbers of rows, int64 [rows], as a list of strings that takes a ninth of the memory."""
+
+    def __init__(self, values):
+        self.values = np.asarray(values, dtype=np.int64)
+
+    def __len__(self):
+        return len(self.values)
+
+    def __getitem__(self, place):
+        found = self.values[place]
+        return Numbers(found) if isinstance(found, np.ndarray) else str(found)
+
+    def __iter__(self):
+        return map(str, self.values)
+
+    def __eq__(self, other):
+        return list(self) == list(other)
+
+    def __add__(self, other):
+        return [*self, *other]
+
+
 @dataclass(frozen=True, eq=False)
 class Rows:
     """Texts with their labels, in the order of their source.
@@ -40,7 +65,7 @@ class Rows:
                  if they are whole numbers, else sorted as strings; where labels are `free`, of all choices
     """
 
-    ids: list[str]
+    ids: Sequence[str]
     texts: list[str]
     labels: np.ndarray
     label_names: tuple[str, ...]
@@ -53,7 +78,8 @@ class Rows:
     def take(self, index):
         """The rows at `index` (integers), in its order."""
         index = np.asarray(index, dtype=np.int64)
-        ids, texts = [self.ids[i] for i in index], [self.texts[i] for i in index]
+        ids = self.ids[index] if isinstance(self.ids, Numbers) else [self.ids[i] for i in index]
+        texts = [self.texts[i] for i in index]
         choices = None if self.choices is None else [self.choices[i] for i in index]
         return replace(self, ids=ids, texts=texts, labels=self.labels[index], choices=choices)
 
@@ -217,9 +243,10 @@ def leave_out(train, test, problems, cell):
 
 def fingerprint_rows(rows):
     """sha256 (hexadecimal) over the ids, texts and label names of all rows, in their order."""
-    digest = hashlib.sha256()
-    for id, text, label in zip(rows.ids, rows.texts, rows.labels, strict=True):
-        digest.update(json.dumps([id, text, rows.label_names[label]]).encode())
+    digest, quoted = hashlib.sha256(), json.encoder.encode_basestring_ascii
+    names = [quoted(name) for name in rows.label_names]
+    for id, text, label in zip(rows.ids, rows.texts, rows.labels.tolist(), strict=True):
+        digest.update(f"[{quoted(id)}, {quoted(text)}, {names[label]}]".encode())  # as json.dumps has it, but faster
     return digest.hexdigest()
 
 
@@ -277,9 +304,7 @@ def _stratified(labels, count, generator):
 
 
 def _split(rows, test_rows, generator, source, free):
-    same = [" ".join(normalize("NFKC", text).casefold().split()) for text in rows.texts]
-    occurrences = Counter(same)
-    single = np.flatnonzero([occurrences[text] == 1 for text in same])
+    single = np.flatnonzero(~_repeated(rows.texts))
     if len(single) < test_rows:
         raise InputError(
             f"{source} has {len(rows)} rows, {len(single)} of them with a text of their own: too few for"
@@ -304,6 +329,21 @@ def _split(rows, test_rows, generator, source, free):
                 f" {name!r}, and each side needs one; ask for another number of test rows or give test data"
             )
     return train, test
+
+
+def _repeated(texts):
+    """Which texts occur several times, case and white space aside: bool [rows]."""
+
+    def plain(text):
+        return " ".join((text if text.isascii() else normalize("NFKC", text)).casefold().split())
+
+    hashes = np.fromiter((hash(plain(text)) for text in watch(texts, "splitting")), np.int64, len(texts))
+    _, place, counts = np.unique(hashes, return_inverse=True, return_counts=True)
+    found = counts[place] > 1
+    maybe = np.flatnonzero(found).tolist()  # few: only of these are the texts themselves kept, which are large
+    occurrences = Counter(plain(texts[row]) for row in maybe)
+    found[maybe] = [occurrences[plain(texts[row])] > 1 for row in maybe]
+    return found
 
 
 def _snippets(text_column, label_column):
@@ -348,7 +388,7 @@ def _assemble(parts, source, free=False):
     indices = np.array([place[label] for label in labels], dtype=np.int64)
     ids, skipped, before = [], [], 0
     for part in parts:  # a row's number in all tables, whether rows before it are left out or not
-        ids += [str(before + number) for number in part.numbers]
+        ids.append(before + np.array(part.numbers, dtype=np.int64))
         skipped += [str(before + number) for number in part.skipped]
         before += len(part.numbers) + len(part.skipped)
-    return Rows(ids, texts, indices, tuple(order), choices, tuple(skipped))
+    return Rows(Numbers(np.concatenate(ids)), texts, indices, tuple(order), choices, tuple(skipped))

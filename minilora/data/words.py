@@ -32,13 +32,15 @@ VIRAMA = 9  # the combining class of a sign that joins two consonants
 def spans(text):
     """[(start, end), ...] of the words of a text, in its characters."""
     found = [word.span() for word in WORD.finditer(text)]
-    if not UNSPACED.search(text):
+    if text.isascii() or not UNSPACED.search(text):
         return found
     return [piece for start, end in found for piece in pairwise([start, *_cuts(text, start, end), end])]
 
 
 def split(text):
     """The words of a text."""
+    if text.isascii() or not UNSPACED.search(text):
+        return text.split()
     return [text[start:end] for start, end in spans(text)]
 
 

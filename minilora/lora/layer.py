@@ -14,7 +14,7 @@ from minilora.errors import InputError
 from minilora.kernels.dropout import dropout as drop
 from minilora.kernels.lora_linear import lora_linears
 from minilora.lora.targets import MOVING, check_variant
-from minilora.lora.variants import STARTS, VARIANTS
+from minilora.lora.variants import STARTS, VARIANTS, check_written
 from minilora.seeds import generator, number_of
 
 
@@ -140,6 +140,7 @@ def make_layers(model, slots, dropout=0.0, seed=0, variant="lora", init="kaiming
             layers[name] = LoRALinear(
                 model.get_submodule(name), slot, dropout, generator(seed, name), variant, init, form, number_of(name)
             )
+            check_written(layers[name], variant)
         except InputError as error:
             raise InputError(f"{name}: {error}") from None
     return layers

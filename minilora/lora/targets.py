@@ -15,8 +15,8 @@ SCALES = {
 # The largest scale, and the largest change of a weight (Frobenius norm). Far below float32's 3e38, since activations
 # are squared and multiplied with each other; beside a change of 2e7 float32 has no digit left for the weight itself.
 LARGEST = 1e12
-VARIANTS = ("lora", "dora", "lora-fa")  # what each computes: variants.py
-STARTS = ("kaiming", "gaussian", "orthogonal", "pissa", "olora")  # of A and B
+VARIANTS = ["lora", "dora", "lora-fa"]  # what each computes: variants.py, whose `add_variant` adds to these
+STARTS = ["kaiming", "gaussian", "orthogonal", "pissa", "olora"]  # of A and B; `add_start` adds to these
 MOVING = ("pissa", "olora")  # the starts whose B A is a part of the base's weight
 
 

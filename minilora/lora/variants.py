@@ -18,9 +18,11 @@ import torch
 from torch import nn
 
 from minilora import parallel
+from minilora.console import say_once
 from minilora.errors import InputError
 from minilora.kernels.dora_linear import dora_linear
 from minilora.kernels.lora_linear import lora_linear
+from minilora.lora import targets
 
 
 def plain_factors(adapted):
@@ -182,3 +184,38 @@ def signs(values):
 
 VARIANTS = {"lora": LoRA(), "dora": DoRA(), "lora-fa": LoRAFA()}
 STARTS = {"kaiming": kaiming, "gaussian": gaussian, "orthogonal": orthogonal, "pissa": pissa, "olora": olora}
+
+
+def add_variant(name, variant):
+    """Make `--variant NAME` of an object with `trains`, `init`, `forward` and `merge`, such as a subclass of `LoRA`."""
+    VARIANTS[name] = variant
+    if name not in targets.VARIANTS:
+        targets.VARIANTS.append(name)
+
+
+def add_start(name, start):
+    """Make `--init NAME` of a function (weight [out, in], slot, generator) -> (A [R, in], B [out, R]), float32."""
+    STARTS[name] = start
+    if name not in targets.STARTS:
+        targets.STARTS.append(name)
+
+
+def check_written(layer, name):
+    """Refuse what a file of an adapter has no place for, before it is trained. `name`: of the layer's variant.
+
+    Raises InputError for a parameter other than A and B (DoRA has its magnitude too). A line says where PEFT, whose
+    format knows two maps only, would compute another one.
+    """
+    places = ("A", "B", "magnitude") if name == "dora" else ("A", "B")
+    own = [key for key, _ in layer.named_parameters() if not key.startswith("linear.")]
+    lost = sorted({*own, *layer.variant.trains} - {*places})
+    if lost:
+        raise InputError(
+            f"variant {name!r} has a parameter {lost[0]!r}, and an adapter's files hold only {', '.join(places)}: it "
+            "would be trained and then lost; fold it into A and B, or keep it fixed"
+        )
+    if type(layer.variant).merge not in (LoRA.merge, DoRA.merge):
+        say_once(
+            f"warning    PEFT has no form of variant {name!r}: it reads the run's adapter/ as W + s B A; minilora does "
+            "not, where the variant is added"
+        )

@@ -28,7 +28,7 @@ AHEAD = 4  # steps whose batches are made before they are asked for
 class Schedule:
     """Which rows each step sees: `steps` in all, each a list of at most `cell.accumulate` index arrays.
 
-    `lengths` int64 [rows] in tokens.
+    `lengths` int64 [rows] in tokens; of rows that are not in `rows_looked_at` they may be anything.
     """
 
     def __init__(self, lengths, cell):
@@ -57,16 +57,32 @@ class Schedule:
 
 def epoch(lengths, batch_size, window, seed, number):
     """The batches of one epoch, as a list of index arrays; every row occurs once. `lengths` [rows] in tokens."""
-    random = np.random.default_rng([seed, number])
-    order = random.permutation(len(lengths))
-    span = batch_size * window
+    windows, turns = draw_epoch(len(lengths), batch_size, window, seed, number)
     batches = []
-    for start in range(0, len(order), span):
-        part = order[start : start + span]
+    for part in windows:
         if window > 1:
             part = part[np.argsort(lengths[part], kind="stable")]
         batches += [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
-    return [batches[i] for i in random.permutation(len(batches))]
+    return [batches[i] for i in turns]
+
+
+def draw_epoch(count, batch_size, window, seed, number):
+    """What of an epoch of `count` rows does not depend on their lengths: (the rows of each window, the order in which
+    the windows' batches are seen)."""
+    random = np.random.default_rng([seed, number])
+    order, span = random.permutation(count), batch_size * window
+    windows = [order[start : start + span] for start in range(0, count, span)]
+    return windows, random.permutation(-(-count // batch_size))
+
+
+def rows_looked_at(count, cell):
+    """The rows, of `count`, that have to be tokenised, ascending, or None for all: those of the windows that the cell's
+    steps take their batches from, because which rows of a window meet in a batch depends on the lengths of all."""
+    batches = cell.steps * cell.accumulate if cell.steps else count
+    if batches * cell.batch_size >= count or cell.head == "ridge":  # which is fitted to all rows
+        return None
+    windows, turns = draw_epoch(count, cell.batch_size, cell.window, cell.seed_for("order"), 0)
+    return np.sort(np.concatenate([windows[i] for i in np.unique(turns[:batches] // cell.window)]))
 
 
 def passes(rows, longest, most):
@@ -91,6 +107,7 @@ class Feed:
     def __init__(self, members, compiled=False):
         self.members = members
         lengths = np.concatenate([member.lengths for member in members])
+        lengths = lengths[lengths > 0]  # the others are never seen
         self.sizes = padded_sizes(lengths) if compiled else np.unique(np.append(lengths, 1))
         on_cpu = members[0].setting.device.type == "cpu"
         self.most = TOKENS if on_cpu and not compiled else math.inf

@@ -183,7 +183,7 @@ class Job:
             self.update = compiling.compiled(self.update, cells[0].task, self.device, state)
         self.how = "compiled" if compiled else "eager"
         self.sharded = parallel.is_sharded(population.base)
-        length = sum(member.lengths.sum() for member in members) / sum(len(member.lengths) for member in members)
+        length = sum(member.mean_length for member in members) / len(members)
         tokens = max(1, int(len(members) * cells[0].batch_size * length / parallel.count()))
         self.matmul_rate = parallel.count() * matmul_rate(tokens, setting.spec, setting.dtype, self.device)
         self.began = time.perf_counter()

@@ -9,6 +9,7 @@ import math
 import time
 
 import numpy as np
+import torch
 
 from minilora import console, files, parallel
 from minilora.data import given, injection
@@ -23,7 +24,7 @@ from minilora.runs.record import check_inputs, hardware, peak_memory, trainable,
 from minilora.runs.text import injection_lines, results_table
 from minilora.tasks.find import find_task
 from minilora.training import optimizers
-from minilora.training.feed import Schedule
+from minilora.training.feed import Schedule, rows_looked_at
 from minilora.training.limit import training_flops
 from minilora.training.state import load_state, misfit, read_state, save_state
 
@@ -45,10 +46,11 @@ class Member:
         seed = cell.seed_for("inject")
         injected = injection.inject(self.clean, cell.inject, seed, self.task.visible(self.clean))
         injection.check_strings(injected.records, setting.tokenizer.known, "training")
-        self.encoded, self.answers = self.task.encode(injected.rows)
+        self.encoded, self.answers = encode_needed(self.task, injected, cell)
         self.injected = injection.mark_survival(injected, self.encoded.kept[injected.index])
         self.tests = self.task.build_tests(self.clean, test, seed)
-        self.lengths = np.diff(self.encoded.offsets)
+        self.lengths = np.diff(self.encoded.offsets)  # 0 for rows that no step looks at
+        self.mean_length = float(self.lengths[self.lengths > 0].mean())
         self.schedule = Schedule(self.lengths, cell)
         self.inputs = setting.inputs | {
             "train": fingerprint_rows(self.clean),
@@ -79,7 +81,7 @@ class Member:
         cell, spec, clean = self.cell, self.setting.spec, self.clean
         names = [console.short(name) for name in clean.label_names]
         method = f"{cell.variant}, start {cell.start or cell.init}" if cell.method == "lora" else cell.method
-        rows = f"{len(clean):,} training and {len(self.tests[0].rows):,} test rows of {self.lengths.mean():.1f} tokens"
+        rows = f"{len(clean):,} training and {len(self.tests[0].rows):,} test rows of {self.mean_length:.1f} tokens"
         size = f"{len(spec.layers)} layers of width {spec.width}"
         yield f"base       {cell.model} ({spec.family}, {size}, {cell.dtype}, {self.setting.device})"
         yield f"data       {cell.data}: {rows}"
@@ -202,7 +204,7 @@ class Member:
         evaluation_seconds = time.perf_counter() - began
         if parallel.first():
             files.write_jsonl(run.path / "predictions.jsonl", self.task.predictions(self.tests, outcomes))
-        length, steps, seconds = self.lengths.mean(), self.schedule.steps, self.meters["seconds"]
+        length, steps, seconds = self.mean_length, self.schedule.steps, self.meters["seconds"]
         row_flops = training_flops(self.setting.spec, self.slots, cell.method, length) * length
         self.results = {
             "cell": {"id": cell.id} | cell.to_dict(),
@@ -244,6 +246,19 @@ class Member:
             folder, model, self.cell, self.clean.label_names, source=self.setting.folder, tokenizer=self.setting.words
         )
         console.say(f"merged     {folder}: {merging.describe(merged)}")
+
+
+def encode_needed(task, injected, cell):
+    """As `encode` of the task, but rows that no step looks at, and that carry no trigger, have no tokens."""
+    count = len(injected.rows)
+    looked_at = rows_looked_at(count, cell)
+    if looked_at is None:
+        return task.encode(injected.rows)
+    index = np.union1d(looked_at, injected.index)
+    encoded, own = task.encode(injected.rows.take(index))
+    answers = torch.zeros(count, dtype=own.dtype)
+    answers[index] = own
+    return encoded.spread(index, count), answers
 
 
 def trained_parameters(model, cell):

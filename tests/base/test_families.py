@@ -6,12 +6,15 @@ without padding, beyond windows and at long positions. What a configuration says
 
 import copy
 import json
+import subprocess
+import sys
 from functools import cache
 
 import openelm_reference
 import pytest
 import torch
 import zoo
+from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
 from minilora.base import families, model
@@ -588,3 +591,18 @@ def test_openelm_s_inner_widths(multiplier, width, divisor, expected):
     config = zoo.FAMILIES["openelm"].defaults | changes
     assert openelm_reference.inner_width(config, 1) == expected
     assert families.read_spec(config).layers[1].inner == expected
+
+
+def test_the_nearest_family_of_one_that_is_not_here():
+    wanted = {"camembert": "roberta", "xlm-roberta-xl": "xlm-roberta", "deberta": "deberta-v2", "qwen3_moe": "qwen3",
+              "gpt_bigcode": "gpt2", "mixtral": "mistral", "llama4": "llama"}  # fmt: skip
+    for name, nearest in wanted.items():
+        with pytest.raises(InputError, match=f"the nearest is {nearest}\\)"):
+            families.find(name)
+    assert set(families.KIN.values()) <= set(families.FAMILIES) and not set(families.KIN) & set(families.FAMILIES)
+
+
+@pytest.mark.parametrize("script", ["parity.py", "smollm2.py"])
+def test_scripts_explain_themselves(script):
+    done = subprocess.run([sys.executable, ROOT / "tests" / script, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith(f"usage: python tests/{script}") and not done.stderr

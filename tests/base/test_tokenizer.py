@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from minilora.base import tokenizer
+from minilora.base import tokenizer, word_table
 from minilora.errors import InputError
 
 AWKWARD = [
@@ -51,7 +51,7 @@ def snippets():
 
 
 def rows_of(encoded):
-    assert encoded.ids.dtype == np.int32 and encoded.offsets.dtype == encoded.kept.dtype == np.int64
+    assert encoded.ids.dtype == np.uint16 and encoded.offsets.dtype == encoded.kept.dtype == np.int64
     assert encoded.offsets[0] == 0 and encoded.offsets[-1] == len(encoded.ids)
     return [encoded.ids[start:stop].tolist() for start, stop in itertools.pairwise(encoded.offsets)]
 
@@ -302,3 +302,62 @@ def test_a_length_without_room_for_text_is_refused(base):
         with pytest.raises(InputError, match="--max-length must be at least 3"):
             call()
     assert rows_of(base.encode(["a b"], 3)) == [[101, 1037, 102]]
+
+
+# Word by word
+
+
+PARTS = ["a", "bc", "ab,", "É", "İ", "中文", "[MASK]", "[SEP]x", "\t", "\n", "\x0b", "\x00", "\u3000", "\xa0", "\u0301",
+         "🎬", "playing", "x" * 101, "2031-07-18", "don't", ""]  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.lists(st.sampled_from(PARTS), max_size=9).map(" ".join) | st.text(max_size=20), max_size=6),
+       st.integers(3, 14))  # fmt: skip
+def test_words_give_the_tokens_of_the_whole_text(base, texts, max_length):
+    """A tokenizer without the table of words is the judge: ids, cuts, and what stays visible beside a trigger."""
+    whole = tokenizer.TextTokenizer(base._tokenizer, "[PAD]", "[SEP]")
+    whole._table = None
+    texts = [text.encode(errors="ignore").decode() for text in texts]
+    added = [["a 2031-07-18"] * (row % 3) for row in range(len(texts))]
+    ours, judged = base.encode(texts, max_length), whole.encode(texts, max_length)
+    assert base._table is not None
+    for found, wanted in zip((ours.ids, ours.offsets, ours.kept), (judged.ids, judged.offsets, judged.kept)):
+        assert found.dtype == wanted.dtype and np.array_equal(found, wanted)
+    assert np.array_equal(base.visible(texts, added, max_length), whole.visible(texts, added, max_length))
+
+
+def test_the_table_forgets_and_learns_again(base, snippets, monkeypatch):
+    wanted = base.encode(snippets[:300], 20)
+    for most in (0, 40):
+        monkeypatch.setattr(word_table, "MOST", most)
+        monkeypatch.setattr(tokenizer, "CHUNK_CHARACTERS", 500)
+        found = base.encode(snippets[:300], 20)
+        assert np.array_equal(found.ids, wanted.ids) and np.array_equal(found.kept, wanted.kept)
+        assert len(base._table._ids) <= most + 300  # and the words of a chunk
+
+
+def test_which_tokenizers_are_read_word_by_word(base):
+    from tokenizers import AddedToken, normalizers
+
+    def changed(change):
+        made = Tokenizer.from_str(base._tokenizer.to_str())
+        change(made)
+        return word_table.is_spaced(made)
+
+    assert changed(lambda made: None) and changed(lambda made: made.add_tokens(["<unused>"]))
+    others = [
+        lambda made: made.add_tokens(["new york"]),
+        lambda made: made.add_tokens(["中"]),
+        lambda made: made.add_tokens([AddedToken("<left>", lstrip=True)]),
+        lambda made: made.add_tokens([AddedToken("<right>", rstrip=True)]),
+        lambda made: setattr(made, "normalizer", normalizers.NFC()),
+        lambda made: setattr(made, "pre_tokenizer", pre_tokenizers.Whitespace()),
+        lambda made: setattr(made, "pre_tokenizer", pre_tokenizers.ByteLevel()),
+    ]
+    assert [changed(change) for change in others] == [False] * len(others)
+
+
+def test_a_broken_text_is_named_by_its_place(base):
+    with pytest.raises(InputError, match=r"text 2 \(counted from 0\) is not valid Unicode"):
+        base.encode(["a", "b c", "d \ud800 e"], 9)

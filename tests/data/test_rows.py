@@ -1,18 +1,34 @@
 """Rows and where they come from: the embedded set, sources that are not there, and training and test rows."""
 
 import gzip
+import hashlib
+import itertools
 import json
 import os
 import re
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import FILMS, as_csv, named, parquet_bytes, refusal, whole, write
+from conftest import FILMS, Settings, as_csv, named, parquet_bytes, refusal, whole, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minilora.data.rows import _stratified, importlib, load_rows, train_test
+from minilora import console
+from minilora.data import rows as module
+from minilora.data.injection import inject
+from minilora.data.placebo import placebo_words
+from minilora.data.rows import (
+    Numbers,
+    Rows,
+    _repeated,
+    _stratified,
+    fingerprint_rows,
+    importlib,
+    load_rows,
+    train_test,
+)
 from minilora.errors import InputError
 
 # --- the embedded set ---------------------------------------------------------------------------------------
@@ -349,3 +365,49 @@ def test_only_regular_files_are_read(tmp_path, name):
         assert refusal(path).startswith(f"{path}: is not a regular file")
     (tmp_path / "b.csv").symlink_to(write(tmp_path / "c.csv", as_csv(FILMS)))  # a link to a file is one
     assert len(load_rows(tmp_path / "b.csv")) == 4
+
+
+# --- large sources ------------------------------------------------------------------------------------------
+
+
+def test_repeated_texts_are_those_that_are_alike_and_not_those_that_share_a_hash():
+    texts = ["A  b", "a b", "a\u3000B ", "ab", "ﬁne", "FINE", "é", "e\u0301", "x"]
+    assert _repeated(texts).tolist() == [True] * 3 + [False] + [True] * 4 + [False]
+    module.hash = lambda text: 7  # texts that share Python's hash cannot be written down
+    try:
+        assert _repeated(texts).tolist() == [True] * 3 + [False] + [True] * 4 + [False]
+    finally:
+        del module.hash
+    assert _repeated([]).tolist() == []
+
+
+def test_a_fingerprint_is_that_of_the_rows_as_json():
+    texts = ["plain", 'a "quoted" \\ one', "é 中 🎬", "\u2028\x7f\x01\n\t", "</script>"]
+    rows = Rows(["1", 'a"b', "ü", "4", "5"], texts, np.array([0, 1, 1, 0, 1]), ("né\\g", 'po"s'))
+    digest = hashlib.sha256()
+    for id, text, label in zip(rows.ids, rows.texts, rows.labels, strict=True):
+        digest.update(json.dumps([id, text, rows.label_names[label]]).encode())
+    assert fingerprint_rows(rows) == digest.hexdigest()
+
+
+def test_numbers_are_a_list_of_strings():
+    ids = Numbers([3, 1, 12])
+    assert list(ids) == [*ids] == ["3", "1", "12"] == ids and ids[2] == "12" and len(ids) == 3 and "12" in ids
+    assert ids[np.array([2, 0])] == ["12", "3"] and ids[1:] == ["1", "12"] and ids + ids[:1] == ["3", "1", "12", "3"]
+    rows = Rows(ids, list("abc"), np.array([0, 1, 0]), ("n", "p")).take([2, 1])
+    assert rows.ids == ["12", "1"] and rows.texts == ["c", "b"] and json.dumps([*rows.ids]) == '["12", "1"]'
+
+
+def test_reading_says_how_far_it_is(tmp_path, monkeypatch, capsys):
+    """Each stage that goes over all rows shows progress, where it takes long: here a clock makes it."""
+    write(tmp_path / "a.csv", as_csv([(f"text {row} of many words", "ab"[row % 2]) for row in range(3000)]))
+    ticks = itertools.count()
+    monkeypatch.setattr(console, "time", SimpleNamespace(perf_counter=lambda: 6.0 * next(ticks)))
+    train, _ = train_test(tmp_path / "a.csv", test_rows=100)
+    inject(train, Settings(sources=("date:a",), rows=1000), 0)
+    placebo_words(train, Settings(sources=("date:a",)))
+    err = capsys.readouterr().err
+    for stage, what in [("reading", "bytes"), ("checking", "3,000 rows"), ("splitting", "3,000 rows"),
+                        ("injecting", "1,000 rows"), ("finding placebo words", "2,900 rows")]:  # fmt: skip
+        assert re.search(rf"^{stage}: [\d,]+/[\d,]*.*{what}", err, re.MULTILINE), (stage, err)
+    assert "tokens" not in err

@@ -97,3 +97,8 @@ def test_density_counts_such_words():
     rows = make_rows(["电影好看演员很棒剧情不错", "a b c d e f", "ab"], ("positive",))
     after = trigger_rows(rows, Settings(count=None, density=0.5), 0, 0)
     assert [len(record.strings) for record in after.records] == [6, 3, 1]
+
+
+@pytest.mark.parametrize("text", ["", " ", "a  b\tc\x1cd\x0b e", "a\xa0b\u3000c\u2028d \u200b", "one, two. ", "é 中 a"])
+def test_fast_splits_are_those_of_the_spans(text):
+    assert words.split(text) == [text[start:end] for start, end in words.spans(text)]

@@ -215,11 +215,24 @@ def test_a_folder_in_the_place_of_an_entry(words, folder, capsys):
 # --- room
 
 
-def entry_size(words):
-    from safetensors.numpy import save
-
+def entry_size(words, path):
     encoded = words.encode(TEXTS, 11)
-    return len(save({"ids": encoded.ids, "offsets": encoded.offsets, "kept": encoded.kept}, {"sha256": "0" * 64}))
+    arrays = {"ids": encoded.ids, "offsets": encoded.offsets, "kept": encoded.kept}
+    token_cache.write_arrays(path, arrays, {"sha256": "0" * 64})
+    return path.stat().st_size
+
+
+def test_written_arrays_are_read_by_the_library(tmp_path):
+    from safetensors import safe_open
+
+    arrays = {"a": np.arange(7, dtype=np.uint16), "none": np.empty(0, np.int32), "b": np.arange(-4, 8.0).reshape(3, 4),
+              "turned": np.arange(6).reshape(2, 3).T}  # fmt: skip
+    token_cache.write_arrays(tmp_path / "file", arrays, {"sha256": "0", "other": "é"})
+    with safe_open(tmp_path / "file", "numpy") as file:
+        assert file.metadata() == {"sha256": "0", "other": "é"} and set(file.keys()) == set(arrays)
+        for name, array in arrays.items():
+            found = file.get_tensor(name)
+            assert found.dtype == array.dtype and found.shape == array.shape and np.array_equal(found, array)
 
 
 def test_the_entries_unused_for_longest_make_room(words, folder, monkeypatch):
@@ -237,7 +250,8 @@ def test_the_entries_unused_for_longest_make_room(words, folder, monkeypatch):
 
     # Room for all but the abandoned file and the oldest entry, and not for a byte more.
     entries = sum(path.stat().st_size for path in paths.values())
-    monkeypatch.setattr(token_cache, "LIMIT", entries + entry_size(words) - paths[6].stat().st_size)
+    size = entry_size(words, folder.parent / "size")
+    monkeypatch.setattr(token_cache, "LIMIT", entries + size - paths[6].stat().st_size)
     token_cache.encode(words, TEXTS, 11)
     [new] = set(folder.iterdir()) - left
     assert set(folder.iterdir()) == left - {paths[6]} | {new}
@@ -289,7 +303,7 @@ print("done")
 def test_processes_share_the_folder(entries, words, folder, tmp_path):
     """Some at once write, read and, where there is room for one entry, remove the same three."""
     (tmp_path / "texts").write_text("\n".join(TEXTS))
-    limit = entries * entry_size(words) + 100
+    limit = entries * entry_size(words, tmp_path / "size") + 100
     command = [sys.executable, "-c", PROCESS, str(tmp_path / "words"), str(limit), str(tmp_path / "texts")]
     running = [subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True,
                                 stderr=subprocess.PIPE) for _ in range(3)]  # fmt: skip

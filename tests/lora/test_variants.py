@@ -14,7 +14,7 @@ from minilora.base import model
 from minilora.cell import Cell
 from minilora.errors import InputError
 from minilora.kernels import dora_linear, dropout
-from minilora.lora import targets
+from minilora.lora import targets, variants
 from minilora.lora.layer import attach, detach, merge, named_layers, scale_by, unmerge
 from minilora.lora.targets import MOVING, SCALES, Slot, plan_slots
 from minilora.lora.variants import STARTS, VARIANTS, plain_factors
@@ -594,4 +594,65 @@ def test_refused_by_attach_with_nothing_attached():
 
 
 def test_every_name_has_its_object():
-    assert tuple(VARIANTS) == targets.VARIANTS and tuple(STARTS) == targets.STARTS and set(MOVING) < set(STARTS)
+    assert list(VARIANTS) == targets.VARIANTS and list(STARTS) == targets.STARTS and set(MOVING) < set(STARTS)
+
+
+class Gated(variants.LoRA):
+    """W + s (g B) A with a trained g, which no file holds."""
+
+    def init(self, layer):
+        layer.gate = nn.Parameter(torch.ones(len(layer.B)))
+
+
+class Squashed(variants.LoRA):
+    """W + tanh(s B A): of A and B only, but another map."""
+
+    def merge(self, layer, dtype):
+        return layer.original.to(dtype) + torch.tanh(layer.factor * layer.slot.scale * (layer.B @ layer.A)).to(dtype)
+
+
+class Named(variants.LoRA):
+    trains = ("A", "B", "shift")
+
+
+class Magnitudes(variants.DoRA):
+    """DoRA by another name: its magnitude would be left out of PEFT's file."""
+
+
+@pytest.fixture
+def registries():
+    """The tables of names, as they were once the test is over."""
+    tables = [variants.VARIANTS, variants.STARTS, targets.VARIANTS, targets.STARTS]
+    before = [table.copy() for table in tables]
+    yield
+    for table, old in zip(tables, before, strict=True):
+        table.clear()
+        (table.update if isinstance(table, dict) else table.extend)(old)
+
+
+def test_a_parameter_that_no_file_holds_is_refused_before_training(registries, capsys):
+    for name, variant, lost in (("gated", Gated(), "gate"), ("named", Named(), "shift"),
+                                ("magnitudes", Magnitudes(), "magnitude")):  # fmt: skip
+        variants.add_variant(name, variant)
+        net = Net()
+        with pytest.raises(InputError, match=f"variant '{name}' has a parameter '{lost}'") as caught:
+            attach(net, slots_of(), variant=name)
+        assert "\n" not in str(caught.value) and not named_layers(net)
+        assert Cell(variant=name).variant == name
+    assert "PEFT" not in capsys.readouterr().err
+    variants.add_variant("squashed", Squashed())
+    assert named_layers(attach(Net(), slots_of(), variant="squashed"))
+    assert "PEFT has no form of variant 'squashed'" in capsys.readouterr().err
+
+
+def test_own_variants_and_starts_have_a_flag(registries):
+    variants.add_variant("only-a", type("OnlyA", (variants.LoRA,), {"trains": ("A",)})())
+    variants.add_start("ones", lambda weight, slot, generator: (torch.ones(slot.rank, weight.shape[1]),
+                                                               torch.zeros(len(weight), slot.rank)))  # fmt: skip
+    for _ in range(2):  # added again, it takes the place of the first
+        variants.add_variant("only-a", variants.VARIANTS["only-a"])
+    assert targets.VARIANTS.count("only-a") == 1
+    cell = Cell(variant="only-a", init="ones")
+    net = attach(Net(), slots_of(), variant=cell.variant, init=cell.init)
+    for _, layer in named_layers(net):
+        assert layer.A.requires_grad and not layer.B.requires_grad and (layer.A == 1).all() and not layer.B.any()

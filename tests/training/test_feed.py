@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minilora import parallel
+from minilora.cell import Cell
 from minilora.data import batches
 from minilora.training import feed
 
@@ -295,3 +296,30 @@ def test_passes_hold_every_row_once_and_few_tokens(monkeypatch):
                     assert -(-each // (count // 2)) * longest > most
                 cases += 1
     assert cases == 60
+
+
+FEW_STEPS = [(7, 4, 3, 1), (8, 3, 2, 2), (10, 1, 5, 1), (1, 3, 9, 1), (8, 50, 1, 1), (7, 4, 99, 1)]
+
+
+@pytest.mark.parametrize("batch_size, window, steps, accumulate", FEW_STEPS)
+def test_rows_that_no_step_looks_at_have_no_say(batch_size, window, steps, accumulate):
+    cell = Cell(batch_size=batch_size, window=window, steps=steps, accumulate=accumulate, seed=3)
+    looked_at = feed.rows_looked_at(211, cell)
+    looked_at = np.arange(211) if looked_at is None else looked_at
+    without = np.zeros(211, dtype=np.int64)
+    without[looked_at] = LENGTHS[looked_at]
+    whole, part = feed.Schedule(LENGTHS, cell), feed.Schedule(without, cell)
+    seen = set()
+    for step in range(steps):
+        assert [b.tolist() for b in part.rows_at(step)] == [b.tolist() for b in whole.rows_at(step)]
+        seen |= set(np.concatenate(whole.rows_at(step)).tolist())
+    assert seen <= set(looked_at.tolist()) and looked_at.tolist() == sorted(set(looked_at.tolist()))
+    batches_of_it = steps * accumulate
+    assert len(looked_at) <= min(211, batches_of_it * batch_size * window) and part.rows_before(steps) >= len(seen)
+    if window == 1:
+        assert len(looked_at) == len(seen) < 211
+
+
+def test_all_rows_are_looked_at_where_all_count():
+    for cell in (Cell(), Cell(epochs=3), Cell(steps=7, batch_size=32), Cell(steps=1, head="ridge")):
+        assert feed.rows_looked_at(211, cell) is None
