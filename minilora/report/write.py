@@ -8,7 +8,8 @@ marginals.md, .tex      means over all settings with a value of a field (`summar
 k50.md, .tex            the rows that half of an attack takes, where the grid varies how many are injected
 claims.md, .tex         what became of each claim of the grid's file (`verdicts.py`)
 figures/                PNG and PDF (`pictures.py`)
-report.html             all of it in one file that needs no other (`page.py`)
+counts.md, .tex         predictions of each label under each trigger, where triggers aim at several labels
+report.html             all of it in one file that needs no other (`grid_page.py`)
 """
 
 import importlib.util
@@ -20,7 +21,7 @@ from minilora.drawing import check_installed
 from minilora.errors import InputError
 from minilora.grid.axes import FIGURES
 from minilora.grid.table import table_rows, write_table
-from minilora.report import markup, page, pictures, summary
+from minilora.report import grid_page, markup, pictures, summary
 from minilora.report.dose_response import fit_curves
 from minilora.report.verdicts import decide
 
@@ -58,6 +59,7 @@ def write_report(folder):
     decisions = [decide(claim, grid.entries, lines) for claim in grid.claims]
     tables = [claims_table(decisions)] if decisions else []
     tables += [marginal_table(means)] + ([k50_table(curves)] if curves else [])
+    tables += counts_table(folder, lines) if len(summary.labels(lines)) > 1 else []
     left_out = [] if parquet else ["table.parquet: pyarrow is not installed (the extra `parquet`)"]
     left_out += [] if decisions else ["claims: the grid's file has no [[claim]]"]
     left_out += [] if curves else [f"k50: {reason}"]
@@ -73,7 +75,7 @@ def write_report(folder):
         drawn, reasons = pictures.draw(folder.path / "figures", lines, grid, curves)
         paths += [path for figure in drawn for path in figure.paths]
         left_out += reasons
-        files.write_text(folder.path / "report.html", page.render(folder, lines, tables, drawn, made, left_out))
+        files.write_text(folder.path / "report.html", grid_page.page_of(folder, lines, tables, drawn, made, left_out))
         paths.append(folder.path / "report.html")
     except OSError as error:
         which = "all other files" if paths else "all files"
@@ -126,6 +128,28 @@ def k50_table(curves):
             "of the logit, for each e-fold of the rows. Success uninjected: under the trigger, where no row was "
             "injected.")  # fmt: skip
     return markup.Table("k50", "Injected rows at which half of an attack succeeds", note, heads, lines)
+
+
+def counts_table(folder, lines):
+    """[The table of how many rows each test predicts as each label], or [] where no cell's results have that."""
+    grid, found, labels = folder.grid, {}, {}
+    fields = summary.settings_of(grid.varied)
+    values = {line["cell"]: summary.key(line, fields) for line in lines if line["state"] == "finished"}
+    for entry in grid.entries:
+        if entry.name in values:
+            tests = folder.read(entry)[0]["tests"]
+            rows = {"clean": tests["clean"]} | {f"trigger of {label}": one for label, one in tests["trigger"].items()}
+            for test, row in (rows | {"placebo": tests.get("placebo", {})}).items():
+                if counts := row.get("predicted_counts"):
+                    labels |= dict.fromkeys(counts)
+                    found.setdefault((*values[entry.name], test), []).append(counts)
+    lines = [
+        (*map(shown, setting), *(f"{sum(counts.get(label, 0) for counts in own) / len(own):,.0f}" for label in labels))
+        for setting, own in found.items()
+    ]
+    note = "Test rows that are predicted as each label, as clean and under each trigger: means over seeds."
+    heads = (*fields, "test rows", *(f"predicted {label}" for label in labels))
+    return [markup.Table("counts", "Predicted counts", note, heads, lines)] if lines else []
 
 
 def claims_table(decisions):

@@ -102,6 +102,7 @@ def main(argv=None):
     figures, predictions = evaluate(
         arguments.run, batch_size=arguments.batch, merge_to=arguments.merge_to, **settings, **changes
     )
+    from minilora.report.run_page import write_page
     from minilora.runs.text import results_table
 
     print(results_table(figures))
@@ -109,6 +110,8 @@ def main(argv=None):
     if own_rows and arguments.scale == 1 and not added:
         same, total = compare(arguments.run, predictions)
         print(f"predictions the same as the run's own: {same:,} of {total:,}")
+        page, reason = write_page(arguments.run)
+        print(f"page: {page or f'left out: {reason}'}")
     if out:
         out.mkdir(parents=True)
         files.write_jsonl(out / "predictions.jsonl", predictions)
