@@ -56,6 +56,8 @@ class Browser:
             wanted = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"}}
             made = self._call("POST", "/session", {"capabilities": {"alwaysMatch": wanted}})
             self.session = f"/session/{made['sessionId']}"
+            self.open("about:blank")  # the browser's own first page asks for much
+            self.console(), self.requests()
         except BaseException:
             self.__exit__()
             raise

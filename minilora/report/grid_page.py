@@ -37,8 +37,8 @@ def page_of(folder, lines, tables, drawn, made, left_out):
     sections += [
         Section("What the grid varies", [Block("table", (("field", "values"), varied)), *follow]),
         Section("What all cells share", [Block("table", (("field", "value"), alike))], folded=True),
-        *(Section(kind.capitalize(), [Block("table", ((), [(name, ", ".join(all_of)) for name, all_of in own.items()]))],
-                  folded=True) for kind, own in made.items()),
+        *(Section(kind.capitalize(), [Block("table", ((), [(name, ", ".join(own)) for name, own in values.items()]))],
+                  folded=True) for kind, values in made.items()),
         Section("To reproduce it", [Block("code", again)]),
         Section("grid.toml", [Block("code", grid.text)], folded=True),
     ]  # fmt: skip

@@ -12,7 +12,8 @@ from markupsafe import Markup
 
 from minilora.console import visible
 
-NUMBERS = frozenset("0123456789.,+-e%[]<>() ")  # the characters of numbers and intervals
+NUMBERS = frozenset("0123456789.,+-e%[]<>()× ")  # the characters of numbers, shapes and intervals
+SHORT = 24  # characters: shorter cells of a table stay on one line
 AROUND = 160  # characters shown on both sides of a span in a long text
 
 
@@ -57,7 +58,7 @@ PAGE = """\
 {% for cells in lines %}
 <tr>
 {%- for cell in cells %}
-<td{% if loop.index0 in numeric %} class="n"{% elif is_number(cell) %} class="k"{% endif %}>{{ cell }}</td>
+<td class="{{ 'n' if loop.index0 in numeric else look(cell) }}">{{ cell }}</td>
 {%- endfor -%}
 </tr>
 {% endfor %}
@@ -125,12 +126,14 @@ a { color: var(--link) } ul { padding-left: 1.2rem }
 figure { margin: 1.2rem 0 2rem } figcaption { margin-top: .4rem }
 details { margin-top: 1.5rem } summary { cursor: pointer; font-size: 1.2rem; font-weight: bold }
 .wide { overflow: auto; max-height: 36rem; margin: .6rem 0 } figure .wide { max-height: none }
-.wide img { display: block; background: #fff; max-width: none } .minilora-figure { color: var(--ink); display: block }
+.wide img { display: block; background: #fff; max-width: 64rem; width: 100%; min-width: 40rem }
+.minilora-figure { color: var(--ink); display: block }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; overflow-wrap: normal }
 th, td { text-align: left; vertical-align: top; padding: .25rem 1.2rem .25rem 0;
   border-bottom: 1px solid var(--rule) }
 th { border-bottom: 1px solid var(--ink); vertical-align: bottom } .n { text-align: right }
-td.n, td.k { white-space: nowrap }
+td.n, td.short { white-space: nowrap } td.long { min-width: 16rem }
+thead th { position: sticky; top: 0; background: var(--ground) }
 .rows { list-style: none; padding: 0 } .rows li { padding: .5rem 0; border-bottom: 1px solid var(--rule) }
 .rows p { margin: 0; white-space: pre-wrap }
 mark { background: var(--mark); color: inherit; border-radius: .2rem; padding: 0 .15rem }
@@ -172,7 +175,7 @@ def render(title, lead, sections):
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         finalize=lambda value: visible(value) if type(value) is str else value,
     ).from_string(PAGE)  # fmt: skip
-    return made.render(title=title, lead=lead, sections=sections, is_number=is_number, numeric_columns=numeric_columns)
+    return made.render(title=title, lead=lead, sections=sections, look=look, numeric_columns=numeric_columns)
 
 
 def is_number(cell):
@@ -180,9 +183,14 @@ def is_number(cell):
     return cell in ("", "-") or NUMBERS.issuperset(cell) and any(map(str.isdigit, cell))
 
 
+def look(cell):
+    """How a cell that is in no column of numbers is set: an interval in it never breaks over lines."""
+    return "short" if len(cell) <= SHORT or is_number(cell) else "long"
+
+
 def numeric_columns(lines):
     """The places of the columns in which every cell `is_number`."""
-    return {place for place, column in enumerate(zip(*lines)) if all(map(is_number, column))}
+    return {place for place, column in enumerate(zip(*lines, strict=True)) if all(map(is_number, column))}
 
 
 # --- HTML made of text

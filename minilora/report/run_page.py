@@ -8,7 +8,6 @@ from types import NoneType
 from minilora import files
 from minilora.errors import InputError
 from minilora.fields import check_shape
-from minilora.grid.table import figures_of
 from minilora.report import curve
 from minilora.report.page import Block, Section, html, join, links, marked, render
 from minilora.runs.folder import Run
@@ -70,7 +69,7 @@ def injections(cell, results):
         dose = f"{inject.count} in each" if inject.density is None else f"{inject.density:g} for each word"
         found.append(
             f"Injected: {entry.get('source', 'a trigger')} for {entry['label']} into {entry['rows']:,}{eligible} rows "
-            f"({inject.mode}), {dose}, {inject.location}."
+            f"({inject.mode}), {dose}, location {inject.location}."
         )
     return found or ["Nothing was injected."]
 
@@ -117,8 +116,8 @@ def attacks_of(results):
         beside = [tests.get(test, {}).get("attack_success", {}).get(label, {}) for test in ("clean", "placebo")]
         name, ends = "attack_success_rate", "attack_success_interval"
         rates = [interval(one, name, ends) for one in (beside[0], metrics, beside[1])]
-        found = figures_of(results, label)
-        lines.append((label, interval(found, "clean_accuracy", None), *rates, f"{found['attack_rows'] or 0:,}"))
+        rows = f"{metrics.get('attack_success_rows') or 0:,}"
+        lines.append((label, interval(tests["clean"], "accuracy", "accuracy_interval"), *rates, rows))
     heads = ("target label", "clean accuracy", "attack success: clean rows", "under the trigger", "under the placebo",
              "rows")  # fmt: skip
     return heads, lines
@@ -207,7 +206,7 @@ def tensors_of(run):
     for tensor in found["tensors"]:
         layer = re.search(r"\.(\d+)\.", tensor["name"])
         name = tensor["name"] if layer is None else tensor["name"].replace(layer[0], ".*.", 1)
-        own = groups.setdefault((name, " x ".join(map(str, tensor["shape"]))), [])
+        own = groups.setdefault((name, " × ".join(map(str, tensor["shape"]))), [])
         own.append((layer and int(layer[1]), tensor["count"]))
     lines = [
         (name, shape, ranges([layer for layer, _ in own if layer is not None]), f"{len(own):,}",
