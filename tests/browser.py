@@ -58,6 +58,8 @@ class Browser:
             self.session = f"/session/{made['sessionId']}"
             self.open("about:blank")  # the browser's own first page asks for much
             self.console(), self.requests()
+            self.open("about:blank")  # the browser's own first page asks for much
+            self.console(), self.requests()
         except BaseException:
             self.__exit__()
             raise

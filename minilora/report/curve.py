@@ -36,9 +36,10 @@ LINES = (
     Line("clean_accuracy", "accuracy", "right"),
 )
 COLUMNS = ("step", "label", "clean_accuracy", "attack_success_clean", "attack_success", "attack_success_placebo")
-CAPTION = (
-    "Share of the test rows over the steps of training. Attack success: the rows of other labels that are predicted as "
-    "the target label, under the trigger, as clean rows and under the placebo. Accuracy is that on clean rows."
+CAPTION = "Accuracy on clean rows over the steps of training."
+ATTACK = (
+    "Trigger, clean rows and placebo: attack success in each form of the rows, the share of those of other labels that "
+    "are predicted as the target label."
 )
 
 
@@ -83,10 +84,10 @@ def svg(label, points):
         path = "M" + "L".join(f"{x(step)} {y(share)}" for step, share in known)
         dots = [html('<circle cx="{}" cy="{}" r="2"/>', x(step), y(share)) for step, share in known]
         share = known[-1][1]
-        label = f"M{x(last) + 3} {y(share)}L{x(last) + 16} {place}"
+        lead = f"M{x(last) + 3} {y(share)}L{x(last) + 16} {place}"
         drawn += [
             html('<g class="{}"><path stroke-dasharray="{}" d="{}"/>', line.colour, line.dashes, path),
-            html('{}<path d="{}"/></g>', join(dots) if len(dots) < MOST_DOTS else "", label),
+            html('{}<path d="{}"/></g>', join(dots) if len(dots) < MOST_DOTS else "", lead),
             html('<text x="{}" y="{}">{} {}</text>', x(last) + 20, place + 4, line.words, f"{share:.1%}"),
         ]
     said = f"Shares of the test rows over {last:,} steps" + (f", trigger of {label}" if label is not None else "")

@@ -50,7 +50,7 @@ PAGE = """\
 {% if heads %}
 <thead><tr>
 {%- for head in heads %}
-<th{% if loop.index0 in numeric %} class="n"{% endif %}>{{ head }}</th>
+<th class="{{ 'n ' if loop.index0 in numeric }}{{ look(head) }}">{{ head }}</th>
 {%- endfor -%}
 </tr></thead>
 {% endif %}
@@ -132,7 +132,7 @@ table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabu
 th, td { text-align: left; vertical-align: top; padding: .25rem 1.2rem .25rem 0;
   border-bottom: 1px solid var(--rule) }
 th { border-bottom: 1px solid var(--ink); vertical-align: bottom } .n { text-align: right }
-td.n, td.short { white-space: nowrap } td.long { min-width: 16rem }
+td.n, .short { white-space: nowrap } td.long { min-width: 16rem }
 thead th { position: sticky; top: 0; background: var(--ground) }
 .rows { list-style: none; padding: 0 } .rows li { padding: .5rem 0; border-bottom: 1px solid var(--rule) }
 .rows p { margin: 0; white-space: pre-wrap }

@@ -144,7 +144,8 @@ def curve_of(run):
         for label, points in curves.items()
     ]  # fmt: skip
     note = more if len(steps) < 4 else ""
-    return [Block("figure", ("", html('<div class="curves">{}</div>', join(panels)), curve.CAPTION), note)]
+    caption = curve.CAPTION + (f" {curve.ATTACK}" if curves.keys() != {None} else "")
+    return [Block("figure", ("", html('<div class="curves">{}</div>', join(panels)), caption), note)]
 
 
 def check(path, lines, shape):

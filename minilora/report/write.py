@@ -8,12 +8,12 @@ marginals.md, .tex      means over all settings with a value of a field (`summar
 k50.md, .tex            the rows that half of an attack takes, where the grid varies how many are injected
 claims.md, .tex         what became of each claim of the grid's file (`verdicts.py`)
 figures/                PNG and PDF (`pictures.py`)
-counts.md, .tex         predictions of each label under each trigger, where triggers aim at several labels
 report.html             all of it in one file that needs no other (`grid_page.py`)
 """
 
 import importlib.util
 import textwrap
+from dataclasses import replace
 
 from minilora import files
 from minilora.console import COLUMNS, visible
@@ -57,9 +57,9 @@ def write_report(folder):
     means = summary.marginal_means(lines, grid.varied)
     curves, reason = fit_curves(lines, grid.varied)
     decisions = [decide(claim, grid.entries, lines) for claim in grid.claims]
-    tables = [claims_table(decisions)] if decisions else []
+    beside = [beside_of(claim, grid.entries, lines) for claim in grid.claims]
+    tables = [claims_table(decisions, beside)] if decisions else []
     tables += [marginal_table(means)] + ([k50_table(curves)] if curves else [])
-    tables += counts_table(folder, lines) if len(summary.labels(lines)) > 1 else []
     left_out = [] if parquet else ["table.parquet: pyarrow is not installed (the extra `parquet`)"]
     left_out += [] if decisions else ["claims: the grid's file has no [[claim]]"]
     left_out += [] if curves else [f"k50: {reason}"]
@@ -92,24 +92,27 @@ def shown(value):
     return "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def rates(mean, digits):
+def rates(mean, digits, names=summary.SHOWN):
     """The columns of a `summary.Mean`: how many cells, and each metric's mean."""
     cells = f"{mean.cells - mean.missing:,}" + (f" of {mean.cells:,}" if mean.missing else "")
-    return cells, *(share(mean.metrics[name], digits) if name in mean.metrics else "-" for name in summary.SHOWN)
+    return cells, *(share(mean.metrics[name], digits) if name in mean.metrics else "-" for name in names)
 
 
 RATES = ("cells", *(FIGURES[name][0] for name in summary.SHOWN))
+BESIDE = ("attack_success_clean", "attack_success_placebo")  # what attack success is compared with
+MEANS = ("clean_accuracy", BESIDE[0], "attack_success", BESIDE[1], "flip_rate", "degradation")  # columns of marginals
 
 
 def marginal_table(means):
     lines, before = [], None
     for mean in means:
         field = "all cells" if mean.field is None else "" if mean.field == before else mean.field
-        lines.append((field, "" if mean.field is None else shown(mean.value), *rates(mean, 3)))
+        lines.append((field, "" if mean.field is None else shown(mean.value), *rates(mean, 3, MEANS)))
         before = mean.field
     note = ("Means over all settings with that value, each the mean over its seeds, with 95% intervals over seeds and "
             "test rows. Shares of test rows; attack success is of the rows of other labels.")  # fmt: skip
-    return markup.Table("marginals", "Marginal means", note, ("field", "value", *RATES), lines)
+    heads = ("field", "value", "cells", *(FIGURES[name][0] for name in MEANS))
+    return markup.Table("marginals", "Marginal means", note, heads, lines)
 
 
 def k50_table(curves):
@@ -130,37 +133,24 @@ def k50_table(curves):
     return markup.Table("k50", "Injected rows at which half of an attack succeeds", note, heads, lines)
 
 
-def counts_table(folder, lines):
-    """[The table of how many rows each test predicts as each label], or [] where no cell's results have that."""
-    grid, found, labels = folder.grid, {}, {}
-    fields = summary.settings_of(grid.varied)
-    values = {line["cell"]: summary.key(line, fields) for line in lines if line["state"] == "finished"}
-    for entry in grid.entries:
-        if entry.name in values:
-            tests = folder.read(entry)[0]["tests"]
-            rows = {"clean": tests["clean"]} | {f"trigger of {label}": one for label, one in tests["trigger"].items()}
-            for test, row in (rows | {"placebo": tests.get("placebo", {})}).items():
-                if counts := row.get("predicted_counts"):
-                    labels |= dict.fromkeys(counts)
-                    found.setdefault((*values[entry.name], test), []).append(counts)
-    lines = [
-        (*map(shown, setting), *(f"{sum(counts.get(label, 0) for counts in own) / len(own):,.0f}" for label in labels))
-        for setting, own in found.items()
-    ]
-    note = "Test rows that are predicted as each label, as clean and under each trigger: means over seeds."
-    heads = (*fields, "test rows", *(f"predicted {label}" for label in labels))
-    return [markup.Table("counts", "Predicted counts", note, heads, lines)] if lines else []
+def beside_of(claim, entries, lines):
+    """What a claim of attack success would find on clean rows and under the placebo; of another claim nothing."""
+    if claim.figure != "attack_success":
+        return "-", "-"
+    return tuple(statistic(decide(replace(claim, figure=name), entries, lines)) for name in BESIDE)
 
 
-def claims_table(decisions):
+def claims_table(decisions, beside):
+    """`beside` has what `beside_of` gives for each."""
     lines = []
-    for decision in decisions:
+    for decision, rates_beside in zip(decisions, beside, strict=True):
         claim = decision.claim
-        lines.append((claim.text, claim.source or "-", claim.test(), statistic(decision), f"{decision.cells:,}",
-                      verdict(decision)))  # fmt: skip
+        lines.append((claim.text, claim.source or "-", claim.test(), statistic(decision), *rates_beside,
+                      f"{decision.cells:,}", verdict(decision)))  # fmt: skip
     note = ("Stated in the grid's file. Supported: the whole 95% interval is on the claimed side of the threshold; "
-            "contradicted: all of it is on the other.")  # fmt: skip
-    heads = ("claim", "source", "decided by", "found", "cells", "verdict")
+            "contradicted: all of it is on the other. Beside attack success stands the same statistic of the clean "
+            "rows and under the placebo.")  # fmt: skip
+    heads = ("claim", "source", "decided by", "found", "without the trigger", "under the placebo", "cells", "verdict")
     return markup.Table("claims", "Claims", note, heads, lines)
 
 
