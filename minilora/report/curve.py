@@ -15,7 +15,7 @@ from minilora.console import short
 from minilora.grid.table import for_csv
 from minilora.report.page import html, join
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM, GAP = 360, 230, 32, 106, 8, 36, 14  # of the drawing and around it, in pixels
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM, GAP = 380, 230, 38, 124, 8, 36, 14  # of the drawing and around it, in pixels
 MOST_DOTS = 60  # of a line that has them
 
 

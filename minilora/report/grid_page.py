@@ -20,9 +20,15 @@ def page_of(folder, lines, tables, drawn, made, left_out):
     """
     grid, where = folder.grid, shlex.quote(str(folder.path))
     alike, differing = settings(grid)
-    sections = [Section(one.title, [Block("table", (one.heads, one.lines), one.note)]) for one in tables]
-    if drawn:
-        sections.append(Section("Figures", [Block("figure", (one.title, picture(one), one.caption)) for one in drawn]))
+    figures = {one.paths[0].stem: one for one in drawn}
+    sections = []
+    for one in tables:
+        own = figures.pop(one.name, None)  # a figure that shows a table stands with it
+        blocks = [Block("figure", ("", picture(own), own.caption))] if own else []
+        sections.append(Section(one.title, [Block("table", (one.heads, one.lines), one.note), *blocks]))
+    if figures:
+        blocks = [Block("figure", (one.title, picture(one), one.caption)) for one in figures.values()]
+        sections.append(Section("Figures", blocks))
     if left_out:
         sections.append(Section("Left out", [Block("list", left_out)]))
     sections.append(Section("Cells", cells(folder, lines)))

@@ -132,13 +132,15 @@ table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabu
 th, td { text-align: left; vertical-align: top; padding: .25rem 1.2rem .25rem 0;
   border-bottom: 1px solid var(--rule) }
 th { border-bottom: 1px solid var(--ink); vertical-align: bottom } .n { text-align: right }
-td.n, .short { white-space: nowrap } td.long { min-width: 16rem }
+td.n, .short { white-space: nowrap } td.long { min-width: 16rem } th.long { min-width: 9rem }
 thead th { position: sticky; top: 0; background: var(--ground) }
 .rows { list-style: none; padding: 0 } .rows li { padding: .5rem 0; border-bottom: 1px solid var(--rule) }
 .rows p { margin: 0; white-space: pre-wrap }
-mark { background: var(--mark); color: inherit; border-radius: .2rem; padding: 0 .15rem }
+mark { background: var(--mark); color: inherit; border-radius: .2rem; padding: 0 .15rem;
+  display: inline-block; max-width: 100% }
 pre { background: var(--box); padding: .8rem; overflow-x: auto; font-size: .85rem; overflow-wrap: normal }
-.curves { display: flex; flex-wrap: wrap; gap: 1rem 2rem } .curves svg { width: 100%; max-width: 34rem; height: auto }
+.curves { display: flex; flex-wrap: wrap; gap: 1.2rem 2rem } .curves div { flex: 1 1 20rem; max-width: 34rem }
+.curve { display: block; width: 100% }
 .curve text { font: 11px system-ui, sans-serif; fill: var(--ink) } .curve .rule { stroke: var(--rule) }
 .curve path { fill: none; stroke: currentColor; stroke-width: 1.8 }
 .curve circle { fill: currentColor }

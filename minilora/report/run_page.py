@@ -139,7 +139,7 @@ def curve_of(run):
     curve.write_csv(run.path / "curve.csv", curves)
     curve.write_png(run.path / "curve.png", curves)
     panels = [
-        html('<figure>{}{}</figure>', html("<h3>Trigger of {}</h3>", label) if len(curves) > 1 else "",
+        html('<div>{}{}</div>', html("<h3>Trigger of {}</h3>", label) if len(curves) > 1 else "",
              curve.svg(label, points))
         for label, points in curves.items()
     ]  # fmt: skip

@@ -75,8 +75,10 @@ def test_one_test_is_no_curve(tmp_path):
     files.write_jsonl(folder / "metrics.jsonl", lines)
     found, said = read(folder)
     assert "--eval-every N" in said and "svg" not in found.tags
-    assert not (folder / "curve.csv").exists() and not (folder / "curve.png").exists() and "curve" not in str(
-        [value for name, value in found.attributes if name == "href"]
+    assert (
+        not (folder / "curve.csv").exists()
+        and not (folder / "curve.png").exists()
+        and "curve" not in str([value for name, value in found.attributes if name == "href"])
     )
 
 
