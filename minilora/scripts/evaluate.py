@@ -1,7 +1,7 @@
 """Test a finished run again, from its adapter: the same tests, or other rows, other triggers, another batch size. Of a
 grid's folder, write the report.
 
-python evaluate.py RUN                             its own tests; says whether every prediction is the same
+python evaluate.py RUN                             its own tests: is every prediction the same? Writes report.html
 python evaluate.py RUN --inject country:positive   other triggers
 python evaluate.py RUN --data reviews.csv          other test rows
 python evaluate.py RUN --scale 0.5                 half of what the adapter changes
