@@ -46,7 +46,7 @@ class Section:
 PAGE = """\
 {% macro table(heads, lines) %}
 {% set numeric = numeric_columns(lines) %}
-<div class="wide" tabindex="0"><table>
+<div class="wide{{ ' tall' if lines | length > 40 }}" tabindex="0"><table>
 {% if heads %}
 <thead><tr>
 {%- for head in heads %}
@@ -117,7 +117,7 @@ PAGE = """\
 }
 * { box-sizing: border-box }
 html { color-scheme: light dark; -webkit-text-size-adjust: 100% }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem; color: var(--ink);
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 78rem; margin: 2rem auto; padding: 0 1rem; color: var(--ink);
   background: var(--ground); overflow-wrap: anywhere }
 h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .8rem } h2 { font-size: 1.2rem; margin: 2.5rem 0 .6rem }
 h3 { font-size: 1rem; margin: 0 0 .3rem } p, ul, figcaption { max-width: 48rem } p { margin: .5rem 0 }
@@ -125,7 +125,7 @@ a { color: var(--link) } ul { padding-left: 1.2rem }
 .note, .said, figcaption { font-size: .9rem; color: var(--soft) }
 figure { margin: 1.2rem 0 2rem } figcaption { margin-top: .4rem }
 details { margin-top: 1.5rem } summary { cursor: pointer; font-size: 1.2rem; font-weight: bold }
-.wide { overflow: auto; max-height: 36rem; margin: .6rem 0 } figure .wide { max-height: none }
+.wide { overflow: auto; margin: .6rem 0 } .tall { max-height: 40rem }
 .wide img { display: block; background: #fff; max-width: 64rem; width: 100%; min-width: 40rem }
 .minilora-figure { color: var(--ink); display: block }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; overflow-wrap: normal }

@@ -4,6 +4,7 @@ Lines are those of `grid.table.table_rows`. A setting is the values of all varie
 metric is the mean over its seeds, and every setting counts once.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -15,7 +16,9 @@ from minilora.grid.axes import FIGURES, SEEDS
 from minilora.report import intervals
 
 PANELS = 6
-SHOWN = ("clean_accuracy", "attack_success", "flip_rate", "degradation")  # in tables of means and in heat maps
+SHOWN = ("clean_accuracy", "attack_success", "flip_rate", "degradation")  # in tables of means
+BESIDE = {"attack_success": ("attack_success_clean", "attack_success_placebo"), "flip_rate": ("flip_rate_placebo",)}
+ALL = (*SHOWN, *itertools.chain.from_iterable(BESIDE.values()))
 
 
 def settings_of(varied):
@@ -98,7 +101,7 @@ def marginal_means(lines, varied):
     groups = [(None, None)] + [(name, value) for name in axes for value in dict.fromkeys(line[name] for line in lines)
                                if (name, value) != ("label", None)]  # fmt: skip
     metrics = [{} for _ in groups]
-    for metric in SHOWN:
+    for metric in ALL:
         found, settings = sample(lines, metric, axes, seeds_of(varied))
         member = np.array([[name is None or setting[axes.index(name)] == value for setting in settings]
                            for name, value in groups], dtype=float)  # fmt: skip

@@ -99,8 +99,8 @@ def rates(mean, digits, names=summary.SHOWN):
 
 
 RATES = ("cells", *(FIGURES[name][0] for name in summary.SHOWN))
-BESIDE = ("attack_success_clean", "attack_success_placebo")  # what attack success is compared with
-MEANS = ("clean_accuracy", BESIDE[0], "attack_success", BESIDE[1], "flip_rate", "degradation")  # columns of marginals
+MEANS = ("clean_accuracy", "attack_success_clean", "attack_success", "attack_success_placebo", "flip_rate",
+         "degradation")  # fmt: skip
 
 
 def marginal_table(means):
@@ -137,7 +137,8 @@ def beside_of(claim, entries, lines):
     """What a claim of attack success would find on clean rows and under the placebo; of another claim nothing."""
     if claim.figure != "attack_success":
         return "-", "-"
-    return tuple(statistic(decide(replace(claim, figure=name), entries, lines)) for name in BESIDE)
+    claims = (replace(claim, figure=name) for name in summary.BESIDE[claim.figure])
+    return tuple(statistic(decide(one, entries, lines)) for one in claims)
 
 
 def claims_table(decisions, beside):

@@ -87,6 +87,8 @@ def test_attack_success_stands_beside_its_clean_and_placebo_rates(folder):
         assert len(heads_found) == heads and len(lines) >= 2
         assert any("without the trigger" in one for one in heads_found)
         assert any("under the placebo" in one for one in heads_found)
+        cells = [float(one.split()[0]) for one in lines[0].split("|")[5:7]] if name == "marginals" else []
+        assert cells in ([], [pytest.approx(0.1, abs=0.02), pytest.approx(0.54, abs=0.02)])
     claim = lines[0].replace(r"\|", "").split("|")
     values = [float(claim[place].split()[0]) for place in (4, 5, 6)]  # found, clean, placebo
     assert values[0] > 0.9 and values[1] == pytest.approx(0.1, abs=0.05) and values[1] == values[2]
