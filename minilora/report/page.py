@@ -129,7 +129,7 @@ details { margin-top: 1.5rem } summary { cursor: pointer; font-size: 1.2rem; fon
 .wide img { display: block; background: #fff; max-width: 64rem; width: 100%; min-width: 40rem }
 .minilora-figure { color: var(--ink); display: block }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; overflow-wrap: normal }
-th, td { text-align: left; vertical-align: top; padding: .25rem 1.2rem .25rem 0;
+th, td { text-align: left; vertical-align: top; padding: .25rem 1rem .25rem 0;
   border-bottom: 1px solid var(--rule) }
 th { border-bottom: 1px solid var(--ink); vertical-align: bottom } .n { text-align: right }
 td.n, .short { white-space: nowrap } td.long { min-width: 16rem } th.long { min-width: 9rem }
