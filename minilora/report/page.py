@@ -1,143 +1,240 @@
-"""report.html: a grid's report in one file that loads nothing, from the network or from the disk."""
+"""A page in one HTML file that fetches nothing, from the network or from the disk: of a grid or of a run.
 
-import base64
-import shlex
-from collections import Counter
+`grid_page.py` and `run_page.py` say what stands on a page, in `Section`s; here is how it looks. All text is escaped,
+and control characters are written out. Only `Markup`, which the functions here make, is HTML already.
+"""
+
+from dataclasses import dataclass
+from urllib.parse import quote
 
 from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
 
 from minilora.console import visible
-from minilora.fields import value_of
-from minilora.grid.axes import FIELDS, word
 
-MOST = 200  # failed cells that are listed
+NUMBERS = frozenset("0123456789.,+-e%[]<>()× ")  # the characters of numbers, shapes and intervals
+SHORT = 24  # characters: shorter cells of a table stay on one line
+AROUND = 160  # characters shown on both sides of a span in a long text
+
+
+@dataclass(frozen=True)
+class Block:
+    """What a section shows, with a note above it. `kind` says what `content` is:
+
+    text    a paragraph
+    code    lines of a file
+    list    lines
+    table   (heads, lines): a string or `Markup` a cell
+    figure  (title, picture as `Markup`, caption)
+    rows    [(text as `Markup`, what was predicted of it)]
+    """
+
+    kind: str
+    content: object
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a page: its title, and its `Block`s; where it is `folded` a click opens it."""
+
+    title: str
+    blocks: list
+    folded: bool = False
+
+
 PAGE = """\
 {% macro table(heads, lines) %}
-<div class='wide'><table>
-<thead><tr>{% for head in heads %}<th>{{ head }}</th>{% endfor %}</tr></thead>
+{% set numeric = numeric_columns(lines) %}
+<div class="wide{{ ' tall' if lines | length > 40 }}" tabindex="0"><table>
+{% if heads %}
+<thead><tr>
+{%- for head in heads %}
+<th class="{{ 'n ' if loop.index0 in numeric }}{{ look(head) }}">{{ head }}</th>
+{%- endfor -%}
+</tr></thead>
+{% endif %}
 <tbody>
 {% for cells in lines %}
-<tr>{% for cell in cells %}<td>{{ cell }}</td>{% endfor %}</tr>
+<tr>
+{%- for cell in cells %}
+<td class="{{ 'n' if loop.index0 in numeric else look(cell) }}">{{ cell }}</td>
+{%- endfor -%}
+</tr>
 {% endfor %}
 </tbody>
 </table></div>
+{% endmacro %}
+{% macro show(block) %}
+{% if block.note %}
+<p class="note">{{ block.note }}</p>
+{% endif %}
+{% if block.kind == "table" %}
+{{ table(*block.content) }}
+{%- elif block.kind == "figure" %}
+{% set title, picture, caption = block.content %}
+<figure>
+{% if title %}
+<h3>{{ title }}</h3>
+{% endif %}
+<div class="wide" tabindex="0">{{ picture }}</div>
+{% if caption %}
+<figcaption>{{ caption }}</figcaption>
+{% endif %}
+</figure>
+{% elif block.kind == "rows" %}
+<ul class="rows">
+{% for text, said in block.content %}
+<li><p>{{ text }}</p><p class="said">{{ said }}</p></li>
+{% endfor %}
+</ul>
+{% elif block.kind == "list" %}
+<ul>
+{% for line in block.content %}
+<li>{{ line }}</li>
+{% endfor %}
+</ul>
+{% elif block.kind == "code" %}
+<pre tabindex="0">{{ block.content }}</pre>
+{% else %}
+<p>{{ block.content }}</p>
+{% endif %}
 {% endmacro %}
 <!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{{ grid.title }}</title>
+<title>{{ title }}</title>
 <style>
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a }
-h1 { font-size: 1.6rem; line-height: 1.25 } h2 { font-size: 1.2rem; margin-top: 2.5rem }
-figure { margin: 1rem 0 2rem } figcaption { font-size: .9rem; margin-bottom: .6rem; max-width: 48rem }
-.wide { overflow-x: auto } img { max-width: 100%; height: auto }
-table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums }
-th, td { text-align: left; vertical-align: top; padding: .2rem .8rem .2rem 0; border-bottom: 1px solid #ddd }
-th { border-bottom: 1px solid #1a1a1a } thead th { white-space: nowrap }
-pre { background: #f4f4f4; padding: .8rem; overflow-x: auto; font-size: .85rem }
+:root { --ink: #1b1b1b; --soft: #5a5a5a; --ground: #fff; --rule: #d9d9d9; --box: #f5f5f5; --link: #1a5fb4;
+  --mark: #ffe08a; --hit: #b3410a; --right: #1f66b8; --before: #16743c; --placebo: #7a5ea8 }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #ececec; --soft: #b0b0b0; --ground: #151515; --rule: #3d3d3d; --box: #212121; --link: #8ab8ff;
+    --mark: #6b5200; --hit: #ff9a5c; --right: #74b0ff; --before: #6fd095; --placebo: #c3a5f5 }
+}
+* { box-sizing: border-box }
+html { color-scheme: light dark; -webkit-text-size-adjust: 100% }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 78rem; margin: 2rem auto; padding: 0 1rem; color: var(--ink);
+  background: var(--ground); overflow-wrap: anywhere }
+h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .8rem } h2 { font-size: 1.2rem; margin: 2.5rem 0 .6rem }
+h3 { font-size: 1rem; margin: 0 0 .3rem } p, ul, figcaption { max-width: 48rem } p { margin: .5rem 0 }
+a { color: var(--link) } ul { padding-left: 1.2rem }
+.note, .said, figcaption { font-size: .9rem; color: var(--soft) }
+figure { margin: 1.2rem 0 2rem } figcaption { margin-top: .4rem }
+details { margin-top: 1.5rem } summary { cursor: pointer; font-size: 1.2rem; font-weight: bold }
+.wide { overflow: auto; margin: .6rem 0 } .tall { max-height: 40rem }
+.wide img { display: block; background: #fff; max-width: 64rem; width: 100%; min-width: 40rem }
+.minilora-figure { color: var(--ink); display: block }
+table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; overflow-wrap: normal }
+th, td { text-align: left; vertical-align: top; padding: .25rem 1rem .25rem 0;
+  border-bottom: 1px solid var(--rule) }
+th { border-bottom: 1px solid var(--ink); vertical-align: bottom } .n { text-align: right }
+td.n, .short { white-space: nowrap } td.long { min-width: 16rem } th.long { min-width: 9rem }
+thead th { position: sticky; top: 0; background: var(--ground) }
+.rows { list-style: none; padding: 0 } .rows li { padding: .5rem 0; border-bottom: 1px solid var(--rule) }
+.rows p { margin: 0; white-space: pre-wrap }
+mark { background: var(--mark); color: inherit; border-radius: .2rem; padding: 0 .15rem;
+  display: inline-block; max-width: 100% }
+pre { background: var(--box); padding: .8rem; overflow-x: auto; font-size: .85rem; overflow-wrap: normal }
+.curves { display: flex; flex-wrap: wrap; gap: 1.2rem 2rem } .curves div { flex: 1 1 20rem; max-width: 34rem }
+.curve { display: block; width: 100% }
+.curve text { font: 11px system-ui, sans-serif; fill: var(--ink) } .curve .rule { stroke: var(--rule) }
+.curve path { fill: none; stroke: currentColor; stroke-width: 1.8 }
+.curve circle { fill: currentColor }
+.hit { color: var(--hit) } .right { color: var(--right) }
+.before { color: var(--before) } .placebo { color: var(--placebo) }
 </style>
 </head>
 <body>
-<h1>{{ grid.title }}</h1>
-{% if grid.source %}
-<p>After: {{ grid.source }}</p>
-{% endif %}
-<p>{{ "{:,}".format(grid.entries | length) }} cells:
-{% for state, count in counts.items() %}
-{{ "{:,}".format(count) }} {{ state }}{{ "." if loop.last else "," }}
+<h1>{{ title }}</h1>
+{% for line in lead %}
+<p>{{ line }}</p>
 {% endfor %}
-</p>
-{% if counts.keys() - ["finished", "failed"] %}
-<p><b>The grid is not finished: all that follows is of the cells that are.</b></p>
+{% for section in sections %}
+{% if section.folded %}
+<details>
+<summary>{{ section.title }}</summary>
+{% else %}
+<section>
+<h2>{{ section.title }}</h2>
 {% endif %}
-{% for one in tables %}
-<h2>{{ one.title }}</h2>
-<figure>
-<figcaption><b>{{ one.title }}.</b> {{ one.note }}</figcaption>
-{{ table(one.heads, one.lines) }}</figure>
+{% for block in section.blocks %}
+{{ show(block) }}
+{%- endfor %}
+</{{ "details" if section.folded else "section" }}>
 {% endfor %}
-<h2>Figures</h2>
-{% for one in drawn %}
-<figure>
-<img alt="{{ one.title }}" src="data:image/png;base64,{{ encode(one.paths[0]) }}">
-<figcaption><b>{{ one.title }}.</b> {{ one.caption }}</figcaption>
-</figure>
-{% endfor %}
-{% if left_out %}
-<h2>Left out</h2>
-<ul>
-{% for reason in left_out %}
-<li>{{ reason }}</li>
-{% endfor %}
-</ul>
-{% endif %}
-{% if failed %}
-<h2>Failed cells</h2>
-{{ table(["cell", "error"], failed[:most]) }}
-{% if failed | length > most %}
-<p>and {{ "{:,}".format(failed | length - most) }} more, in table.csv</p>
-{% endif %}
-{% endif %}
-<h2>What the grid varies</h2>
-{{ table(["field", "values"], varied) }}
-{% if differing %}
-<p>Following from these: {{ differing | join(", ") }}.</p>
-{% endif %}
-<h2>What all cells share</h2>
-{{ table(["field", "value"], alike) }}
-{% for kind in ["versions", "hardware"] %}
-<h2>{{ kind | capitalize }}</h2>
-<div class='wide'><table>
-{% for name, found in made[kind].items() %}
-<tr><td>{{ name }}</td><td>{{ found | join(", ") }}</td></tr>
-{% endfor %}
-</table></div>
-{% endfor %}
-<h2>To reproduce it</h2>
-<pre>python train.py --grid grid.toml{{ size }} --out {{ where }}
-python evaluate.py {{ where }}</pre>
-<p>grid.toml:</p>
-<pre>{{ grid.text }}</pre>
 </body>
 </html>
 """
 
 
-def render(folder, lines, tables, drawn, made, left_out):
-    """The page's text, with all that it is given escaped for HTML.
-
-    `tables` are `markup.Table`s, `drawn` `drawing.Drawn`s, `made` as in `grid.table.table_rows`, `left_out` reasons.
-    """
-    grid = folder.grid
-    alike, differing = settings(grid)
-    page = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        finalize=lambda value: visible(value) if type(value) is str else value,  # what is HTML already stays as it is
+def render(title, lead, sections):
+    """The page's text; `lead` are the paragraphs below its title."""
+    made = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        finalize=lambda value: visible(value) if type(value) is str else value,
     ).from_string(PAGE)  # fmt: skip
-    return page.render(
-        grid=grid, tables=tables, drawn=drawn, made=made, left_out=left_out, most=MOST, alike=alike,
-        differing=differing,
-        counts=Counter({line["cell"]: line["state"] for line in lines}.values()),
-        failed=[(line["cell"], line["error"] or "") for line in lines if line["state"] == "failed"],
-        varied=[(name, ", ".join(dict.fromkeys(str(word(entry.varied[name])) for entry in grid.entries)))
-                for name in grid.varied],
-        size=f" --size {shlex.quote(grid.size)}" if grid.size else "", where=shlex.quote(str(folder.path)),
-        encode=lambda path: base64.b64encode(path.read_bytes()).decode(),
-    )  # fmt: skip
+    return made.render(title=title, lead=lead, sections=sections, look=look, numeric_columns=numeric_columns)
 
 
-def settings(grid):
-    """([(field, value)] that all cells share, fields that differ though the grid does not name them)."""
-    alike, differing = [], []
-    for name in FIELDS:
-        if name not in grid.varied:
-            found = [value_of(entry.cell, name) for entry in grid.entries]
-            values = {None if value is None else str(word(value)) for value in found}
-            if len(values) > 1:
-                differing.append(name)
-            elif values != {None}:
-                alike.append((name, *values))
-    return alike, differing
+def is_number(cell):
+    """Whether a cell is a number, with or without its interval, or says that there is none."""
+    return cell in ("", "-") or NUMBERS.issuperset(cell) and any(map(str.isdigit, cell))
+
+
+def look(cell):
+    """How a cell that is in no column of numbers is set: an interval in it never breaks over lines."""
+    return "short" if len(cell) <= SHORT or is_number(cell) else "long"
+
+
+def numeric_columns(lines):
+    """The places of the columns in which every cell `is_number`."""
+    return {place for place, column in enumerate(zip(*lines, strict=True)) if all(map(is_number, column))}
+
+
+# --- HTML made of text
+
+
+def html(form, *values):
+    """`form` with escaped `values`, strings or `Markup`, in its braces."""
+    return Markup(form).format(*(visible(value) if type(value) is str else value for value in values))
+
+
+def join(parts, between=""):
+    return Markup(between).join(parts)
+
+
+def link(text, *path):
+    """A link to the file or folder with these names below the page's own folder."""
+    return html('<a href="{}">{}</a>', "/".join(quote(name, safe="") for name in path), text)
+
+
+def links(folder, names):
+    """Links to those of `names`, beside the page in `folder`, that exist."""
+    return join((link(name, *name.split("/")) for name in names if (folder / name).exists()), ", ")
+
+
+def marked(text, spans):
+    """A text with its `spans` [(start, end)] marked; of a long one only what stands around them."""
+    pieces, place = [], 0
+    for start, end in sorted(spans):
+        pieces.append(html("{}", shortened(text[place:start], bool(pieces), True)))
+        inner = text[start:end]
+        lead = inner[: len(inner) - len(inner.lstrip())]
+        tail = inner[len(inner.rstrip()) :] if inner.strip() else ""
+        pieces.append(html("{}<mark>{}</mark>{}", lead, inner.strip(), tail))
+        place = end
+    return join([*pieces, html("{}", shortened(text[place:], bool(pieces), False))])
+
+
+def shortened(text, after, before):
+    """A long piece of a text without what is far from the spans that it stands `after` and `before`."""
+    ends = AROUND * after, AROUND * before
+    if not any(ends):
+        ends = 2 * AROUND, 0
+    if len(text) <= sum(ends) + 20:
+        return text
+    return text[: ends[0]] + " … " + text[len(text) - ends[1] :]

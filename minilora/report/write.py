@@ -9,11 +9,12 @@ k50.md, .tex            the rows that half of an attack takes, where the grid va
 claims.md, .tex         what became of each claim of the grid's file (`verdicts.py`)
 counts.md, .tex         what is predicted under each trigger, where the grid's triggers aim at several labels
 figures/                PNG, PDF and SVG (`pictures.py`)
-report.html             all of it in one file that needs no other (`page.py`)
+report.html             all of it in one file that needs no other (`grid_page.py`)
 """
 
 import importlib.util
 import textwrap
+from dataclasses import replace
 
 from minilora import files
 from minilora.console import COLUMNS, visible
@@ -21,7 +22,7 @@ from minilora.drawing import check_installed
 from minilora.errors import InputError
 from minilora.grid.axes import FIGURES, word
 from minilora.grid.table import table_rows, write_table
-from minilora.report import markup, page, pictures, summary
+from minilora.report import grid_page, markup, pictures, summary
 from minilora.report.dose_response import fit_curves
 from minilora.report.verdicts import decide
 
@@ -57,7 +58,8 @@ def write_report(folder):
     means = summary.marginal_means(lines, grid.varied)
     curves, reason = fit_curves(lines, grid.varied)
     decisions = [decide(claim, grid.entries, lines) for claim in grid.claims]
-    tables = [claims_table(decisions)] if decisions else []
+    beside = [beside_of(claim, grid.entries, lines) for claim in grid.claims]
+    tables = [claims_table(decisions, beside)] if decisions else []
     tables += [marginal_table(means)] + ([k50_table(curves)] if curves else [])
     tables += [counts_table(summary.predicted_counts(folder))] if len(summary.labels(lines)) > 1 else []
     left_out = [] if parquet else ["table.parquet: pyarrow is not installed (the extra `parquet`)"]
@@ -75,7 +77,7 @@ def write_report(folder):
         drawn, reasons = pictures.draw(folder.path / "figures", lines, grid, curves, means, decisions)
         paths += [path for figure in drawn for path in figure.paths]
         left_out += reasons
-        files.write_text(folder.path / "report.html", page.render(folder, lines, tables, drawn, made, left_out))
+        files.write_text(folder.path / "report.html", grid_page.page_of(folder, lines, tables, drawn, made, left_out))
         paths.append(folder.path / "report.html")
     except OSError as error:
         which = "all other files" if paths else "all files"
@@ -92,24 +94,27 @@ def shown(value):
     return "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def rates(mean, digits):
+def rates(mean, digits, names=summary.SHOWN):
     """The columns of a `summary.Mean`: how many cells, and each metric's mean."""
     cells = f"{mean.cells - mean.missing:,}" + (f" of {mean.cells:,}" if mean.missing else "")
-    return cells, *(share(mean.metrics[name], digits) if name in mean.metrics else "-" for name in summary.SHOWN)
+    return cells, *(share(mean.metrics[name], digits) if name in mean.metrics else "-" for name in names)
 
 
 RATES = ("cells", *(FIGURES[name][0] for name in summary.SHOWN))
+MEANS = ("clean_accuracy", "attack_success_clean", "attack_success", "attack_success_placebo", "flip_rate",
+         "degradation")  # fmt: skip
 
 
 def marginal_table(means):
     lines, before = [], None
     for mean in means:
         field = "all cells" if mean.field is None else "" if mean.field == before else mean.field
-        lines.append((field, "" if mean.field is None else shown(mean.value), *rates(mean, 3)))
+        lines.append((field, "" if mean.field is None else shown(mean.value), *rates(mean, 3, MEANS)))
         before = mean.field
     note = ("Means over all settings with that value, each the mean over its seeds, with 95% intervals over seeds and "
             "test rows. Shares of test rows; attack success is of the rows of other labels.")  # fmt: skip
-    return markup.Table("marginals", "Marginal means", note, ("field", "value", *RATES), lines)
+    heads = ("field", "value", "cells", *(FIGURES[name][0] for name in MEANS))
+    return markup.Table("marginals", "Marginal means", note, heads, lines)
 
 
 def k50_table(curves):
@@ -146,15 +151,25 @@ def counts_table(counts):
     return markup.Table("counts", "Predicted counts under each trigger", note, heads, lines)
 
 
-def claims_table(decisions):
+def beside_of(claim, entries, lines):
+    """What a claim of attack success would find on clean rows and under the placebo; of another claim nothing."""
+    if claim.figure != "attack_success":
+        return "-", "-"
+    claims = (replace(claim, figure=name) for name in summary.BESIDE[claim.figure])
+    return tuple(statistic(decide(one, entries, lines)) for one in claims)
+
+
+def claims_table(decisions, beside):
+    """`beside` has what `beside_of` gives for each."""
     lines = []
-    for decision in decisions:
+    for decision, rates_beside in zip(decisions, beside, strict=True):
         claim = decision.claim
-        lines.append((claim.text, claim.source or "-", claim.test(), statistic(decision), f"{decision.cells:,}",
-                      verdict(decision)))  # fmt: skip
+        lines.append((claim.text, claim.source or "-", claim.test(), statistic(decision), *rates_beside,
+                      f"{decision.cells:,}", verdict(decision)))  # fmt: skip
     note = ("Stated in the grid's file. Supported: the whole 95% interval is on the claimed side of the threshold; "
-            "contradicted: all of it is on the other.")  # fmt: skip
-    heads = ("claim", "source", "decided by", "found", "cells", "verdict")
+            "contradicted: all of it is on the other. Beside attack success stands the same statistic of the clean "
+            "rows and under the placebo.")  # fmt: skip
+    heads = ("claim", "source", "decided by", "found", "without the trigger", "under the placebo", "cells", "verdict")
     return markup.Table("claims", "Claims", note, heads, lines)
 
 

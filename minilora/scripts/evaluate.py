@@ -1,7 +1,7 @@
 """Test a finished run again, from its adapter: the same tests, or other rows, other triggers, another batch size. Of a
 grid's folder, write the report.
 
-python evaluate.py RUN                             its own tests; says whether every prediction is the same
+python evaluate.py RUN                             its own tests: is every prediction the same? Writes report.html
 python evaluate.py RUN --inject country:positive   other triggers
 python evaluate.py RUN --data reviews.csv          other test rows
 python evaluate.py RUN --scale 0.5                 half of what the adapter changes
@@ -102,6 +102,7 @@ def main(argv=None):
     figures, predictions = evaluate(
         arguments.run, batch_size=arguments.batch, merge_to=arguments.merge_to, **settings, **changes
     )
+    from minilora.report.run_page import write_page
     from minilora.runs.text import results_table
 
     print(results_table(figures))
@@ -109,6 +110,8 @@ def main(argv=None):
     if own_rows and arguments.scale == 1 and not added:
         same, total = compare(arguments.run, predictions)
         print(f"predictions the same as the run's own: {same:,} of {total:,}")
+        page, reason = write_page(arguments.run)
+        print(f"page: {page or f'left out: {reason}'}")
     if out:
         out.mkdir(parents=True)
         files.write_jsonl(out / "predictions.jsonl", predictions)
