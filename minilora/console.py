@@ -13,10 +13,10 @@ _quiet = False
 
 
 @contextlib.contextmanager
-def quiet():
-    """Write nothing from this module during the block."""
+def quiet(really=True):
+    """Write nothing from this module during the block, if `really`."""
     global _quiet
-    before, _quiet = _quiet, True
+    before, _quiet = _quiet, _quiet or really
     try:
         yield
     finally:
@@ -24,8 +24,8 @@ def quiet():
 
 
 def bar(**settings):
-    """A tqdm bar on a terminal, elsewhere None."""
-    if not sys.stderr.isatty():
+    """A tqdm bar on a terminal, None elsewhere and while quiet."""
+    if _quiet or not sys.stderr.isatty():
         return None
     from tqdm import tqdm
 
@@ -68,9 +68,7 @@ class Progress:
     def __init__(self, label, total, done=0):
         self.label, self.total, self.first, self.done, self.tokens = label, total, done, done, 0
         self.start = self.shown = time.perf_counter()
-        self.bar = None
-        if not _quiet:
-            self.bar = bar(total=total, initial=done, desc=label, unit="row", dynamic_ncols=True, smoothing=0.1)
+        self.bar = bar(total=total, initial=done, desc=label, unit="row", dynamic_ncols=True, smoothing=0.1)
 
     def advance(self, rows, tokens, note=""):
         rows = min(rows, self.total - self.done)  # of several processes, each is counted as the first

@@ -6,9 +6,10 @@ Ctrl-C does not wait for that.
 
 import contextlib
 import os
-import shlex
 import signal
 import threading
+
+from minilora.errors import to_type
 
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 _asked = None  # the signal that came
@@ -24,9 +25,9 @@ class Interrupted(KeyboardInterrupt):
         self.number, self.folders = number, tuple(folders)
 
     def go_on(self, arguments):
-        """The same, with the line that goes on: train.py with `arguments`."""
+        """The same, with the line that goes on: the script train with `arguments`."""
         stopped = f"{', '.join(map(str, self.folders))} stopped; " if self.folders else ""
-        line = f"{stopped}go on with python train.py {shlex.join(map(str, arguments))}"
+        line = f"{stopped}go on with {to_type('train', *arguments)}"
         return type(self)(line, self.number, self.folders)
 
 
