@@ -367,7 +367,8 @@ def test_files_are_refused_by_name(tmp_path):
 
 FLAGS = """
 --version
---config --out --preset --resume --continue --quiet --json --population --eval-every --save-every --merge-to --shard --traceback
+--config --out --preset --resume --continue --quiet --json --population --eval-every --save-every --merge-to --shard
+--traceback
 --grid --size --dry-run --status --only --retry-failed --ray --ray-cpus --model --revision --tokenizer
 --dtype --device
 --compile --data --data-revision --text-column --label-column --test-data --bad-rows --test-rows --train-rows
