@@ -33,12 +33,12 @@ def main(argv=None):
     parser = Parser(prog=to_type("train"), description=__doc__.partition("\n\n")[0])
     general = parser.add_argument_group("run")
     general.add_argument("--config", metavar="FILE", nargs="+", default=[],
-                         help="TOML file with a cell's fields, flags stand before it; a cell for each")  # fmt: skip
-    general.add_argument("--out", metavar="DIR", help="run folder, or of several cells the folder of their run folders "
+                         help="TOML file with a cell's fields, which flags override; each file is a cell")  # fmt: skip
+    general.add_argument("--out", metavar="DIR", help="run folder; of several cells, the folder that holds theirs "
                          "(default: runs/NAME, named after the cell, or grids/NAME, after the file)")  # fmt: skip
-    general.add_argument("--preset", choices=PRESETS, help="set many fields at once; flags stand before it")
+    general.add_argument("--preset", choices=PRESETS, help="set many fields at once; flags override it")
     general.add_argument("--resume", metavar="RUN", nargs="+", default=[],
-                         help="go on with the interrupted run in this folder and those trained with it")  # fmt: skip
+                         help="go on with interrupted runs, and with those trained with them")  # fmt: skip
     general.add_argument("--continue", action="store_true", dest="go_on",
                          help="whatever is in the run folder already: show this cell's finished run, go on with an "
                          "unfinished one, begin where there is none (a grid always does)")  # fmt: skip
@@ -47,7 +47,7 @@ def main(argv=None):
         "--json", action="store_true", help="print results as JSON, a line a run, and nothing else on standard output"
     )
     general.add_argument("--population", type=int, metavar="K",
-                         help="of several cells train at most K at once (default: as many as is fastest)")  # fmt: skip
+                         help="train at most K of several cells at once (default: as many as is fastest)")  # fmt: skip
     general.add_argument("--eval-every", type=int, default=0, metavar="N",
                          help="run the tests every N steps as well (default: 0, only at the end)")  # fmt: skip
     general.add_argument("--save-every", type=int, default=SAVE_EVERY, metavar="N",
