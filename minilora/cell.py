@@ -20,7 +20,7 @@ from minilora.base.source import DEFAULT_BASE
 from minilora.base.spec import GROUPS, TARGETS
 from minilora.data.triggers import parse_all
 from minilora.errors import InputError, shown
-from minilora.fields import changed, check_fields, from_dict, option, resolve, run_options, to_toml
+from minilora.fields import Named, changed, check_fields, from_dict, option, resolve, run_options, to_toml
 from minilora.lora.targets import STARTS, VARIANTS, check_variant, parse_layers, parse_targets
 
 MARKS = {
@@ -35,7 +35,7 @@ ADAPTER, CLASSIFIER, COMPLETION = ("method", "lora"), ("task", "classification")
 
 
 @dataclass(frozen=True)
-class Inject:
+class Inject(Named):
     """Which rows of the training data carry which trigger, and how (SSTI, arXiv 2506.11402, section 3)."""
 
     sources: tuple[str, ...] = option(
@@ -83,7 +83,7 @@ class Inject:
 
 
 @dataclass(frozen=True)
-class Cell:
+class Cell(Named):
     """One experiment. See `train.py --help` for every field; only here are defaults stated."""
 
     model: str = option(

@@ -8,7 +8,7 @@ import signal
 import sys
 import traceback
 
-from minilora import interrupts
+from minilora import __version__, interrupts
 from minilora.errors import InputError, TrainingError
 from minilora.fields import declared, kind_of, nested
 from minilora.files import full_disk, is_full
@@ -73,13 +73,16 @@ METAVARS = {str: "TEXT", int: "N", float: "X"}
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are InputErrors of one line."""
+    """An argument parser with `--version`, whose errors are InputErrors of one line."""
 
     def __init__(self, **settings):
         super().__init__(
             allow_abbrev=False,
             formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=100),
             **settings,
+        )
+        self.add_argument(
+            "--version", action="version", version=f"minilora {__version__}", help="show the version and exit"
         )
 
     def error(self, message):

@@ -15,10 +15,10 @@ _quiet = False
 
 
 @contextlib.contextmanager
-def quiet():
-    """Write nothing from this module during the block."""
+def quiet(really=True):
+    """Write nothing from this module during the block, if `really`."""
     global _quiet
-    before, _quiet = _quiet, True
+    before, _quiet = _quiet, _quiet or really
     try:
         yield
     finally:
@@ -26,8 +26,8 @@ def quiet():
 
 
 def bar(**settings):
-    """A tqdm bar on a terminal, elsewhere None."""
-    if not sys.stderr.isatty():
+    """A tqdm bar on a terminal, None elsewhere and while quiet."""
+    if _quiet or not sys.stderr.isatty():
         return None
     from tqdm import tqdm
 
@@ -75,12 +75,10 @@ class Progress:
         self.label, self.total, self.first, self.done, self.tokens = label, total, done, done, 0
         self.unit, self.short = unit, short
         self.start = self.shown = time.perf_counter()
-        self.bar = None
-        if not _quiet:
-            self.bar = bar(
-                total=total, initial=done, desc=label, unit=unit, dynamic_ncols=True, smoothing=0.1,
-                delay=PATIENCE if short else 0, leave=not short,
-            )  # fmt: skip
+        self.bar = bar(
+            total=total, initial=done, desc=label, unit=unit, dynamic_ncols=True, smoothing=0.1,
+            delay=PATIENCE if short else 0, leave=not short,
+        )  # fmt: skip
 
     def advance(self, rows, tokens=0, note=""):
         rows = min(rows, self.total - self.done)  # of several processes, each is counted as the first

@@ -1,4 +1,10 @@
-"""The errors that a user can fix, and how a value looks in their messages."""
+"""The errors that a user can fix, and what their messages are made of: values from outside, and lines to type."""
+
+import shlex
+import sys
+from pathlib import Path
+
+CLONE = Path(__file__).parent.parent  # where train.py is, in a clone
 
 
 class InputError(ValueError):
@@ -23,3 +29,17 @@ def first_words(error):
     """What a library says of a file, on one line: at most 200 characters, since it may quote the file."""
     text = " ".join(str(error).split())
     return text if len(text) <= 200 else text[:197] + "..."
+
+
+def to_type(script, *arguments):
+    """The line that runs a script (train or evaluate), as its user runs them: `minilora train ...`, or in a clone
+    `python train.py ...`."""
+    started = Path(sys.argv[0] or ".")
+    here = started.name in ("train.py", "evaluate.py")
+    if here:
+        words = ["python", started.with_name(f"{script}.py")]
+    elif started.stem != "minilora" and (CLONE / f"{script}.py").is_file():
+        words = ["python", f"{script}.py"]
+    else:
+        words = ["minilora", script]
+    return shlex.join(map(str, (*words, *arguments)))

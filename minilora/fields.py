@@ -101,6 +101,14 @@ def value_of(owner, name):
     return list(owner) if isinstance(owner, tuple) else owner
 
 
+def difference(one, other):
+    """The first field in which two unequal instances differ, or None where they are equal: (name, value, value)."""
+    for name in declared(type(one)) if one != other else ():
+        if name not in run_options(type(one)) and value_of(one, name) != value_of(other, name):
+            return name, value_of(one, name), value_of(other, name)
+    return None
+
+
 def nested(values):
     """{"inject": {"rows": 3}} of {"inject.rows": 3}."""
     found = {}
@@ -111,6 +119,31 @@ def nested(values):
 
 
 # --- checks
+
+
+class Named:
+    """What a dataclass of fields inherits so that unknown names are refused as in a file: with the nearest."""
+
+    def __new__(cls, *values, **named):
+        check_names(cls, named)
+        return super().__new__(cls)
+
+
+def check_names(kind, names, prefix=""):
+    """Raise InputError for the first of `names` that is no field of the dataclass `kind`, with the one that is meant:
+    by its flag's name, or by the nearest spelling, a nested dataclass's fields included."""
+    for name in names:
+        if name in kind.__dataclass_fields__:
+            continue
+        known = declared(kind)
+        flags = {(f.metadata["flag"] or other).replace(".", "_"): other for other, f in known.items()}
+        found = flags.get(name.replace(".", "_")) or next(iter(difflib.get_close_matches(name, known, n=1)), None)
+        owner, _, leaf = (found or "").rpartition(".")
+        hint = f": did you mean {prefix}{found}?" if found else near(name, known, prefix)
+        if owner:
+            hint = hint if found != name else ": it is a field of a table"
+            hint += f" (in Python {owner}={{{leaf!r}: ...}}, in a file {leaf} under [{owner}])"
+        raise InputError(f"unknown field {prefix}{cut(name)}{hint}")
 
 
 def check_fields(owner, prefix):
@@ -133,11 +166,26 @@ def check_fields(owner, prefix):
                 raise InputError(f"{name} is {shown(value)}, but must be a list of strings")
             value = tuple(check_value(name, item, kind, f.metadata["limits"]) for item in value)
         else:
+            if "path" in f.metadata["marks"] and is_table(value):
+                raise no_path(name, value, TABLES)
             value = check_value(name, value, kind, f.metadata["limits"])
         object.__setattr__(owner, f.name, value)
     for one, other in exclusive(type(owner)):
         if getattr(owner, one) is not None and getattr(owner, other) is not None:
             raise InputError(f"{prefix}{one} and {prefix}{other} are both given: drop one of them")
+
+
+TABLES = "rows from Python go to train(cell, rows=...), test rows into a file"
+
+
+def is_table(value):
+    """Whether a value holds rows: a DataFrame, a `datasets` table, a list or a dict."""
+    return isinstance(value, (list, tuple, dict)) or hasattr(value, "columns") or hasattr(value, "column_names")
+
+
+def no_path(name, value, advice):
+    """The InputError for a table where a path is expected."""
+    return InputError(f"{name} is a {type(value).__name__}, but must be a path or a name: {advice}")
 
 
 def check_value(name, value, kind, limits):
@@ -192,10 +240,7 @@ def changed(owner, changes):
 
 def from_dict(kind, values, prefix=""):
     """An instance of the dataclass `kind` from a dict. Raises InputError, by name, for unknown keys."""
-    names = kind.__dataclass_fields__
-    for name in values:
-        if name not in names:
-            raise InputError(f"unknown field {prefix}{cut(name)}{near(name, names, prefix)}")
+    check_names(kind, values, prefix)
     return kind(**values)
 
 

@@ -6,18 +6,21 @@ import hashlib
 import json
 import math
 import os
+import platform
 import re
-import shlex
 import shutil
 import stat
+import time
 import uuid
 from collections import Counter
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from minilora.errors import InputError, shown
+from minilora.console import duration
+from minilora.errors import InputError, shown, to_type
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+GLANCE = 0.1  # seconds to try for a lock: one that `holder` only looks at is free again sooner
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}")  # the names of unfinished files
 
 
@@ -28,9 +31,8 @@ class FullDisk(OSError):
         return self.strerror
 
     def go_on(self, arguments):
-        """The same, with the line that goes on: train.py with `arguments`."""
-        line = shlex.join(map(str, arguments))
-        return FullDisk(self.errno, f"{self}: make room, then go on with python train.py {line}")
+        """The same, with the line that goes on: the script train with `arguments`."""
+        return FullDisk(self.errno, f"{self}: make room, then go on with {to_type('train', *arguments)}")
 
 
 def is_full(error):
@@ -98,18 +100,58 @@ def delete_unfinished(folder, names=None):
 def lock(path, wait=True):
     """Hold the lock file at `path`; yields whether it is held, which with `wait` it always is.
 
-    The system drops the lock when its process ends, however it ends. Raises OSError where no such file can be made.
+    The system drops the lock when its process ends, however it ends. Without `wait`, a file beside it says who holds
+    it (`holder`). Raises OSError where no lock file can be made.
     """
     from filelock import FileLock, Timeout
 
     Path(path).parent.stat()  # the library would make a missing folder
-    held = FileLock(path, timeout=-1 if wait else 0)
+    held = FileLock(path, timeout=-1 if wait else GLANCE, poll_interval=GLANCE / 5)
     with suppress(Timeout):
         held.acquire()
+    noted = held.is_locked and not wait
     try:
+        if noted:
+            with suppress(OSError):  # only people read it: training goes on without
+                note = {"process": os.getpid(), "host": platform.node(), "since": time.time()}
+                note_of(path).write_text(json.dumps(note))
         yield held.is_locked
     finally:
+        if noted:
+            with suppress(OSError):
+                note_of(path).unlink(missing_ok=True)
         held.release()
+
+
+def note_of(path):
+    """The file that says who holds the lock file at `path`, which cannot say so itself: who tries to lock it empties
+    it."""
+    return Path(f"{path}.json")
+
+
+def holder(path):
+    """Who holds the lock file at `path`, in words such as `process 71 for 5 min`; None where nobody does.
+
+    What a killed process left beside the lock does not count, because its lock is free.
+    """
+    from filelock import FileLock, Timeout
+
+    if not os.path.exists(path):
+        return None
+    try:
+        with FileLock(path, timeout=0):
+            return None
+    except Timeout:
+        pass
+    except OSError:  # we may not write here, so the note is all there is
+        if not note_of(path).exists():
+            return None
+    try:
+        note = parse_json(note_of(path).read_text(encoding="utf-8"))
+        where = "" if note["host"] == platform.node() else f" on {note['host']}"
+        return f"process {note['process']}{where} for {duration(max(0, time.time() - note['since']))}"
+    except (OSError, ValueError, LookupError, TypeError):  # half written, or by an older version
+        return "a process"
 
 
 def try_folder(path, flag):

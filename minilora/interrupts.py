@@ -1,14 +1,15 @@
-"""Signals that ask a process to end: Ctrl-C, SIGTERM (of a scheduler), SIGHUP (of a terminal that closes).
+"""Signals that ask a process to end: Ctrl-C, SIGTERM (from a scheduler), SIGHUP (from a terminal that closes).
 
-A script ends with one line, and the status 128 + the signal's number. Training saves its state before: `Stop`. A second
-Ctrl-C does not wait for that.
+A script then ends with one line, and exits with 128 + the signal's number. Training first saves its state (`Stop`); a
+second Ctrl-C does not wait for that.
 """
 
 import contextlib
 import os
-import shlex
 import signal
 import threading
+
+from minilora.errors import to_type
 
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 _asked = None  # the signal that came
@@ -17,16 +18,16 @@ _terminals = []  # of standard output and error, those that were a terminal
 
 
 class Interrupted(KeyboardInterrupt):
-    """The process was asked to end by the signal `number`, and `folders` are those of the runs that stopped."""
+    """The signal `number` asked the process to end; `folders` are the run folders of the runs that stopped."""
 
     def __init__(self, message="", number=signal.SIGINT, folders=()):
         super().__init__(message)
         self.number, self.folders = number, tuple(folders)
 
     def go_on(self, arguments):
-        """The same, with the line that goes on: train.py with `arguments`."""
+        """The same, with the line that goes on: the script train with `arguments`."""
         stopped = f"{', '.join(map(str, self.folders))} stopped; " if self.folders else ""
-        line = f"{stopped}go on with python train.py {shlex.join(map(str, arguments))}"
+        line = f"{stopped}go on with {to_type('train', *arguments)}"
         return type(self)(line, self.number, self.folders)
 
 
@@ -50,14 +51,14 @@ def leave_terminal():
 
 
 def quit_now(number, frame):
-    """The handler while nothing is under way: one line, and the end."""
+    """The handler while nothing would be lost: print one line and exit."""
     with contextlib.suppress(OSError):
         os.write(2, b"interrupted\n")
     os._exit(128 + number)
 
 
 def quit_early():
-    """End a script that is still being imported in one line."""
+    """Until a script is imported, a signal ends it with one line."""
     for number in SIGNALS:
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(number, quit_now)
@@ -65,7 +66,7 @@ def quit_early():
 
 @contextlib.contextmanager
 def handled(handler=note):
-    """Let `handler` have the signals for this block, except those that someone else has, or that are ignored."""
+    """Handle signals with `handler` during this block, except those that are ignored or have a handler already."""
     own = (signal.SIG_DFL, signal.default_int_handler, quit_now)
     global _asked
     _asked = None
@@ -79,7 +80,7 @@ def handled(handler=note):
 
 @contextlib.contextmanager
 def kept():
-    """Put the handlers back as they were before this block, whatever it does to them: {signal: handler}."""
+    """Yield {signal: handler} as they are now, and restore these handlers after the block."""
     before = {}
     if threading.current_thread() is threading.main_thread():
         before = {number: signal.getsignal(number) for number in SIGNALS}
@@ -100,7 +101,7 @@ def ignore():
 
 @contextlib.contextmanager
 def not_swallowed():
-    """What fails after a signal failed because of it: an import that it stopped may take it for another error."""
+    """An error after a signal becomes `Interrupted`: an import that the signal stopped may raise another error."""
     try:
         yield
     except Exception as error:
@@ -110,7 +111,7 @@ def not_swallowed():
 
 
 class Stop:
-    """Signals meanwhile wait, from the first call of `asked` on: until then nothing would be lost."""
+    """A context that delays signals, from the first call of `asked` on; before that call nothing would be lost."""
 
     def __enter__(self):
         self.own = contextlib.ExitStack()

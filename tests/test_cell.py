@@ -366,7 +366,9 @@ def test_files_are_refused_by_name(tmp_path):
 # --- the command line
 
 FLAGS = """
---config --out --preset --resume --population --eval-every --save-every --merge-to --shard --traceback
+--version
+--config --out --preset --resume --continue --quiet --json --population --eval-every --save-every --merge-to --shard
+--traceback
 --grid --size --dry-run --status --only --retry-failed --ray --ray-cpus --model --revision --tokenizer
 --dtype --device
 --compile --data --data-revision --text-column --label-column --test-data --bad-rows --test-rows --train-rows
@@ -390,7 +392,7 @@ def help_of(main, capsys):
     found = {}
     for entry in entries:
         entry = re.split(r"\n\n", entry)[0]
-        flag, help = re.fullmatch(r"(?s)(?:-h, )?(--[a-z-]+)(?: [^\n]*?)??(?:  +|\n +)(.*)", entry).groups()
+        flag, help = re.fullmatch(r"(?s)(?:-[hq], )?(--[a-z-]+)(?: [^\n]*?)??(?:  +|\n +)(.*)", entry).groups()
         assert flag not in found
         found[flag] = " ".join(help.split())
     return found, re.findall(r"(?m)^(\w+):$", text)
@@ -426,13 +428,13 @@ def test_help_states_every_flag_and_default_once(capsys):
         else:
             assert len(default) == 1
         checked, stated = checked + 1, stated + len(default)
-    assert checked == len(FLAGS) - 18 == 51 + 8 and stated == checked - 4
+    assert checked == len(FLAGS) - 22 == 51 + 8 and stated == checked - 4
     assert found["--save-every"].endswith(f"(default: {train.SAVE_EVERY})")
 
 
 def test_evaluate_help(capsys):
     found, _ = help_of(evaluate.main, capsys)
-    given = {"--help", "--data", "--batch-size", "--scale", "--add", "--merge-to", "--out", "--traceback"}
+    given = {"--help", "--version", "--data", "--batch-size", "--scale", "--add", "--merge-to", "--out", "--traceback"}
     changes = {"--model", "--tokenizer", "--device", "--text-column", "--label-column", "--bad-rows", "--inject",
                "--inject-count", "--inject-density", "--inject-location", "--trigger-split",
                "--seed-inject"}  # fmt: skip
@@ -512,9 +514,9 @@ def test_command_lines_refused(trained, tmp_path):
     bad = tmp_path / "bad.toml"
     bad.write_text("rnak = 3")
     cases = [
-        (train, ["--rnak", "3"], "unknown argument --rnak, did you mean --rank?: see train.py --help"),
+        (train, ["--rnak", "3"], "unknown argument --rnak, did you mean --rank?: see python train.py --help"),
         (train, ["--ran=3"], "unknown argument --ran=3, did you mean --rank?"),  # no abbreviations
-        (train, ["3"], "unknown argument 3: see train.py --help"),
+        (train, ["3"], "unknown argument 3: see python train.py --help"),
         (train, ["--rank", "x"], "argument --rank: invalid int value: 'x'"),
         (train, ["--rank"], "argument --rank: expected one argument"),
         (train, ["--head", "lost"], "argument --head: invalid choice: 'lost'"),
@@ -528,7 +530,8 @@ def test_command_lines_refused(trained, tmp_path):
         (train, ["--config", str(bad)], "unknown field rnak: did you mean rank?"),
         (train, ["--resume", "x", "--rank", "3"], "--resume goes on with the run's own cell"),
         (train, ["--resume", "x", "--out", "y"], "--resume goes on with the run's own cell"),
-        (evaluate, [], "the following arguments are required: RUN (put it before the flags): see evaluate.py"),
+        (train, ["--resume", "x", "--continue"], "--resume goes on with the run's own cell"),
+        (evaluate, [], "the following arguments are required: RUN (put it before the flags): see python evaluate.py"),
         (evaluate, ["absent"], "there is no run folder absent: check the path"),
         (evaluate, ["x", "--rank", "3"], "unknown argument --rank"),
         (evaluate, ["x", "--batch-size", "0"], "--batch-size is 0, but must be at least 1"),
@@ -539,4 +542,4 @@ def test_command_lines_refused(trained, tmp_path):
         with pytest.raises(InputError) as caught:
             script.main(arguments)
         assert message in str(caught.value) and "\n" not in str(caught.value), arguments
-    assert len(cases) == 22 and trained == []
+    assert len(cases) == 23 and trained == []

@@ -207,6 +207,10 @@ def test_a_bar_on_a_terminal(monkeypatch):
     assert "training:  25%" in shown and "10/40" in shown and "20/40" in shown and "loss 0.125, " in shown
     assert "a line above\n" in shown and "tokens/s" in shown and "rows, " not in shown
     assert progress.bar.disable  # closed
+    with console.quiet(), console.Progress("training", 40) as progress, console.Cells(3, 0) as cells:
+        progress.advance(40, 100)
+        cells.advance("a", "clean 0.5")
+    assert progress.bar is None and cells.bar is None and terminal.getvalue() == shown
 
 
 def test_say_goes_to_stderr(capsys):

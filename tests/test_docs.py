@@ -17,6 +17,7 @@ import json
 import random
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -246,8 +247,54 @@ def parse(start, words):
         assert (ROOT / words[1]).is_file()
 
 
+def test_recipes_of_clusters_and_build_tools(capsys):
+    """Each command in a recipe for Slurm, Make or Snakemake runs, and runs again to the same end."""
+    places = {"$SLURM_ARRAY_TASK_ID": "2", "$*": "4", "{wildcards.rank}": "4"}
+    found = []
+    for body in fences("docs/scripts.md", "bash", "make", "snakemake"):
+        [line] = re.findall(r"python (train\.py [^\n\"]+)", body)
+        for place, value in places.items():
+            line = line.replace(place, value)
+        words = shlex.split(line)
+        capsys.readouterr()
+        for _ in range(2):
+            train.main(words[1:] + smaller(words))
+        out, err = capsys.readouterr()
+        assert out and not err and not re.search(r"[$*{}]", line)
+        found.append(words[words.index("--out") + 1])
+        [made] = re.findall(r"runs/rank-[^\s\":]+/results.json", body) or [None]
+        assert made is None or Path(found[-1], Path(made).name).is_file()
+    assert found == ["runs/seed-2", "grids/ranks", "runs/rank-4", "runs/rank-4"]
+
+
+class Board:
+    """What stands in for TensorBoard and Weights & Biases: it keeps what it is given."""
+
+    def __init__(self):
+        self.kept = []
+
+    def SummaryWriter(self, folder):
+        return self
+
+    def init(self, project, config):
+        assert project and config["model"]
+        return self
+
+    def add_scalar(self, name, value, step):
+        self.kept.append((name, value, step))
+
+    def log(self, figures, step):
+        self.kept += [(name, value, step) for name, value in figures.items()]
+
+    def finish(self):
+        self.kept.append("finished")
+
+
 @pytest.mark.parametrize("page", BLOCKS)
-def test_python_blocks(page):
+def test_python_blocks(page, monkeypatch):
+    boards = {name: Board() for name in ("torch.utils.tensorboard", "wandb")}
+    for name, board in boards.items():
+        monkeypatch.setitem(sys.modules, name, board)
     blocks = fences(page, "python")
     known = [registry.copy() for registry in REGISTRIES]  # a page may add to them
     space = {"small_cell": small_cell}
@@ -263,6 +310,10 @@ def test_python_blocks(page):
             registry.clear()
             (registry.update if isinstance(registry, dict) else registry.extend)(before)
     assert len(blocks) >= 1
+    if page == "docs/scripts.md":
+        first, second = (board.kept for board in boards.values())
+        assert [(name, step) for name, _, step in first] == [("loss", 1), ("loss", 2), ("clean accuracy", 2)]
+        assert {"loss", "norm", "lr"} <= {name for name, *_ in second[:-1]} and second[-1] == "finished"
 
 
 def check_what_readers_add(space):

@@ -321,7 +321,7 @@ def test_a_folder_in_use_is_refused(cell, tmp_path):
         while not (tmp_path / "run" / "metrics.jsonl").exists():
             assert first.poll() is None
             time.sleep(0.01)
-        with pytest.raises(InputError, match="in use by another process"):
+        with pytest.raises(InputError, match="in use by process"):
             train.main(["--resume", str(tmp_path / "run")])
     finally:
         first.kill()

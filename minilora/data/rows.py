@@ -25,6 +25,7 @@ from minilora.data.columns import NoLabels, few
 from minilora.data.hub_sets import HubSet
 from minilora.data.triggers import resolve
 from minilora.errors import InputError
+from minilora.fields import is_table, no_path
 
 SNIPPETS = "movie-snippets"
 FEW = 20  # labels: completions up to so many are classes, which rows are stratified by; more are free text
@@ -93,6 +94,8 @@ def load_rows(source, *, text_column=None, label_column=None, split="train", rev
     Columns that are not named are looked for in columns.TEXT_COLUMNS and LABEL_COLUMNS. Raises InputError that
     names the file and the row for anything that can't be read as it stands.
     """
+    if is_table(source):
+        raise no_path("data", source, "write the rows to a file, such as rows.csv, and name that")
     source = os.fspath(source)
     how = {"text_column": text_column, "label_column": label_column, "free": free}
     if _is_hub_id(source):

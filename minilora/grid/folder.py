@@ -13,6 +13,7 @@ import contextlib
 import itertools
 import os
 import shutil
+import traceback
 from collections import Counter
 from pathlib import Path
 from types import NoneType
@@ -22,6 +23,13 @@ from minilora.errors import InputError, cut
 from minilora.fields import read_state
 from minilora.grid.file import read_grid
 from minilora.runs.folder import Run
+
+STATES = ("finished", "failed", "running", "interrupted", "waiting")
+
+
+def lock_of(chunk):
+    """The lock file of a population, in the grid's folder."""
+    return f"locks/{chunk[0].name}"
 
 
 class GridFolder:
@@ -122,8 +130,17 @@ class GridFolder:
         """Hold a population against other processes while it is trained; gives whether it is held, or None where
         nothing is left of it to do."""
         (self.path / "locks").mkdir(exist_ok=True)
-        with self.lock(f"locks/{chunk[0].name}", wait=False) as held:
+        with self.lock(lock_of(chunk), wait=False) as held:
             yield None if held and not self.left(chunk) else held
+
+    def at_work(self):
+        """{name of a cell: who trains its population now, in words}."""
+        found = {}
+        for chunk in self.planned() or ():
+            left = self.left(chunk)
+            if left and (who := files.holder(self.path / lock_of(chunk))):
+                found |= {entry.name: who for entry in left}
+        return found
 
     def left(self, chunk):
         """The entries that are neither finished nor failed."""
@@ -135,7 +152,7 @@ class GridFolder:
         return self.path / "cells" / entry.name
 
     def state(self, entry):
-        """finished, failed, interrupted (also: at work) or waiting."""
+        """finished, failed, interrupted (or running: see `at_work`) or waiting."""
         path = self.run_path(entry)
         if (path / "results.json").exists():
             return "finished"
@@ -158,10 +175,12 @@ class GridFolder:
         return found
 
     def fail(self, entry, error):
-        """Record that a cell failed."""
+        """Record that a cell failed, with the trace of its error."""
         path = self.run_path(entry)
         path.mkdir(parents=True, exist_ok=True)
-        files.write_json(path / "error.json", {"error": " ".join(str(error).split()), "kind": type(error).__name__})
+        trace = "".join(traceback.format_exception(error)).splitlines()
+        text = " ".join(str(error).split())
+        files.write_json(path / "error.json", {"error": text, "kind": type(error).__name__, "traceback": trace})
 
     def forget_failures(self):
         """Delete the failed cells, so that they are trained again from their start."""
@@ -171,8 +190,9 @@ class GridFolder:
 
     def counts(self):
         """{state: number of cells}."""
-        states = [self.state(entry) for entry in self.grid.entries]
-        return {state: states.count(state) for state in ("finished", "failed", "interrupted", "waiting")}
+        at_work = self.at_work()
+        states = ["running" if entry.name in at_work else self.state(entry) for entry in self.grid.entries]
+        return {state: states.count(state) for state in STATES}
 
     def read(self, entry):
         """(results or None, error or None) of a cell."""

@@ -1,23 +1,39 @@
 """What people read of a grid: its status, and the plan of a dry run."""
 
+from collections import Counter
+
 from minilora.console import duration, short
+from minilora.errors import to_type
 
 
-def grid_status(folder):
-    """What is done of a grid: counts, and the cells that failed with their errors."""
-    counts = folder.counts()
+def grid_status(folder, begin=()):
+    """What is done of a grid: counts, who is at work, the cells that failed with their errors, and what to do next.
+
+    `begin` is the arguments that begin it (see `again`).
+    """
+    counts, at_work = folder.counts(), folder.at_work()
     lines = [f"{folder.path}: {len(folder.grid.entries):,} cells, "
              + ", ".join(f"{count:,} {state}" for state, count in counts.items() if count)]  # fmt: skip
+    for who, cells in Counter(at_work.values()).items():
+        lines.append(f"at work: {who}, on {cells:,} {'cell' if cells == 1 else 'cells'}")
     if counts["failed"]:
         for entry in folder.grid.entries:
             if folder.state(entry) == "failed":
                 lines.append(f"  failed {entry.name}: {short(folder.read(entry)[1], 200)}")
-        lines.append(f"again: python train.py --grid {folder.path} --retry-failed")
+        lines.append(f"again: {to_type('train', '--grid', folder.path, '--retry-failed')}")
     if counts["interrupted"] + counts["waiting"]:
-        lines.append(f"go on: python train.py --grid {folder.path}")
-    else:
-        lines.append(f"next: python evaluate.py {folder.path}")
+        begun = (folder.path / "grid.json").exists()
+        lines.append(f"{'go on' if begun else 'begin'}: {to_type('train', *again(folder, begin))}")
+    elif at_work:
+        lines.append(f"once that is done: {to_type('evaluate', folder.path)}")
+    elif counts["finished"]:
+        lines.append(f"next: {to_type('evaluate', folder.path)}")
     return "\n".join(lines)
+
+
+def again(folder, begin):
+    """The arguments of the script train that go on with a grid, or `begin` it where its folder is not made yet."""
+    return ["--grid", folder.path] if (folder.path / "grid.json").exists() else begin
 
 
 SHOWN = 60  # cells of a plan

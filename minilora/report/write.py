@@ -19,7 +19,7 @@ from dataclasses import replace
 from minilora import files
 from minilora.console import COLUMNS, visible
 from minilora.drawing import check_installed
-from minilora.errors import InputError
+from minilora.errors import InputError, to_type
 from minilora.grid.axes import FIGURES, word
 from minilora.grid.table import table_rows, write_table
 from minilora.report import grid_page, markup, pictures, summary
@@ -53,7 +53,7 @@ def write_report(folder):
     made = {}
     lines = table_rows(folder, made)
     if not made:
-        raise InputError(f"no cell of {folder.path} is finished: go on with python train.py --grid {folder.path}")
+        raise InputError(f"no cell of {folder.path} is finished: go on with {to_type('train', '--grid', folder.path)}")
     grid, paths, parquet = folder.grid, [], importlib.util.find_spec("pyarrow")
     means = summary.marginal_means(lines, grid.varied)
     curves, reason = fit_curves(lines, grid.varied)

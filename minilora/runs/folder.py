@@ -19,8 +19,8 @@ from pathlib import Path
 
 from minilora import files
 from minilora.cell import Cell
-from minilora.errors import InputError
-from minilora.fields import check_shape, load_toml, read_state, read_toml
+from minilora.errors import InputError, to_type
+from minilora.fields import check_shape, is_table, load_toml, no_path, read_state, read_toml
 from minilora.files import parse_json
 
 LOCK = ".lock"
@@ -44,13 +44,15 @@ RESULTS = {
 
 def is_foreign(name):
     """Whether a file of that name is none that a run leaves where it was killed before it began."""
-    return name != LOCK and not files.TEMPORARY.fullmatch(name)
+    return name not in (LOCK, files.note_of(LOCK).name) and not files.TEMPORARY.fullmatch(name)
 
 
 class Run:
     """The folder at `path`: a new run's, or with `resume` one that exists. Nothing is written before `hold`."""
 
     def __init__(self, path, resume=False):
+        if is_table(path):
+            raise no_path("the run folder", path, "name a folder")
         self.path = Path(path)
         self.resume = resume
         self._metrics = None
@@ -76,14 +78,15 @@ class Run:
         path = self.path
         self.check_unfinished()
         if os.path.lexists(path / "cell.toml"):
-            raise InputError(f"{path} holds an unfinished run: go on with --resume {path}, or choose another --out")
+            line = to_type("train", "--resume", path)
+            raise InputError(f"{path} holds an unfinished run: go on with {line}, or choose another --out")
         if os.path.lexists(path) and (not path.is_dir() or any(map(is_foreign, os.listdir(path)))):
             raise InputError(f"{path} exists and is not an empty folder: choose another --out")
 
     def check_unfinished(self):
         if self.finished:
             raise InputError(
-                f"{self.path} holds a finished run: see python evaluate.py {self.path}, or choose another --out"
+                f"{self.path} holds a finished run: see {to_type('evaluate', self.path)}, or choose another --out"
             )
 
     @contextlib.contextmanager
@@ -104,7 +107,8 @@ class Run:
                     f"cannot write to the run folder {self.path} ({error.strerror}): choose another --out"
                 ) from None
             if not held:
-                raise InputError(f"{self.path} is in use by another process: wait for it, or choose another --out")
+                who = files.holder(self.path / LOCK) or "another process"
+                raise InputError(f"{self.path} is in use by {who}: wait for it, or choose another --out")
             for folder in (self.path, self.path / "adapter"):
                 if folder.is_dir():
                     files.delete_unfinished(folder)
@@ -170,7 +174,7 @@ class Run:
 
     def read_results(self):
         path = self.path / "results.json"
-        advice = f"delete it, then finish the run again with python train.py --resume {self.path}"
+        advice = f"delete it, then finish the run again with {to_type('train', '--resume', self.path)}"
         return read_state(path, RESULTS, advice)
 
     def start_metrics(self, step):

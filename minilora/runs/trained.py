@@ -22,8 +22,8 @@ from minilora.cell import Cell
 from minilora.data import batches, given, injection, token_cache
 from minilora.data.injection import Injected
 from minilora.data.rows import align, fingerprint_rows, load_rows, rows_of, with_targets
-from minilora.errors import InputError
-from minilora.fields import marked
+from minilora.errors import InputError, to_type
+from minilora.fields import is_table, marked, no_path
 from minilora.lora import storage
 from minilora.lora.layer import named_layers, put, replace_module, scale_by
 from minilora.lora.peft_config import CONFIG
@@ -242,6 +242,8 @@ def open(
     Raises InputError for a folder that holds neither, for a run that is not finished, and for a base or rows that are
     not those that the run was trained with.
     """
+    if is_table(folder):
+        raise no_path("the folder", folder, "name a finished run's folder, and give rows as a file: data='rows.csv'")
     folder = Path(folder)
     if (folder / CONFIG).is_file() and not (folder / "cell.toml").exists():
         return _open_adapter(folder, model, data, scale, added, changes)
@@ -254,7 +256,7 @@ def _open_run(folder, data, scale, added, changes):
     run = Run(folder)
     trained = run.read_cell()
     if not run.finished:
-        raise InputError(f"{folder} holds no finished run: go on with python train.py --resume {folder}")
+        raise InputError(f"{folder} holds no finished run: go on with {to_type('train', '--resume', folder)}")
     flat = {f"inject.{name}" for name in changes.get("inject", {})} | changes.keys() - {"inject"}
     if refused := sorted(flat - set(marked(Cell, "test"))):
         raise InputError(f"{refused[0]} made the adapter, and cannot be changed in a finished run: train a new one")

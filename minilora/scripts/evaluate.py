@@ -17,7 +17,7 @@ import minilora
 from minilora import files, parallel
 from minilora.cell import Cell
 from minilora.command import Parser, add_flags, given_flags
-from minilora.errors import InputError
+from minilora.errors import InputError, to_type
 from minilora.fields import marked
 
 
@@ -61,7 +61,7 @@ def parse_added(text):
 
 
 def main(argv=None):
-    parser = Parser(prog="evaluate.py", description=__doc__.partition("\n\n")[0])
+    parser = Parser(prog=to_type("evaluate"), description=__doc__.partition("\n\n")[0])
     parser.add_argument("run", metavar="RUN", help="folder of a finished run, or of a grid")
     parser.add_argument("--data", dest="rows", metavar="FILE", help="other test rows: a file (default: the run's own)")
     parser.add_argument("--batch-size", dest="batch", type=int, metavar="N", help="rows a batch (default: the run's)")

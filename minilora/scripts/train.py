@@ -5,22 +5,24 @@ python train.py --rank 16 --inject-proportion 0.05    change what you like: --he
 python train.py --config FILE.toml                    a cell from a file, flags on top
 python train.py --config A.toml B.toml ...            several cells, those that can be in one population
 python train.py --resume RUN                          go on with an interrupted run
+python train.py --out DIR --continue                  begin a run, go on with it, or show it: the same line each time
 python train.py --grid FILE.toml --out DIR            many cells from one file; killed, the same line goes on
 python train.py --grid FILE.toml --out DIR --ray auto    the same on the Ray cluster that this machine is a node of
 torchrun --nproc-per-node N train.py ...              one cell over N processes, with --shard the base split among them
 """
 
 import contextlib
+import json
 import os
-import shlex
 import sys
 from pathlib import Path
 
 import minilora
 from minilora.cell import PRESETS, Cell
 from minilora.command import Parser, add_flags, given_flags
-from minilora.errors import InputError, TrainingError
-from minilora.fields import load_toml
+from minilora.console import quiet, say
+from minilora.errors import InputError, TrainingError, shown, to_type
+from minilora.fields import difference, load_toml
 from minilora.files import full_disk, is_full
 from minilora.interrupts import Interrupted
 from minilora.runs.folder import SAVE_EVERY, Run
@@ -28,17 +30,24 @@ from minilora.scripts.run import START
 
 
 def main(argv=None):
-    parser = Parser(prog="train.py", description=__doc__.partition("\n\n")[0])
+    parser = Parser(prog=to_type("train"), description=__doc__.partition("\n\n")[0])
     general = parser.add_argument_group("run")
     general.add_argument("--config", metavar="FILE", nargs="+", default=[],
-                         help="TOML file with a cell's fields, flags stand before it; a cell for each")  # fmt: skip
-    general.add_argument("--out", metavar="DIR", help="run folder, or of several cells the folder of their run folders "
+                         help="TOML file with a cell's fields, which flags override; each file is a cell")  # fmt: skip
+    general.add_argument("--out", metavar="DIR", help="run folder; of several cells, the folder that holds theirs "
                          "(default: runs/NAME, named after the cell, or grids/NAME, after the file)")  # fmt: skip
-    general.add_argument("--preset", choices=PRESETS, help="set many fields at once; flags stand before it")
+    general.add_argument("--preset", choices=PRESETS, help="set many fields at once; flags override it")
     general.add_argument("--resume", metavar="RUN", nargs="+", default=[],
-                         help="go on with the interrupted run in this folder and those trained with it")  # fmt: skip
+                         help="go on with interrupted runs, and with those trained with them")  # fmt: skip
+    general.add_argument("--continue", action="store_true", dest="go_on",
+                         help="whatever is in the run folder already: show this cell's finished run, go on with an "
+                         "unfinished one, begin where there is none (a grid always does)")  # fmt: skip
+    general.add_argument("-q", "--quiet", action="store_true", help="only the results: no settings, no progress")
+    general.add_argument(
+        "--json", action="store_true", help="print results as JSON, a line a run, and nothing else on standard output"
+    )
     general.add_argument("--population", type=int, metavar="K",
-                         help="of several cells train at most K at once (default: as many as is fastest)")  # fmt: skip
+                         help="train at most K of several cells at once (default: as many as is fastest)")  # fmt: skip
     general.add_argument("--eval-every", type=int, default=0, metavar="N",
                          help="run the tests every N steps as well (default: 0, only at the end)")  # fmt: skip
     general.add_argument("--save-every", type=int, default=SAVE_EVERY, metavar="N",
@@ -66,6 +75,12 @@ def main(argv=None):
     general.add_argument("--traceback", action="store_true", help="show the full trace of an error")
     add_flags(parser, Cell)
     arguments = parser.parse_args(argv)
+    with quiet(arguments.quiet):
+        train(arguments)
+
+
+def train(arguments):
+    """What the script does, with its parsed `arguments`."""
     flags = given_flags(arguments, Cell)
     if arguments.eval_every < 0 or arguments.save_every < 1:
         raise InputError("--eval-every must be at least 0 and --save-every at least 1")
@@ -94,49 +109,77 @@ def main(argv=None):
         if getattr(arguments, name):
             raise InputError(f"--{name.replace('_', '-')} is for grids: give --grid FILE too")
     if arguments.resume:
-        if flags or arguments.config or arguments.out or arguments.preset:
+        if flags or arguments.config or arguments.out or arguments.preset or arguments.go_on:
             raise InputError(
-                "--resume goes on with the run's own cell: drop --config, --out, --preset and the cell's flags"
+                "--resume goes on with the run's own cell: drop --config, --out, --preset, --continue and the cell's "
+                "flags"
             )
-        return resume(arguments, one, often)
+        return report_all(resume(arguments.resume, one, often), arguments.json)
     if arguments.preset and arguments.config:
         raise InputError("--config has all fields of its cells, and --preset sets them: drop one of them")
     preset = Cell().replace(**PRESETS.get(arguments.preset, {}))
     cells = [load_toml(Cell, path).replace(**flags) for path in arguments.config] or [preset.replace(**flags)]
-    if len(cells) == 1:
-        return report(*minilora.train(cells[0], arguments.out, **one))
-    if arguments.merge_to:
-        raise InputError("--merge-to is for one cell: use evaluate.py --merge-to on the runs")
-    if arguments.shard:
+    if len(cells) > 1 and arguments.merge_to:
+        raise InputError(f"--merge-to is for one cell: use {to_type('evaluate')} --merge-to on the runs")
+    if len(cells) > 1 and arguments.shard:
         raise InputError("--shard is for one cell: give one --config")
-    outs = None if arguments.out is None else [Path(arguments.out) / cell.name for cell in cells]
-    report_all(minilora.train_together(cells, outs, size=arguments.population, **often))
+    outs, outcomes = [arguments.out], []
+    if len(cells) > 1:
+        outs = [arguments.out and Path(arguments.out) / cell.name for cell in cells]
+    if arguments.go_on:
+        outs = [out or Path("runs") / cell.name for cell, out in zip(cells, outs, strict=True)]
+        if begun := [out for cell, out in zip(cells, outs, strict=True) if has_begun(cell, out)]:
+            outcomes = resume(begun, one, often)
+        left = [(cell, out) for cell, out in zip(cells, outs, strict=True) if out not in begun]
+        cells, outs = zip(*left, strict=True) if left else ((), ())
+    if len(cells) == 1:
+        outcomes.append(minilora.train(cells[0], outs[0], **one))
+    elif cells:
+        outcomes += minilora.train_together(cells, outs, size=arguments.population, **often)
+    report_all(outcomes, arguments.json)
 
 
-def resume(arguments, one, often):
-    """train.py --resume; `one` and `often` are the options of `train` and of `train_together`."""
-    populations = dict.fromkeys(tuple(Run(path).population()) for path in arguments.resume)
-    given = [Path(os.path.normpath(path)) for path in arguments.resume]
+def has_begun(cell, out):
+    """Whether the run folder `out` has a run of `cell`. Raises InputError where it has anything else."""
+    run = Run(out)
+    if not run.begun:
+        run.check_free()
+        return False
+    if found := difference(run.read_cell(), cell):
+        name, there, here = found
+        differs = f"its {name} is {shown(there)}, and here it is {shown(here)}"
+        raise InputError(f"{out} holds another cell: {differs}: choose another --out")
+    return True
+
+
+def resume(paths, one, often):
+    """Go on with the runs at `paths` and those trained with them; `one` and `often` are the options of `train` and of
+    `train_together`. Returns [(results or TrainingError, run folder)]: of those at `paths` that are finished, too."""
+    populations, outcomes = dict.fromkeys(tuple(Run(path).population()) for path in paths), []
+    given = [Path(os.path.normpath(path)) for path in paths]
     for runs in populations:
         left = [path for path in runs if not Run(path).finished and (path in given or Run(path).begun)]
-        if (len(left) > 1 or len(given) > 1) and (arguments.merge_to or arguments.shard):
+        if (len(left) > 1 or len(given) > 1) and (one["merge_to"] or one["shard"]):
             raise InputError("--merge-to and --shard are for one run, but several are to go on: drop them")
         for path in runs:
             if path in given and path not in left:
-                if arguments.merge_to:
-                    raise InputError(f"{path} is finished: use python evaluate.py {path} --merge-to DIR")
-                print(f"{path} is finished:")
-                report(Run(path).read_results(), path)
+                if one["merge_to"]:
+                    raise InputError(f"{path} is finished: use {to_type('evaluate', path)} --merge-to DIR")
+                say(f"{path} is finished")
+                outcomes.append((Run(path).read_results(), path))
         if len(left) == 1:
-            report(*minilora.train(resume=left[0], **one))
+            outcomes.append(minilora.train(resume=left[0], **one))
         elif left:
-            report_all(minilora.train_together(resume=left, **often))
+            outcomes += minilora.train_together(resume=left, **often)
+    return outcomes
 
 
-def report_all(outcomes):
-    """The end of several cells, of which some may have failed."""
+def report_all(outcomes, as_json):
+    """The end of one cell or several, of which some may have failed."""
     for results, folder in outcomes:
-        if isinstance(results, TrainingError):
+        if as_json:
+            print_json(folder, {"error": str(results)} if isinstance(results, TrainingError) else results)
+        elif isinstance(results, TrainingError):
             print(f"\nfailed: {results}")
         else:
             report(results, folder)
@@ -144,16 +187,23 @@ def report_all(outcomes):
         sys.exit(1)
 
 
+def print_json(folder, results):
+    print(json.dumps({"run": str(folder)} | results, ensure_ascii=False))
+
+
 def main_of_grid(arguments):
-    """train.py --grid"""
+    """The script with --grid."""
     from minilora.grid import cluster
     from minilora.grid.file import parse_only, read_grid
     from minilora.grid.folder import GridFolder
     from minilora.grid.run import train_grid
-    from minilora.grid.text import grid_plan, grid_status
+    from minilora.grid.text import again, grid_plan
 
     if arguments.ray and (arguments.status or arguments.dry_run):
         raise InputError("--ray trains, but --dry-run and --status train nothing: drop one")
+    if arguments.json and arguments.dry_run:
+        raise InputError("--json prints results, but --dry-run has none: drop one")
+    begin = ["--grid", arguments.grid]
     if Path(arguments.grid).is_dir():
         folder = GridFolder.find(arguments.grid)
         if arguments.out or arguments.size:
@@ -163,9 +213,11 @@ def main_of_grid(arguments):
         name = "-".join(filter(None, (Path(arguments.grid).stem, found.size)))
         folder = GridFolder(arguments.out or Path("grids") / name, found)
         folder.check()
+        for flag in ("size", "out"):
+            begin += [f"--{flag}", getattr(arguments, flag)] if getattr(arguments, flag) else []
     only = parse_only(arguments.only, folder.grid)
     if arguments.status:
-        return print(grid_status(folder))
+        return report_grid(folder, begin, arguments.json)
     if arguments.dry_run:
         return print("\n".join(grid_plan(folder, arguments.population, only)))
 
@@ -176,14 +228,27 @@ def main_of_grid(arguments):
                        retry_failed=arguments.retry_failed, nodes=nodes)  # fmt: skip
     except KeyboardInterrupt as error:
         stopped = Interrupted(number=getattr(error, "number", 2), folders=getattr(error, "folders", ()))
-        raise stopped.go_on(["--grid", folder.path]) from None
+        raise stopped.go_on(again(folder, begin)) from None
     except Exception as error:
         if is_full(error):
-            raise full_disk(error, folder.path / "cells").go_on(["--grid", folder.path]) from error
+            raise full_disk(error, folder.path / "cells").go_on(again(folder, begin)) from error
         raise
-    print(grid_status(folder))
+    report_grid(folder, begin, arguments.json)
     if folder.counts()["failed"]:
         sys.exit(1)
+
+
+def report_grid(folder, begin, as_json):
+    """How far a grid is; `begin` is the arguments that begin it."""
+    from minilora.grid.text import grid_status
+
+    if not as_json:
+        return print(grid_status(folder, begin))
+    at_work = folder.at_work()
+    for entry in folder.grid.entries:
+        results, error = folder.read(entry)
+        state = "running" if entry.name in at_work else folder.state(entry)
+        print_json(folder.run_path(entry), {"state": state} | (results or ({"error": error} if error else {})))
 
 
 def report(results, folder):
@@ -193,4 +258,4 @@ def report(results, folder):
     label = next(iter(results["tests"]["trigger"]), "LABEL")
     print(results_table(results["tests"]))
     print(speed_lines(results["train"]))
-    print(f"\nrun folder: {folder}\nnext: python evaluate.py {folder} --inject {shlex.quote(f'country:{label}')}")
+    print(f"\nrun folder: {folder}\nnext: {to_type('evaluate', folder, '--inject', f'country:{label}')}")

@@ -38,6 +38,8 @@ class Options:
     eval_every  steps between runs of the tests, 0 for only at the end
     merge_to    a new folder for the base with what was trained, or None
     on_step     called as `on_step(step, loss, **figures)` once the loss of a step is known, or None
+    on_tests    called as `on_tests(step, tests)` once the tests were run, the last time after the last step, or None;
+                `tests` is as in results.json
     start       the `time.perf_counter()` that total seconds count from
     """
 
@@ -45,6 +47,7 @@ class Options:
     eval_every: int = 0
     merge_to: Path | None = None
     on_step: Callable | None = None
+    on_tests: Callable | None = None
     start: float = field(default_factory=time.perf_counter)
 
     def saves(self, step, steps):
@@ -54,6 +57,11 @@ class Options:
     def tests(self, step, steps):
         """Whether the tests are run after that step; the last is followed by the tests of the results anyway."""
         return bool(self.eval_every) and step + 1 < steps and (step + 1) % self.eval_every == 0
+
+    def tell(self, step, tests):
+        """Call `on_tests` with the figures of the tests after `step` steps, or None: the member diverged."""
+        if self.on_tests and tests and parallel.first():
+            self.on_tests(step, tests)
 
 
 def update(population, optimizer, clips, going, micro_batches, rates):
@@ -97,7 +105,7 @@ def train_population(members, base, options):
                 ends = parallel.any_of(stop.asked())
                 for k, member in log.reached(step, options.tests):
                     with population.only(k) as model:
-                        member.evaluate(model, step + 1)
+                        options.tell(step + 1, member.evaluate(model, step + 1))
                 for k, member in log.reached(step, going if ends else options.saves):
                     member.save_state(flat, optimizer, k, step + 1)
                 if ends:
@@ -214,6 +222,8 @@ def finish(members, population, job, options):
         for k, member in left:
             with population.only(k) as model:
                 member.finish(model, job, options, lambda rows, tokens: progress.advance(times * rows, times * tokens))
+            if member.results:
+                options.tell(member.schedule.steps, member.results["tests"])
 
 
 class Log:

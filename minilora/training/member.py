@@ -173,13 +173,14 @@ class Member:
                 return self.fail(f"{name} is not finite after step {step + 1}", step)
 
     def evaluate(self, model, step):
-        """Run the tests after `step` steps, and log them."""
+        """Run the tests after `step` steps, and log them: the figures, or None for a member that diverged."""
         try:
             figures, _ = self.task.run_tests(model, self.tests, self.cell.batch_size)
         except TrainingError as error:
             return self.fail(f"{error} after step {step}", step - 1)
         self.run.log({"step": step, "tests": figures})
         console.say(f"after step {step:,}:\n{results_table(figures)}")
+        return figures
 
     def save_state(self, flat, optimizer, k, step):
         self.meters["step"] = step

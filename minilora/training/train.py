@@ -7,7 +7,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from minilora import parallel
+from minilora import console, parallel
 from minilora.cell import Cell
 from minilora.console import say
 from minilora.data.given import keep_rows
@@ -28,14 +28,16 @@ def train(
     rows=None,
     resume: str | Path | None = None,
     shard: bool = False,
+    quiet: bool = False,
     **options,
 ) -> tuple[dict, Path]:
     """Train `cell` into the run folder `out` (default: one named after the cell, under runs/), or go on in `resume`.
 
     rows     the data, in place of the cell's: a list of dicts or of (text, label) pairs, a dict of columns, a pandas or
              a `datasets` table. The cell then names them by the hash of what they hold.
-    options  the fields of `loop.Options`: `save_every`, `eval_every`, `merge_to`, `on_step`
+    options  the fields of `loop.Options`: `save_every`, `eval_every`, `merge_to`, `on_step`, `on_tests`
     shard    split the frozen base among the processes that torchrun started, which train the one cell together
+    quiet    write nothing to standard error: neither what is about to happen nor how far it is
 
     Returns (what results.json holds, the run folder). Raises InputError before anything is written, TrainingError if
     the loss is not finite.
@@ -48,12 +50,14 @@ def train(
         cell = run.read_cell()
         run.check_unfinished()
     cell = Cell() if cell is None else cell
+    if not isinstance(cell, Cell):
+        raise InputError(f"cell is a {type(cell).__name__}, but must be a minilora.Cell: give rows as rows=...")
     if rows is not None:
         if resume is not None:
             raise InputError("a resumed run has its rows already: leave rows out")
         cell = cell.replace(data=keep_rows(rows))
     parallel.check(cell, shard)
-    with parallel.together(cell.device):
+    with console.quiet(quiet), parallel.together(cell.device):
         run = run or parallel.broadcast_object(lambda: Run.plan(out, cell))
         if options.merge_to is not None:
             merging.check(options.merge_to, cell)
@@ -69,15 +73,16 @@ def train_together(
     *,
     resume: list | None = None,
     size: int | None = None,
+    quiet: bool = False,
     **options,
 ) -> list[tuple[dict | Exception, Path]]:
     """Train several cells, each in its own folder of `outs` (default: as `train`), grouping compatible ones into
     populations. Or go on in the run folders `resume`, all at once, as a population that was stopped.
 
     `size` is how many adapters a population has at most (default: what is measured to be fastest on the device);
-    `options` are the fields of `loop.Options`. Each cell's results are those of `train` except for rounding. Returns a
-    list of (results, run folder); for a cell that diverged, the TrainingError takes the place of the results. Raises
-    InputError before anything is written.
+    `quiet` writes nothing to standard error; `options` are the fields of `loop.Options`. Each cell's results are those
+    of `train` except for rounding. Returns a list of (results, run folder); for a cell that diverged, the TrainingError
+    takes the place of the results. Raises InputError before anything is written.
     """
     parallel.refuse("several cells", "start these with python")
     members = []
@@ -89,7 +94,8 @@ def train_together(
     cells = cells or []
     for cell, out in zip(cells, outs or [None] * len(cells), strict=True):
         members.append(Member(cell, Run.plan(out, cell, taken=[member.run.path for member in members])))
-    train_all(members, size, Options(**options))
+    with console.quiet(quiet):
+        train_all(members, size, Options(**options))
     return [(member.error or member.results, member.run.path) for member in members]
 
 

@@ -54,5 +54,5 @@ def outcome(folder):
 def leftovers(folder):
     """Temporary files, states and errors that a finished folder must not have."""
     names = (path.name for path in folder.rglob("*") if path.is_file())
-    return sorted(name for name in names if name.startswith(".") and name != ".lock" or name in
+    return sorted(name for name in names if name.startswith(".") and name not in (".lock", ".lock.json") or name in
                   ("error.json", "state.safetensors"))  # fmt: skip

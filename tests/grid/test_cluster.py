@@ -26,7 +26,7 @@ from minilora.fields import to_toml
 from minilora.grid import cluster
 from minilora.grid.axes import Entry
 from minilora.grid.file import read_grid
-from minilora.grid.folder import GridFolder
+from minilora.grid.folder import STATES, GridFolder
 from minilora.grid.run import train_grid
 from minilora.scripts import train
 
@@ -240,7 +240,7 @@ def test_a_grid_is_as_it_would_be_here(nodes, joined, base, reviews, tmp_path, m
     assert len(most) == 6 and max(most) == 2 + cluster.SPARE and not held
     assert sorted(names_of(capsys.readouterr().err)) == sorted(entry.name for entry in source.entries)
 
-    assert folder.counts() == local.counts() == {"finished": 9, "failed": 2, "interrupted": 0, "waiting": 0}
+    assert folder.counts() == local.counts() == dict(zip(STATES, (9, 2, 0, 0, 0), strict=True))
     assert table(folder) == table(local)
     for entry in source.entries:
         assert contents(folder.run_path(entry)) == contents(tmp_path / "here" / local.run_path(entry))
@@ -312,7 +312,7 @@ def test_a_worker_that_dies_each_time(nodes, joined, long, tmp_path, monkeypatch
     folder = train_grid(local.grid, out, nodes=joined)
     killer.join()
     assert len(names_of(capsys.readouterr().err)) == 6
-    assert folder.counts() == {"finished": 5, "failed": 1, "interrupted": 0, "waiting": 0}
+    assert folder.counts() == {"finished": 5, "failed": 1, "running": 0, "interrupted": 0, "waiting": 0}
     [error] = filter(None, (folder.read(entry)[1] for entry in local.grid.entries))
     assert error.startswith("its worker died in each of 1 attempts, as for want of memory: ")
     again = train_grid(local.grid, out, nodes=joined, retry_failed=True)

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -19,11 +20,9 @@ from minilora.errors import InputError
 from minilora.files import is_full
 from minilora.grid import run
 from minilora.grid.file import read_grid
-from minilora.grid.folder import GridFolder
+from minilora.grid.folder import STATES, GridFolder
 from minilora.grid.run import train_grid
 from minilora.scripts import train
-
-STATES = ("finished", "failed", "interrupted", "waiting")
 
 
 @pytest.fixture
@@ -185,7 +184,9 @@ def test_two_processes_share_the_work(text, tmp_path):
 def test_a_cell_that_fails_is_recorded_and_the_rest_go_on(text, tmp_path, capsys):
     made = read_grid(write(tmp_path, text + "[[include]]\nlr = 1e30\nclip = 0.0\n[[include]]\nmax_length = 900\n"))
     folder = train_grid(made, tmp_path / "out", size=3)
-    assert folder.counts() == {"finished": 6, "failed": 2, "interrupted": 0, "waiting": 0}
+    assert folder.counts() == {"finished": 6, "failed": 2, "running": 0, "interrupted": 0, "waiting": 0}
+    trace = json.loads((folder.run_path(made.entries[7]) / "error.json").read_text())["traceback"]
+    assert trace[0].startswith("Traceback") and "37 positions" in trace[-1] and len(trace) > 6
     errors_found = [folder.read(entry)[1] for entry in made.entries]
     assert errors_found[:6] == [None] * 6 and "the loss is" in errors_found[6] and "37 positions" in errors_found[7]
     table = (tmp_path / "out" / "table.csv").read_text().splitlines()
@@ -236,7 +237,7 @@ def test_a_full_disk_stops_all_and_loses_nothing(text, tmp_path, monkeypatch):
         patch.setattr(files, "write_json", full)
         with pytest.raises(OSError, match="no space is left in "):
             train_grid(made, tmp_path / "out")
-    assert GridFolder(tmp_path / "out", made).counts() == {"finished": 2, "failed": 0, "interrupted": 1, "waiting": 3}
+    assert GridFolder(tmp_path / "out", made).counts() == dict(zip(STATES, (2, 0, 0, 1, 3), strict=True))
     train_grid(made, tmp_path / "whole")
     train_grid(made, tmp_path / "out")
     assert results_of(tmp_path / "out") == results_of(tmp_path / "whole")
@@ -270,10 +271,60 @@ def test_a_dry_run_and_the_status_write_nothing(text, tmp_path, capsys):
     assert "6 cells, 6 waiting" in shown and not out.exists()
 
 
+def advice(shown):
+    """The last line's command, as words for train.main or evaluate.main."""
+    _, _, line = shown.splitlines()[-1].partition(": ")
+    python, name, *arguments = shlex.split(line)
+    assert python == "python" and name in ("train.py", "evaluate.py")
+    return name, arguments
+
+
+def test_the_status_tells_running_from_interrupted_and_its_advice_works(text, tmp_path, capsys):
+    path, out = write(tmp_path, text), tmp_path / "my grid"
+    shown, _ = main(capsys, "--grid", path, "--out", out, "--status")
+    assert advice(shown) == ("train.py", ["--grid", str(path), "--out", str(out)]) and "\nbegin: " in shown
+    train.main([*advice(shown)[1], "--only", "rank=3"])
+    shown, _ = main(capsys, "--grid", out, "--status")
+    assert "6 cells, 2 finished, 4 waiting\ngo on: " in shown and advice(shown)[1] == ["--grid", str(out)]
+
+    folder = GridFolder.find(out)
+    first, second, *_ = (entry for entry in folder.grid.entries if folder.state(entry) == "waiting")
+    (out / "cells" / first.name).mkdir()
+    (out / "cells" / first.name / "cell.toml").write_text(first.cell.to_toml())
+    claim = (
+        "import sys\nfrom minilora.grid.folder import GridFolder\nfolder = GridFolder.find(sys.argv[1])\n"
+        "[chunk] = [chunk for chunk in folder.planned() if chunk[0].name == sys.argv[2]]\n"
+        "with folder.claim(chunk) as held:\n    print(held, flush=True)\n    sys.stdin.read()\n"
+    )
+    other = subprocess.Popen([sys.executable, "-c", claim, out, first.name], stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE, text=True, cwd=ROOT)  # fmt: skip
+    try:
+        assert other.stdout.readline() == "True\n"
+        assert folder.counts() == dict(zip(STATES, (2, 0, 1, 0, 3), strict=True))
+        shown, _ = main(capsys, "--grid", out, "--status", "--json")
+        lines = {line["run"]: line for line in map(json.loads, shown.splitlines())}
+        assert len(lines) == 6 and lines[str(out / "cells" / first.name)]["state"] == "running"
+        assert sum("tests" in line for line in lines.values()) == 2
+        # This process ends first: it says who is at work, and what to do when that is done.
+        shown, err = main(capsys, "--grid", out)
+        assert err.count(": clean") == 3 and f"\nat work: process {other.pid} for " in shown
+        assert "6 cells, 5 finished, 1 running" in shown and "\nonce that is done: python evaluate.py" in shown
+        assert not (out / "table.csv").exists()
+    finally:
+        other.send_signal(signal.SIGKILL)
+        other.communicate()
+    assert (out / "locks" / f"{first.name}.json").exists()  # what a killed process leaves says nothing
+    shown, _ = main(capsys, "--grid", out, "--status")
+    assert "5 finished, 1 interrupted\ngo on: " in shown and "at work" not in shown
+    train.main(advice(shown)[1])
+    shown, _ = main(capsys, "--grid", out, "--status")
+    assert advice(shown) == ("evaluate.py", [str(out)]) and "6 cells, 6 finished\nnext: " in shown
+
+
 def test_folders_that_hold_something_else(text, tmp_path):
     made = read_grid(write(tmp_path, text))
     folder = GridFolder(tmp_path / "out", made).make()
-    assert folder.counts() == dict(zip(STATES, (0, 0, 0, 6), strict=True))
+    assert folder.counts() == dict(zip(STATES, (0, 0, 0, 0, 6), strict=True))
     assert GridFolder.find(tmp_path / "out").grid.entries == made.entries
     (tmp_path / "begun").mkdir()
     for name in (".lock", "grid.toml", ".grid.json.0a1b"):  # what another process leaves while it makes the folder

@@ -40,17 +40,19 @@ RESULTS = {
 
 # --- a new folder
 
+HELD = [".lock", ".lock.json", "cell.toml"]  # a run folder that a process holds
+
 
 def test_a_new_run(tmp_path):
     made = Run.plan(tmp_path / "deep" / "run", CELL)
     assert entries(tmp_path) == []  # nothing is written before `hold`
     with made.hold(CELL) as held:
-        assert held is made and not made.finished and entries(made.path) == [".lock", "cell.toml"]
+        assert held is made and not made.finished and entries(made.path) == HELD
         assert made.read_cell() == Run(made.path).read_cell() == CELL
         made.state.write_bytes(b"state")
         assert made.state == made.path / "state.safetensors"
         made.finish(RESULTS)
-        assert made.finished and entries(made.path) == [".lock", "cell.toml", "results.json"]
+        assert made.finished and entries(made.path) == [*HELD, "results.json"]
     assert Run(made.path).finished and Run(made.path).read_results() == RESULTS
 
 
@@ -79,7 +81,7 @@ def test_existing_folders(tmp_path):
     (tmp_path / "link").symlink_to("nowhere")
     refused = [
         (folder("finished", "cell.toml", "results.json"), "holds a finished run: see python evaluate.py"),
-        (folder("unfinished", "cell.toml"), "holds an unfinished run: go on with --resume"),
+        (folder("unfinished", "cell.toml"), "holds an unfinished run: go on with python train.py --resume"),
         (folder("other", "thesis.tex"), "exists and is not an empty folder: choose another --out"),
         (tmp_path / "file", "exists and is not an empty folder"),
         (tmp_path / "link", "exists and is not an empty folder"),
@@ -151,13 +153,14 @@ def test_one_process_at_a_time(tmp_path):
     try:
         assert other.stdout.readline() == "held\n"
         for resume in (False, True):
-            with pytest.raises(InputError, match=f"{folder} is in use by another process: wait for it, or choose"):
+            with pytest.raises(InputError, match=f"{folder} is in use by process {other.pid} for [0-9]+ s: wait"):
                 with Run(folder, resume).hold(Cell()):
                     raise AssertionError
-        assert entries(folder) == [".lock", "cell.toml"] and Run(folder).read_cell() == CELL
+        assert entries(folder) == HELD and Run(folder).read_cell() == CELL
     finally:
         other.send_signal(signal.SIGKILL)
         other.communicate()
+    assert files.holder(folder / ".lock") is None and entries(folder) == HELD  # what it left says nothing
     with Run(folder, resume=True).hold(CELL):  # a killed process holds nothing
         with pytest.raises(InputError, match="in use"):
             with Run(folder, resume=True).hold(CELL):
@@ -221,15 +224,15 @@ def test_damaged_files_of_a_run_are_named(tmp_path):
 def test_what_a_kill_leaves_is_cleaned(tmp_path):
     """Unfinished files, in a folder whose cell.toml was never finished and in one to resume; nobody else's."""
     mark = "0123456789abcdef" * 2
-    for name in (f".cell.toml.{mark}", ".lock"):
+    for name in (f".cell.toml.{mark}", ".lock", ".lock.json"):
         (tmp_path / name).write_text("half")
     with Run.plan(tmp_path, CELL).hold(CELL):
-        assert entries(tmp_path) == [".lock", "cell.toml"]
+        assert entries(tmp_path) == HELD
     (tmp_path / "adapter").mkdir()
     for name in (f".state.safetensors.{mark}", f"adapter/.x.json.{mark}", f".mine.{mark[1:]}", f"mine.{mark}"):
         (tmp_path / name).write_text("half")
     with Run(tmp_path, resume=True).hold(CELL):
-        assert entries(tmp_path) == [".lock", f".mine.{mark[1:]}", "adapter", "cell.toml", f"mine.{mark}"]
+        assert entries(tmp_path) == [".lock", ".lock.json", f".mine.{mark[1:]}", "adapter", "cell.toml", f"mine.{mark}"]
         assert entries(tmp_path / "adapter") == []
 
 
