@@ -1,4 +1,4 @@
-"""What people watch: progress (a bar on a terminal, plain lines elsewhere), and text and tables that fit their terminal.
+"""What people watch: progress (a bar on a terminal, plain lines elsewhere), text and tables that fit the terminal.
 
 A character takes 0, 1 or 2 columns of a terminal: widths are counted in columns, not in characters.
 """

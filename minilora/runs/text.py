@@ -1,4 +1,4 @@
-"""What people read of a run: the table of its tests, attack success, warnings, and speed. All of it fits the terminal."""
+"""What people read of a run: the table of its tests, attack success, warnings, speed. All of it fits the terminal."""
 
 import math
 

@@ -23,6 +23,7 @@ from minilora.errors import InputError, TrainingError
 from minilora.fields import load_toml
 from minilora.files import full_disk, is_full
 from minilora.interrupts import Interrupted
+from minilora.naming import names
 from minilora.runs.folder import SAVE_EVERY, Run
 from minilora.scripts.run import START
 
@@ -109,7 +110,7 @@ def main(argv=None):
         raise InputError("--merge-to is for one cell: use evaluate.py --merge-to on the runs")
     if arguments.shard:
         raise InputError("--shard is for one cell: give one --config")
-    outs = None if arguments.out is None else [Path(arguments.out) / cell.name for cell in cells]
+    outs = None if arguments.out is None else [Path(arguments.out) / name for name in names(cells)]
     report_all(minilora.train_together(cells, outs, size=arguments.population, **often))
 
 

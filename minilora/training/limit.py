@@ -32,7 +32,7 @@ def training_flops(spec, slots, method, length):
 
 
 def matmul_rate(tokens, spec, dtype, device, seconds=0.15):
-    """Rate as measured here and now, in operations a second, of the product of [tokens, D] and [D, F]: the best of repeated runs."""
+    """Rate of the product of [tokens, D] and [D, F] now, in operations a second: the best of repeated runs."""
     inner = spec.layers[0].inner
     x = torch.randn(tokens, spec.width, dtype=dtype, device=device)
     w = torch.randn(inner, spec.width, dtype=dtype, device=device)

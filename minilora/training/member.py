@@ -187,7 +187,8 @@ class Member:
     def finish(self, model, job, limit, options, progress):
         """Save the adapter that is on `model`, run the tests, and write the results.
 
-        `job`, its `limit()`, `options`: see `loop.py`. `progress(rows, tokens)` is called after each batch of the tests.
+        `job`, its `limit()`, `options`: see `loop.py`. `progress(rows, tokens)` is called after each
+        batch of the tests.
         """
         cell, run, clean = self.cell, self.run, self.clean
         if parallel.first():

@@ -365,9 +365,7 @@ def test_evaluate_writes_the_report_of_a_grid(tmp_path, capsys):
     refused = [["--data", "x.csv"], ["--batch-size", "3"], ["--scale", "0"], ["--add", "other"], ["--merge-to", "x"],
                ["--out", "y"], ["--seed-inject", "3"], ["--inject", "date:positive"]]  # fmt: skip
     for flags in refused:
-        with pytest.raises(
-            InputError, match=" is for single runs, but .* is a grid's folder: drop it"
-        ) as caught:
+        with pytest.raises(InputError, match=" is for single runs, but .* is a grid's folder: drop it") as caught:
             evaluate.main([str(folder.path), *flags])
         assert flags[0] in str(caught.value) or "a change of" in str(caught.value)
     assert len(refused) == 8

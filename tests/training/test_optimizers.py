@@ -23,6 +23,8 @@ from minilora.training.feed import Schedule
 from minilora.training.state import load_state, save_state
 
 METERS = {"step": 3, "seconds": 1.5, "tokens": 70, "inputs": {"base": "a"}}
+
+
 def setup(folder, cell, classes=3):
     base = model.load(folder)
     attach(base, plan_slots(base.spec, cell), cell.dropout or 0.0, cell.seed_for("init"))
