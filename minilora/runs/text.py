@@ -33,7 +33,7 @@ def results_table(tests):
     worst = tests["worst_group"]
     said = f"worst group: {short_name(worst['label'])} rows, {short_name(worst['test'], 28)}"
     lines = [*table(heads, rows), *attack_lines(tests), *wrap(f"{said}: accuracy {worst['accuracy']:.3f}")]
-    lines += warnings(tests)
+    lines += [line for warning in warnings(tests) for line in wrap(f"warning: {warning}")]
     names = list(tests["clean"]["predicted_counts"]) if counts else []
     cut = [name for name, (head, *_) in zip(names, counts) if head != short_name(name, 1 << 20)]
     cut += [label for label in (*tests["trigger"], worst["label"]) if short_name(label) != short_name(label, 1 << 20)]
@@ -97,7 +97,7 @@ def attack_lines(tests):
 
 
 def warnings(results):
-    """Lines that say that nothing was learned: of results.json, or of its `tests` entry.
+    """What says that nothing was learned, a sentence each: of results.json, or of its `tests` entry.
 
     Clean accuracy is compared with the share s of the largest class of the n test rows: it must be above
     s + 2 sqrt(s (1 - s) / n), two standard errors of that share. Test rows of a single class say nothing.
@@ -107,16 +107,16 @@ def warnings(results):
     if len(counts) < 2:
         return []
     largest, rows = max(counts, key=counts.get), clean["rows"]
-    share, lines = counts[largest] / rows, []
-    [predicted, *others] = [name for name, count in clean["predicted_counts"].items() if count] or [None]
-    if predicted is not None and not others:
-        lines += wrap(f"warning: every clean test row is predicted as {short_name(predicted)}")
+    share, found = counts[largest] / rows, []
+    predicted = [name for name, count in clean["predicted_counts"].items() if count]
+    if len(predicted) == 1:
+        found.append(f"every clean test row is predicted as {short_name(predicted[0])}")
     if clean["accuracy"] <= share + 2 * math.sqrt(share * (1 - share) / rows):
-        lines += wrap(
-            f"warning: nothing was learned: clean accuracy is {clean['accuracy']:.3f}, and {share:.3f} of the clean "
-            f"test rows are {short_name(largest)}"
+        found.append(
+            f"nothing was learned: clean accuracy is {clean['accuracy']:.3f}, and {share:.3f} of the clean test rows "
+            f"are {short_name(largest)}"
         )
-    return lines
+    return found
 
 
 def injection_lines(injected, inject):

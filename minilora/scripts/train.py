@@ -135,12 +135,15 @@ def resume(arguments, one, often):
 
 
 def report_all(outcomes):
-    """The end of several cells, of which some may have failed."""
-    for results, folder in outcomes:
+    """The end of several cells, of which some may have failed: a table, and where the runs are."""
+    from minilora.runs import listing
+
+    for results, _ in outcomes:
         if isinstance(results, TrainingError):
-            print(f"\nfailed: {results}")
-        else:
-            report(results, folder)
+            print(f"failed: {results}")
+    paths = [path for _, path in outcomes]
+    print(listing.as_text(listing.lines_of(paths)))
+    print("\nrun folders:", *(f"  {path}" for path in paths), sep="\n")
     if any(isinstance(results, TrainingError) for results, _ in outcomes):
         sys.exit(1)
 

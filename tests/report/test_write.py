@@ -14,7 +14,6 @@ import pytest
 from minilora import files
 from minilora.console import COLUMNS
 from minilora.errors import InputError
-from minilora.grid import table
 from minilora.grid.table import table_rows, write_table
 from minilora.report import markup, page, summary
 from minilora.report.verdicts import decide
@@ -241,7 +240,7 @@ def test_text_from_data_stays_text(tmp_path, capsys):
 def test_a_cell_of_the_table_is_no_formula(tmp_path):
     cases = {"=1+1": "'=1+1", "+cmd": "'+cmd", "@SUM(A1)": "'@SUM(A1)", "-a": "'-a", "\t=1": "'\t=1", "-1": "-1",
              "+2.5e-3": "+2.5e-3", "a=1": "a=1", "": "", -0.25: -0.25, None: None}  # fmt: skip
-    assert {value: table.for_csv(value) for value in cases} == cases and len(cases) == 11
+    assert {value: files.for_csv(value) for value in cases} == cases and len(cases) == 11
     folder = made_grid.make(tmp_path, TWO, failed=[2])
     lines = table_rows(folder)
     lines[0]["label"], lines[-1]["label"] = "=1+1", "-1"
