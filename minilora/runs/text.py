@@ -31,8 +31,9 @@ def results_table(tests):
     heads, *rows = zip(*made, strict=True)
 
     worst = tests["worst_group"]
-    said = f"worst group: {short_name(worst['label'])} rows, {short_name(worst['test'], 28)}"
-    lines = [*table(heads, rows), *attack_lines(tests), *wrap(f"{said}: accuracy {worst['accuracy']:.3f}")]
+    form, _, label = worst["test"].partition(" ")
+    said = f"worst group: {short_name(worst['label'])} rows, {form} {short_name(label)}".rstrip()
+    lines = [*table(heads, rows, least=28), *attack_lines(tests), *wrap(f"{said}: accuracy {worst['accuracy']:.3f}")]
     lines += [line for warning in warnings(tests) for line in wrap(f"warning: {warning}")]
     names = list(tests["clean"]["predicted_counts"]) if counts else []
     cut = [name for name, (head, *_) in zip(names, counts) if head != short_name(name, 1 << 20)]

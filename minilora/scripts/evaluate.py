@@ -151,6 +151,7 @@ def main_of_runs(arguments, changes):
 
 def main_of_grid(arguments, changes):
     """evaluate.py GRID"""
+    from minilora.console import wrap
     from minilora.grid.folder import GridFolder
     from minilora.report.write import write_report
 
@@ -162,7 +163,8 @@ def main_of_grid(arguments, changes):
     missing = sum(count for state, count in counts.items() if state != "finished")
     if missing:
         states = ", ".join(f"{count:,} {state}" for state, count in counts.items() if count and state != "finished")
-        print(f"{missing:,} of {len(folder.grid.entries):,} cells are missing ({states}): all below is of the others\n")
+        said = f"{missing:,} of {len(folder.grid.entries):,} cells are missing ({states}): all below is of the others"
+        print(*wrap(said), "", sep="\n")
     print(text)
     if paths:
         print("\nwritten:", *(f"  {path}" for path in paths), sep="\n")

@@ -15,7 +15,7 @@ from minilora import files
 from minilora.console import COLUMNS
 from minilora.errors import InputError
 from minilora.grid.table import table_rows, write_table
-from minilora.report import markup, page, summary
+from minilora.report import page, summary
 from minilora.report.verdicts import decide
 from minilora.report.write import write_report
 from minilora.scripts import evaluate
@@ -261,17 +261,6 @@ def test_a_folder_that_cannot_be_written_costs_no_table(tmp_path, capsys):
     evaluate.main([str(folder.path)])
     out = capsys.readouterr().out
     assert "written:" not in out and "all cells" in out and "all files: cannot write to" in out
-
-
-def test_plain_text_cuts_the_first_column():
-    lines = [
-        ("x" * 200, "1", "2" * 20),
-        ("a heading that is longer than its column, which is not cut",),
-        ("b", "3", "4"),
-    ]
-    found = markup.text(("name", "one", "two"), lines).splitlines()
-    assert len(found) == 4 and max(map(len, found)) == COLUMNS and found[1].endswith("x…  1    " + "2" * 20)
-    assert found[2] == lines[1][0] and found[3].split() == ["b", "3", "4"]
 
 
 class Page(html.parser.HTMLParser):
