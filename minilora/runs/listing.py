@@ -1,5 +1,6 @@
 """A table of the runs in a folder: the fields in which they differ, and what came out."""
 
+import os
 from pathlib import Path
 
 from minilora import console
@@ -57,7 +58,7 @@ def read_run(run):
         if run.finished:
             return cell, run.read_results(), "finished"
     except InputError as error:
-        return cell, None, str(error)
+        return cell, None, "damaged: " + str(error).replace(f"{run.path}{os.sep}", "")
     step = run.last_step()
     return cell, None, f"unfinished, after step {step:,}" if step else "unfinished, before its first step"
 
