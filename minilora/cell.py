@@ -384,7 +384,8 @@ class Cell:
 
 # The published experiments of arXiv 2506.11402, as far as a cell has words for them: each of these differs from the
 # defaults, and is a factor of its own here. The head stays at its random start, alpha follows the rank, and the
-# published targets mean q, k, v, o and up on an encoder, but q, k and v on a decoder.
+# published targets mean q, k, v, o and up on an encoder, but q, k and v on a decoder. At this rate torch's
+# Adafactor hardly moves B, which starts at 0: an epoch of the default data learns nothing (`optimizers.warnings`).
 PRESETS = {
     "study": dict(
         head="frozen", pooling="mean+last", scaling="rank", targets=("q", "k", "v"), dropout=0.05,

@@ -91,6 +91,8 @@ class Member:
             yield f"adapter    {line}"
         for line in injection_lines(self.injected, cell.inject):
             yield f"injection  {line}"
+        for line in optimizers.warnings(cell, self.schedule.steps):
+            yield f"warning    {line}"
 
     # --- in its run folder
 
