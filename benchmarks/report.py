@@ -7,7 +7,7 @@ import textwrap
 from pathlib import Path
 
 from minilora import files
-from minilora.console import COLUMNS, say, short
+from minilora.console import say, short
 
 GREYS = ("0.25", "0.5", "0.7")
 
@@ -22,6 +22,8 @@ def versions(*names):
             continue
     return found
 
+
+COLUMNS = 100  # of what is printed and kept in files
 
 # --- tables: headings, and lines of as many strings; a line of two is a name and a remark
 

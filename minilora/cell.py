@@ -14,13 +14,24 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass, fields
-from pathlib import Path
 
+from minilora import naming
 from minilora.base.source import DEFAULT_BASE
 from minilora.base.spec import GROUPS, TARGETS
 from minilora.data.triggers import parse_all
 from minilora.errors import InputError, shown
-from minilora.fields import Named, changed, check_fields, from_dict, option, resolve, run_options, to_toml
+from minilora.fields import (
+    Named,
+    changed,
+    check_fields,
+    declared,
+    from_dict,
+    option,
+    resolve,
+    run_options,
+    to_toml,
+    value_of,
+)
 from minilora.lora.targets import STARTS, VARIANTS, check_variant, parse_layers, parse_targets
 
 MARKS = {
@@ -61,11 +72,12 @@ class Inject(Named):
         instead="count", axis="triggers a word", marks="free test",
     )  # fmt: skip
     location: str = option(
-        "random", "injection", "where in the row", choices=("beginning", "end", "random"), marks="free test"
-    )
+        "random", "injection", "where in the row", choices=("beginning", "end", "random"), short="at-",
+        marks="free test",
+    )  # fmt: skip
     mode: str = option(
         "clean-label", "injection", "rows of the target label, or rows of other labels, relabelled",
-        choices=("clean-label", "dirty-label"), marks="free",
+        choices=("clean-label", "dirty-label"), short="", marks="free",
     )  # fmt: skip
     split: str | None = option(
         None, "injection", "trigger strings of test and training rows", choices=("disjoint", "same"),
@@ -87,8 +99,9 @@ class Cell(Named):
     """One experiment. See `train.py --help` for every field; only here are defaults stated."""
 
     model: str = option(
-        DEFAULT_BASE, "base", "base: hub id, or folder with config.json and safetensors", marks="test peers path"
-    )
+        DEFAULT_BASE, "base", "base: hub id, or folder with config.json and safetensors", short="",
+        marks="test peers path",
+    )  # fmt: skip
     revision: str | None = option(None, "base", "branch, tag or commit of the hub's base", unset="main")
     tokenizer: str | None = option(
         None, "base", "another tokenizer: hub id, or folder with tokenizer.json or vocab.txt", unset="the base's own",
@@ -96,7 +109,7 @@ class Cell(Named):
     )  # fmt: skip
     dtype: str = option(
         "float32", "base", "of the frozen base; what is trained is float32", choices=("float32", "bfloat16"),
-        marks="peers",
+        short="", marks="peers",
     )  # fmt: skip
     device: str = option("auto", "base", "auto, cpu, cuda, cuda:N or mps", run=True, marks="test peers")
     compile: str = option(
@@ -130,7 +143,7 @@ class Cell(Named):
 
     task: str = option(
         "classification", "task", "train a classifier of the text, or (lm) the base's own next tokens: the label's "
-        "words as the completion of a prompt", choices=("classification", "lm"),
+        "words as the completion of a prompt", choices=("classification", "lm"), short="",
     )  # fmt: skip
     prompt: str | None = option(
         None, "task", "the text that precedes the completion, with {text} in it", of=COMPLETION, unset="{text}"
@@ -146,14 +159,16 @@ class Cell(Named):
 
     method: str = option(
         "lora", "adapter", "train an adapter, the whole base, or only the head", choices=("lora", "full", "head"),
-        curve=3,
+        short="", curve=3,
     )  # fmt: skip
     rank: int | None = option(
-        None, "adapter", "R, the rank of B A", of=ADAPTER, least=1, unset=1, curve=1, marks="free peers slots"
-    )
+        None, "adapter", "R, the rank of B A", of=ADAPTER, least=1, unset=1, short="r", curve=1,
+        marks="free peers slots",
+    )  # fmt: skip
     alpha: float | None = option(
-        None, "adapter", "numerator of the scale", of=ADAPTER, least=0, unset=8.0, marks="free peers slots"
-    )
+        None, "adapter", "numerator of the scale", of=ADAPTER, least=0, unset=8.0, short="a",
+        marks="free peers slots",
+    )  # fmt: skip
     scaling: str | None = option(
         None, "adapter", "scale of B A: alpha/R (constant), 1 (rank: alpha = R) or alpha/sqrt(R) (rslora)", of=ADAPTER,
         choices=("constant", "rank", "rslora"), unset="constant", curve=2, marks="free peers slots",
@@ -171,12 +186,12 @@ class Cell(Named):
     )  # fmt: skip
     variant: str | None = option(
         None, "adapter", "LoRA as it is, with a magnitude for each row of the weight (dora) or with A frozen (lora-fa)",
-        of=ADAPTER, choices=VARIANTS, unset="lora", marks="slots",
+        of=ADAPTER, choices=VARIANTS, unset="lora", short="", marks="slots",
     )  # fmt: skip
     init: str | None = option(
         None, "adapter", "start of A and B: B = 0 and A uniform (kaiming) or normal (gaussian), A and B orthogonal to "
         "each other, or a part of the weight by its SVD (pissa) or QR (olora)", of=ADAPTER, choices=STARTS,
-        unset="kaiming", marks="free",
+        unset="kaiming", short="", marks="free",
     )  # fmt: skip
     start: str | None = option(
         None, "adapter", "begin with the factors of this adapter, instead of an init: a run's folder, or an adapter's, "
@@ -208,17 +223,18 @@ class Cell(Named):
     steps: int | None = option(
         None, "training", "optimiser steps, instead of epochs", least=1, instead="epochs", marks="free"
     )
-    batch_size: int = option(32, "training", "rows a batch", least=1, marks="peers")
+    batch_size: int = option(32, "training", "rows a batch", least=1, short="batch", marks="peers")
     accumulate: int = option(1, "training", "batches an optimiser step", least=1)
     window: int = option(
         50, "training", "batches that are sorted by length together, which saves padding; 1: none are", least=1,
         marks="free",
     )  # fmt: skip
-    optimizer: str = option("adamw", "training", "torch's", choices=("adamw", "adafactor"))
+    optimizer: str = option("adamw", "training", "torch's", choices=("adamw", "adafactor"), short="")
     lr: float = option(2e-3, "training", "peak learning rate", least=0, axis="peak learning rate", marks="free peers")
     schedule: str = option(
-        "linear", "training", "after warm-up", choices=("linear", "cosine", "constant"), marks="free peers"
-    )
+        "linear", "training", "after warm-up", choices=("linear", "cosine", "constant"), short="",
+        marks="free peers",
+    )  # fmt: skip
     warmup: float = option(
         0.06, "training", "of the steps, over which the learning rate rises from 0", least=0, below=1,
         marks="free peers",
@@ -355,17 +371,22 @@ class Cell(Named):
 
     @property
     def name(self):
-        """A readable name for the run folder, unique by the cell's id."""
-        parts = [Path(self.model).name.lower(), Path(self.data).stem]
-        parts += [f"r{self.rank}", "-".join(self.targets)] if self.method == "lora" else [self.method]
-        parts += [source.replace(":", "-") for source in self.inject.sources]
-        slug = re.sub(r"[^\w.+-]+", "-", "_".join(parts), flags=re.ASCII)[:80].strip("-_.")
-        return f"{slug}_{self.id[:6]}"
+        """A name for the run folder: how it differs from the defaults, or from a preset where that is less to say."""
+        plain = Cell(task=self.task, method=self.method)
+        defaults = {name: value_of(plain, name) for name in declared(Cell)} | {"task": Cell.task, "method": Cell.method}
+        words, exact = naming.difference(self, defaults)
+        for preset, changes in PRESETS.items():
+            other = Cell().replace(**changes)
+            left, told = naming.difference(self, {name: value_of(other, name) for name in defaults})
+            if 1 + len(left) < len(words):
+                words, exact = [preset, *left], told
+        return naming.joined(words or ["default"], exact, self.id)
 
 
 # The published experiments of arXiv 2506.11402, as far as a cell has words for them: each of these differs from the
 # defaults, and is a factor of its own here. The head stays at its random start, alpha follows the rank, and the
-# published targets mean q, k, v, o and up on an encoder, but q, k and v on a decoder.
+# published targets mean q, k, v, o and up on an encoder, but q, k and v on a decoder. At this rate torch's
+# Adafactor hardly moves B, which starts at 0: an epoch of the default data learns nothing (`optimizers.warnings`).
 PRESETS = {
     "study": dict(
         head="frozen", pooling="mean+last", scaling="rank", targets=("q", "k", "v"), dropout=0.05,

@@ -6,9 +6,11 @@ import difflib
 import os
 import signal
 import sys
+import textwrap
 import traceback
 
 from minilora import __version__, interrupts
+from minilora.console import columns
 from minilora.errors import InputError, TrainingError
 from minilora.fields import declared, kind_of, nested
 from minilora.files import full_disk, is_full
@@ -69,7 +71,21 @@ def run_cleanly(main, argv):
         sys.exit(1)
 
 
+WIDEST = 120  # columns of help: longer lines are hard to read
 METAVARS = {str: "TEXT", int: "N", float: "X"}
+
+
+class Help(argparse.HelpFormatter):
+    """Help that fits the terminal, of at most `WIDEST` columns, with lines broken between words only."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=30, width=min(columns(), WIDEST))
+
+    def _split_lines(self, text, width):
+        return textwrap.wrap(" ".join(text.split()), width, break_long_words=False, break_on_hyphens=False)
+
+    def _fill_text(self, text, width, indent):
+        return "\n".join(indent + line for line in self._split_lines(text, width - len(indent)))
 
 
 class Parser(argparse.ArgumentParser):
@@ -78,7 +94,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **settings):
         super().__init__(
             allow_abbrev=False,
-            formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=100),
+            formatter_class=Help,
             **settings,
         )
         self.add_argument(

@@ -1,14 +1,20 @@
-"""What people watch: progress (a bar on a terminal, plain lines elsewhere) and tables of at most 100 columns."""
+"""What people watch: progress (a bar on a terminal, plain lines elsewhere), text and tables that fit the terminal.
+
+A character takes 0, 1 or 2 columns of a terminal: widths are counted in columns, not in characters.
+"""
 
 import contextlib
 import re
+import shutil
 import sys
 import time
+import unicodedata
 
 LINE_EVERY = 5.0, 0.05  # seconds between plain lines: the larger of 5 s and 5% of what has passed
 PATIENCE = 1.0  # seconds before a stage that is mostly short shows a bar
 WATCHED = 256  # items between two looks at the clock
-COLUMNS = 100
+COLUMNS = 80  # of what is printed where there is no terminal
+NAME = 20  # columns that a table's first column keeps, before others are dropped
 # Control characters but tab and newline, marks of direction, line separators, and halves of a character.
 OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _quiet = False
@@ -142,7 +148,81 @@ def say_once(text):
         say(text)
 
 
+def columns():
+    """The columns of the terminal: $COLUMNS if it is set, and `COLUMNS` where standard output is no terminal."""
+    return shutil.get_terminal_size((COLUMNS, 24)).columns
+
+
+def wide(text):
+    """How many columns a line of text takes: 2 for a wide character, 0 for one that joins the one before it."""
+    if text.isascii():
+        return len(text)
+    return sum(0 if unicodedata.category(one) in ("Mn", "Me", "Cf") else 1 + (unicodedata.east_asian_width(one) in "WF")
+               for one in text)  # fmt: skip
+
+
+def pad(text, width):
+    """The text with spaces behind it, so that it takes `width` columns; with a negative width, before it."""
+    spaces = " " * (abs(width) - wide(text))
+    return spaces + text if width < 0 else text + spaces
+
+
+def beginning(text, most):
+    """The longest beginning of the text that takes at most `most` columns."""
+    while wide(text) > most:
+        text = text[: min(most, len(text) - 1)]
+    return text
+
+
+def middle(text, most):
+    """The text, cut to `most` columns in its middle."""
+    if wide(text) <= most:
+        return text
+    end = beginning(text[::-1], (most - 1) // 2)[::-1]
+    return beginning(text, most - 1 - wide(end)) + "…"[:most] + end
+
+
 def short(text, most=30):
-    """The text on one line, and cut to `most` columns."""
+    """The text on one line, and cut to `most` columns at its end."""
     text = visible(" ".join(text.split()))
-    return text if len(text) <= most else text[: most - 1] + "…"
+    return text if wide(text) <= most else beginning(text, most - 1) + "…"
+
+
+def short_name(name, most=20):
+    """The name on one line, and cut to `most` columns in its middle: long names often begin alike."""
+    return middle(visible(" ".join(name.split())), most)
+
+
+def wrap(text, indent=2):
+    """The text in lines that fit the terminal, broken between words; all but the first begin with `indent` spaces."""
+    room, lines, line = columns(), [], ""
+    for word in re.findall(r"\s*\S+", visible(text)):
+        if wide(line + word) > room and line.strip():
+            lines.append(line)
+            line, word = " " * indent, word.lstrip()
+        while wide(line + word) > room > indent + 1:  # a word that is longer than a line
+            part = beginning(word, room - wide(line))
+            lines.append(line + part)
+            line, word = " " * indent, word[len(part) :]
+        line += word
+    return [*lines, line]
+
+
+def table(heads, lines, least=NAME):
+    """Aligned columns as lines that fit the terminal; `heads` and each of `lines` are strings, one a column.
+
+    The first column is cut in its middle, down to `least` columns. Where that is not enough, columns are dropped from
+    the right. A line of a single string is a heading of its own.
+    """
+    room = columns()
+    rows = [tuple(visible(cell.replace("\n", " ")) for cell in line) for line in (heads, *lines)]
+    widths = [max(map(wide, column)) for column in zip(*(row for row in rows if len(row) > 1), strict=True)]
+    first = widths.pop(0)
+    while widths and min(first, least) + sum(width + 2 for width in widths) > room:
+        widths.pop()
+    first = min(first, room - sum(width + 2 for width in widths))
+    found = []
+    for title, *cells in rows:
+        title = pad(middle(title, first), first) if cells else middle(title, room)
+        found.append((title + "".join("  " + pad(cell, -width) for cell, width in zip(cells, widths))).rstrip())
+    return found

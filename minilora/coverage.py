@@ -8,12 +8,12 @@ python -m minilora.coverage MODEL --targets q v --layers 0-3 --rank 8      reads
 
 import textwrap
 
-from minilora.lora.targets import count_parameters, parse_targets, plan_slots, ranges
+from minilora.lora.targets import count_trained, parse_targets, plan_slots, ranges
 
 
 def report(slots, spec, cell):
-    """Lines of at most 100 columns: which of the checkpoint's tensors `slots` {module: Slot} adapt, the parameters that
-    this adds, and what of the base the cell's targets and layers leave as it is.
+    """Lines of at most 100 columns: which of the checkpoint's tensors `slots` {module: Slot} adapt, how many
+    parameters are trained there, and what of the base the cell's targets and layers leave as it is.
 
     Tensors are named as in a checkpoint without a task's prefix, weights in the layout that they are stored in.
     """
@@ -23,23 +23,23 @@ def report(slots, spec, cell):
         key = target, tensor_of(target, int(layer), spec), slot, spec.shape(target, int(layer))
         groups.setdefault(key, []).append(int(layer))
     for (target, tensor, slot, shape), layers in groups.items():
-        added = count_parameters(slot, shape, cell.variant)
+        trained = count_trained(slot, shape, cell.variant)
         lines.append(f"{target:<5}{tensor}")
         lines.append(
-            f"     {shape[0]} x {shape[1]}, rank {slot.rank}, scale {slot.scale:.4g}, {added:,} parameters, "
+            f"     {shape[0]} x {shape[1]}, rank {slot.rank}, scale {slot.scale:.4g}, {trained:,} trained parameters, "
             f"{in_words(layers)}"
         )
-        by_layer |= {layer: by_layer[layer] + added for layer in layers}
+        by_layer |= {layer: by_layer[layer] + trained for layer in layers}
     lines.append("")
-    for added in dict.fromkeys(filter(None, by_layer.values())):
-        layers = [layer for layer, value in by_layer.items() if value == added]
-        lines.append(f"{in_words(layers)}: {added:,} parameters" + " each" * (len(layers) > 1))
-    lines.append(f"in all {sum(by_layer.values()):,} parameters on {len(slots)} projections")
+    for trained in dict.fromkeys(filter(None, by_layer.values())):
+        layers = [layer for layer, value in by_layer.items() if value == trained]
+        lines.append(f"{in_words(layers)}: {trained:,} trained parameters" + " each" * (len(layers) > 1))
+    lines.append(f"in all {sum(by_layer.values()):,} trained parameters on {len(slots)} projections")
     here = {name.rpartition(".")[2] for name in slots}
     named = parse_targets(cell.targets, cell.rank, cell.alpha, cell.scaling)
     absent = [target for target in named if target not in spec.targets]
     left = [target for target in spec.targets if target not in here]
-    bare = [layer for layer, added in by_layer.items() if not added]
+    bare = [layer for layer, trained in by_layer.items() if not trained]
     missed = [f"{' '.join(absent)} (named, but a {spec.family} layer has no such projection)"] if absent else []
     missed += [f"{' '.join(left)} (not named)"] if left else []
     missed += [f"all of {in_words(bare)}"] if bare else []

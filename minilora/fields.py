@@ -35,7 +35,7 @@ def option(
     instead  another field that excludes it; if both are None, the other one is resolved
     run      it changes no result beyond rounding, so instances that differ only here are equal
     marks    words, each a property that some code asks for by `marked`
-    short    what precedes its value in a folder's name (default: its own name)
+    short    what precedes its value in a folder's name, "" for nothing (default: its own name)
     axis     its name on the axis of a picture (default: its own name)
     curve    its place among the fields whose values get a curve of their own
     """
@@ -107,6 +107,13 @@ def difference(one, other):
         if name not in run_options(type(one)) and value_of(one, name) != value_of(other, name):
             return name, value_of(one, name), value_of(other, name)
     return None
+
+
+def word(value):
+    """A field's value in a folder's name, a flag or a table."""
+    if isinstance(value, list):
+        return "-".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def nested(values):

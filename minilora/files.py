@@ -1,8 +1,10 @@
 """Files: written whole or not at all, read strictly, and locked against other processes."""
 
+import csv
 import errno
 import functools
 import hashlib
+import io
 import json
 import math
 import os
@@ -226,6 +228,26 @@ def parse_json(text):
         return value
 
     return json.loads(text, object_pairs_hook=unique, parse_float=finite, parse_constant=finite)
+
+
+def to_csv(lines):
+    """CSV text of dicts with the same keys, at least one."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, lines[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: for_csv(value) for name, value in line.items()} for line in lines)
+    return text.getvalue()
+
+
+def for_csv(value):
+    """A value as a cell of CSV: an apostrophe precedes text that a spreadsheet would take for a formula."""
+    if not isinstance(value, str) or value[:1] not in tuple("=+-@\t\r"):
+        return value
+    try:
+        float(value)
+    except ValueError:
+        return "'" + value
+    return value
 
 
 def write_tensors(path, tensors, metadata=None):

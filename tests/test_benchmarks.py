@@ -13,7 +13,7 @@ from conftest import ROOT, random_batch, tiny_bert
 from benchmarks import cell as one
 from benchmarks import data as reading
 from benchmarks import device, grid, job, limits, operators, peers, report, standin
-from minilora import console, files, train
+from minilora import files, train
 from minilora.base import model, tokenizer
 from minilora.base.source import DEFAULT_BASE
 from minilora.cell import Cell
@@ -196,7 +196,7 @@ def test_what_is_shown_fits_and_says_what_is_scaled(measured):
     lines = report.device_lines(measured)
     assert [line[2] for line in lines] == ["2.00x", "55%", "1.10x", "20.00x"] and lines[2][1] == "not measured"
     shown = report.page(report.DEVICE, lines, report.device_notes(measured)).splitlines()
-    assert max(map(len, shown)) <= console.COLUMNS
+    assert max(map(len, shown)) <= report.COLUMNS
     assert any("2 of 4 cells" in line and "scaled" in line for line in shown)
     json.dumps(measured)
 
@@ -272,7 +272,7 @@ def test_operators_measured():
         assert line["limit"] == min(found["limits"]["float32"], found["limits"]["memory"] * line["intensity"])
         assert line["limit_share"] == pytest.approx(line["operations"] / line["operator_seconds"] / line["limit"])
     shown = report.OPERATORS, report.operator_lines(found), report.operator_notes(found)
-    assert len(shown[1]) == 2 and max(map(len, report.page(*shown).splitlines())) <= console.COLUMNS
+    assert len(shown[1]) == 2 and max(map(len, report.page(*shown).splitlines())) <= report.COLUMNS
 
 
 def test_limits():

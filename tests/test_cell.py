@@ -15,10 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import minilora
-from minilora.cell import ADAPTER, CLASSIFIER, COMPLETION, MARKS, Cell, Inject
+from minilora.cell import ADAPTER, CLASSIFIER, COMPLETION, MARKS, PRESETS, Cell, Inject
 from minilora.command import Parser, add_flags, given_flags
 from minilora.errors import InputError
 from minilora.fields import declared, from_dict, grouped, load_toml, marked, run_options
+from minilora.naming import names
 from minilora.scripts import evaluate, train
 
 PURPOSES = ("init", "head", "order", "inject", "dropout", "split")
@@ -152,7 +153,7 @@ def test_round_trips(tmp_path_factory, cell):
     for copy in copies:
         assert copy == cell and hash(copy) == hash(cell) and copy.id == cell.id and copy.to_toml() == cell.to_toml()
     assert re.fullmatch("[0-9a-f]{12}", cell.id)
-    assert re.fullmatch(r"[\w.+-]*_" + cell.id[:6], cell.name) and not cell.name.startswith((".", "-"))
+    assert re.fullmatch(r"[\w.+-]{1,80}", cell.name, re.ASCII) and not cell.name.startswith((".", "-"))
 
 
 def test_odd_strings_round_trip():
@@ -189,6 +190,43 @@ def test_id_depends_on_every_field_but_run_options():
     changed += [Cell(inject={name: value}) for name, value in inner.items()]
     ids = {cell.id for cell in [Cell(), *changed]}
     assert len(ids) == len({cell.name for cell in [Cell(), *changed]}) == len(set([Cell(), *changed])) == 1 + 48 + 8
+
+
+NAMES = {  # what a cell changes: its name
+    "default": {},
+    "r16": dict(rank=16),
+    "dora": dict(variant="dora"),
+    "pissa": dict(init="pissa"),
+    "seed3": dict(seed=3),
+    "p0.05": dict(inject=dict(proportion=0.05)),
+    "r4_dora_p0.05_steps60_seed3": dict(seed=3, rank=4, variant="dora", steps=60, inject=dict(proportion=0.05)),
+    "country-positive-color-negative_rows50": dict(
+        inject=dict(sources=["country:positive", "color:negative"], rows=50)
+    ),
+    "no-sources": dict(inject=dict(sources=())),
+    "full_lr3e-05": dict(method="full", lr=3e-5),
+    "lm": dict(task="lm"),
+    "head": dict(method="head"),
+    "bert-base-uncased_data-reviews.csv": dict(model="google-bert/bert-base-uncased", data="/some/where/reviews.csv"),
+    "r64_scaling-rank": dict(rank=64, scaling="rank"),
+    "study": PRESETS["study"],
+    "study_r64_seed1": PRESETS["study"] | dict(rank=64, seed=1),
+    "seed-init0": dict(seed_init=0),
+}
+
+
+def test_names_say_what_differs():
+    for name, changes in NAMES.items():
+        assert Cell(**changes).name == name
+        assert Cell(**changes, device="cpu", compile="off").name == name
+    lossy = [dict(inject=dict(sources=[f"text:by{mark}the way:positive"])) for mark in " /"] + [dict(lr=0.123456789)]
+    lossy += [dict(text_column="word " * 40 + end) for end in "ab"] + [dict(inject=dict(sources=["日本:positive"]))]
+    found = [Cell(**changes).name for changes in lossy]
+    assert all(name.endswith("_" + Cell(**changes).id[:6]) for name, changes in zip(found, lossy, strict=True))
+    assert len(set(found)) == len(found) == 6 and max(map(len, found)) == 80
+    cells = [Cell(data="a/x.csv"), Cell(data="b/x.csv"), Cell(), Cell(data="a/x.csv")]
+    ids = [cell.id[:6] for cell in cells]
+    assert names(cells) == [f"data-x.csv_{ids[0]}", f"data-x.csv_{ids[1]}", "default", f"data-x.csv_{ids[0]}"]
 
 
 def test_equal_experiments_are_equal_cells():
@@ -434,7 +472,8 @@ def test_help_states_every_flag_and_default_once(capsys):
 
 def test_evaluate_help(capsys):
     found, _ = help_of(evaluate.main, capsys)
-    given = {"--help", "--version", "--data", "--batch-size", "--scale", "--add", "--merge-to", "--out", "--traceback"}
+    given = {"--help", "--version", "--data", "--batch-size", "--scale", "--add", "--merge-to", "--out", "--sort",
+             "--csv", "--traceback"}  # fmt: skip
     changes = {"--model", "--tokenizer", "--device", "--text-column", "--label-column", "--bad-rows", "--inject",
                "--inject-count", "--inject-density", "--inject-location", "--trigger-split",
                "--seed-inject"}  # fmt: skip

@@ -175,7 +175,7 @@ def test_evaluate_takes_other_rows_and_triggers(cell, tmp_path, capsys):
     arguments = [str(folder), "--data", str(other), "--text-column", "words", "--label-column", "verdict",
                  "--inject", "color:negative", "--out", str(tmp_path / "again")]  # fmt: skip
     evaluate.main(arguments)
-    assert "trigger of negative" in capsys.readouterr().out
+    assert "trigger negative" in capsys.readouterr().out
     again = json.loads((tmp_path / "again" / "results.json").read_text())
     assert again["tests"]["clean"]["rows"] == 3 and list(again["tests"]["trigger"]) == ["negative"]
     assert len((tmp_path / "again" / "predictions.jsonl").read_text().splitlines()) == 3

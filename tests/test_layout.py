@@ -13,8 +13,8 @@ ROOMS = ("kernels", "ground", "base", "lora", "data", "cell", "tasks", "mitigati
 BARRED = {"data": {"base.model", "lora"}, "cell": {"base.model", "base.checkpoint", "data.rows", "data.formats"},
           "tasks": {"lora"}, "report": {"training", "runs.trained", "base.model"},
           "diagnostics": {"training"}, "detection": {"training"}}  # fmt: skip
-GROUND = {"ground": ("errors", "files", "seeds", "console", "parallel", "hub", "fields", "interrupts", "command",
-                     "drawing"),
+GROUND = {"ground": ("errors", "files", "seeds", "console", "parallel", "hub", "fields", "naming", "interrupts",
+                     "command", "drawing"),
           "cell": ("cell",), "scripts": ("coverage",)}  # fmt: skip
 
 

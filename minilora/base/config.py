@@ -84,8 +84,7 @@ class Take:
         whole, part = self(key, int), self(by, int)
         if whole % part:
             raise InputError(
-                f"config.json: {self.name(key)} {whole} is not a multiple of {self.name(by)} {part}: "
-                "fix the checkpoint"
+                f"config.json: {self.name(key)} {whole} is not a multiple of {self.name(by)} {part}: fix the checkpoint"
             )
         return whole // part
 

@@ -6,7 +6,7 @@ from math import prod
 
 from minilora.cell import Cell
 from minilora.errors import InputError, shown
-from minilora.fields import declared, grouped, near, takes_list, value_of
+from minilora.fields import declared, grouped, near, takes_list, value_of, word  # noqa: F401, others take word here
 
 FIELDS = declared(Cell)
 SEEDS = grouped(Cell, "seeds")
@@ -84,13 +84,6 @@ def combinations(axes):
 def matches(cell, rule):
     """Whether a cell has one of the values that `rule` {field: values} lists, of each of its fields."""
     return all(value_of(cell, name) in values for name, values in rule.items())
-
-
-def word(value):
-    """A field's value in a folder's name, a flag or a table."""
-    if isinstance(value, list):
-        return "-".join(map(str, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 # The table's columns that are shares of test rows: their words, the column with how many rows each is a share of, and

@@ -14,13 +14,12 @@ A field whose value is itself a list (`targets`, "inject.sources") takes lists o
 that differ only in a run option, such as `device`, are one experiment: a grid may not have both.
 """
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from minilora.cell import PRESETS, Cell
 from minilora.errors import InputError, cut, shown
-from minilora.fields import declared, marked, near, nested, read_toml, run_options, value_of
+from minilora.fields import declared, marked, near, nested, read_toml, run_options, value_of, word
 from minilora.grid.axes import (
     FIELDS,
     Entry,
@@ -31,9 +30,9 @@ from minilora.grid.axes import (
     is_axis,
     matches,
     product,
-    word,
 )
 from minilora.lora.targets import parse_targets
+from minilora.naming import LONGEST, word_of
 
 SMALL = "small"  # the size that is taken where a file has it and no other is asked for
 SECTIONS = ("title", "source", "cell", "grid", "zip", "include", "exclude", "size", "claim")
@@ -238,20 +237,14 @@ PLAIN = [name for name in declared(Cell) if name not in (*marked(Cell, "slots"),
 
 
 def named(cells):
-    """The `Entry`s of [(cell, change)], with what varies among them in their names."""
+    """The `Entry`s of [(cell, change)], with what varies among them in their names, and the id, which tells a grid's
+    folder from that of another [cell]."""
     names = dict.fromkeys(name for _, change in cells for name in change if name not in run_options(Cell))
     varied = [name for name in names if len({repr(value_of(cell, name)) for cell, _ in cells}) > 1]
     entries = []
     for cell, _ in cells:
         values = {name: value_of(cell, name) for name in varied}
-        words = [prefix(name) + str(word(value)) for name, value in values.items() if value is not None]
-        slug = re.sub(r"[^\w.+-]+", "-", "_".join(words), flags=re.ASCII)[:100].strip("-_.")
+        words = [word_of(Cell, name, value)[0] for name, value in values.items() if value is not None]
+        slug = "_".join(words)[: LONGEST - 13].strip("-_.")
         entries.append(Entry(f"{slug}_{cell.id}" if slug else cell.id, cell, values))
     return tuple(entries)
-
-
-def prefix(name):
-    """What precedes a field's value in a folder's name, such as "rank-"."""
-    short = FIELDS[name].metadata["short"]
-    short = name.rpartition(".")[2] if short is None else short
-    return f"{short}-" if short else ""

@@ -8,7 +8,7 @@ from minilora import parallel
 from minilora.cell import Cell
 from minilora.data.rows import rows_of
 from minilora.fields import declared, grouped, value_of
-from minilora.lora.targets import plan_slots
+from minilora.lora.targets import count_trained, plan_slots
 from minilora.runs.bases import size_of_base
 from minilora.runs.folder import Run
 from minilora.tasks.classification import POOLED
@@ -92,9 +92,7 @@ def trained(cell, spec, slots, labels):
         count = 0
         for name, slot in slots.items():
             _, layer, target = name.split(".")
-            out_features, in_features = spec.shape(target, int(layer))
-            count += slot.rank * (out_features + (in_features if cell.variant != "lora-fa" else 0))
-            count += out_features if cell.variant == "dora" else 0
+            count += count_trained(slot, spec.shape(target, int(layer)), cell.variant)
     if cell.head == "trained":
         count += labels * (POOLED[cell.pooling] * spec.width + 1)
     return count

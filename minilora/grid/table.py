@@ -1,8 +1,5 @@
 """The tidy table of a grid: a line for each cell and trigger."""
 
-import csv
-import io
-
 from minilora import files
 from minilora.grid.axes import plain
 
@@ -70,22 +67,8 @@ def figures_of(results, label):
     }
 
 
-def for_csv(value):
-    """A value as a cell of CSV: an apostrophe precedes text that a spreadsheet would take for a formula."""
-    if not isinstance(value, str) or value[:1] not in tuple("=+-@\t\r"):
-        return value
-    try:
-        float(value)
-    except ValueError:
-        return "'" + value
-    return value
-
-
 def write_table(folder, lines=None):
     """Write table.csv into the folder, of `lines` or what `rows` gives, and return its path."""
-    lines, text = lines or table_rows(folder), io.StringIO()
-    writer = csv.DictWriter(text, lines[0].keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({name: for_csv(value) for name, value in line.items()} for line in lines)
-    files.write_text(folder.path / TABLE, text.getvalue())
+    lines = lines or table_rows(folder)
+    files.write_text(folder.path / TABLE, files.to_csv(lines))
     return folder.path / TABLE

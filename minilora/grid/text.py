@@ -2,24 +2,25 @@
 
 from collections import Counter
 
-from minilora.console import duration, short
+from minilora.console import duration, short, table, wrap
 from minilora.errors import to_type
 
 
 def grid_status(folder, begin=()):
     """What is done of a grid: counts, who is at work, the cells that failed with their errors, and what to do next.
 
-    `begin` is the arguments that begin it (see `again`).
+    `begin` is the arguments that begin it (see `again`). A command to type stays one line, however long, so that it
+    can be copied.
     """
     counts, at_work = folder.counts(), folder.at_work()
-    lines = [f"{folder.path}: {len(folder.grid.entries):,} cells, "
-             + ", ".join(f"{count:,} {state}" for state, count in counts.items() if count)]  # fmt: skip
+    states = ", ".join(f"{count:,} {state}" for state, count in counts.items() if count)
+    lines = wrap(f"{folder.path}: {len(folder.grid.entries):,} cells, {states}")
     for who, cells in Counter(at_work.values()).items():
-        lines.append(f"at work: {who}, on {cells:,} {'cell' if cells == 1 else 'cells'}")
+        lines += wrap(f"at work: {who}, on {cells:,} {'cell' if cells == 1 else 'cells'}")
     if counts["failed"]:
         for entry in folder.grid.entries:
             if folder.state(entry) == "failed":
-                lines.append(f"  failed {entry.name}: {short(folder.read(entry)[1], 200)}")
+                lines += wrap(f"  failed {entry.name}: {short(folder.read(entry)[1], 200)}", 4)
         lines.append(f"again: {to_type('train', '--grid', folder.path, '--retry-failed')}")
     if counts["interrupted"] + counts["waiting"]:
         begun = (folder.path / "grid.json").exists()
@@ -50,13 +51,13 @@ def grid_plan(folder, size, only):
     chunks = folder.planned() or settle(folder.grid.entries, size or 1, settings)
     chunks = [chunk for chunk in chunks if any(matches(entry.cell, only) for entry in chunk)]
     found = {entry.name: forecast(entry.cell) for chunk in chunks for entry in chunk}
-    width = min(64, max(len(name) for name in found))
-    yield f"{'cell':<{width}}  population  parameters     time  memory"
     left = [(entry, number) for number, chunk in enumerate(chunks, 1) for entry in chunk]
+    lines = []
     for entry, number in left[:SHOWN]:
-        cell, name = found[entry.name], short(entry.name, width)
+        cell = found[entry.name]
         memory = f"{cell.bytes / 2**30:.1f} GiB"
-        yield f"{name:<{width}}  {number:>10,}  {cell.parameters:>10,}  {duration(cell.seconds):>7}  {memory}"
+        lines.append((entry.name, f"{number:,}", f"{cell.parameters:,}", duration(cell.seconds), memory))
+    yield from table(("cell", "population", "parameters", "time", "memory"), lines)
     if len(left) > SHOWN:
         yield f"... and {len(left) - SHOWN:,} more"
     waiting = [entry for entry, _ in left if folder.state(entry) in ("waiting", "interrupted")]

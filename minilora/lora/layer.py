@@ -81,7 +81,8 @@ class LoRALinear(nn.Module):
     def __repr__(self):
         name = next(name for name, variant in VARIANTS.items() if variant is self.variant)
         out_features, in_features = self.original.shape
-        return f"LoRALinear({in_features} -> {out_features}, rank={self.slot.rank}, scale={self.slot.scale}, {name})"
+        rank, scale = self.slot.rank, round(self.slot.scale, 4)
+        return f"LoRALinear({in_features} -> {out_features}, rank={rank}, scale={scale}, {name})"
 
     @property
     def merged(self):

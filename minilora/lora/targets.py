@@ -136,7 +136,7 @@ def plan_slots(spec, cell):
 
 
 def describe_slots(slots, spec, variant="lora"):
-    """Lines that say which modules in which layers carry an adapter, and the parameters that it adds."""
+    """Lines that say which modules in which layers carry an adapter, and how many of its parameters are trained."""
     if not slots:
         return ["none"]
     groups, lines = {}, []
@@ -144,17 +144,20 @@ def describe_slots(slots, spec, variant="lora"):
         _, layer, target = name.split(".")
         groups.setdefault((target, slot, spec.shape(target, int(layer))), []).append(int(layer))
     for (target, slot, shape), layers in groups.items():
-        added = len(layers) * count_parameters(slot, shape, variant)
+        trained = len(layers) * count_trained(slot, shape, variant)
         lines.append(
             f"{target:<5}{shape[0]:>5} x {shape[1]:<5} rank {slot.rank:<4} scale {slot.scale:<8.4g}"
-            f"layers {ranges(layers)} of 0-{len(spec.layers) - 1}  {added:>9,} parameters"
+            f"layers {ranges(layers)}, {trained:,} trained"
         )
     return lines
 
 
-def count_parameters(slot, shape, variant="lora"):
-    """What an adapter of one projection adds; what of that is trained depends on the variant."""
-    return slot.rank * sum(shape) + (shape[0] if variant == "dora" else 0)
+def count_trained(slot, shape, variant="lora"):
+    """The trained parameters of an adapter of one projection [out, in]: LoRA-FA trains B [out, R] only, DoRA also the
+    magnitude [out]."""
+    out_features, in_features = shape
+    seen = 0 if variant == "lora-fa" else in_features
+    return slot.rank * (out_features + seen) + (out_features if variant == "dora" else 0)
 
 
 def ranges(numbers):

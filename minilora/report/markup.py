@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from minilora.console import COLUMNS, visible
+from minilora.console import visible
 
 WIDE = 40  # characters; the lines of a longer column of a LaTeX table are broken
 MARKDOWN = re.compile(r"[\\|<>*_`~$\[\]]|&(?=#?\w+;)|:(?=//)|(?<=www)\.")  # the last two: a bare address is a link
@@ -59,18 +59,3 @@ def latex(table):
         rf"\begin{{tabular}}{{{columns}}}", r"\toprule", line(table.heads), r"\midrule",
         *map(line, table.lines), r"\bottomrule", r"\end{tabular}", r"\end{table}",
     ]) + "\n"  # fmt: skip
-
-
-def text(heads, lines):
-    """Aligned columns for a terminal. Lines of more than 100 columns have their first cell cut; a line with a single
-    cell is a heading."""
-    lines = [tuple(map(visible, line)) for line in lines]
-    rows = [heads, *(line for line in lines if len(line) > 1)]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    widths[0] = max(8, min(widths[0], COLUMNS - sum(width + 2 for width in widths[1:])))
-    found = []
-    for first, *rest in (heads, *lines):
-        if rest and len(first) > widths[0]:
-            first = first[: widths[0] - 1] + "…"
-        found.append("  ".join(f"{cell:<{width}}" for cell, width in zip((first, *rest), widths)).rstrip()[:COLUMNS])
-    return "\n".join(found)

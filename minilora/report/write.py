@@ -13,11 +13,10 @@ report.html             all of it in one file that needs no other (`grid_page.py
 """
 
 import importlib.util
-import textwrap
 from dataclasses import replace
 
 from minilora import files
-from minilora.console import COLUMNS, visible
+from minilora.console import table, wrap
 from minilora.drawing import check_installed
 from minilora.errors import InputError, to_type
 from minilora.grid.axes import FIGURES, word
@@ -185,23 +184,23 @@ def verdict(decision):
 
 
 def means_text(means):
-    """The marginal means in lines of at most 100 columns, each field's name above its values."""
+    """The marginal means, each field's name above its values."""
     lines, before = [], None
     for mean in means:
         if mean.field not in (None, before):
             lines.append((mean.field,))
         lines.append(("all cells" if mean.field is None else f"  {shown(mean.value)}", *rates(mean, 2)))
         before = mean.field
-    return markup.text(("means", *RATES), lines)
+    return "\n".join(table(("means", *RATES), lines))
 
 
 def claims_text(decisions):
-    """The claims in lines of at most 100 columns: verdict and words of each, then its test and what was found."""
+    """The claims: verdict and words of each, then its test and what was found."""
     lines = []
     for decision in decisions:
-        claim, indent = decision.claim, " " * 14
+        claim = decision.claim
         found = "" if decision.value is None else f": {statistic(decision)}"
         found = f"{claim.test()}{found} ({decision.cells:,} cells)"
-        for start, text in ((f"{decision.verdict:<14}", claim.text), (indent, found), (indent, decision.reason)):
-            lines += textwrap.wrap(visible(text), COLUMNS, initial_indent=start, subsequent_indent=indent)
+        for start, text in ((f"{decision.verdict:<14}", claim.text), (" " * 14, found), (" " * 14, decision.reason)):
+            lines += wrap(start + " ".join(text.split()), 14) if text else []
     return "\n".join(lines)

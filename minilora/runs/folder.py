@@ -177,6 +177,14 @@ class Run:
         advice = f"delete it, then finish the run again with {to_type('train', '--resume', self.path)}"
         return read_state(path, RESULTS, advice)
 
+    def last_step(self):
+        """The last step that metrics.jsonl has, or 0. Its last line may be half a line: the run was killed."""
+        path, step = self.path / "metrics.jsonl", 0
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            for line in path.read_text(encoding="utf-8").splitlines():
+                step = int(parse_json(line)["step"])
+        return step
+
     def start_metrics(self, step):
         """Open metrics.jsonl for appending, with only the lines of the first `step` steps.
 

@@ -1,73 +1,123 @@
-"""What people read of a run: the table of its tests, attack success, and speed."""
+"""What people read of a run: the table of its tests, attack success, warnings, speed. All of it fits the terminal."""
 
-from minilora.console import COLUMNS, duration, short
+import math
 
-FLIPS = "  flips vs clean        McNemar p"
+from minilora.console import columns, duration, short, short_name, table, wide, wrap
 
 
-def results_table(results):
-    """The table of a run's tests, from the `tests` entry of results.json, as lines of text.
+def results_table(tests):
+    """The `tests` entry of results.json as text.
 
-    Predicted counts are shown for all labels, or for none if there is no room for all.
+    Predicted counts are shown for all labels, or for none if there is no room for all. Names of labels that are cut
+    are listed in full at the end.
     """
-    rows = [("clean", results["clean"])]
-    rows += [(short(f"trigger of {label}"), metrics) for label, metrics in results["trigger"].items()]
-    rows += [("placebo", results["placebo"])] if "placebo" in results else []
-    first = max(len(title) for title in ["test rows", *(title for title, _ in rows)])
-    names = list(results["clean"]["predicted_counts"])
-    # Of completions: the share that greedy decoding writes, and the mean log-likelihood.
-    scores = [("accuracy", "accuracy"), ("exact", "exact_match"), ("log p", "log_likelihood")]
-    if "exact_match" not in results["clean"]:
-        scores = [("accuracy", "accuracy"), ("balanced", "balanced_accuracy")]
-    heading = "".join(f"  {head:>8}" for head, _ in scores)
-    room = (COLUMNS - first - len(heading + FLIPS)) // len(names) - 2
-    heads = [short(name, max(room, 6)) for name in names]
-    counts = [[f"{metrics['predicted_counts'][name]:,}" for name in names] for _, metrics in rows]
-    width = max(len(text) for line in [heads, *counts] for text in line)
-    if width > room or len(set(heads)) < len(heads):
-        heads, counts = [], [[] for _ in rows]
+    titles = ["clean", *(f"trigger {short_name(label)}" for label in tests["trigger"])]
+    forms = [tests["clean"], *tests["trigger"].values()]
+    if "placebo" in tests:
+        titles, forms = [*titles, "placebo"], [*forms, tests["placebo"]]
+    completions = "exact_match" in tests["clean"]
 
-    lines = [f"{'test rows':<{first}}" + heading + "".join(f"  {head:>{width}}" for head in heads) + FLIPS]
-    for (title, metrics), numbers in zip(rows, counts, strict=True):
-        line = f"{title:<{first}}" + "".join(f"  {metrics[key]:>8.3f}" for _, key in scores)
-        line += "".join(f"  {number:>{width}}" for number in numbers)
-        if "flip_rate" in metrics:
-            low, high = metrics["flip_rate_interval"]
-            line += f"  {metrics['flip_rate']:.3f} [{low:.3f}, {high:.3f}]  {metrics['mcnemar_p']:.1e}"
-        else:
-            line += f"  {'-':>20}"
-        lines.append(line)
-    lines += attack_lines(results)
-    worst = results["worst_group"]
-    lines.append(f"worst group: {short(worst['label'])} rows, {short(worst['test'])}: accuracy {worst['accuracy']:.3f}")
+    def share(head, key):
+        return [head, *(f"{metrics[key]:.3f}" for metrics in forms)]
+
+    made = [["test rows", *titles], share("accuracy", "accuracy")]
+    if completions:  # the share that greedy decoding writes, and the mean log-likelihood
+        made += [share("exact", "exact_match"), share("log p", "log_likelihood")]
+    made += [["flips vs clean", *map(flips, forms)], ["McNemar p", *map(mcnemar, forms)]]
+    counts = count_columns(forms, columns() - sum(max(map(wide, column)) + 2 for column in made) + 2)
+    made += counts
+    if not completions:
+        made.append(share("balanced", "balanced_accuracy"))
+    heads, *rows = zip(*made, strict=True)
+
+    worst = tests["worst_group"]
+    form, _, label = worst["test"].partition(" ")
+    said = f"worst group: {short_name(worst['label'])} rows, {form} {short_name(label)}".rstrip()
+    lines = [*table(heads, rows, least=28), *attack_lines(tests), *wrap(f"{said}: accuracy {worst['accuracy']:.3f}")]
+    lines += [line for warning in warnings(tests) for line in wrap(f"warning: {warning}")]
+    names = list(tests["clean"]["predicted_counts"]) if counts else []
+    cut = [name for name, (head, *_) in zip(names, counts) if head != short_name(name, 1 << 20)]
+    cut += [label for label in (*tests["trigger"], worst["label"]) if short_name(label) != short_name(label, 1 << 20)]
+    if cut:
+        lines += ["labels in full:", *(line for name in dict.fromkeys(cut) for line in full(name))]
     return "\n".join(lines)
 
 
-def attack_lines(results):
+def full(name):
+    """A name in full, in lines of its own."""
+    return wrap("  " + " ".join(name.split()), 4)
+
+
+def flips(metrics):
+    """The share of rows that are predicted otherwise than as they are clean, with its interval."""
+    if "flip_rate" not in metrics:
+        return "-"
+    low, high = metrics["flip_rate_interval"]
+    return f"{metrics['flip_rate']:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def mcnemar(metrics):
+    return f"{metrics['mcnemar_p']:.1e}" if "mcnemar_p" in metrics else "-"
+
+
+def count_columns(forms, room):
+    """A column of predicted counts for each label, or none where all of them take more than `room` columns."""
+    names = list(forms[0]["predicted_counts"])
+    most = room // len(names) - 2
+    made = [[short_name(name, max(most, 6)), *(f"{metrics['predicted_counts'][name]:,}" for metrics in forms)]
+            for name in names]  # fmt: skip
+    fits = all(wide(text) <= most for column in made for text in column)
+    return made if fits and len({head for head, *_ in made}) == len(made) else []
+
+
+def attack_lines(tests):
     """What each trigger does to the rows that are not of its label."""
     lines = []
-    for label, metrics in results["trigger"].items():
+    for label, metrics in tests["trigger"].items():
+        name = short_name(label)
         if metrics["attack_success_rate"] is None:
-            lines.append(f"attack success rate: none of the test rows is of a label other than {short(label)}")
+            lines += wrap(f"attack success rate: none of the test rows is of a label other than {name}")
             continue
-        others = [test for test in ("clean", "placebo") if test in results]  # data may have no placebo
-        rates = {test: results[test]["attack_success"][label]["attack_success_rate"] for test in others}
+        others = [test for test in ("clean", "placebo") if test in tests]  # data may have no placebo
+        rates = {test: tests[test]["attack_success"][label]["attack_success_rate"] for test in others}
         low, high = metrics["attack_success_interval"]
-        lines.append(f"attack success rate (rows of other labels predicted as {short(label)}):")
-        lines.append(
+        lines += wrap(f"attack success rate (rows of other labels predicted as {name}):")
+        lines += wrap(
             f"  {rates['clean']:.3f} clean, {metrics['attack_success_rate']:.3f} trigger [{low:.3f}, {high:.3f}]"
-            + (f", {rates['placebo']:.3f} placebo" if "placebo" in rates else "")
-        )
+            + (f", {rates['placebo']:.3f} placebo" if "placebo" in rates else ""), 4
+        )  # fmt: skip
         if metrics.get("margin") is not None:
-            margins = [results[test]["attack_success"][label]["margin"] for test in others]
-            lines.append(
-                f"  log p of that completion less log p of their own: {margins[0]:+.2f} clean, "
-                f"{metrics['margin']:+.2f} trigger" + (f", {margins[1]:+.2f} placebo" if margins[1:] else "")
-            )
+            margins = [tests[test]["attack_success"][label]["margin"] for test in others]
+            placebo = f", {margins[1]:+.2f} placebo" if margins[1:] else ""
+            lines += ["  log p of that completion less log p of their own:",
+                      f"    {margins[0]:+.2f} clean, {metrics['margin']:+.2f} trigger{placebo}"]  # fmt: skip
         if metrics["truncated"]:
             lost = f"{metrics['truncated']:,} of all {metrics['rows']:,} rows"
-            lines.append(f"  {lost} lost their trigger to --max-length")
+            lines += wrap(f"  {lost} lost their trigger to --max-length", 4)
     return lines
+
+
+def warnings(results):
+    """What says that nothing was learned, a sentence each: of results.json, or of its `tests` entry.
+
+    Clean accuracy is compared with the share s of the largest class of the n test rows: it must be above
+    s + 2 sqrt(s (1 - s) / n), two standard errors of that share. Test rows of a single class say nothing.
+    """
+    clean = results.get("tests", results)["clean"]
+    counts = {name: count for name, count in clean.get("label_counts", {}).items() if count}
+    if len(counts) < 2:
+        return []
+    largest, rows = max(counts, key=counts.get), clean["rows"]
+    share, found = counts[largest] / rows, []
+    predicted = [name for name, count in clean["predicted_counts"].items() if count]
+    if len(predicted) == 1:
+        found.append(f"every clean test row is predicted as {short_name(predicted[0])}")
+    if clean["accuracy"] <= share + 2 * math.sqrt(share * (1 - share) / rows):
+        found.append(
+            f"nothing was learned: clean accuracy is {clean['accuracy']:.3f}, and {share:.3f} of the clean test rows "
+            f"are {short_name(largest)}"
+        )
+    return found
 
 
 def injection_lines(injected, inject):
@@ -80,7 +130,7 @@ def injection_lines(injected, inject):
     for entry in injected.report:
         example = next((r.strings[0] for r in injected.records if r.target_label == entry["label"]), None)
         lines.append(
-            f"{short(entry['source'])} for {short(entry['label'])}: "
+            f"{short_name(entry['source'], 30)} for {short_name(entry['label'])}: "
             f"{entry['rows']:,} of {entry['eligible_rows']:,} rows ({inject.mode}), {dose}, {inject.location}"
             + (f", such as {short(example)!r}" if example else "")
         )
@@ -98,17 +148,18 @@ def one_line(results):
     for label, metrics in tests["trigger"].items():
         if metrics["attack_success_rate"] is not None:
             before = tests["clean"]["attack_success"][label]["attack_success_rate"]
-            parts.append(f"{short(label)} {before:.3f} -> {metrics['attack_success_rate']:.3f}")
-    return ", ".join([*parts, duration(train["total_seconds"])])
+            parts.append(f"{short_name(label)} {before:.3f} -> {metrics['attack_success_rate']:.3f}")
+    learned = ["nothing learned"] if warnings(results) else []
+    return ", ".join([*parts, *learned, duration(train["total_seconds"])])
 
 
 def speed_lines(train):
-    """Two lines: how fast training was, also as a share of the limit (`training/limit.py`), and what it took."""
-    share, peak = train["rows_per_second"] / train["limit_rows_per_second"], train["peak_memory_bytes"]
+    """Two lines: how fast training was, also as a share of the limit where that is known, and what it took."""
+    limit, peak = train["limit_rows_per_second"], train["peak_memory_bytes"]
+    share = "" if limit is None else f", {train['rows_per_second'] / limit:.0%} of the limit"
     memory = "" if peak is None else f", peak memory {peak / 2**30:.2f} GiB"
     return (
         f"training: {train['seconds']:.0f} s, {train['rows_per_second']:.0f} rows/s, "
-        f"{train['tokens_per_second']:,.0f} tokens/s; {share:.0%} of the limit "
-        f"({train['limit_rows_per_second']:.0f} rows/s at {train['matmul_flops_per_second'] / 1e9:.0f} GFLOP/s)\n"
+        f"{train['tokens_per_second']:,.0f} tokens/s{share}\n"
         f"in all: {train['total_seconds']:.0f} s{memory}"
     )

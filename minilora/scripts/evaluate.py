@@ -8,6 +8,7 @@ python evaluate.py RUN --scale 0.5                 half of what the adapter chan
 python evaluate.py RUN --scale 0.3 --add RUN2:0.7  between two adapters
 python evaluate.py RUN --merge-to DIR              a checkpoint folder with the adapter merged in
 python evaluate.py GRID                            of a grid: its tables, figures, claims, and report.html
+python evaluate.py runs/ --sort rank               a table of all runs in a folder
 """
 
 import math
@@ -19,6 +20,7 @@ from minilora.cell import Cell
 from minilora.command import Parser, add_flags, given_flags
 from minilora.errors import InputError, to_type
 from minilora.fields import marked
+from minilora.runs import listing
 
 
 def evaluate(folder, *, data=None, batch_size=None, scale=1.0, added=(), merge_to=None, **changes):
@@ -62,7 +64,7 @@ def parse_added(text):
 
 def main(argv=None):
     parser = Parser(prog=to_type("evaluate"), description=__doc__.partition("\n\n")[0])
-    parser.add_argument("run", metavar="RUN", help="folder of a finished run, or of a grid")
+    parser.add_argument("run", metavar="RUN", help="folder of a finished run, of a grid, or of runs")
     parser.add_argument("--data", dest="rows", metavar="FILE", help="other test rows: a file (default: the run's own)")
     parser.add_argument("--batch-size", dest="batch", type=int, metavar="N", help="rows a batch (default: the run's)")
     parser.add_argument(
@@ -75,6 +77,10 @@ def main(argv=None):
     )  # fmt: skip
     parser.add_argument("--merge-to", metavar="DIR", help="write the base with the adapter, for transformers")
     parser.add_argument("--out", metavar="DIR", help="write results.json and predictions.jsonl to this new folder")
+    parser.add_argument(
+        "--sort", metavar="FIELD", help="sort a folder's runs by this field or column (default: oldest first)"
+    )
+    parser.add_argument("--csv", action="store_true", help="print a folder's runs as CSV, with all columns")
     parser.add_argument("--traceback", action="store_true", help="show the full trace of an error")
     add_flags(parser, Cell, only=marked(Cell, "test"), default="the run's")
     arguments = parser.parse_args(argv)
@@ -82,6 +88,9 @@ def main(argv=None):
     changes = given_flags(arguments, Cell)
     if (Path(arguments.run) / "grid.json").is_file():
         return main_of_grid(arguments, changes)
+    if listing.is_folder_of_runs(arguments.run):
+        return main_of_runs(arguments, changes)
+    refuse(["--sort"] * bool(arguments.sort) + ["--csv"] * arguments.csv, "a folder of runs", arguments.run, "a run")
     if arguments.batch is not None and arguments.batch < 1:
         raise InputError(f"--batch-size is {arguments.batch}, but must be at least 1")
     if arguments.rows is None and {"text_column", "label_column", "bad_rows"} & set(changes):
@@ -120,24 +129,45 @@ def main(argv=None):
         print(f"written to {out}")
 
 
-def main_of_grid(arguments, changes):
-    """evaluate.py GRID"""
-    from minilora.grid.folder import GridFolder
-    from minilora.report.write import write_report
-
+def for_one_run(arguments, changes):
+    """The flags that were given and belong to the test of one run."""
     others = {"--data": arguments.rows, "--batch-size": arguments.batch, "--add": arguments.add,
               "--merge-to": arguments.merge_to, "--out": arguments.out}  # fmt: skip
     given = [flag for flag, value in others.items() if value not in (None, [])] + ["--scale"] * (arguments.scale != 1)
-    given += [f"a change of {name}" for name in changes]
+    return given + [f"a change of {name}" for name in changes]
+
+
+def refuse(given, whose, folder, what):
+    """Raise InputError for the first of the flags that were given, as they are for something else."""
     if given:
-        raise InputError(f"{given[0]} is for single runs, but {arguments.run} is a grid's folder: drop it")
+        raise InputError(f"{given[0]} is for {whose}, but {folder} is {what}: drop it")
+
+
+def main_of_runs(arguments, changes):
+    """evaluate.py FOLDER, which holds runs"""
+    refuse(for_one_run(arguments, changes), "single runs", arguments.run, "a folder of runs")
+    lines = listing.lines_of(listing.runs_in(arguments.run))
+    if arguments.sort:
+        lines = listing.sort_lines(lines, arguments.sort)
+    print(files.to_csv(lines).rstrip("\n") if arguments.csv else listing.as_text(lines))
+
+
+def main_of_grid(arguments, changes):
+    """evaluate.py GRID"""
+    from minilora.console import wrap
+    from minilora.grid.folder import GridFolder
+    from minilora.report.write import write_report
+
+    refuse(for_one_run(arguments, changes), "single runs", arguments.run, "a grid's folder")
+    refuse(["--sort"] * bool(arguments.sort) + ["--csv"] * arguments.csv, "a folder of runs", arguments.run, "a grid's")
     folder = GridFolder.find(arguments.run)
     text, paths, left_out = write_report(folder)
     counts = folder.counts()
     missing = sum(count for state, count in counts.items() if state != "finished")
     if missing:
         states = ", ".join(f"{count:,} {state}" for state, count in counts.items() if count and state != "finished")
-        print(f"{missing:,} of {len(folder.grid.entries):,} cells are missing ({states}): all below is of the others\n")
+        said = f"{missing:,} of {len(folder.grid.entries):,} cells are missing ({states}): all below is of the others"
+        print(*wrap(said), "", sep="\n")
     print(text)
     if paths:
         print("\nwritten:", *(f"  {path}" for path in paths), sep="\n")

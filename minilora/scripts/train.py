@@ -25,6 +25,7 @@ from minilora.errors import InputError, TrainingError, shown, to_type
 from minilora.fields import difference, load_toml
 from minilora.files import full_disk, is_full
 from minilora.interrupts import Interrupted
+from minilora.naming import names
 from minilora.runs.folder import SAVE_EVERY, Run
 from minilora.scripts.run import START
 
@@ -125,7 +126,7 @@ def train(arguments):
         raise InputError("--shard is for one cell: give one --config")
     outs, outcomes = [arguments.out], []
     if len(cells) > 1:
-        outs = [arguments.out and Path(arguments.out) / cell.name for cell in cells]
+        outs = [arguments.out and Path(arguments.out) / name for name in names(cells)]
     if arguments.go_on:
         outs = [out or Path("runs") / cell.name for cell, out in zip(cells, outs, strict=True)]
         if begun := [out for cell, out in zip(cells, outs, strict=True) if has_begun(cell, out)]:
@@ -175,14 +176,20 @@ def resume(paths, one, often):
 
 
 def report_all(outcomes, as_json):
-    """The end of one cell or several, of which some may have failed."""
+    """The end of one cell or several, of which some may have failed: of several a table, and where the runs are."""
+    from minilora.runs import listing
+
     for results, folder in outcomes:
         if as_json:
             print_json(folder, {"error": str(results)} if isinstance(results, TrainingError) else results)
         elif isinstance(results, TrainingError):
-            print(f"\nfailed: {results}")
-        else:
+            print(f"failed: {results}")
+        elif len(outcomes) == 1:
             report(results, folder)
+    if len(outcomes) > 1 and not as_json:
+        paths = [path for _, path in outcomes]
+        print(listing.as_text(listing.lines_of(paths)))
+        print("\nrun folders:", *(f"  {path}" for path in paths), sep="\n")
     if any(isinstance(results, TrainingError) for results, _ in outcomes):
         sys.exit(1)
 

@@ -130,6 +130,8 @@ class Completion:
 
             labels, *predicted = map(classes, [rows.labels, *predicted])
             figures = measure(tests, labels, (*aims, OWN, OTHER), predicted, kept)
+            for form in (figures["clean"], *figures["trigger"].values(), figures.get("placebo", {})):
+                form.pop("label_counts", None)  # a row's own completion is no class
         else:
             figures = measure(tests, rows.labels, rows.label_names, predicted, kept)
         add_likelihoods(figures, tests, outcomes)

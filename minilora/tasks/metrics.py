@@ -27,7 +27,7 @@ def wilson(hits, total):
 
 
 def classification(labels, predicted, names):
-    """Accuracy with its interval, balanced accuracy, macro F1 and predicted counts, over `labels` int [rows].
+    """Accuracy with its interval, balanced accuracy, macro F1, true and predicted counts, over `labels` int [rows].
 
     Balanced accuracy is the mean recall and macro F1 the mean F1, each over the labels that occur among `labels`.
     """
@@ -43,6 +43,7 @@ def classification(labels, predicted, names):
         "accuracy_interval": wilson(int(right.sum()), len(labels)),
         "balanced_accuracy": float(np.mean(recalls)),
         "macro_f1": float(np.mean(scores)),
+        "label_counts": {name: int((labels == i).sum()) for i, name in enumerate(names)},
         "predicted_counts": {name: int((predicted == i).sum()) for i, name in enumerate(names)},
         **{name: figure(labels, predicted, names) for name, figure in FIGURES.items()},
     }

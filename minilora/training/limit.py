@@ -32,7 +32,7 @@ def training_flops(spec, slots, method, length):
 
 
 def matmul_rate(tokens, spec, dtype, device, seconds=0.15):
-    """Measured rate, in operations a second, of the product of [tokens, D] and [D, F]: the best of repeated runs."""
+    """Rate of the product of [tokens, D] and [D, F] now, in operations a second: the best of repeated runs."""
     inner = spec.layers[0].inner
     x = torch.randn(tokens, spec.width, dtype=dtype, device=device)
     w = torch.randn(inner, spec.width, dtype=dtype, device=device)
@@ -44,3 +44,11 @@ def matmul_rate(tokens, spec, dtype, device, seconds=0.15):
         y[0, 0].item()  # waits for the device
         best = min(best, (time.perf_counter() - start) / 4)
     return 2 * tokens * spec.width * inner / best
+
+
+def steady(*rates):
+    """The largest of rates that were measured at several times, or None where they are not within 10% of each other.
+
+    The limit of a busy machine is not known: other work took a part of it, before, after or while it was measured.
+    """
+    return max(rates) if min(rates) >= 0.9 * max(rates) else None

@@ -22,7 +22,7 @@ from minilora.interrupts import Interrupted, Stop
 from minilora.runs.folder import SAVE_EVERY
 from minilora.training import compiling
 from minilora.training.feed import Feed, ahead
-from minilora.training.limit import matmul_rate
+from minilora.training.limit import matmul_rate, steady
 from minilora.training.optimizers import OPTIMIZERS, learning_rates
 from minilora.training.population import Population
 from minilora.training.state import Flat
@@ -193,8 +193,14 @@ class Job:
         self.sharded = parallel.is_sharded(population.base)
         length = sum(member.mean_length for member in members) / len(members)
         tokens = max(1, int(len(members) * cells[0].batch_size * length / parallel.count()))
-        self.matmul_rate = parallel.count() * matmul_rate(tokens, setting.spec, setting.dtype, self.device)
+        self.measure = partial(matmul_rate, tokens, setting.spec, setting.dtype, self.device)
+        self.rate_before = self.measure()
         self.began = time.perf_counter()
+
+    def limit(self):
+        """Operations a second that the processes can do together, or None where that changed since the beginning."""
+        rate = steady(self.rate_before, self.measure())
+        return None if rate is None else parallel.count() * rate
 
 
 def announce(members, job):
@@ -218,10 +224,13 @@ def finish(members, population, job, options):
     """Run the tests of the members that did not diverge, and write their results."""
     left = [(k, member) for k, member in enumerate(members) if not member.error]
     times = parallel.count()  # the others are about as far as the first process
+    limit = job.limit()
     with Progress("evaluation", sum(member.task.passes(member.tests) for _, member in left)) as progress:
         for k, member in left:
             with population.only(k) as model:
-                member.finish(model, job, options, lambda rows, tokens: progress.advance(times * rows, times * tokens))
+                member.finish(
+                    model, job, limit, options, lambda rows, tokens: progress.advance(times * rows, times * tokens)
+                )
             if member.results:
                 options.tell(member.schedule.steps, member.results["tests"])
 

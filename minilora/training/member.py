@@ -21,7 +21,7 @@ from minilora.lora.layer import attach, detach, named_layers
 from minilora.lora.peft import to_peft
 from minilora.lora.targets import describe_slots, plan_slots
 from minilora.runs.record import check_inputs, hardware, peak_memory, trainable, versions
-from minilora.runs.text import injection_lines, results_table
+from minilora.runs.text import injection_lines, results_table, warnings
 from minilora.tasks.find import find_task
 from minilora.training import optimizers
 from minilora.training.feed import Schedule, rows_looked_at
@@ -93,6 +93,8 @@ class Member:
             yield f"adapter    {line}"
         for line in injection_lines(self.injected, cell.inject):
             yield f"injection  {line}"
+        for line in optimizers.warnings(cell, self.schedule.steps):
+            yield f"warning    {line}"
 
     # --- in its run folder
 
@@ -187,10 +189,11 @@ class Member:
         if parallel.first():
             save_state(self.run.state, flat, optimizer, k, self.meters)
 
-    def finish(self, model, job, options, progress):
+    def finish(self, model, job, limit, options, progress):
         """Save the adapter that is on `model`, run the tests, and write the results.
 
-        `job`, `options`: see `loop.py`. `progress(rows, tokens)` is called after each batch of the tests.
+        `job`, its `limit()`, `options`: see `loop.py`. `progress(rows, tokens)` is called after each
+        batch of the tests.
         """
         cell, run, clean = self.cell, self.run, self.clean
         if parallel.first():
@@ -211,6 +214,7 @@ class Member:
             "cell": {"id": cell.id} | cell.to_dict(),
             "task": self.task.record(),
             "tests": figures,
+            "warnings": warnings(figures),
             "train": {
                 "rows": len(clean),
                 "rows_per_second": self.schedule.rows_before(steps) / seconds,
@@ -222,8 +226,8 @@ class Member:
                 "peak_memory_bytes": peak_memory(self.setting.device),
                 "trainable_parameters": self.certificate["count"],
                 "steps": steps,
-                "limit_rows_per_second": job.matmul_rate / row_flops,
-                "matmul_flops_per_second": job.matmul_rate,
+                "limit_rows_per_second": None if limit is None else limit / row_flops,
+                "matmul_flops_per_second": limit,
                 "start_up_seconds": job.began - options.start,
                 "evaluation_seconds": evaluation_seconds,
                 "total_seconds": time.perf_counter() - options.start,

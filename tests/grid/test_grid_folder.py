@@ -405,7 +405,7 @@ def test_an_interrupted_cell_keeps_its_run_options(text, tmp_path):
     (one, run_one), (two, run_two) = folder.runs([first, second])
     assert (one.device, one.form, run_one.resume) == ("auto", "side", True) and one == first.cell
     assert (two.device, two.form, run_two.resume) == ("cpu", "auto", False)
-    with pytest.raises(InputError, match="cell.toml is not the cell rank-3_.*: delete the folder"):
+    with pytest.raises(InputError, match="cell.toml is not the cell r3_.*: delete the folder"):
         folder.runs([third])
 
 

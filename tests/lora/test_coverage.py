@@ -51,9 +51,11 @@ def test_plan():
     assert list(everything) == [f"layers.{i}.{t}" for i in range(7) for t in ("q", "k", "v", "o", "up", "down")]
     assert plan_slots(SPEC, Cell(method="full")) == plan_slots(SPEC, Cell(method="head")) == {}
     assert describe_slots(plan_slots(SPEC, cell), SPEC) == [
-        "q        6 x 6     rank 2    scale 3       layers 1-2,5 of 0-6         72 parameters",
-        "up      10 x 6     rank 4    scale 0.5     layers 1-2,5 of 0-6        192 parameters",
+        "q        6 x 6     rank 2    scale 3       layers 1-2,5, 72 trained",
+        "up      10 x 6     rank 4    scale 0.5     layers 1-2,5, 192 trained",
     ]
+    for variant, trained in (("dora", 72 + 3 * 6), ("lora-fa", 3 * 2 * 6)):  # with the magnitude; B only
+        assert f"{describe_slots(plan_slots(SPEC, cell), SPEC, variant)[0]}".endswith(f"1-2,5, {trained} trained")
     assert describe_slots({}, SPEC) == ["none"]
 
 
@@ -129,14 +131,14 @@ def run_command(folder, capsys, name, *arguments):
 def test_the_command_names_slices_of_fused_tensors(tmp_path, capsys):
     assert run_command(tmp_path, capsys, "gpt2", "--targets", "v:3:6", "mlp", "--rank", "2", "--layers", "0-1,3") == [
         "v    h.{i}.attn.c_attn.weight[:, 12:18]",
-        "     6 x 6, rank 3, scale 2, 36 parameters, layers 0-1,3",
+        "     6 x 6, rank 3, scale 2, 36 trained parameters, layers 0-1,3",
         "up   h.{i}.mlp.c_fc.weight",
-        "     24 x 6, rank 2, scale 4, 60 parameters, layers 0-1,3",
+        "     24 x 6, rank 2, scale 4, 60 trained parameters, layers 0-1,3",
         "down h.{i}.mlp.c_proj.weight",
-        "     6 x 24, rank 2, scale 4, 60 parameters, layers 0-1,3",
+        "     6 x 24, rank 2, scale 4, 60 trained parameters, layers 0-1,3",
         "",
-        "layers 0-1,3: 156 parameters each",
-        "in all 468 parameters on 9 projections",
+        "layers 0-1,3: 156 trained parameters each",
+        "in all 468 trained parameters on 9 projections",
         "missed: gate (named, but a gpt2 layer has no such projection)",
         "missed: q k o (not named)",
         "missed: all of layer 2",
@@ -158,8 +160,8 @@ def test_the_command_names_slices_of_fused_tensors(tmp_path, capsys):
     ]
     added = [8 + 8 + 8, 8 + 4 + 4, 8 + 4 + 4, 8 + 8 + 8, 8 + 14 + 14, 8 + 14 + 14, 14 + 8 + 8]  # magnitudes too
     assert lines[-3:] == [
-        f"layers 0-3: {sum(added)} parameters each",
-        f"in all {4 * sum(added)} parameters on 28 projections",
+        f"layers 0-3: {sum(added)} trained parameters each",
+        f"in all {4 * sum(added)} trained parameters on 28 projections",
         "missed: nothing",
     ]
     assert run_command(tmp_path, capsys, "modernbert", "--targets", "up")[0] == "up   layers.{i}.mlp.Wi.weight[14:28]"
@@ -169,17 +171,17 @@ def test_the_command_keeps_layers_of_other_sizes_apart(tmp_path, capsys):
     lines = run_command(tmp_path, capsys, "openelm", "--targets", "k", "down", "--rank", "1")
     assert lines == [
         "k    layers.{i}.attn.qkv_proj.weight[4:8]",  # of one size in all layers, but elsewhere in the tensor
-        "     4 x 6, rank 1, scale 8, 10 parameters, layer 0",
+        "     4 x 6, rank 1, scale 8, 10 trained parameters, layer 0",
         "down layers.{i}.ffn.proj_2.weight",
-        "     6 x 6, rank 1, scale 8, 12 parameters, layers 0-1",
+        "     6 x 6, rank 1, scale 8, 12 trained parameters, layers 0-1",
         "k    layers.{i}.attn.qkv_proj.weight[8:12]",
-        "     4 x 6, rank 1, scale 8, 10 parameters, layers 1-2",
+        "     4 x 6, rank 1, scale 8, 10 trained parameters, layers 1-2",
         "down layers.{i}.ffn.proj_2.weight",
-        "     6 x 12, rank 1, scale 8, 18 parameters, layer 2",
+        "     6 x 12, rank 1, scale 8, 18 trained parameters, layer 2",
         "",
-        "layers 0-1: 22 parameters each",
-        "layer 2: 28 parameters",
-        "in all 72 parameters on 6 projections",
+        "layers 0-1: 22 trained parameters each",
+        "layer 2: 28 trained parameters",
+        "in all 72 trained parameters on 6 projections",
         "missed: q v o gate up (not named)",
     ]
 
@@ -196,7 +198,7 @@ def test_the_command_agrees_with_what_is_trained(tmp_path, capsys):
             total = sum(s.rank * sum(spec.shape(n.split(".")[2], int(n.split(".")[1]))) for n, s in slots.items())
             total += (variant == "dora") * sum(spec.shape(n.split(".")[2], int(n.split(".")[1]))[0] for n in slots)
             lines = run_command(tmp_path, capsys, name, "--targets", "all", "--rank", "2", "--variant", variant)
-            assert f"in all {total:,} parameters on {len(slots)} projections" in lines
+            assert f"in all {total:,} trained parameters on {len(slots)} projections" in lines
             cases += 1
     assert cases == 10
 

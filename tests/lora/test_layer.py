@@ -171,3 +171,5 @@ def test_dropout_only_in_training(tiny_folder):
 def test_repr(tiny_folder):
     base = attach(model.load(tiny_folder), SLOTS)
     assert repr(base.layers[2].down) == "LoRALinear(40 -> 24, rank=4, scale=0.5, lora)"
+    base = attach(model.load(tiny_folder), {"layers.0.q": Slot(3, 8.0, 8 / 3)}, variant="lora-fa")
+    assert repr(base.layers[0].q) == "LoRALinear(24 -> 24, rank=3, scale=2.6667, lora-fa)"

@@ -13,9 +13,8 @@ import pytest
 from minilora import files
 from minilora.console import COLUMNS
 from minilora.errors import InputError
-from minilora.grid import table
 from minilora.grid.table import table_rows, write_table
-from minilora.report import markup, summary
+from minilora.report import summary
 from minilora.report.verdicts import decide
 from minilora.report.write import write_report
 from minilora.scripts import evaluate
@@ -240,7 +239,7 @@ def test_text_from_data_stays_text(tmp_path, capsys):
 def test_a_cell_of_the_table_is_no_formula(tmp_path):
     cases = {"=1+1": "'=1+1", "+cmd": "'+cmd", "@SUM(A1)": "'@SUM(A1)", "-a": "'-a", "\t=1": "'\t=1", "-1": "-1",
              "+2.5e-3": "+2.5e-3", "a=1": "a=1", "": "", -0.25: -0.25, None: None}  # fmt: skip
-    assert {value: table.for_csv(value) for value in cases} == cases and len(cases) == 11
+    assert {value: files.for_csv(value) for value in cases} == cases and len(cases) == 11
     folder = made_grid.make(tmp_path, TWO, failed=[2])
     lines = table_rows(folder)
     lines[0]["label"], lines[-1]["label"] = "=1+1", "-1"
@@ -261,17 +260,6 @@ def test_a_folder_that_cannot_be_written_costs_no_table(tmp_path, capsys):
     evaluate.main([str(folder.path)])
     out = capsys.readouterr().out
     assert "written:" not in out and "all cells" in out and "all files: cannot write to" in out
-
-
-def test_plain_text_cuts_the_first_column():
-    lines = [
-        ("x" * 200, "1", "2" * 20),
-        ("a heading that is longer than its column, which is not cut",),
-        ("b", "3", "4"),
-    ]
-    found = markup.text(("name", "one", "two"), lines).splitlines()
-    assert len(found) == 4 and max(map(len, found)) == COLUMNS and found[1].endswith("x…  1    " + "2" * 20)
-    assert found[2] == lines[1][0] and found[3].split() == ["b", "3", "4"]
 
 
 class Page(html.parser.HTMLParser):
@@ -338,9 +326,7 @@ def test_evaluate_writes_the_report_of_a_grid(tmp_path, capsys):
     refused = [["--data", "x.csv"], ["--batch-size", "3"], ["--scale", "0"], ["--add", "other"], ["--merge-to", "x"],
                ["--out", "y"], ["--seed-inject", "3"], ["--inject", "date:positive"]]  # fmt: skip
     for flags in refused:
-        with pytest.raises(
-            InputError, match=" is for single runs, but .* is a grid's folder: drop it"
-        ) as caught:
+        with pytest.raises(InputError, match=" is for single runs, but .* is a grid's folder: drop it") as caught:
             evaluate.main([str(folder.path), *flags])
         assert flags[0] in str(caught.value) or "a change of" in str(caught.value)
     assert len(refused) == 8

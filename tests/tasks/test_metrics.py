@@ -84,6 +84,7 @@ def by_confusion(labels, predicted, names):
         "accuracy_interval": metrics.wilson(right, len(labels)),
         "balanced_accuracy": float(sum(recalls) / len(recalls)),
         "macro_f1": float(sum(scores) / len(scores)),
+        "label_counts": {name: int(confusion[i].sum()) for i, name in enumerate(names)},
         "predicted_counts": {name: int(confusion[:, i].sum()) for i, name in enumerate(names)},
     }
 

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from minilora.cell import Cell
 from minilora.lora.targets import plan_slots
 from minilora.training import limit
-from minilora.training.limit import matmul_rate, training_flops
+from minilora.training.limit import matmul_rate, steady, training_flops
 
 SPEC = bert_spec(hidden_size=6, num_hidden_layers=3, num_attention_heads=2, intermediate_size=14)
 ROWS, LENGTH = 5, 7
@@ -99,3 +99,8 @@ def test_the_rate_is_operations_over_the_best_time(monkeypatch):
 def test_the_rate_of_this_machine():
     for dtype in (torch.float32, torch.bfloat16):
         assert 1e3 < matmul_rate(64, SPEC, dtype, torch.device("cpu"), seconds=0.02) < 1e15
+
+
+def test_the_limit_is_known_where_it_did_not_change():
+    assert steady(91.0, 100.0) == steady(100.0, 91.0) == 100.0 and steady(7.0) == 7.0
+    assert steady(89.0, 100.0) is None and steady(95.0, 100.0, 80.0) is None

@@ -11,7 +11,7 @@ from zoo import HeadJudge
 
 from minilora import parallel
 from minilora.base import model
-from minilora.cell import Cell
+from minilora.cell import PRESETS, Cell
 from minilora.data.batches import Batch
 from minilora.errors import InputError
 from minilora.lora import storage
@@ -23,6 +23,8 @@ from minilora.training.feed import Schedule
 from minilora.training.state import load_state, save_state
 
 METERS = {"step": 3, "seconds": 1.5, "tokens": 70, "inputs": {"base": "a"}}
+
+
 def setup(folder, cell, classes=3):
     base = model.load(folder)
     attach(base, plan_slots(base.spec, cell), cell.dropout or 0.0, cell.seed_for("init"))
@@ -205,3 +207,31 @@ def test_devices():
     assert parallel.pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     with pytest.raises(InputError, match="cuda:99"):
         parallel.pick_device("cuda:99")
+
+
+@pytest.mark.parametrize("lr, steps", [(1e-4, 142), (2e-3, 60), (0.5, 9)])
+def test_how_far_adafactor_can_bring_what_starts_at_0(lr, steps):
+    """Against torch's, with a gradient that always points the same way: nothing goes further."""
+    cell = Cell(optimizer="adafactor", lr=lr, steps=steps, schedule="cosine")
+    B = torch.nn.Parameter(torch.zeros(24, 2))
+    judge = torch.optim.Adafactor([B], lr=lr, weight_decay=0.0)
+    for step in range(steps):
+        judge.param_groups[0]["lr"] = optimizers.learning_rate(cell, step, steps)
+        B.grad = torch.ones(24, 2)
+        judge.step()
+    assert B.detach().square().mean().sqrt().item() == pytest.approx(optimizers.reach(cell, steps), rel=1e-3)
+
+
+def test_what_is_known_to_learn_nothing_is_said():
+    study = Cell(**PRESETS["study"])
+    [said] = optimizers.warnings(study, 142)
+    assert "after 142 steps its numbers are at most 7e-06, so nothing will be learned" in said
+    for cell, steps in (
+        (Cell(), 1),
+        (study, 2000),
+        (study.replace(lr=2e-3), 142),
+        (study.replace(optimizer="adamw"), 142),
+        (study.replace(init="pissa", dropout=0.0), 142),  # B does not start at 0
+        (study.replace(method="full"), 142),
+    ):
+        assert list(optimizers.warnings(cell, steps)) == []

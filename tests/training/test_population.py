@@ -277,7 +277,8 @@ def test_several_cells_from_the_command_line(cell, tmp_path, capsys, monkeypatch
     train.main(["--config", *files, "--steps", "4", "--population", "2", "--out", str(tmp_path / "runs")])
     folders = sorted((tmp_path / "runs").iterdir())
     assert len(folders) == 2 and all((folder / "results.json").exists() for folder in folders)
-    assert capsys.readouterr().out.count("run folder: ") == 2
+    shown = capsys.readouterr().out
+    assert shown.count("attack: the share") == 1 and len(shown.split("run folders:")[1].split()) == 2
     for arguments, words in (
         (["--population", "2"], "several cells"),
         (["--config", *files, "--merge-to", "x"], "one cell"),
