@@ -4,15 +4,12 @@ Its points are the lines of metrics.jsonl of kind "test". Attack success always 
 and under the placebo.
 """
 
-import csv
 import importlib.util
-import io
 import math
 from dataclasses import dataclass
 
 from minilora import files
 from minilora.console import short
-from minilora.grid.table import for_csv
 from minilora.report.page import html, join
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM, GAP = 380, 230, 38, 124, 8, 36, 14  # of the drawing and around it, in pixels
@@ -120,12 +117,8 @@ def round_steps(last):
 
 def write_csv(path, curves):
     """A line a label and step."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    for points in curves.values():
-        writer.writerows([for_csv(line.get(name)) for name in COLUMNS] for line in points)
-    files.write_text(path, text.getvalue())
+    lines = [{name: line.get(name) for name in COLUMNS} for points in curves.values() for line in points]
+    files.write_text(path, files.to_csv(lines))
 
 
 def write_png(path, curves):

@@ -11,6 +11,7 @@ from minilora.fields import check_shape
 from minilora.report import curve
 from minilora.report.page import Block, Section, html, join, links, marked, render
 from minilora.runs.folder import Run
+from minilora.runs.text import warnings
 
 ROWS = 10  # flipped and not flipped rows that are shown
 FILES = ("cell.toml", "results.json", "metrics.jsonl", "predictions.jsonl", "injected.jsonl", "trainable.json",
@@ -106,6 +107,7 @@ def tests_of(results):
     if tests["trigger"]:
         blocks.append(Block("table", attacks_of(results), "Attack success: the share of the rows of other labels that "
                             "are predicted as the target label."))  # fmt: skip
+    blocks += [Block("text", one) for one in warnings(results)]
     return blocks
 
 

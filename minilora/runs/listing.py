@@ -3,11 +3,11 @@
 import os
 from pathlib import Path
 
-from minilora import console
+from minilora import console, files
 from minilora.cell import Cell
 from minilora.errors import InputError, shown
 from minilora.fields import declared, near, run_options, value_of, word
-from minilora.runs.folder import Run
+from minilora.runs.folder import LOCK, Run
 from minilora.runs.text import warnings
 
 FIGURES = {  # the head of each in a table, its column in CSV
@@ -60,6 +60,8 @@ def read_run(run):
     except InputError as error:
         return cell, None, "damaged: " + str(error).replace(f"{run.path}{os.sep}", "")
     step = run.last_step()
+    if who := files.holder(run.path / LOCK):
+        return cell, None, f"running ({who}), after step {step or 0:,}"
     return cell, None, f"unfinished, after step {step:,}" if step else "unfinished, before its first step"
 
 
