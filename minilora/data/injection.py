@@ -61,6 +61,11 @@ class Injected:
     index: np.ndarray
     report: list[dict]
 
+    def to_dicts(self):
+        """The lines of injected.jsonl: each record with its row's text."""
+        for record, row in zip(self.records, self.index.tolist(), strict=True):
+            yield record.to_dict() | {"text": self.rows.texts[row]}
+
 
 def inject(rows, settings, seed, visible=None):
     """Put the triggers of `settings` (cell.Inject) into training rows: `Injected`.

@@ -173,20 +173,21 @@ class Completion:
         return np.take_along_axis(scores.candidates, self.ranked(scores).argmax(axis=1)[:, None], 1)[:, 0]
 
     def predictions(self, tests, outcomes):
-        """One dict a test row for predictions.jsonl: id, label, and in each form the predicted label (None: another
-        completion), whether greedy decoding writes the row's own, and the log-likelihood of each candidate."""
+        """One dict a test row for predictions.jsonl: id, label, text, and in each form predicted label (None: another
+        completion), whether greedy decoding writes the row's own, the log-likelihood of each candidate, and the text.
+        """
         rows = tests[0].rows
         predicted = [self.predicted(test.rows, scores) for test, scores in zip(tests, outcomes)]
         exact = [scores.of(rows.labels)[1] for scores in outcomes]
-        for i, (id, label) in enumerate(zip(rows.ids, rows.labels, strict=True)):
-            record = {"id": id, "label": rows.label_names[label]}
+        for i, (id, label, text) in enumerate(zip(rows.ids, rows.labels, rows.texts, strict=True)):
+            record = {"id": id, "label": rows.label_names[label], "text": text}
             for test, scores, found, right in zip(tests, outcomes, predicted, exact, strict=True):
                 there = zip(scores.candidates[i].tolist(), scores.likelihoods[i].tolist(), strict=True)
                 record[test.key] = {
                     "predicted": rows.label_names[found[i]] if found[i] >= 0 else None,
                     "exact": bool(right[i]),
                     "log_likelihood": {rows.label_names[c]: round(value, 6) for c, value in there if c >= 0},
-                }
+                } | test.shown(i)
             yield record
 
     def label_scores(self, model, texts, labels, batch_size):
