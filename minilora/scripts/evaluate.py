@@ -4,13 +4,17 @@ grid's folder, write the report.
 python evaluate.py RUN                             its own tests; says whether every prediction is the same
 python evaluate.py RUN --inject country:positive   other triggers
 python evaluate.py RUN --data reviews.csv          other test rows
+python evaluate.py RUN --text "I like it."         your own sentence, with and without the trigger, word by word
 python evaluate.py RUN --scale 0.5                 half of what the adapter changes
 python evaluate.py RUN --scale 0.3 --add RUN2:0.7  between two adapters
 python evaluate.py RUN --merge-to DIR              a checkpoint folder with the adapter merged in
 python evaluate.py GRID                            of a grid: its tables, figures, claims, and report.html
 """
 
+import json
 import math
+import os
+import sys
 from pathlib import Path
 
 import minilora
@@ -75,6 +79,13 @@ def main(argv=None):
     )  # fmt: skip
     parser.add_argument("--merge-to", metavar="DIR", help="write the base with the adapter, for transformers")
     parser.add_argument("--out", metavar="DIR", help="write results.json and predictions.jsonl to this new folder")
+    parser.add_argument("--text", nargs="+", action="extend", metavar="TEXT",
+                        help="predict these texts instead, each as it is, with a trigger, with a placebo and without "
+                        "the adapter, and show what each word does (-: the lines of standard input)")  # fmt: skip
+    parser.add_argument(
+        "--seed", dest="draw", type=int, metavar="N", help="of the triggers that are drawn for --text (default: 0)"
+    )
+    parser.add_argument("--json", action="store_true", help="print --text as JSON, a line a text")
     parser.add_argument("--traceback", action="store_true", help="show the full trace of an error")
     add_flags(parser, Cell, only=marked(Cell, "test"), default="the run's")
     arguments = parser.parse_args(argv)
@@ -82,8 +93,12 @@ def main(argv=None):
     changes = given_flags(arguments, Cell)
     if (Path(arguments.run) / "grid.json").is_file():
         return main_of_grid(arguments, changes)
+    if arguments.text is None and (arguments.json or arguments.draw is not None):
+        raise InputError(f"{'--json' if arguments.json else '--seed'} is for texts of your own: give --text too")
     if arguments.batch is not None and arguments.batch < 1:
         raise InputError(f"--batch-size is {arguments.batch}, but must be at least 1")
+    if arguments.text is not None:
+        return main_of_text(arguments, changes)
     if arguments.rows is None and {"text_column", "label_column", "bad_rows"} & set(changes):
         raise InputError("--text-column, --label-column and --bad-rows are those of --data: give it too")
     out = Path(arguments.out) if arguments.out else None
@@ -94,11 +109,7 @@ def main(argv=None):
         if folder:
             files.try_folder(folder, flag)
 
-    if not math.isfinite(arguments.scale):
-        raise InputError(f"--scale is {arguments.scale}, but must be a finite number")
-    added = [parse_added(text) for text in arguments.add]
-    settings = {"data": arguments.rows, "scale": arguments.scale, "added": added}
-
+    settings = {"data": arguments.rows} | strength(arguments)
     figures, predictions = evaluate(
         arguments.run, batch_size=arguments.batch, merge_to=arguments.merge_to, **settings, **changes
     )
@@ -106,7 +117,7 @@ def main(argv=None):
 
     print(results_table(figures))
     own_rows = arguments.rows is None and "inject" not in changes and "seed_inject" not in changes
-    if own_rows and arguments.scale == 1 and not added:
+    if own_rows and arguments.scale == 1 and not arguments.add:
         same, total = compare(arguments.run, predictions)
         print(f"predictions the same as the run's own: {same:,} of {total:,}")
     if out:
@@ -117,13 +128,63 @@ def main(argv=None):
         print(f"written to {out}")
 
 
+def strength(arguments):
+    """`scale` and `added` of `minilora.open`."""
+    if not math.isfinite(arguments.scale):
+        raise InputError(f"--scale is {arguments.scale}, but must be a finite number")
+    return {"scale": arguments.scale, "added": [parse_added(text) for text in arguments.add]}
+
+
+def main_of_text(arguments, changes):
+    """evaluate.py RUN --text"""
+    others = {"--data": arguments.rows, "--merge-to": arguments.merge_to, "--out": arguments.out,
+              "--batch-size": arguments.batch}  # fmt: skip
+    given = [flag for flag, value in others.items() if value is not None]
+    given += [f"--{name.replace('_', '-')}" for name in ("text_column", "label_column", "bad_rows") if name in changes]
+    if given:
+        raise InputError(f"{given[0]} is for labelled rows, but --text gives texts of your own: drop one of them")
+    texts = read_texts(arguments.text)
+    run = minilora.open(arguments.run, **strength(arguments), **changes)
+    from minilora.runs.look import closing_lines, look, look_lines
+
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    for number, found in enumerate(look(run, texts, arguments.draw or 0)):
+        if arguments.json:
+            print(json.dumps(found, allow_nan=False))
+        else:
+            print(*[""] * (number > 0), *look_lines(found, colour), sep="\n")
+    if not arguments.json:
+        print("", *closing_lines(run, found), sep="\n")
+
+
+def read_texts(given):
+    """The texts of --text, `-` replaced by the lines of standard input. Raises InputError where they are no text."""
+    texts = []
+    for text in given:
+        lines = [text]
+        if text == "-":
+            try:
+                read = sys.stdin.buffer.read().decode("utf-8-sig")
+                lines = [line.removesuffix("\r") for line in read.removesuffix("\n").split("\n")] if read else []
+            except UnicodeDecodeError as error:
+                raise InputError(f"standard input is not UTF-8 text (at byte {error.start}): convert it") from None
+            if not lines:
+                raise InputError("--text - reads standard input, which is empty: give it a text a line")
+        texts += lines
+    for number, text in enumerate(texts, 1):
+        if any("\ud800" <= one <= "\udfff" for one in text):
+            raise InputError(f"text {number} of --text is not valid UTF-8: check the terminal's encoding")
+    return texts
+
+
 def main_of_grid(arguments, changes):
     """evaluate.py GRID"""
     from minilora.grid.folder import GridFolder
     from minilora.report.write import write_report
 
     others = {"--data": arguments.rows, "--batch-size": arguments.batch, "--add": arguments.add,
-              "--merge-to": arguments.merge_to, "--out": arguments.out}  # fmt: skip
+              "--merge-to": arguments.merge_to, "--out": arguments.out, "--text": arguments.text,
+              "--seed": arguments.draw, "--json": arguments.json or None}  # fmt: skip
     given = [flag for flag, value in others.items() if value not in (None, [])] + ["--scale"] * (arguments.scale != 1)
     given += [f"a change of {name}" for name in changes]
     if given:

@@ -208,6 +208,11 @@ class Classification:
         """Logits float32 [rows, C] of texts; C labels."""
         return predict(model, self.tokenizer, texts, self.cell.max_length, batch_size)[0]
 
+    def read(self, texts, labels):
+        """What the base reads of texts: (tokens int64 [rows], characters before the first that is cut int64 [rows])."""
+        encoded = token_cache.encode(self.tokenizer, texts, self.cell.max_length)
+        return np.diff(encoded.offsets), encoded.kept
+
     def describe(self):
         return f"classification, head {self.cell.head} on {self.cell.pooling} pooling"
 

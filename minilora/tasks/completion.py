@@ -195,11 +195,27 @@ class Completion:
 
         Raises InputError where the completions are free text or the choices of a question.
         """
+        rows = self._asked(texts, labels)
+        return self.ranked(self.score(model, rows, batch_size))
+
+    def read(self, texts, labels):
+        """As `Classification.read`, of prompts with these texts; no tokens where a completion leaves no room."""
+        rows = self._asked(texts, labels)
+        rooms = self._rooms(self._completions(rows, self._candidates(rows)))
+        prompts, kept = token_cache.prompts(self.tokenizer, rows.texts, self.before, self.after, rooms)
+        return np.array([len(ids) for ids in prompts], np.int64), kept
+
+    def _asked(self, texts, labels):
+        """Rows of texts of one's own. Raises InputError where not every text has the same few completions."""
         ids = [str(number) for number in range(1, len(texts) + 1)]
         rows = Rows(ids, list(texts), np.zeros(len(texts), np.int64), tuple(labels))
         if self.of_choices or self._is_free(rows) or not labels:
-            raise InputError("the completions are no fixed set of labels, so there are no probabilities of labels")
-        return self.ranked(self.score(model, rows, batch_size))
+            what = "choices of a question" if self.of_choices else "free text"
+            raise InputError(
+                f"the completions are no fixed set of labels but {what}, so a text has no probabilities of labels: "
+                "give labelled rows as --data, or data=FILE"
+            )
+        return rows
 
     def ranked(self, scores):
         """What ranks the candidates of each row, float64 [rows, C]: the sum over a completion's tokens or the mean."""
