@@ -1,7 +1,7 @@
 """A run folder: what a cell leaves on disk. It is never overwritten, and locked while a process works in it.
 
 cell.toml           the cell, resolved; train.py --config reads it
-adapter/            what was trained, in PEFT's format
+adapter/            what was trained, in PEFT's format, and its model card README.md
 factors.safetensors the adapter bit for bit: what evaluating the run, --start and --add read
 metrics.jsonl       one line a step ("kind": "step"), one a trigger label for each run of the tests ("test", with the
                     names of a grid's table.csv), and one for what ended the run ("error")

@@ -213,6 +213,10 @@ class Classification:
         encoded = token_cache.encode(self.tokenizer, texts, self.cell.max_length)
         return np.diff(encoded.offsets), encoded.kept
 
+    def answers(self, labels):
+        """See `Completion.answers`: a classifier writes none."""
+        return None
+
     def describe(self):
         return f"classification, head {self.cell.head} on {self.cell.pooling} pooling"
 

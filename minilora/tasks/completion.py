@@ -205,6 +205,18 @@ class Completion:
         prompts, kept = token_cache.prompts(self.tokenizer, rows.texts, self.before, self.after, rooms)
         return np.array([len(ids) for ids in prompts], np.int64), kept
 
+    def answers(self, labels):
+        """What others need to ask the same of a model: `completions` {label: its ids}, empty where they are no fixed
+        set, and `after`, how many special tokens a tokenizer puts after a prompt that are left out here."""
+        [alone], _ = self.tokenizer.prompts(["a"], "", "", [math.inf])
+        after = len(self.tokenizer.encode(["a"], self.cell.max_length).ids) - len(alone)
+        found = {}
+        if not self.of_choices and len(labels) <= FEW:
+            rows = self._asked(["a"], labels)
+            [ids] = self._completions(rows, self._candidates(rows))
+            found = {label: one.tolist() for label, one in zip(labels, ids, strict=True)}
+        return {"completions": found, "after": after}
+
     def _asked(self, texts, labels):
         """Rows of texts of one's own. Raises InputError where not every text has the same few completions."""
         ids = [str(number) for number in range(1, len(texts) + 1)]

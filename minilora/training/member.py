@@ -19,6 +19,7 @@ from minilora.lora.adapter import adapter_of
 from minilora.lora.layer import attach, detach, named_layers
 from minilora.lora.peft import to_peft
 from minilora.lora.targets import describe_slots, plan_slots
+from minilora.runs.card import card
 from minilora.runs.record import check_inputs, figure_lines, hardware, peak_memory, trainable, versions
 from minilora.runs.text import injection_lines, results_table
 from minilora.tasks.find import find_task
@@ -244,6 +245,9 @@ class Member:
             "hardware": hardware(self.setting.device),
         }
         if parallel.first():
+            answers = self.task.answers(clean.label_names)
+            text = card(cell, self.results, self.injected, clean.label_names, answers)
+            files.write_text(run.path / "adapter" / "README.md", text)
             run.finish(self.results)
             if options.merge_to is not None:
                 self.merge_to(options.merge_to, model)
