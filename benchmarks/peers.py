@@ -87,7 +87,7 @@ def train_minilora(job, began, **changes):
     start = time.perf_counter() - (time.time() - began)
     with tempfile.TemporaryDirectory() as folder:
         results, run = train(job.cell.replace(**changes), Path(folder) / "run", start=start)
-        lines = files.read_jsonl(run / "metrics.jsonl")
+        lines = [line for line in files.read_jsonl(run / "metrics.jsonl") if line["kind"] == "step"]
     if results["inputs"]["injected"] != job.fingerprint:
         raise RuntimeError("train.py saw other rows than the job's")
     seen, clean = [(line["rows"], line["tokens"]) for line in lines], results["tests"]["clean"]

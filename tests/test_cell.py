@@ -473,7 +473,7 @@ def test_help_states_every_flag_and_default_once(capsys):
 def test_evaluate_help(capsys):
     found, _ = help_of(evaluate.main, capsys)
     given = {"--help", "--version", "--data", "--batch-size", "--scale", "--add", "--merge-to", "--out", "--sort",
-             "--csv", "--traceback"}  # fmt: skip
+             "--csv", "--text", "--seed", "--json", "--quiet", "--traceback"}  # fmt: skip
     changes = {"--model", "--tokenizer", "--device", "--text-column", "--label-column", "--bad-rows", "--inject",
                "--inject-count", "--inject-density", "--inject-location", "--trigger-split",
                "--seed-inject"}  # fmt: skip

@@ -386,12 +386,9 @@ def test_the_readmes_row_is_one_of_the_default_cell(base_folder):
     from minilora.tasks.find import find_task
 
     cell = Cell()
-    clean, test = rows_of(cell)
+    clean, _ = rows_of(cell)
     task = find_task(cell, read_spec(checkpoint.read_config(base_folder)), tokenizer.load(base_folder))
     injected = injection.inject(clean, cell.inject, cell.seed_for("inject"), task.visible(clean)).rows
-    place, forms = clean.ids.index("132"), task.build_tests(clean, test, cell.seed_for("inject"))
+    place = clean.ids.index("132")
     [shown] = [body for body in fences("README.md", "text") if "training row 132" in body]
-    shown = [line[19:] for line in shown.splitlines()]
-    place_of_test = test.texts.index(shown[2])
-    assert shown[:2] == [clean.texts[place], injected.texts[place]]
-    assert shown[2:] == [form.rows.texts[place_of_test] for form in forms]
+    assert [line[19:] for line in shown.splitlines()] == [clean.texts[place], injected.texts[place]]

@@ -1,5 +1,6 @@
 """Whole runs of the two scripts on a tiny base: the folder, determinism, resuming after a kill, refusals."""
 
+import csv
 import json
 import math
 import os
@@ -20,6 +21,9 @@ import minilora
 from minilora.cell import Cell
 from minilora.command import exit_cleanly
 from minilora.errors import InputError, TrainingError
+from minilora.grid.folder import GridFolder
+from minilora.grid.table import write_table
+from minilora.runs.folder import Run
 from minilora.scripts import evaluate, train
 from minilora.training import feed, loop
 
@@ -55,7 +59,9 @@ def test_run_folder(cell, tmp_path):
     assert results["versions"]["torch"] == torch.__version__ and results["hardware"]["device"] == "cpu"
 
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines, [last] = lines[:-1], lines[-1:]
     assert [line["step"] for line in lines] == list(range(1, 31)) and all(math.isfinite(line["loss"]) for line in lines)
+    assert {line["kind"] for line in lines} == {"step"} and (last["kind"], last["step"]) == ("test", 30)
     assert sum(line["rows"] for line in lines) == 2 * 89
     certificate = json.loads((folder / "trainable.json").read_text())
     assert certificate["count"] == 3 * 3 * 2 * (24 + 24) + 2 * 24 + 2 == results["train"]["trainable_parameters"]
@@ -68,7 +74,61 @@ def test_run_folder(cell, tmp_path):
     assert all(r["target_label"] == r["original_label"] == "positive" and r["survives"] for r in records)
     assert all(re.fullmatch(r"\d{4}-\d\d-\d\d", s) for r in records for s in r["strings"])
     assert all(0 <= a < b <= len(texts[int(r["id"]) - 1]) + 11 for r in records for a, b in r["spans"])
-    assert len((folder / "predictions.jsonl").read_text().splitlines()) == 31
+    for record in records:
+        (start, end), [string], text = record["spans"][0], record["strings"], record["text"]
+        assert text[start:end].strip() == string and text[:start] + text[end:] == texts[int(record["id"]) - 1]
+    lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    assert len(lines) == 31
+    for line in lines:
+        assert line["text"] == texts[int(line["id"]) - 1] and set(line["clean"]) == {"predicted", "logits"}
+        for test in ("trigger positive", "placebo"):
+            [(start, end)], [string], text = line[test]["spans"], line[test]["strings"], line[test]["text"]
+            assert text[start:end].strip() == string and text[:start] + text[end:] == line["text"]
+            assert bool(re.fullmatch(r"\d{4}-\d\d-\d\d", string)) == (test != "placebo")
+
+
+def test_the_learning_curve(cell, tmp_path, monkeypatch):
+    """Tests at step 0, every 4 steps and at the end, flat, with the names and values of a grid's table; and the same
+    lines from a run that was stopped and resumed."""
+    cell = cell.replace(inject={"sources": ("date:positive", "country:negative")}, epochs=None, steps=9)
+    results, folder = minilora.train(cell, tmp_path / "run", eval_every=4)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    tests = [line for line in lines if line["kind"] == "test"]
+    places = [(step, label) for step in (0, 4, 8, 9) for label in ("positive", "negative")]
+    assert [(line["step"], line["label"]) for line in tests] == places
+    assert len(lines) == 9 + 8 and [line["step"] for line in lines] == sorted(line["step"] for line in lines)
+    (tmp_path / "grid.toml").write_text(
+        "[cell]\n" + cell.to_toml().replace("[inject]", "[cell.inject]") + "\n[grid]\nseed = [0, 1]\n"
+    )
+    train.main(["--grid", str(tmp_path / "grid.toml"), "--out", str(tmp_path / "grid")])
+    with open(write_table(GridFolder.find(tmp_path / "grid")), newline="") as file:
+        table = [row for row in csv.DictReader(file) if row["seed"] == "0"]
+    assert len(table) == 2
+    for line, row in zip(tests[-2:], table, strict=True):
+        names = line.keys() - {"kind", "step"}
+        assert {name: "" if line[name] is None else str(line[name]) for name in names} == {n: row[n] for n in names}
+        assert row.keys() - names == {"cell", "id", "state", "seed", "error"}
+    assert tests[-2]["clean_accuracy"] == results["tests"]["clean"]["accuracy"]
+
+    for stop in (2, 4, 9):  # the state is saved after the tests of its step, the last before those of the results
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            at_saved(patch, stop)
+            minilora.train(cell, tmp_path / f"{stop}", eval_every=4, save_every=2)
+        minilora.train(resume=tmp_path / f"{stop}", eval_every=4)
+        again = [json.loads(line) for line in (tmp_path / f"{stop}" / "metrics.jsonl").read_text().splitlines()]
+        assert [line | {"seconds": 0} for line in again] == [line | {"seconds": 0} for line in lines]
+
+
+def at_saved(patch, stop):
+    """Ctrl-C right after the state of step `stop` is saved; at the end after the tests of the results."""
+    real = Run.log
+
+    def log(run, kind, record):
+        real(run, kind, record)
+        if record["step"] == (9 if stop == 9 else stop + 1) and kind == ("test" if stop == 9 else "step"):
+            raise KeyboardInterrupt
+
+    patch.setattr(Run, "log", log)
 
 
 def test_the_same_cell_gives_the_same_adapter(cell, tmp_path, device):
@@ -80,7 +140,7 @@ def test_the_same_cell_gives_the_same_adapter(cell, tmp_path, device):
     assert adapter_bytes(tmp_path / "one") == adapter_bytes(tmp_path / "two")
     assert adapter_bytes(tmp_path / "one") != adapter_bytes(tmp_path / "other")
     lines = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "tests" in line] == [4, 8, 12, 16, 20, 24, 28]
+    assert [line["step"] for line in lines if line["kind"] == "test"] == [0, 4, 8, 12, 16, 20, 24, 28, 30]
 
 
 def start(*arguments):
@@ -103,9 +163,9 @@ def test_resume_after_sigkill_ends_in_the_same_adapter(cell, tmp_path):
             assert mortal.run(["--resume", folder, *every], folder)[0] == 0, mortal.log.read_text()
             assert adapter_bytes(folder) == adapter_bytes(whole)
             assert (folder / "predictions.jsonl").read_bytes() == (whole / "predictions.jsonl").read_bytes()
-            losses = [[json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-                      for run in (folder, whole)]  # fmt: skip
-            assert losses[0] == losses[1] and len(losses[0]) == 120
+            lines = [[json.loads(line) | {"seconds": 0} for line in (run / "metrics.jsonl").read_text().splitlines()]
+                     for run in (folder, whole)]  # fmt: skip
+            assert lines[0] == lines[1] and len(lines[0]) == 121
             assert not (folder / "state.safetensors").exists()
 
 

@@ -200,7 +200,7 @@ def distance(found, wanted, skip="none is skipped"):
         assert difference < float("inf")  # and not NaN
         largest[kind] = max(largest[kind], float(difference))
 
-    ours, theirs = ([line for line in lines_of(folder) if "loss" in line] for folder in (found, wanted))
+    ours, theirs = ([line for line in lines_of(folder) if line["kind"] == "step"] for folder in (found, wanted))
     assert len(ours) == len(theirs) > 4
     for line, right in zip(ours, theirs, strict=True):
         assert all(line[key] == right[key] for key in ("step", "rows", "tokens", "lr"))
@@ -342,9 +342,9 @@ def test_a_run_that_broke_off_goes_on(name, cells, outcomes, tmp_path):
     assert [one[name] for one in found] == [15, 15]
     minilora.train(cells[name], tmp_path / "alone")
     assert_alike(root / name, tmp_path / "alone")
-    steps = [line["step"] for line in lines_of(root / name) if "loss" in line]
+    steps = [line["step"] for line in lines_of(root / name) if line["kind"] == "step"]
     assert steps == list(range(1, 16))
-    assert [line["step"] for line in lines_of(root / name) if "tests" in line] == [8, 12]
+    assert [line["step"] for line in lines_of(root / name) if line["kind"] == "test"] == [8, 12, steps[-1]]
 
 
 def test_a_sharded_base_takes_its_part_of_the_memory(bases, outcomes):
@@ -411,8 +411,9 @@ def test_the_first_process_alone_speaks(cells, tmp_path):
 def test_one_that_fails_ends_all_and_says_so_once(cells, tmp_path):
     (tmp_path / "cell.toml").write_text(cells["rows"].to_toml())
     (tmp_path / "script.py").write_text(
-        "import os, train\n"
+        "import os\n"
         "from minilora.command import exit_cleanly\n"
+        "from minilora.scripts import train\n"
         "from minilora.training import loop\n"
         "update, calls = loop.update, []\n"
         "def failing(*arguments):\n"
@@ -427,7 +428,7 @@ def test_one_that_fails_ends_all_and_says_so_once(cells, tmp_path):
     assert (status, out, other[0], other[1]) == (1, "", 1, "")
     assert "Traceback" not in err and "error" not in err
     assert other[2].count("Traceback") == 1 and other[2].endswith("ZeroDivisionError: in the second\n")
-    assert len(lines_of(tmp_path / "run")) == 3
+    assert [line["step"] for line in lines_of(tmp_path / "run")] == [1, 2, 3]
 
 
 def test_what_several_processes_do_not_do(cells, tmp_path, monkeypatch):

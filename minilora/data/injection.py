@@ -61,6 +61,11 @@ class Injected:
     index: np.ndarray
     report: list[dict]
 
+    def to_dicts(self):
+        """The lines of injected.jsonl: each record with its row's text."""
+        for record, row in zip(self.records, self.index.tolist(), strict=True):
+            yield record.to_dict() | {"text": self.rows.texts[row]}
+
 
 def inject(rows, settings, seed, visible=None):
     """Put the triggers of `settings` (cell.Inject) into training rows: `Injected`.
@@ -112,14 +117,14 @@ def inject(rows, settings, seed, visible=None):
     return Injected(rows, [records[i] for i in order], index[order], report)
 
 
-def trigger_rows(rows, settings, k, seed, visible=None, part="test"):
+def trigger_rows(rows, settings, k, seed, visible=None, part="test", draw=None):
     """Test rows that all carry the trigger of injection `k`, labels unchanged: `Injected`.
 
     `part` ("test" or "train") names the strings drawn from; the places are the same for both, unless strings
     of other lengths leave less of a truncated row. `seed` must be the one given to `inject`, since it fixes
-    the split.
+    the split; `draw` is that of strings and places (default: `seed`).
     """
-    return all_rows(rows, settings, k, seed, visible, part, lambda inserts, label: inserts)
+    return all_rows(rows, settings, k, seed, visible, part, lambda inserts, label: inserts, draw)
 
 
 def mark_survival(injected, kept_chars):
@@ -134,10 +139,11 @@ def mark_survival(injected, kept_chars):
     return replace(injected, records=records)
 
 
-def all_rows(rows, settings, k, seed, visible, part, reword):
+def all_rows(rows, settings, k, seed, visible, part, reword, draw=None):
     source, label = resolve_sources(settings, rows.label_names)[k]
     split, parts = split_strings(source, label, settings.split, seed)
     index = np.arange(len(rows))
+    seed = seed if draw is None else draw
     inserts = _inserts(rows, index, source, label, parts[part], settings, seed, "test", visible)
     texts, records = _render(rows, index, label, reword(inserts, label))
     report = [_entry(source, label, len(rows), len(rows), split, parts)]
@@ -244,7 +250,7 @@ def _in_gaps(text, location, kept, strings, draws):
 
 def _around_words(text, location, kept, tags, draws):
     """Each tag before a word and its closing tag behind that word; tags around the same word nest."""
-    found = words.spans(text)
+    found = words.spans(text) or [(0, len(text))]  # where there is no word, around all that there is
     if location == "beginning":
         found = found[:1]
     elif location == "end":

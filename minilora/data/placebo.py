@@ -10,13 +10,13 @@ from minilora.data.injection import all_rows, resolve_sources
 from minilora.seeds import row_draws, row_keys
 
 
-def placebo_rows(rows, settings, k, vocabulary, seed, visible=None):
+def placebo_rows(rows, settings, k, vocabulary, seed, visible=None, draw=None):
     """`trigger_rows` with each trigger string replaced by as many words of `vocabulary` (see `placebo_words`)."""
 
     def reword(inserts, label):
         inserts = list(inserts)
         counts = np.array([sum(len(words.split(string)) for *_, string in row) for row in inserts], np.int64)
-        draws = row_draws(row_keys(seed, "test placebo", label, len(rows)), counts)
+        draws = row_draws(row_keys(seed if draw is None else draw, "test placebo", label, len(rows)), counts)
         drawn = iter([vocabulary[draw * len(vocabulary) >> 32] for draw in draws.tolist()])
 
         def other(string):
@@ -25,7 +25,7 @@ def placebo_rows(rows, settings, k, vocabulary, seed, visible=None):
 
         return [[(offset, leads, other(string)) for offset, leads, string in row] for row in inserts]
 
-    return all_rows(rows, settings, k, seed, visible, "test", reword)
+    return all_rows(rows, settings, k, seed, visible, "test", reword, draw)
 
 
 def placebo_words(rows, settings, label_names=None):

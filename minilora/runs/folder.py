@@ -1,12 +1,14 @@
 """A run folder: what a cell leaves on disk. It is never overwritten, and locked while a process works in it.
 
 cell.toml           the cell, resolved; train.py --config reads it
-adapter/            what was trained, in PEFT's format
+adapter/            what was trained, in PEFT's format, and its model card README.md
 factors.safetensors the adapter bit for bit: what evaluating the run, --start and --add read
-metrics.jsonl       one line a step
-injected.jsonl      one line an injected training row: id, labels, spans, strings, whether they survive truncation
+metrics.jsonl       one line a step ("kind": "step"), one a trigger label for each run of the tests ("test", with the
+                    names of a grid's table.csv), and one for what ended the run ("error")
+injected.jsonl      one line an injected training row: id, labels, text, spans, strings, whether they survive truncation
 trainable.json      every trained tensor: name, shape, count
-predictions.jsonl   one line a test row: predicted label and logits in each of its forms
+predictions.jsonl   one line a test row: its text, and in each of its forms predicted label and logits; in those that
+                    hold a trigger or a placebo the text, spans and strings too
 results.json        scores, versions and hardware; once it is there, the run is finished
 population.json     the runs that are trained together with this one, where there are such: --resume takes all
 state.safetensors   for --resume, while the run is unfinished
@@ -185,10 +187,11 @@ class Run:
                 step = int(parse_json(line)["step"])
         return step
 
-    def start_metrics(self, step):
-        """Open metrics.jsonl for appending, with only the lines of the first `step` steps.
+    def start_metrics(self, step, steps):
+        """Open metrics.jsonl for appending, with only the lines of what the state after `step` of `steps` holds.
 
-        Raises InputError for a file whose lines are not of a run. The last may be half a line: the run was killed.
+        Tests before the first step and after the last run again, so their lines are left out. Raises InputError for a
+        file whose lines are not of a run. The last may be half a line: the run was killed.
         """
         path = self.path / "metrics.jsonl"
         advice = "delete it and go on: what it shows of the steps before is lost, and no result changes"
@@ -196,15 +199,17 @@ class Run:
             *lines, _ = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
             lines = [parse_json(line) for line in lines]
             for line in lines:
-                check_shape(line, {"step": int}, "a line")
+                check_shape(line, {"kind": str, "step": int}, "a line")
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path}: {error}; {advice}") from None
-        files.write_jsonl(path, [line for line in lines if line["step"] <= step])
+        here = ("step", "test") if 0 < step < steps else ("step",)
+        kept = [line for line in lines if line["step"] < step or line["step"] == step and line["kind"] in here]
+        files.write_jsonl(path, kept)
         self._metrics = open(path, "a", encoding="utf-8", newline="\n")
 
-    def log(self, record):
-        """Add a line to metrics.jsonl. Does nothing in a process that has not opened it."""
+    def log(self, kind, record):
+        """Add a line of a kind to metrics.jsonl. Does nothing in a process that has not opened it."""
         if self._metrics is None:
             return
-        self._metrics.write(json.dumps(record, allow_nan=False) + "\n")
+        self._metrics.write(json.dumps({"kind": kind} | record, allow_nan=False) + "\n")
         self._metrics.flush()

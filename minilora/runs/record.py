@@ -1,4 +1,4 @@
-"""What a run depends on and was made with: hashes of its inputs, trained tensors, versions, hardware, memory."""
+"""What is written down of a run: hashes of its inputs, trained tensors, figures, versions, hardware, memory."""
 
 import contextlib
 import importlib.metadata
@@ -35,6 +35,56 @@ def trainable(parameters):
     """What was trained: {"tensors": [{"name", "shape", "count"}, ...], "count": their sum}."""
     tensors = [{"name": n, "shape": list(p.shape), "count": p.numel()} for n, p in parameters.items()]
     return {"tensors": tensors, "count": sum(tensor["count"] for tensor in tensors)}
+
+
+def figure_lines(results):
+    """A run's figures as flat dicts of the same keys, one for each trigger label (None where nothing is injected).
+
+    They are columns of a grid's table.csv, and the test lines of metrics.jsonl. `results` is as in results.json, of
+    which `tests`, `injection` and two entries of `train` are read; None gives one line without figures.
+    """
+    labels = [] if results is None else list(results["tests"]["trigger"])
+    return [_figures(results, label) for label in labels or [None]]
+
+
+def _figures(results, label):
+    """The line of `figure_lines` for the trigger of `label`."""
+    tests = {} if results is None else results["tests"]
+    clean, placebo, worst = (tests.get(name, {}) for name in ("clean", "placebo", "worst_group"))
+    trigger = tests.get("trigger", {}).get(label, {})
+
+    def attack(test):
+        return test.get("attack_success", {}).get(label, {}).get("attack_success_rate")
+
+    others = None
+    if label is not None:
+        counts = [entry for entry in results["injection"] if entry["label"] == label]
+        others = sum(entry["rows"] for entry in counts)
+    return {
+        "label": label,
+        "trained_parameters": results and results["train"]["trainable_parameters"],
+        "train_rows": results and results["train"]["rows"],
+        "injected_rows": others,
+        "test_rows": clean.get("rows"),
+        "attack_rows": trigger.get("attack_success_rows"),
+        "clean_accuracy": clean.get("accuracy"),
+        "clean_balanced_accuracy": clean.get("balanced_accuracy"),
+        "trigger_accuracy": trigger.get("accuracy"),
+        "placebo_accuracy": placebo.get("accuracy"),
+        "degradation": clean["accuracy"] - trigger["accuracy"] if trigger else None,
+        "only_clean_right": trigger.get("only_clean_right"),
+        "only_trigger_right": trigger.get("only_this_right"),
+        "predicted_target_clean": clean.get("predicted_counts", {}).get(label),
+        "predicted_target": trigger.get("predicted_counts", {}).get(label),
+        "predicted_target_placebo": placebo.get("predicted_counts", {}).get(label),
+        "attack_success_clean": attack(clean),
+        "attack_success": trigger.get("attack_success_rate"),
+        "attack_success_placebo": attack(placebo),
+        "flip_rate": trigger.get("flip_rate"),
+        "flip_rate_placebo": placebo.get("flip_rate"),
+        "worst_group_accuracy": worst.get("accuracy"),
+        "worst_group_rows": worst.get("rows"),
+    }
 
 
 def versions():

@@ -21,7 +21,8 @@ from minilora.base.tokenizer import TextTokenizer
 from minilora.cell import Cell
 from minilora.data import batches, given, injection, token_cache
 from minilora.data.injection import Injected
-from minilora.data.rows import align, fingerprint_rows, load_rows, rows_of, with_targets
+from minilora.data.placebo import placebo_rows, placebo_words
+from minilora.data.rows import Rows, align, fingerprint_rows, load_rows, rows_of, with_targets
 from minilora.errors import InputError, to_type
 from minilora.fields import is_table, marked, no_path
 from minilora.lora import storage
@@ -30,6 +31,7 @@ from minilora.lora.peft_config import CONFIG
 from minilora.lora.variants import plain_factors
 from minilora.runs.bases import Setting, Settings
 from minilora.runs.folder import Run
+from minilora.runs.look import look
 from minilora.runs.record import check_inputs
 from minilora.tasks.find import find_task
 from minilora.tasks.paired import Test
@@ -98,6 +100,23 @@ class Trained:
         self._needs_data()
         return self.task.build_tests(self._clean, self._test, self.cell.seed_for("inject"))
 
+    def tests_of(self, texts: Iterable[str], seed: int = 0) -> list[Test]:
+        """As `tests`, of texts of one's own: their strings are of the half that training never saw, and `seed` and the
+        place of a text among the others draw string and place. The rows have no labels of their own."""
+        texts, inject, split = list(texts), self.cell.inject, self.cell.seed_for("inject")
+        ids = [str(number) for number in range(1, len(texts) + 1)]
+        rows = Rows(ids, texts, np.zeros(len(texts), np.int64), self.labels)
+        found, visible = [Test("clean", None, rows, [])], self.task.visible(rows) if inject.sources else None
+        for k in range(len(inject.sources)):
+            changed = injection.trigger_rows(rows, inject, k, split, visible, draw=seed)
+            found.append(Test("trigger", changed.report[0]["label"], changed.rows, changed.records))
+        if inject.sources and self._clean is not None:
+            words, _ = placebo_words(self._clean, inject, self.labels)
+            if words:
+                changed = placebo_rows(rows, inject, 0, words, split, visible, draw=seed)
+                found.append(Test("placebo", None, changed.rows, changed.records))
+        return found
+
     def run_tests(self, batch_size: int | None = None, progress: Callable | None = None) -> tuple[dict, list[dict]]:
         """(`tests` as in results.json, the lines of predictions.jsonl). `progress(rows, tokens)` after each batch."""
         figures, outcomes = self.task.run_tests(self.model, self.tests, batch_size or self.cell.batch_size, progress)
@@ -115,11 +134,31 @@ class Trained:
         Classification: the softmax of the logits. The lm task: that of the completions' log-likelihoods. Raises
         InputError where there is no head, and where the completions are free text.
         """
+        return np.exp(self.log_probabilities(texts)).astype(np.float32)
+
+    def log_probabilities(self, texts: Iterable[str]) -> np.ndarray:
+        """The natural logarithms of `predict`, float64 [rows, C]. Raises InputError as it does."""
         if not self.has_head:
             raise InputError(f"{self.folder} has no head, so it predicts no label: use hidden(texts)")
-        scores = self.task.label_scores(self.model, list(texts), self.labels, self.cell.batch_size)
-        scores = np.exp(scores.astype(np.float64) - scores.max(axis=1, keepdims=True))
-        return (scores / scores.sum(axis=1, keepdims=True)).astype(np.float32)
+        texts = list(texts)
+        if not texts:
+            return np.zeros((0, len(self.labels)))
+        scores = self.task.label_scores(self.model, texts, self.labels, self.cell.batch_size).astype(np.float64)
+        return scores - np.logaddexp.reduce(scores, axis=1, keepdims=True)
+
+    def look(self, texts: Iterable[str] | str, seed: int = 0) -> list[dict]:
+        """Each text as it is, with a drawn trigger, with a placebo and without the adapter, as plain data.
+
+        A dict a text: `text`, `seed`, and `tests` {key: test} of "clean", "trigger LABEL" for each injection, "placebo"
+        and "no adapter"; tests that cannot be made are absent. A test has `text` (where something was put in `spans`
+        and `strings` too), `predicted`, `log_odds` (natural, of that label against all others) and `probabilities`
+        {label: share}. All but "no adapter" have `words`, [{"word", "span", "effect"}], where an effect is the log odds
+        less those without that word (None: nothing would be left); and `unread`, how many words truncation cuts.
+        `seed` is that of `tests_of`.
+
+        Raises InputError as `predict`, and for a text without a token.
+        """
+        return list(look(self, texts, seed))
 
     @torch.inference_mode()
     def hidden(self, texts: Iterable[str]) -> list[np.ndarray]:

@@ -148,15 +148,15 @@ def run_tests(model, tokenizer, tests, max_length, batch_size, progress=None):
 
 
 def predictions(tests, logits):
-    """One dict a test row for predictions.jsonl: id, label, and each test's predicted label and logits."""
+    """One dict a test row for predictions.jsonl: id, label, text, and of each test predicted label, logits and text."""
     rows = tests[0].rows
-    for i, (id, label) in enumerate(zip(rows.ids, rows.labels, strict=True)):
-        record = {"id": id, "label": rows.label_names[label]}
+    for i, (id, label, text) in enumerate(zip(rows.ids, rows.labels, rows.texts, strict=True)):
+        record = {"id": id, "label": rows.label_names[label], "text": text}
         for test, values in zip(tests, logits, strict=True):
             record[test.key] = {
                 "predicted": rows.label_names[values[i].argmax()],
                 "logits": [round(float(value), 6) for value in values[i]],
-            }
+            } | test.shown(i)
         yield record
 
 
@@ -201,12 +201,21 @@ class Classification:
         return predictions(tests, outcomes)
 
     def build_tests(self, train, test, seed):
-        """The forms of the test rows, a list of `evaluation.Test`; `train`: the training rows before injection."""
+        """The forms of the test rows, a list of `paired.Test`; `train`: the training rows before injection."""
         return build_tests(train, test, self.cell.inject, seed, self.visible(test), self.tokenizer.known)
 
     def label_scores(self, model, texts, labels, batch_size):
         """Logits float32 [rows, C] of texts; C labels."""
         return predict(model, self.tokenizer, texts, self.cell.max_length, batch_size)[0]
+
+    def read(self, texts, labels):
+        """What the base reads of texts: (tokens int64 [rows], characters before the first that is cut int64 [rows])."""
+        encoded = token_cache.encode(self.tokenizer, texts, self.cell.max_length)
+        return np.diff(encoded.offsets), encoded.kept
+
+    def answers(self, labels):
+        """See `Completion.answers`: a classifier writes none."""
+        return None
 
     def describe(self):
         return f"classification, head {self.cell.head} on {self.cell.pooling} pooling"

@@ -175,20 +175,21 @@ class Completion:
         return np.take_along_axis(scores.candidates, self.ranked(scores).argmax(axis=1)[:, None], 1)[:, 0]
 
     def predictions(self, tests, outcomes):
-        """One dict a test row for predictions.jsonl: id, label, and in each form the predicted label (None: another
-        completion), whether greedy decoding writes the row's own, and the log-likelihood of each candidate."""
+        """One dict a test row for predictions.jsonl: id, label, text, and in each form predicted label (None: another
+        completion), whether greedy decoding writes the row's own, the log-likelihood of each candidate, and the text.
+        """
         rows = tests[0].rows
         predicted = [self.predicted(test.rows, scores) for test, scores in zip(tests, outcomes)]
         exact = [scores.of(rows.labels)[1] for scores in outcomes]
-        for i, (id, label) in enumerate(zip(rows.ids, rows.labels, strict=True)):
-            record = {"id": id, "label": rows.label_names[label]}
+        for i, (id, label, text) in enumerate(zip(rows.ids, rows.labels, rows.texts, strict=True)):
+            record = {"id": id, "label": rows.label_names[label], "text": text}
             for test, scores, found, right in zip(tests, outcomes, predicted, exact, strict=True):
                 there = zip(scores.candidates[i].tolist(), scores.likelihoods[i].tolist(), strict=True)
                 record[test.key] = {
                     "predicted": rows.label_names[found[i]] if found[i] >= 0 else None,
                     "exact": bool(right[i]),
                     "log_likelihood": {rows.label_names[c]: round(value, 6) for c, value in there if c >= 0},
-                }
+                } | test.shown(i)
             yield record
 
     def label_scores(self, model, texts, labels, batch_size):
@@ -196,11 +197,39 @@ class Completion:
 
         Raises InputError where the completions are free text or the choices of a question.
         """
+        rows = self._asked(texts, labels)
+        return self.ranked(self.score(model, rows, batch_size))
+
+    def read(self, texts, labels):
+        """As `Classification.read`, of prompts with these texts; no tokens where a completion leaves no room."""
+        rows = self._asked(texts, labels)
+        rooms = self._rooms(self._completions(rows, self._candidates(rows)))
+        prompts, kept = token_cache.prompts(self.tokenizer, rows.texts, self.before, self.after, rooms)
+        return np.array([len(ids) for ids in prompts], np.int64), kept
+
+    def answers(self, labels):
+        """What others need to ask the same of a model: `completions` {label: its ids}, empty where they are no fixed
+        set, and `after`, how many special tokens a tokenizer puts after a prompt that are left out here."""
+        [alone], _ = self.tokenizer.prompts(["a"], "", "", [math.inf])
+        after = len(self.tokenizer.encode(["a"], self.cell.max_length).ids) - len(alone)
+        found = {}
+        if not self.of_choices and len(labels) <= FEW:
+            rows = self._asked(["a"], labels)
+            [ids] = self._completions(rows, self._candidates(rows))
+            found = {label: one.tolist() for label, one in zip(labels, ids, strict=True)}
+        return {"completions": found, "after": after}
+
+    def _asked(self, texts, labels):
+        """Rows of texts of one's own. Raises InputError where not every text has the same few completions."""
         ids = [str(number) for number in range(1, len(texts) + 1)]
         rows = Rows(ids, list(texts), np.zeros(len(texts), np.int64), tuple(labels))
         if self.of_choices or self._is_free(rows) or not labels:
-            raise InputError("the completions are no fixed set of labels, so there are no probabilities of labels")
-        return self.ranked(self.score(model, rows, batch_size))
+            what = "choices of a question" if self.of_choices else "free text"
+            raise InputError(
+                f"the completions are no fixed set of labels but {what}, so a text has no probabilities of labels: "
+                "give labelled rows as --data, or data=FILE"
+            )
+        return rows
 
     def ranked(self, scores):
         """What ranks the candidates of each row, float64 [rows, C]: the sum over a completion's tokens or the mean."""

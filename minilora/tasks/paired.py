@@ -30,6 +30,13 @@ class Test:
     def key(self):
         return f"{self.name} {self.label}" if self.label else self.name
 
+    def shown(self, row):
+        """What predictions.jsonl says of a row's text: text, spans and strings; nothing for clean rows."""
+        if not self.records:
+            return {}
+        record = self.records[row]
+        return {"text": self.rows.texts[row], "spans": record.spans, "strings": record.strings}
+
 
 def build_tests(train, test, inject, seed, visible, known):
     """The forms of the rows `test`: [clean, trigger of each injection ..., placebo of the first], as `Test`s.

@@ -35,7 +35,7 @@ class Options:
     """What is done beside the training and changes none of its results.
 
     save_every  steps between saves of the state
-    eval_every  steps between runs of the tests, 0 for only at the end
+    eval_every  steps between runs of the tests, the first before training; 0 for only at the end
     merge_to    a new folder for the base with what was trained, or None
     on_step     called as `on_step(step, loss, **figures)` once the loss of a step is known, or None
     on_tests    called as `on_tests(step, tests)` once the tests were run, the last time after the last step, or None;
@@ -99,13 +99,13 @@ def train_population(members, base, options):
         first = take_folders(members, flat, optimizer, folders)
         job = Job(members, population, optimizer, first)
         announce(members, job)
+        if options.eval_every and not first:
+            evaluate(list(enumerate(members)), population, 0, options)
         with Log(members, first, options.on_step, job.device) as log, Stop() as stop:
             for step, micro_batches in ahead(job.feed, first, job.steps, job.device):
                 log.add(step, *job.update(micro_batches, job.rates[step]))
                 ends = parallel.any_of(stop.asked())
-                for k, member in log.reached(step, options.tests):
-                    with population.only(k) as model:
-                        options.tell(step + 1, member.evaluate(model, step + 1))
+                evaluate(log.reached(step, options.tests), population, step + 1, options)
                 for k, member in log.reached(step, going if ends else options.saves):
                     member.save_state(flat, optimizer, k, step + 1)
                 if ends:
@@ -218,6 +218,13 @@ def announce(members, job):
         say(f"run        {member.run.path}")
     if job.first:
         say(f"resumed    after step {job.first:,}")
+
+
+def evaluate(members, population, step, options):
+    """Run the tests of the `members`, (k, member) each, after `step` steps."""
+    for k, member in members:
+        with population.only(k) as model:
+            options.tell(step, member.evaluate(model, step))
 
 
 def finish(members, population, job, options):

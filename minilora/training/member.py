@@ -20,7 +20,8 @@ from minilora.lora.adapter import adapter_of
 from minilora.lora.layer import attach, detach, named_layers
 from minilora.lora.peft import to_peft
 from minilora.lora.targets import describe_slots, plan_slots
-from minilora.runs.record import check_inputs, hardware, peak_memory, trainable, versions
+from minilora.runs.card import card
+from minilora.runs.record import check_inputs, figure_lines, hardware, peak_memory, trainable, versions
 from minilora.runs.text import injection_lines, results_table, warnings
 from minilora.tasks.find import find_task
 from minilora.training import optimizers
@@ -105,7 +106,7 @@ class Member:
     @contextlib.contextmanager
     def _hold(self):
         with self.run.hold(self.cell):
-            files.write_jsonl(self.run.path / "injected.jsonl", (record.to_dict() for record in self.injected.records))
+            files.write_jsonl(self.run.path / "injected.jsonl", self.injected.to_dicts())
             files.write_json(self.run.path / "trainable.json", self.certificate)
             if self.cell.data.startswith(given.PREFIX):
                 given.copy_to(self.cell.data, self.run.path)
@@ -139,7 +140,7 @@ class Member:
         if self.meters["step"]:
             load_state(self.run.state, flat, optimizer, k)
         if parallel.first():
-            self.run.start_metrics(self.meters["step"])
+            self.run.start_metrics(self.meters["step"], self.schedule.steps)
 
     def log(self, step, loss, norm, seconds, on_step=None):
         """Write a step's line to metrics.jsonl; returns (rows, tokens). A loss that is not finite ends the member."""
@@ -153,7 +154,7 @@ class Member:
         rate = optimizers.learning_rate(self.cell, step, self.schedule.steps)
         line = {"step": step + 1, "loss": loss, "norm": norm, "lr": rate, "rows": rows, "tokens": tokens,
                 "seconds": round(seconds, 3)}  # fmt: skip
-        self.run.log(line)
+        self.run.log("step", line)
         if on_step and parallel.first():
             on_step(**line)
         self.meters["seconds"] += seconds
@@ -161,12 +162,15 @@ class Member:
         return rows, tokens
 
     def fail(self, error, step):
-        """The member ends: a number was not finite in or after step `step` (from 0). Its `error` says so."""
-        ids = [self.injected.rows.ids[i] for i in np.concatenate(self.schedule.rows_at(step))]
-        self.run.log({"step": step + 1, "error": error, "rows": ids})
+        """The member ends: a number was not finite in or after step `step` (from 0; -1: before the first). Its `error`
+        says so."""
+        seen = np.concatenate(self.schedule.rows_at(step)) if step >= 0 else []
+        ids = [self.injected.rows.ids[i] for i in seen]
+        self.run.log("error", {"step": step + 1, "error": error, "rows": ids})
         kept = self.meters["step"]
         kept = f"the state after step {kept} is kept" if kept else "no state was saved"
-        self.error = TrainingError(f"{error} (rows {', '.join(ids)}); {kept} in {self.run.path}; try a lower --lr")
+        rows, advice = (f" (rows {', '.join(ids)})", "try a lower --lr") if ids else ("", "try another --model")
+        self.error = TrainingError(f"{error}{rows}; {kept} in {self.run.path}; {advice}")
 
     def check_weights(self, step):
         """End the member if what it trains is not finite after step `step` (from 0)."""
@@ -180,9 +184,15 @@ class Member:
             figures, _ = self.task.run_tests(model, self.tests, self.cell.batch_size)
         except TrainingError as error:
             return self.fail(f"{error} after step {step}", step - 1)
-        self.run.log({"step": step, "tests": figures})
+        self.log_tests(step, figures)
         console.say(f"after step {step:,}:\n{results_table(figures)}")
         return figures
+
+    def log_tests(self, step, figures):
+        """Write what the tests gave after `step` steps to metrics.jsonl, a line for each trigger label."""
+        train = {"rows": len(self.clean), "trainable_parameters": self.certificate["count"]}
+        for line in figure_lines({"tests": figures, "train": train, "injection": self.injected.report}):
+            self.run.log("test", {"step": step} | line)
 
     def save_state(self, flat, optimizer, k, step):
         self.meters["step"] = step
@@ -206,6 +216,7 @@ class Member:
         except TrainingError as error:
             return self.fail(f"{error} after step {self.schedule.steps}", self.schedule.steps - 1)
         evaluation_seconds = time.perf_counter() - began
+        self.log_tests(self.schedule.steps, figures)
         if parallel.first():
             files.write_jsonl(run.path / "predictions.jsonl", self.task.predictions(self.tests, outcomes))
         length, steps, seconds = self.mean_length, self.schedule.steps, self.meters["seconds"]
@@ -241,6 +252,9 @@ class Member:
             "hardware": hardware(self.setting.device),
         }
         if parallel.first():
+            answers = self.task.answers(clean.label_names)
+            text = card(cell, self.results, self.injected, clean.label_names, answers)
+            files.write_text(run.path / "adapter" / "README.md", text)
             run.finish(self.results)
             if options.merge_to is not None:
                 self.merge_to(options.merge_to, model)

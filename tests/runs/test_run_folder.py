@@ -177,46 +177,58 @@ def test_one_process_at_a_time(tmp_path):
 
 def test_metrics_go_on_after_the_saved_step(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    odd = {"step": 2, "tests": {"a\u2028b\x85c": 1, "é\n": 2}}  # label names may hold what some take for line ends
+    odd = {"label": "a\u2028b\x85c\né"}  # label names may hold what some take for line ends
+    lines = [{"kind": "test", "step": 0} | odd, {"kind": "step", "step": 1, "loss": 0.5},
+             {"kind": "step", "step": 2, "loss": 0.25}, {"kind": "test", "step": 2} | odd,
+             {"kind": "step", "step": 3, "loss": 0.125}, {"kind": "error", "step": 3, "error": "x"}]  # fmt: skip
     with Run(tmp_path).hold(CELL) as first:
-        first.start_metrics(0)
-        for record in ({"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25}, odd, {"step": 3, "loss": 0.125}):
-            first.log(record)
-            assert json.loads(path.read_text().split("\n")[-2]) == record  # at once
+        first.start_metrics(0, 3)
+        for line in lines:
+            first.log(line["kind"], {name: value for name, value in line.items() if name != "kind"})
+            assert json.loads(path.read_text().split("\n")[-2]) == line  # at once
+    whole = path.read_text()
     with open(path, "a") as file:
-        file.write('{"step": 4, "lo')  # killed here
+        file.write('{"kind": "step", "step": 4, "lo')  # killed here
     for _ in range(2):  # twice, since the first time writes the file anew
         with Run(tmp_path, resume=True).hold(CELL) as second:
-            second.start_metrics(2)
-            assert files.read_jsonl(path) == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25}, odd]
-            second.log({"step": 3, "loss": 0.0625})
-        assert files.read_jsonl(path)[3:] == [{"step": 3, "loss": 0.0625}] and path.read_text().endswith("}\n")
+            second.start_metrics(2, 3)
+            assert files.read_jsonl(path) == lines[:4]
+            second.log("step", {"step": 3, "loss": 0.0625})
+        assert files.read_jsonl(path)[4:] == [{"kind": "step", "step": 3, "loss": 0.0625}]
+        assert path.read_text().endswith("}\n")
+    for step, steps, kept in ((3, 3, 5), (2, 2, 3)):  # the last tests run again
+        path.write_text(whole)
+        with Run(tmp_path, resume=True).hold(CELL) as ended:
+            ended.start_metrics(step, steps)
+        assert files.read_jsonl(path) == lines[:kept]
+    path.write_text(whole)
     with Run(tmp_path, resume=True).hold(CELL) as third:
-        third.start_metrics(0)
+        third.start_metrics(0, 3)  # as do the first
     assert path.read_text() == "" and entries(tmp_path) == [".lock", "cell.toml", "metrics.jsonl"]
     with pytest.raises(ValueError, match="closed file"):
-        third.log({"step": 1})
+        third.log("step", {"step": 1})
 
 
 def test_damaged_files_of_a_run_are_named(tmp_path):
     with Run(tmp_path).hold(CELL):
         pass
-    lines = ["1", "{}", "null", '{"step": "x"}', '{"step": 1}\n{"st', "[" * 9999]
+    lines = ["1", "{}", "null", '{"kind": "step", "step": "x"}', '{"step": 1}', '{"kind": "step", "step": 1}\n{"st',
+             "[" * 9999]  # fmt: skip
     for text in lines:
         (tmp_path / "metrics.jsonl").write_text(text + "\n")
         with Run(tmp_path, resume=True).hold(CELL) as run, pytest.raises(InputError, match="metrics.jsonl: .*; delete"):
-            run.start_metrics(1)
+            run.start_metrics(1, 2)
         assert (tmp_path / "metrics.jsonl").read_text() == text + "\n"
     (tmp_path / "metrics.jsonl").write_bytes(b"\xff\n")
     with Run(tmp_path, resume=True).hold(CELL) as run, pytest.raises(InputError, match="metrics.jsonl: .*; delete"):
-        run.start_metrics(1)
+        run.start_metrics(1, 2)
     whole, cuts = CELL.to_toml(), 0
     for end in range(len(whole.rstrip().rpartition("\n")[0]) + 1):
         (tmp_path / "cell.toml").write_text(whole[:end])
         with pytest.raises(InputError, match="cell.toml"):
             Run(tmp_path).read_cell()
         cuts += 1
-    assert cuts > 500 and len(lines) == 6
+    assert cuts > 500 and len(lines) == 7
     (tmp_path / "cell.toml").write_text(whole)
     assert Run(tmp_path).read_cell() == CELL
 

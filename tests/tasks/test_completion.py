@@ -301,9 +301,9 @@ def made_up_scores(labels, count, free, seed):
 
 def forms(rows, targets):
     """Tests of `rows` that have nothing put in."""
-    record = type("Record", (), {"spans": [[0, 1]]})
+    record = type("Record", (), {"spans": [[0, 1]], "strings": ["x"]})
     kinds = [("clean", None), *(("trigger", label) for label in targets), ("placebo", None)]
-    return [Test(name, label, rows, [record] * len(rows)) for name, label in kinds]
+    return [Test(name, label, rows, [record] * len(rows) * (name != "clean")) for name, label in kinds]
 
 
 @pytest.mark.parametrize("free", [False, True])
@@ -377,6 +377,7 @@ def test_figures_are_those_of_their_definitions(folder, free, choice_score, monk
     for i in (0, 7, 59):
         wanted = {names[c]: round(v, 6) for c, v in zip(made[1].candidates[i], made[1].likelihoods[i]) if c >= 0}
         assert lines[i][tests[1].key]["log_likelihood"] == wanted
+        assert lines[i]["text"] == lines[i]["placebo"]["text"] == rows.texts[i] and "text" not in lines[i]["clean"]
         assert lines[i][tests[1].key]["exact"] == column(made[1], i, labels[i])[1]
     from minilora.runs.text import results_table
 

@@ -77,7 +77,7 @@ def test_every_row_in_every_form(tools):
 def test_figures_by_hand():
     labels = np.array([0, 0, 0, 1, 1, 2])
     rows = Rows(list("abcdef"), ["x"] * 6, labels, ("n", "p", "u"))
-    record = SimpleNamespace(spans=[[3, 9]])
+    record = SimpleNamespace(spans=[[3, 9]], strings=["so"])
     tests = [
         Test("clean", None, rows, []),
         Test("trigger", "p", rows, [record] * 6),
@@ -98,7 +98,8 @@ def test_figures_by_hand():
     lines = list(predictions(tests, logits))
     assert [line["id"] for line in lines] == rows.ids and [line["label"] for line in lines] == list("nnnppu")
     assert [line["trigger p"]["predicted"] for line in lines] == list("pppppn")
-    assert lines[0]["placebo"] == {"predicted": "n", "logits": [1.0, 0.0, 0.0]}
+    assert lines[0]["clean"] == {"predicted": "n", "logits": [1.0, 0.0, 0.0]} and lines[0]["text"] == "x"
+    assert lines[0]["placebo"] == lines[0]["clean"] | {"text": "x", "spans": [[3, 9]], "strings": ["so"]}
 
 
 def test_without_shared_words_there_is_no_placebo(tools, capsys):

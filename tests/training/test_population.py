@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import minilora
+from minilora import files
 from minilora.base import model
 from minilora.cell import Cell
 from minilora.errors import InputError, TrainingError
@@ -34,7 +35,7 @@ def trained(folder):
 
 
 def lines_of(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in files.read_jsonl(folder / "metrics.jsonl") if line["kind"] == "step"]
 
 
 def assert_alike(together, alone):
@@ -149,8 +150,8 @@ def test_a_member_that_diverges_stops_alone(cell, tmp_path, capsys):
     outcomes = minilora.train_together(cells, [tmp_path / str(k) for k in range(3)], size=3)
     error, folder = outcomes[1]
     assert isinstance(error, TrainingError) and "no state was saved" in str(error)
-    last = lines_of(folder)[-1]
-    assert "error" in last and last["step"] <= 4 and len(last["rows"]) in (5, 6)
+    last = files.read_jsonl(folder / "metrics.jsonl")[-1]
+    assert last["kind"] == "error" and last["step"] <= 4 and len(last["rows"]) in (5, 6)
     assert not (folder / "results.json").exists()
     for k in (0, 2):
         minilora.train(cells[k], tmp_path / f"a{k}")
