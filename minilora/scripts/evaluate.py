@@ -92,8 +92,9 @@ def main(argv=None):
     parser.add_argument(
         "--seed", dest="draw", type=int, metavar="N", help="of the triggers that are drawn for --text (default: 0)"
     )
-    parser.add_argument("--json", action="store_true",
-                        help="print JSON: a line for a run's tests, for each text, or for each run of a folder")  # fmt: skip
+    parser.add_argument(
+        "--json", action="store_true", help="print JSON: a line for a run's tests, for each text, or each run of a folder"
+    )
     parser.add_argument("-q", "--quiet", action="store_true", help="print only the result: no progress")
     parser.add_argument("--traceback", action="store_true", help="show the full trace of an error")
     add_flags(parser, Cell, only=marked(Cell, "test"), default="the run's")
@@ -140,7 +141,8 @@ def answer(arguments):
     if own_rows and arguments.scale == 1 and not arguments.add:
         same, total = compare(arguments.run, predictions)
         page, reason = write_page(arguments.run)
-        said += [f"predictions the same as the run's own: {same:,} of {total:,}", f"page: {page or f'left out: {reason}'}"]
+        said.append(f"predictions the same as the run's own: {same:,} of {total:,}")
+        said.append(f"page: {page or f'left out: {reason}'}")
         tested |= {"same_predictions": same, "predictions": total}
     if out:
         out.mkdir(parents=True)

@@ -177,7 +177,6 @@ def test_refused(runs, tmp_path, monkeypatch):
         ([plain, "--text", "x", "--merge-to", "y"], "--merge-to is for labelled rows"),
         ([plain, "--text", "x", "--batch-size", "2"], "--batch-size is for labelled rows"),
         ([plain, "--text", "x", "--text-column", "y"], "--text-column is for labelled rows"),
-        ([plain, "--json"], "--json is for texts of your own: give --text too"),
         ([plain, "--seed", "3"], "--seed is for texts of your own: give --text too"),
         ([plain, "--text"], "argument --text: expected at least one argument"),
         ([plain, "--text", "x", "--scale", "nan"], "--scale is nan"),
@@ -188,7 +187,7 @@ def test_refused(runs, tmp_path, monkeypatch):
         with pytest.raises(InputError) as caught:
             evaluate.main([str(argument) for argument in arguments])
         assert words in str(caught.value) and "\n" not in str(caught.value), arguments
-    assert len(cases) == 11
+    assert len(cases) == 10
     for given, words in ((b"", "standard input, which is empty"), (b"good \xff", "not UTF-8 text (at byte 5)")):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given)))
         with pytest.raises(InputError) as caught:
