@@ -93,7 +93,7 @@ def main(argv=None):
         "--seed", dest="draw", type=int, metavar="N", help="of the triggers that are drawn for --text (default: 0)"
     )
     parser.add_argument(
-        "--json", action="store_true", help="print JSON: a line for a run's tests, for each text, or each run of a folder"
+        "--json", action="store_true", help="print JSON: a line for a run's tests, or for each text, or each run"
     )
     parser.add_argument("-q", "--quiet", action="store_true", help="print only the result: no progress")
     parser.add_argument("--traceback", action="store_true", help="show the full trace of an error")
