@@ -24,8 +24,14 @@ def mix(h):
     return h
 
 
-def mask(shape, p, keys, salt):
-    """Which numbers [K n, T, features] of K adapters stay, bool; `p` a number or a tensor [K], `keys` int32 [K]."""
+def least_kept(p):
+    """The least hash that stays, as int32, for a share `p` that is dropped."""
+    return int(p * 2**32) - 2**31
+
+
+def mask(shape, least, keys, salt):
+    """Which numbers [K n, T, features] of K adapters stay, bool; `least` (`least_kept`) a number or int32 [K], `keys`
+    int32 [K]."""
     rows, tokens, features = shape
     members = len(keys)
 
@@ -37,11 +43,7 @@ def mask(shape, p, keys, salt):
     h = mix((keys + salt)[:, None] + places(rows // members))  # [K, n]
     h = mix(h[..., None] + places(tokens))  # [K, n, T]
     h = mix(h[..., None] + places(features))  # [K, n, T, features], uniform over int32
-    if torch.is_tensor(p):
-        least = (p.double() * 2.0**32 - 2.0**31).to(torch.int32)[:, None, None, None]
-    else:
-        least = int(p * 2**32) - 2**31
-    return (h >= least).view(shape)
+    return (h >= (least[:, None, None, None] if torch.is_tensor(least) else least)).view(shape)
 
 
 def shifted(key, rows):
@@ -51,26 +53,31 @@ def shifted(key, rows):
 
 class Dropout(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, p, keys, salt):
-        tensors = (keys, p) if torch.is_tensor(p) else (keys,)
-        ctx.save_for_backward(*(t.clone() for t in tensors))  # keys move on before a later step's backward
-        ctx.p, ctx.salt = p, salt
-        return apply(x, p, keys, salt)
+    def forward(ctx, x, p, least, keys, salt):
+        numbers = (p, least, keys)
+        # A copy, because keys move on before a later step's backward.
+        ctx.save_for_backward(*(one.clone() for one in numbers if torch.is_tensor(one)))
+        ctx.numbers, ctx.salt = [None if torch.is_tensor(one) else one for one in numbers], salt
+        return apply(x, *numbers, salt)
 
     @staticmethod
     def backward(ctx, dy):
-        keys, *p = ctx.saved_tensors
-        return apply(dy, p[0] if p else ctx.p, keys, ctx.salt), None, None, None
+        saved = iter(ctx.saved_tensors)
+        numbers = [next(saved) if one is None else one for one in ctx.numbers]
+        return apply(dy, *numbers, ctx.salt), None, None, None, None
 
 
-def apply(x, p, keys, salt):
+def apply(x, p, least, keys, salt):
     whole = x.view(len(x), -1, x.shape[-1])
-    kept = mask(whole.shape, p, keys, salt)
+    kept = mask(whole.shape, least, keys, salt)
     if torch.is_tensor(p):
-        p = p.repeat_interleave(len(x) // len(p))[:, None, None]
+        p = p.repeat_interleave(len(x) // len(p), output_size=len(x))[:, None, None]
     return (whole * kept / (1 - p)).to(x.dtype).view(x.shape)
 
 
-def dropout(x, p, keys, salt):
-    """x [K n, T, features], or without T, with a share `p`, a number or [K], dropped and the rest divided by 1 - p."""
-    return Dropout.apply(x, p, keys, salt)
+def dropout(x, p, keys, salt, least=None):
+    """x [K n, T, features], or without T, with a share `p` dropped and the rest divided by 1 - p.
+
+    `p` a number; or for K adapters a tensor [K], with `least` int32 [K], the `least_kept` of each.
+    """
+    return Dropout.apply(x, p, least_kept(p) if least is None else least, keys, salt)

@@ -19,7 +19,7 @@ from minilora.cell import Cell
 from minilora.data import batches
 from minilora.errors import InputError
 from minilora.grid.run import train_grid
-from minilora.kernels.dropout import mask, shifted
+from minilora.kernels.dropout import least_kept, mask, shifted
 from minilora.lora import peft_config, storage
 from minilora.training import feed
 
@@ -308,11 +308,11 @@ def test_a_part_without_rows_is_filled_with_one_that_is_not_predicted(monkeypatc
 def test_a_shifted_key_drops_what_later_rows_would():
     cases = 0
     for key in (0, 1, 2**31 - 1, 1234567890):
-        whole = mask((9, 5, 7), 0.4, torch.tensor([key], dtype=torch.int32), 99)
+        whole = mask((9, 5, 7), least_kept(0.4), torch.tensor([key], dtype=torch.int32), 99)
         assert 0.4 < whole.float().mean() < 0.8
         for start in (0, 1, 4, 8):
             keys = torch.tensor([shifted(key, start)], dtype=torch.int32)
-            assert torch.equal(mask((9 - start, 5, 7), 0.4, keys, 99), whole[start:])
+            assert torch.equal(mask((9 - start, 5, 7), least_kept(0.4), keys, 99), whole[start:])
             cases += 1
     assert cases == 16
 

@@ -74,7 +74,9 @@ class Embed(nn.Module):
 
     def __init__(self, spec):
         super().__init__()
-        self.scale = spec.embed_scale
+        # Rounded as the states are, and no tensor: CUDA graphs have no numbers of the host.
+        dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+        self.scales = {dtype: torch.tensor(spec.embed_scale, dtype=dtype, device="cpu").item() for dtype in dtypes}
         self.offset = spec.position_offset
         self.tokens = table(spec.vocabulary, spec.width)
         if self.offset is not None:
@@ -84,8 +86,8 @@ class Embed(nn.Module):
 
     def forward(self, ids):
         x = self.tokens(ids)
-        if self.scale != 1.0:
-            x = x * torch.tensor(self.scale, dtype=x.dtype)
+        if self.scales[x.dtype] != 1.0:
+            x = x * self.scales[x.dtype]
         if self.offset is not None or self.types is not None:
             # Summed apart from x, which is [B, T, D]: these are [T, D] and [D].
             added = self.positions.weight[self.offset : self.offset + ids.shape[1]] if self.offset is not None else 0

@@ -73,22 +73,22 @@ def update(population, optimizer, clips, going, micro_batches, rates):
     gradients and losses are summed, and all take the same step.
     """
     population.train()
-    flat = population.flat
-    losses = torch.zeros_like(clips)
+    losses, grads = torch.zeros_like(clips), None
     totals = sum(batch.weights for batch in micro_batches).clamp(min=1.0)
     for batch in micro_batches:
         if batch.keys is not None:
             population.keys.copy_(batch.keys)
         parts = population(batch.ids, batch.lengths, batch.answers, batch.alike) / totals
-        parts.sum().backward()
+        (own,) = torch.autograd.grad(parts.sum(), [population.flat.values])
+        grads = own if grads is None else grads.add_(own)
         losses += parts.detach()
-    parallel.all_reduce(flat.grads, losses)
-    norms = flat.grads.norm(dim=1)
-    going &= losses.isfinite() & norms.isfinite()
-    flat.grads.mul_((clips / (norms + 1e-6)).clamp(max=1.0)[:, None])
-    flat.grads.masked_fill_(~going[:, None], 0.0)
-    optimizer.step(rates, going)
-    flat.grads.zero_()
+    with torch.no_grad():
+        parallel.all_reduce(grads, losses)
+        norms = grads.norm(dim=1)
+        going &= losses.isfinite() & norms.isfinite()
+        grads.mul_((clips / (norms + 1e-6)).clamp(max=1.0)[:, None])
+        grads.masked_fill_(~going[:, None], 0.0)
+        optimizer.step(grads, rates, going)
     return losses, norms
 
 
@@ -141,7 +141,7 @@ def going_on(members):
 def put_together(members, base):
     """What the members train, as one: (`Flat`, optimizer, `Population`)."""
     flat = Flat([member.parameters for member in members])
-    parallel.broadcast(flat.values)
+    parallel.broadcast(flat.values.data)
     cells = [member.cell for member in members]
     optimizer = OPTIMIZERS[cells[0].optimizer](flat, cells)
     population = Population([member.model for member in members], [member.layers for member in members], flat)

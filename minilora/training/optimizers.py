@@ -27,12 +27,12 @@ class AdamW:
 
     def __init__(self, flat, cells):
         self.flat = flat
-        self.mean, self.square = torch.zeros_like(flat.values), torch.zeros_like(flat.values)
+        self.mean, self.square = (torch.zeros_like(flat.values, requires_grad=False) for _ in range(2))
         self.steps = flat.values.new_zeros(len(cells))
         self.decays = flat.values.new_tensor([cell.weight_decay for cell in cells])
         self.ratios = None
         if any((cell.lr_ratio or 1.0) != 1.0 for cell in cells):
-            self.ratios = torch.ones_like(flat.values)
+            self.ratios = torch.ones_like(flat.values, requires_grad=False)
             for k, cell in enumerate(cells):
                 for name in flat.members[k]:
                     if name.endswith(".B"):
@@ -41,13 +41,13 @@ class AdamW:
     @property
     def tensors(self):
         """What a step changes in place."""
-        return [self.flat.values, self.flat.grads, self.mean, self.square, self.steps]
+        return [self.flat.values, self.mean, self.square, self.steps]
 
-    def step(self, rates, going):
-        """One step of the members that are `going` (bool [K]), at these learning rates [K]."""
+    def step(self, grads, rates, going):
+        """One step of the members that are `going` (bool [K]), by gradients [K, P] and at learning rates [K]."""
         self.steps += going
         rates, steps = rates * going, self.steps.clamp(min=1)
-        adamw(self.flat.values, self.flat.grads, self.mean, self.square, steps, rates, self.decays, self.ratios)
+        adamw(self.flat.values, grads, self.mean, self.square, steps, rates, self.decays, self.ratios)
 
     def state(self, k):
         """What member k has gathered, {key: tensor}."""
@@ -66,14 +66,17 @@ class Adafactor:
     """torch's Adafactor (Shazeer and Stern 2018, arXiv 1804.04235) at its own defaults, for a single member."""
 
     def __init__(self, flat, cells):
-        [cell] = cells
-        self.names = list(flat.leaves)
-        self.torch = torch.optim.Adafactor(flat.leaves.values(), lr=cell.lr, weight_decay=cell.weight_decay)
+        [cell], self.flat = cells, flat
+        self.names = list(flat.members[0])
+        self.torch = torch.optim.Adafactor(flat.members[0].values(), lr=cell.lr, weight_decay=cell.weight_decay)
 
-    def step(self, rates, going):
+    def step(self, grads, rates, going):
         if going.item():
+            for name, parameter in self.flat.members[0].items():
+                parameter.grad = self.flat.part(grads, 0, name)
             self.torch.param_groups[0]["lr"] = rates.item()
             self.torch.step()
+            self.torch.zero_grad()
 
     def state(self, k):
         state = self.torch.state_dict()["state"]

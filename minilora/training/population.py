@@ -11,12 +11,12 @@ import contextlib
 
 import torch
 from torch import nn
+from torch.func import functional_call
 
 from minilora.cell import Cell
 from minilora.fields import declared, marked, value_of
 from minilora.lora.layer import detach, put, replace_module, use_keys
-from minilora.tasks.classification import Classifier
-from minilora.training.stacked import Heads, Stack
+from minilora.training.stacked import Stack, Together
 
 
 def shared(cell):
@@ -40,14 +40,13 @@ class Population(nn.Module):
         self.base = models[0].base
         self.models, self.layers, self.flat = list(models), list(layers), flat
         self.keys = torch.zeros(len(models), dtype=torch.int32, device=flat.values.device)
-        self.stacks, self.head = {}, None
+        self.stacks = {}
         if len(models) > 1:
             for name in dict.fromkeys(name for own in layers for name in own):
-                factors = (flat.leaves[f"base.{name}.{factor}"] for factor in "AB")
+                factors = (flat.whole(flat.values.data, f"base.{name}.{factor}") for factor in "AB")
                 self.stacks[name] = Stack([own.get(name) for own in layers], *factors, self.keys)
-            if isinstance(models[0], Classifier):
-                self.head = Heads(models, flat)
         self.prefix = min((int(name.split(".")[1]) for own in layers for name in own), default=0)
+        self.model = self.models[0] if len(models) == 1 else Together(models, flat, self.prefix)
         self._put()
 
     def _put(self):
@@ -89,15 +88,8 @@ class Population(nn.Module):
 
     def forward(self, ids, lengths, answers, alike=False):
         """`alike`: the members' rows are the same, so that layers below all adapters are gone through once."""
+        views = self.flat.views()
         if len(self.models) == 1:
-            return self.models[0](ids, lengths, answers)[None]
-        count = len(self.models)
-        if alike:
-            rows = len(ids) // count
-            hidden = self.base(ids[:rows], lengths[:rows], count, self.prefix)
-        else:
-            hidden = self.base(ids, lengths, members=count)
-        if self.head is not None:
-            return self.head(hidden, lengths, answers)
-        parts = (tensor.chunk(count) for tensor in (hidden, ids, lengths, answers))
-        return torch.stack([model.loss(*part) for model, *part in zip(self.models, *parts, strict=True)])
+            return functional_call(self.model, views, (ids, lengths, answers))[None]
+        views = {name.replace("classifier.", "head."): view for name, view in views.items()}
+        return functional_call(self.model, views, (ids, lengths, answers, alike))

@@ -11,15 +11,17 @@ from minilora import files
 from minilora.errors import InputError
 from minilora.fields import check_shape
 
+ALIGNED = 64  # numbers: a part then begins where a GPU reads fastest
 METERS = {"step": int, "seconds": (int, float), "tokens": int, "inputs": {str: str}}
 
 
 class Flat:
-    """What K members train, side by side: `values` and `grads` [K, P], a row for each member, of their dtype.
+    """What K members train, side by side: `values` [K, P], a row for each member, is the one parameter.
 
     `members` are K dicts {name: parameter}, which become views of `values`. A parameter that is smaller in one member
-    than in another, or missing, is filled up with zeros. `leaves` {name: parameter} are what the forward uses and
-    gradients gather in, as views of `grads`: of a single member the very parameters, else [K, ...].
+    than in another, or missing, is padded with zeros, and so is each part up to a multiple of `ALIGNED` numbers. A
+    gradient has the shape of `values`: what the forward uses are the `views` that are made for it, so that a step
+    changes no tensor that is a part of another one, which CUDA graphs cannot have.
     """
 
     def __init__(self, members):
@@ -28,23 +30,23 @@ class Flat:
             for name, p in parameters.items():
                 largest = zip(p.shape, shapes.get(name, p.shape), strict=True)
                 shapes[name] = tuple(max(pair) for pair in largest)
-        ends = [0, *accumulate(math.prod(shape) for shape in shapes.values())]
-        self.places = {name: (start, shape) for start, (name, shape) in zip(ends, shapes.items())}
+        self.sizes = []  # of each part, and of the zeros behind it
+        for shape in shapes.values():
+            self.sizes += [math.prod(shape), -math.prod(shape) % ALIGNED]
+        starts = [0, *accumulate(self.sizes)][::2]
+        self.places = {name: (start, shape) for start, (name, shape) in zip(starts, shapes.items())}
         first = next(iter(members[0].values()))
-        self.values = torch.zeros(len(members), ends[-1], dtype=first.dtype, device=first.device)
-        self.grads = torch.zeros_like(self.values)
-        self.leaves = {}
-        for name in shapes:
-            for k, parameters in enumerate(members):
-                if name in parameters:
-                    part = self.part(self.values, k, name)
-                    parameters[name].data = part.copy_(parameters[name].data)
-            if len(members) == 1:
-                self.leaves[name] = members[0][name]
-                self.leaves[name].grad = self.part(self.grads, 0, name)
-            else:
-                self.leaves[name] = nn.Parameter(self.whole(self.values, name))
-                self.leaves[name].grad = self.whole(self.grads, name)
+        values = torch.zeros(len(members), sum(self.sizes), dtype=first.dtype, device=first.device)
+        for k, parameters in enumerate(members):
+            for name, parameter in parameters.items():
+                parameter.data = self.part(values, k, name).copy_(parameter.data)
+        self.values = nn.Parameter(values)
+
+    def views(self):
+        """{name: view of `values`}, through which gradients flow: of a single member its own shapes, else [K, ...]."""
+        parts = self.values.split_with_sizes(self.sizes, 1)[::2]
+        lead = () if len(self.members) == 1 else (len(self.members),)
+        return {name: part.view(*lead, *shape) for part, (name, (_, shape)) in zip(parts, self.places.items())}
 
     def whole(self, tensor, name):
         """The columns of `tensor` [K, P] that belong to a parameter, as a view [K, ...]."""

@@ -6,6 +6,12 @@ import torch
 from minilora.kernels import dropout as op
 
 
+def mask(shape, p, keys, salt):
+    """`op.mask` for shares: a number, or a tensor [K]."""
+    least = torch.tensor([op.least_kept(one) for one in p.tolist()], dtype=torch.int32) if torch.is_tensor(p) else None
+    return op.mask(shape, op.least_kept(p) if least is None else least.to(keys.device), keys, salt)
+
+
 def hashed(h):
     """lowbias32 of one number modulo 2^32."""
     for shift, multiplier in ((16, 0x7FEB352D), (15, 0x846CA68B)):
@@ -15,7 +21,7 @@ def hashed(h):
 
 def test_mask_is_the_hash():
     keys, salt, shape, p = torch.tensor([7, -3], dtype=torch.int32), 123456789, (6, 5, 4), torch.tensor([0.3, 0.6])
-    found = op.mask(shape, p, keys, salt)
+    found = mask(shape, p, keys, salt)
     golden, compared = 0x9E3779B1, 0
     for row in range(6):
         member, place = divmod(row, 3)
@@ -33,32 +39,32 @@ def test_mask_is_the_hash():
 def test_shares_and_independence():
     key = torch.tensor([11], dtype=torch.int32)
     for p in (0.05, 0.5, 0.9):
-        kept = op.mask((64, 32, 96), p, key, 5).double()
+        kept = mask((64, 32, 96), p, key, 5).double()
         error = (p * (1 - p)) ** 0.5
         assert abs(kept.mean() - (1 - p)) < 4 * error / kept.numel() ** 0.5
         for dims in ((0, 1), (1, 2), (0, 2)):
             part = kept.mean(dims)
             assert part.std() == pytest.approx(error / (kept.numel() / len(part)) ** 0.5, rel=0.6)
-        for other in (op.mask((64, 32, 96), p, key + 1, 5), op.mask((64, 32, 96), p, key, 6), kept.roll(1, 2)):
+        for other in (mask((64, 32, 96), p, key + 1, 5), mask((64, 32, 96), p, key, 6), kept.roll(1, 2)):
             agreement = (kept.bool() == other.bool()).double().mean()
             assert abs(agreement - (p**2 + (1 - p) ** 2)) < 5 / kept.numel() ** 0.5
 
 
 def test_neither_padding_nor_neighbours_nor_device_matter(device):
     keys = torch.tensor([3, 4], dtype=torch.int32)
-    both = op.mask((10, 9, 7), torch.tensor([0.2, 0.5]), keys, 8)
-    assert torch.equal(op.mask((5, 6, 7), 0.5, keys[1:], 8), both[5:, :6])
-    assert torch.equal(op.mask((5, 6, 7), torch.tensor([0.2]), keys[:1], 8), both[:5, :6])
-    assert torch.equal(op.mask((5, 6, 7), 0.5, keys[1:].to(device), 8).cpu(), both[5:, :6])
+    both = mask((10, 9, 7), torch.tensor([0.2, 0.5]), keys, 8)
+    assert torch.equal(mask((5, 6, 7), 0.5, keys[1:], 8), both[5:, :6])
+    assert torch.equal(mask((5, 6, 7), torch.tensor([0.2]), keys[:1], 8), both[:5, :6])
+    assert torch.equal(mask((5, 6, 7), 0.5, keys[1:].to(device), 8).cpu(), both[5:, :6])
 
 
 @pytest.mark.parametrize("shape", [(4, 3, 5), (4, 5)])
 def test_values_and_gradients(shape):
     x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     keys, p = torch.tensor([3, 9], dtype=torch.int32), torch.tensor([0.25, 0.5])
-    kept = op.mask((4, 3 if len(shape) == 3 else 1, 5), p, keys, 1).view(shape)
+    kept = mask((4, 3 if len(shape) == 3 else 1, 5), p, keys, 1).view(shape)
     share = p.double().repeat_interleave(2).view(4, *[1] * (len(shape) - 1))
-    found = op.dropout(x, p, keys, 1)
+    found = op.dropout(x, p, keys, 1, torch.tensor([op.least_kept(one) for one in p.tolist()], dtype=torch.int32))
     torch.testing.assert_close(found, torch.where(kept, x / (1 - share), 0.0))
     keys.add_(1)  # a later step's keys do not reach an earlier step's backward
     [gradient] = torch.autograd.grad(found, x, torch.ones_like(x))

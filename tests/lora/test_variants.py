@@ -112,7 +112,7 @@ class SameDropout(nn.Module):
 
     def __init__(self, layer):
         super().__init__()
-        self.given = layer.dropout, layer.keys, layer.salt
+        self.given = layer.dropout, dropout.least_kept(layer.dropout), layer.keys, layer.salt
 
     def forward(self, x):
         return dropout.apply(x, *self.given)
@@ -233,11 +233,15 @@ def steps(net, optimizer, count=6, rate=3e-3):
     for _ in range(count):
         (net(x) - wanted).square().mean().backward()
         if isinstance(optimizer, optimizers.AdamW):
-            optimizer.step(torch.tensor([rate], dtype=dtype), torch.tensor([True]))
-            optimizer.flat.grads.zero_()
+            flat = optimizer.flat
+            with torch.no_grad():
+                grads = torch.zeros_like(flat.values)
+                for name, parameter in trained(net).items():
+                    flat.part(grads, 0, name).copy_(parameter.grad)
+                optimizer.step(grads, torch.tensor([rate], dtype=dtype), torch.tensor([True]))
         else:
             optimizer.step()
-            optimizer.zero_grad()
+        net.zero_grad()
     return {name: parameter.detach().clone() for name, parameter in trained(net).items()}
 
 

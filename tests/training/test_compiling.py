@@ -93,7 +93,7 @@ def test_a_whole_step_is_one_graph_for_all_sizes(tmp_path, counting, K, form, co
     """Forward, backward, clipping and optimiser: compiled once, whatever the padded length and the number of rows."""
     tiny_bert(tmp_path, num_hidden_layers=1)
     eager, ours = (Training(tmp_path, K, form, dropout) for _ in range(2))
-    before = eager.flat.values.clone()
+    before = eager.flat.values.detach().clone()
     backend, graphs = counting
     compiled = compiling.compiled(ours.step, "classification", CPU, ours.state, backend)
     sizes = [(8, 9), (8, 12), (8, 5), (3, 12), (8, 37), (2, 6), (8, 9)]
@@ -107,12 +107,12 @@ def test_a_whole_step_is_one_graph_for_all_sizes(tmp_path, counting, K, form, co
     for mine, right in zip(ours.state, eager.state, strict=True):
         torch.testing.assert_close(mine, right, rtol=2e-3, atol=1e-5)
     moved = (eager.flat.values - before).abs()
-    assert moved.mean() > 0.01 and (ours.flat.values - before).abs().mean() > 0.01
+    assert moved.mean() > 0.005 and (ours.flat.values - before).abs().mean() > 0.005
     assert eager.going.all() and eager.optimizer.steps.tolist() == [7.0] * K
 
     with torch.no_grad():
-        ours.flat.leaves["classifier.bias"].view(K, -1)[-1] = torch.inf
-    before = ours.flat.values.clone()
+        ours.flat.whole(ours.flat.values, "classifier.bias")[-1] = torch.inf
+    before = ours.flat.values.detach().clone()
     compiled(given, rates)  # the last member diverges, and stays as it is
     assert ours.going.tolist() == [True] * (K - 1) + [False] and len(graphs) == 1
     assert (ours.flat.values != before).any(1).tolist() == ours.going.tolist()
@@ -134,22 +134,23 @@ def test_settings_of_the_tracer_are_given_back(counting):
 
 DROPPED = """
 import torch
-from minilora.kernels.dropout import dropout
+from minilora.kernels.dropout import dropout, least_kept
 
 keys, chance = torch.tensor([5, -9], dtype=torch.int32), torch.tensor([0.3, 0.4])
+both = torch.tensor([least_kept(0.3), least_kept(0.4)], dtype=torch.int32)
 
-def step(x, p):
-    y = dropout(x, p, keys, 77)
+def step(x, p, least=None):
+    y = dropout(x, p, keys, 77, least)
     (gradient,) = torch.autograd.grad((y * y).sum(), [x])
     return y.detach(), gradient
 
-for width, p, kept in ((24, 0.3, 0.7), (33, chance, 0.65)):
+for width, chances, kept in ((24, (0.3,), 0.7), (33, (chance, both), 0.65)):
     x = (torch.rand(4, 7, width) + 1).requires_grad_()
     torch._dynamo.reset()
     with torch._dynamo.config.patch(trace_autograd_ops=True):
-        found = torch.compile(step, fullgraph=True)(x, p)
+        found = torch.compile(step, fullgraph=True)(x, *chances)
     share = (found[0] != 0).float().mean()
-    print(all(map(torch.equal, found, step(x, p))), bool(abs(share - kept) < 0.04))
+    print(all(map(torch.equal, found, step(x, *chances))), bool(abs(share - kept) < 0.04))
 """
 
 STEPPED = """

@@ -117,7 +117,14 @@ def test_members_start_bit_for_bit_as_alone(cell):
             assert torch.equal(members[k].parameters[name], value)
             assert torch.equal(flat.part(flat.values, k, name), value)
         assert flat.values[k].count_nonzero() == sum(int(value.count_nonzero()) for value in start.values())
-    assert flat.leaves["base.layers.0.q.A"].shape == (3, 4, 24) and "base.layers.0.k.A" not in flat.leaves
+    views = flat.views()
+    assert views["base.layers.0.q.A"].shape == (3, 4, 24) and "base.layers.0.k.A" not in views
+    assert {start % 64 for start, _ in flat.places.values()} == {0}
+    weights = {name: torch.randn_like(view) for name, view in views.items()}
+    (gradient,) = torch.autograd.grad(sum((views[name] * weights[name]).sum() for name in views), [flat.values])
+    for name, weight in weights.items():
+        assert torch.equal(flat.whole(gradient, name), weight)
+    assert gradient.count_nonzero() == sum(weight.numel() for weight in weights.values())
 
 
 class Nowhere:

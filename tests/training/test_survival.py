@@ -174,7 +174,7 @@ def test_a_state_that_is_not_finite_is_not_saved(cell, tmp_path, monkeypatch):
 
     def update(population, *arguments):
         found = real(population, *arguments)
-        population.flat.values[0, 3] = torch.inf
+        population.flat.values.data[0, 3] = torch.inf
         return found
 
     monkeypatch.setattr(loop, "update", update)
