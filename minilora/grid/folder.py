@@ -76,7 +76,7 @@ class GridFolder:
             raise InputError(f"cannot make the folder {self.path} ({error.strerror}): choose another --out") from None
         with self.lock(".lock"):
             self.check()
-            files.delete_unfinished(self.path, ("grid.toml", "grid.json", "populations.json"))
+            files.delete_unfinished(self.path, ("grid.toml", "grid.json", "populations.json", "table.csv"))
             if not (self.path / "grid.json").exists():
                 files.write_text(self.path / "grid.toml", self.grid.text)
                 names = [entry.name for entry in self.grid.entries]

@@ -7,6 +7,7 @@ from minilora.grid.folder import GridFolder
 from minilora.grid.plan import settle
 from minilora.grid.table import write_table
 from minilora.runs.bases import Settings
+from minilora.runs.folder import Run
 from minilora.runs.text import one_line
 from minilora.training.member import Member
 from minilora.training.train import train_all
@@ -40,6 +41,8 @@ def train_grid(grid, out, *, size=None, only=None, retry_failed=False, nodes=Non
     if not folder.left(grid.entries):
         with folder.lock(".lock"):
             write_table(folder)
+            for entry in grid.entries:
+                Run(folder.run_path(entry)).tidy()
     return folder
 
 

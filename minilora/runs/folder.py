@@ -171,6 +171,17 @@ class Run:
         return os.path.isfile(self.path / "results.json")
 
     @property
+    def has_saved(self):
+        """Whether there is more of the run than its cell: results, a state, or the names of those trained with it."""
+        return self.finished or self.state.exists() or (self.path / "population.json").exists()
+
+    def tidy(self):
+        """Delete the state of a finished run: it was killed between its results and that."""
+        if self.finished:
+            with contextlib.suppress(OSError):
+                self.state.unlink(missing_ok=True)
+
+    @property
     def state(self):
         return self.path / "state.safetensors"
 

@@ -129,14 +129,16 @@ def train(arguments):
         outs = [arguments.out and Path(arguments.out) / name for name in names(cells)]
     if arguments.go_on:
         outs = [out or Path("runs") / cell.name for cell, out in zip(cells, outs, strict=True)]
-        if begun := [out for cell, out in zip(cells, outs, strict=True) if has_begun(cell, out)]:
-            outcomes = resume(begun, one, often)
-        left = [(cell, out) for cell, out in zip(cells, outs, strict=True) if out not in begun]
+        saved = [out for cell, out in zip(cells, outs, strict=True) if has_begun(cell, out) and Run(out).has_saved]
+        outcomes = resume(saved, one, often)
+        left = [(cell, out) for cell, out in zip(cells, outs, strict=True) if out not in saved]
         cells, outs = zip(*left, strict=True) if left else ((), ())
     if len(cells) == 1:
-        outcomes.append(minilora.train(cells[0], outs[0], **one))
+        begun = arguments.go_on and Run(outs[0]).begun
+        outcomes.append(minilora.train(**({"resume": outs[0]} if begun else {"cell": cells[0], "out": outs[0]}), **one))
     elif cells:
-        outcomes += minilora.train_together(cells, outs, size=arguments.population, **often)
+        group = dict(go_on=arguments.go_on, size=arguments.population)
+        outcomes += minilora.train_together(cells, outs, **group, **often)
     report_all(outcomes, arguments.json)
 
 
@@ -167,6 +169,7 @@ def resume(paths, one, often):
                 if one["merge_to"]:
                     raise InputError(f"{path} is finished: use {to_type('evaluate', path)} --merge-to DIR")
                 say(f"{path} is finished")
+                Run(path).tidy()
                 outcomes.append((Run(path).read_results(), path))
         if len(left) == 1:
             outcomes.append(minilora.train(resume=left[0], **one))

@@ -72,12 +72,14 @@ def train_together(
     outs: list | None = None,
     *,
     resume: list | None = None,
+    go_on: bool = False,
     size: int | None = None,
     quiet: bool = False,
     **options,
 ) -> list[tuple[dict | Exception, Path]]:
     """Train several cells, each in its own folder of `outs` (default: as `train`), grouping compatible ones into
-    populations. Or go on in the run folders `resume`, all at once, as a population that was stopped.
+    populations; with `go_on`, folders may hold begun runs of their cells. Or go on in the run folders `resume`, all at
+    once, as a population that was stopped.
 
     `size` is how many adapters a population has at most (default: what is measured to be fastest on the device);
     `quiet` writes nothing to standard error; `options` are the fields of `loop.Options`. Each cell's results are those
@@ -93,7 +95,9 @@ def train_together(
     size = len(members) or size
     cells = cells or []
     for cell, out in zip(cells, outs or [None] * len(cells), strict=True):
-        members.append(Member(cell, Run.plan(out, cell, taken=[member.run.path for member in members])))
+        begun = go_on and Run(out).begun
+        taken = [member.run.path for member in members]
+        members.append(Member(cell, Run(out, resume=True) if begun else Run.plan(out, cell, taken)))
     with console.quiet(quiet):
         train_all(members, size, Options(**options))
     return [(member.error or member.results, member.run.path) for member in members]

@@ -31,7 +31,7 @@ def run(folder, seed, end, first=0, cases=10**9, only=None):
 
 
 def inside(folder, seed, end, first, cases, only):
-    single, _, grid, _ = make(folder)
+    single, _, grid = make(folder)
     disk = folder / "disk"
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", disk], check=True)

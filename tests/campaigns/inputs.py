@@ -10,7 +10,7 @@ WORDS = "the film is great\nthe plot was very dull\na long and slow story with a
 
 
 def make(folder):
-    """(arguments of a single run, of a population, of a grid), all without --out, and the cells of the population."""
+    """(arguments of a single run, of a population, of a grid), all without --out."""
     from minilora.cell import Cell
 
     class Factory:
@@ -36,7 +36,7 @@ def make(folder):
     often = ["--save-every", "4"]
     single = ["--config", configs[0], *often]
     population = ["--config", *configs, "--population", "3", *often]
-    return single, population, ["--grid", folder / "grid.toml"], cells
+    return single, population, ["--grid", folder / "grid.toml"]
 
 
 def outcome(folder):

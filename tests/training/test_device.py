@@ -41,9 +41,11 @@ from minilora.training.state import Flat
 
 META, CPU = torch.device("meta"), torch.device("cpu")
 # What launches nothing: views, and what only allocates.
-FREE = set("""view _unsafe_view reshape t transpose permute expand as_strided slice select split
-split_with_sizes unsqueeze squeeze detach alias unbind diagonal unfold narrow chunk empty empty_like empty_strided new_empty new_empty_strided
-lift_fresh _reshape_alias mT expand_as view_as unsafe_split""".split())
+FREE = set("""
+view _unsafe_view reshape t transpose permute expand as_strided slice select split split_with_sizes unsqueeze squeeze
+detach alias unbind diagonal unfold narrow chunk empty empty_like empty_strided new_empty new_empty_strided lift_fresh
+_reshape_alias mT expand_as view_as unsafe_split
+""".split())
 SEVERAL = {"embedding_dense_backward": 5, "nonzero": 4, "index_put_": 4, "index_put": 4, "_index_put_impl_": 4,
            "sort": 3, "cumsum": 2}  # fmt: skip
 ROWS, WIDTH, ANSWERS = 4, 9, 3
