@@ -81,7 +81,7 @@ class Tensors(Mapping):
         held = {shard: _open(Path(folder) / shard) for shard in sorted(set(shard_of.values()))}
         for name, shard in shard_of.items():
             if name not in held[shard]:
-                raise InputError(f"{self.path}: tensor {name} is not in {shard}; fetch the checkpoint again")
+                raise InputError(f"{self.path}: tensor {shown(name)} is not in {shard}; fetch the checkpoint again")
         for shard, stored in held.items():
             for name in stored:
                 if shard_of.get(name) != shard:

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 from minilora.base.probe import check_safe
-from minilora.errors import InputError
+from minilora.errors import InputError, shown
 from minilora.files import check_regular, read_json
 
 BERT = {"unk_token": "[UNK]", "sep_token": "[SEP]", "pad_token": "[PAD]", "cls_token": "[CLS]",
@@ -238,7 +238,7 @@ def _from_vocabulary(files):
     for role, default in BERT.items():
         token = files.role(role, default)
         if token not in vocabulary and token not in {t.get("content") for t in files.stated.values()}:
-            raise InputError(f"{files.path}: has no {token} (the {role}); fetch the checkpoint again")
+            raise InputError(f"{files.path}: has no {shown(token)} (the {role}); fetch the checkpoint again")
     made = Tokenizer(models.WordPiece(vocabulary, unk_token=files.role("unk_token", "[UNK]")))
     made.normalizer = normalizers.BertNormalizer(
         lowercase=files.flag("do_lower_case", True),

@@ -319,7 +319,7 @@ def _read_parquet(path, where, pick):
         with parquet.ParquetFile(path) as file:
             schema = file.schema_arrow
             names = pick(schema.names)
-            if file.metadata.num_rows * 8 * len(names) > most or _unpacked(file.metadata, names) > most:
+            if file.metadata.num_rows * 8 * len(names) > most or _unpacked(file.metadata, names, most) > most:
                 raise InputError(
                     f"{where} unpacks to more than {most >> 20:,} MiB, {TIMES} times its size or more: if that is "
                     "right, write it as CSV or JSON lines"
@@ -342,10 +342,14 @@ def _read_parquet(path, where, pick):
     return columns, _noted_names(schema.metadata, names)
 
 
-def _unpacked(metadata, names):
-    """Bytes of the columns `names`, as the file says."""
+def _unpacked(metadata, names, most):
+    """Bytes of the columns `names`, as the file says; of all columns, if these are at most `most` bytes."""
+    groups = range(metadata.num_row_groups)
+    total = sum(metadata.row_group(group).total_byte_size for group in groups)
+    if total <= most:  # the entries of single columns are not looked at: pyarrow ends the process at a damaged one
+        return total
     total = 0
-    for group in range(metadata.num_row_groups):
+    for group in groups:
         for column in range(metadata.num_columns):
             chunk = metadata.row_group(group).column(column)
             if any(f"{chunk.path_in_schema}.".startswith(f"{name}.") for name in names):

@@ -20,7 +20,7 @@ import torch
 from minilora import console, files
 from minilora.base import families
 from minilora.base.spec import TARGETS
-from minilora.errors import InputError
+from minilora.errors import InputError, first_words
 from minilora.lora import peft_config
 from minilora.lora.adapter import TENSORS as PARTS
 from minilora.lora.adapter import Adapter, Part, adapter_of, check_strength, combine, place_of, put_adapter
@@ -303,4 +303,5 @@ def opened(path):
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: the folder holds no finished adapter") from None
     except (OSError, safetensors.SafetensorError) as error:
-        raise InputError(f"{path} is not a whole safetensors file ({error}): fetch or train it again") from None
+        reason = first_words(error)
+        raise InputError(f"{path} is not a whole safetensors file ({reason}): fetch or train it again") from None
