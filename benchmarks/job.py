@@ -123,7 +123,7 @@ def write(cell, folder, warm_up, forms=("clean",)):
 
 
 def as_dict(rows):
-    return {"ids": rows.ids, "texts": rows.texts, "labels": rows.labels.tolist(), "label_names": rows.label_names}
+    return {"ids": list(rows.ids), "texts": rows.texts, "labels": rows.labels.tolist(), "label_names": rows.label_names}
 
 
 def from_dict(values):

@@ -188,7 +188,7 @@ def test_callbacks(cell, tmp_path):
         cell, tmp_path / "run", eval_every=3, quiet=True,
         on_step=lambda step, loss, **figures: steps.append(step), on_tests=lambda *given: tests.append(given),
     )  # fmt: skip
-    assert steps == list(range(1, 9)) and [step for step, _ in tests] == [3, 6, 8]
+    assert steps == list(range(1, 9)) and [step for step, _ in tests] == [0, 3, 6, 8]
     assert tests[-1][1] == results["tests"] and tests[0][1]["clean"]["rows"] == 31
     assert tests[0][1] != tests[1][1]
 

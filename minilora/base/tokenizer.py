@@ -27,7 +27,7 @@ from minilora.errors import InputError, first_words
 # Texts are encoded in chunks of at most so many, and about so many characters: an encoding needs some 700 bytes, and
 # some 50 bytes a character.
 CHUNK_TEXTS, CHUNK_CHARACTERS = 1 << 12, 1 << 18
-MOST_ID = (1 << 31) - 1
+MOST_ID = 1 << 24  # the library would walk through all ids up to the largest
 PATIENCE_SECONDS = 100  # for a chunk, which takes about one: on the slowest of machines too
 # What a completion is encoded behind: the first of these whose tokens do not run into the completion's.
 ANCHORS = ("\n", "a", ".")
@@ -99,7 +99,8 @@ class TextTokenizer:
         if self.pad_id is None:
             self.pad_id = padding["pad_id"] if padding else 0
         self.end_id = self._embeds(end_token, embedded)
-        if (largest := max(tokenizer.get_vocab().values(), default=0)) > MOST_ID:
+        largest = max(tokenizer.get_vocab().values(), default=0)
+        if largest > MOST_ID:
             raise ValueError(f"a token has the id {largest:,}")
         used = [*probe.ids, self.pad_id, *([] if self.end_id is None else [self.end_id])]
         self.vocab_size = 1 + max([*tokenizer.get_vocab(with_added_tokens=False).values(), *used])
@@ -110,7 +111,6 @@ class TextTokenizer:
                 "not belong together, choose another --tokenizer or --model"
             )
         # Gemma 3 has one more added token than embeddings: it is refused where a text has it.
-        largest = max(tokenizer.get_vocab().values())
         self._exceeds = embedded is not None and largest >= embedded
         self._table = None
         if word_table.is_spaced(tokenizer):

@@ -13,6 +13,8 @@ MOST = 1 << 15  # words that are kept
 
 def is_spaced(tokenizer):
     """Whether the tokens of a text are those of its words, cut at each space, one after the other."""
+    if type(tokenizer.model).__name__ != "WordPiece":
+        return False
     state = json.loads(tokenizer.to_str())
     kinds = [(state[part] or {}).get("type") for part in ("model", "normalizer", "pre_tokenizer")]
     added = state["added_tokens"]

@@ -1,9 +1,9 @@
 """report.html of a grid: claims, means, figures, cells, and what it takes to reproduce them."""
 
 import base64
-import shlex
 from collections import Counter
 
+from minilora.errors import to_type
 from minilora.fields import value_of
 from minilora.grid.axes import FIELDS, word
 from minilora.report.page import Block, Markup, Section, html, link, links, render
@@ -18,7 +18,7 @@ def page_of(folder, lines, tables, drawn, made, left_out):
 
     `tables` are `markup.Table`s, `drawn` `drawing.Drawn`s, `made` as in `grid.table.table_rows`, `left_out` reasons.
     """
-    grid, where = folder.grid, shlex.quote(str(folder.path))
+    grid, where = folder.grid, folder.path
     alike, differing = settings(grid)
     figures = {one.paths[0].stem: one for one in drawn}
     sections = []
@@ -38,8 +38,8 @@ def page_of(folder, lines, tables, drawn, made, left_out):
     varied = [(name, ", ".join(dict.fromkeys(str(word(entry.varied[name])) for entry in grid.entries)))
               for name in grid.varied]  # fmt: skip
     follow = [Block("text", f"Following from these: {', '.join(differing)}.")] if differing else []
-    size = f" --size {shlex.quote(grid.size)}" if grid.size else ""
-    again = f"python train.py --grid grid.toml{size} --out {where}\npython evaluate.py {where}"
+    size = ["--size", grid.size] if grid.size else []
+    again = f"{to_type('train', '--grid', 'grid.toml', *size, '--out', where)}\n{to_type('evaluate', where)}"
     sections += [
         Section("What the grid varies", [Block("table", (("field", "values"), varied)), *follow]),
         Section("What all cells share", [Block("table", (("field", "value"), alike))], folded=True),

@@ -2,11 +2,10 @@
 
 import itertools
 import re
-import shlex
 from types import NoneType
 
 from minilora import files
-from minilora.errors import InputError
+from minilora.errors import InputError, to_type
 from minilora.fields import check_shape
 from minilora.report import curve
 from minilora.report.page import Block, Section, html, join, links, marked, render
@@ -35,7 +34,8 @@ def write_page(folder):
 def page_of(run):
     """The page's text. Raises OSError where the curve's files cannot be written."""
     cell, results = run.read_cell(), run.read_results()
-    tests, where, toml = results["tests"], *(shlex.quote(str(path)) for path in (run.path, run.path / "cell.toml"))
+    tests = results["tests"]
+    again = f"{to_type('train', '--config', run.path / 'cell.toml')}\n{to_type('evaluate', run.path)}"
     sections = [
         Section("Tests", tests_of(results)),
         Section("Over the steps", attempt(lambda: curve_of(run))),
@@ -43,7 +43,7 @@ def page_of(run):
         Section("Trained tensors", attempt(lambda: tensors_of(run))),
         Section("The cell", [Block("code", cell.to_toml())], folded=True),
         Section("Versions and hardware", [Block("table", ((), made_with(results)))], folded=True),
-        Section("To reproduce it", [Block("code", f"python train.py --config {toml}\npython evaluate.py {where}")]),
+        Section("To reproduce it", [Block("code", again)]),
     ]  # fmt: skip
     lead = [about(cell), *injections(cell, results), html("Files: {}.", links(run.path, FILES))]
     return render(f"Run {run.path.resolve().name}", lead, sections)

@@ -169,6 +169,8 @@ def contents(folder):
         results = json.loads(found["results.json"])
         kept = "rows", "population", "trainable_parameters", "steps"
         found["results.json"] = results | {"train": {name: results["train"][name] for name in kept}}
+    if "error.json" in found:
+        found["error.json"] = json.loads(found["error.json"]) | {"traceback": []}  # it was raised elsewhere
     if "metrics.jsonl" in found:
         found["metrics.jsonl"] = [line | {"seconds": 0} for line in files.read_jsonl(folder / "metrics.jsonl")]
     return found

@@ -174,7 +174,7 @@ REFUSED = [
     ({"grid": {"rank": [1], "seed": [*range(1000)]}, "zip": {"epochs": [*range(1, 51)], "lr": [0.1] * 50},
       "size": {"small": {"clip": [1.0, 2.0]}}, "include": [{"window": [1, 2], "rank": [3, 4]}]},
      "the grid would have 100,008 cells"),
-    ({"cell": {"model": ["x" * 200]}}, "[cell]: model is ['" + 75 * "x" + "..., but must be a string"),
+    ({"cell": {"model": ["x" * 200]}}, "[cell]: model is a list, but must be a path or a name"),
     ({"grid": {"rank": {"x" * 200: 3}}}, "the axis rank is {'" + 75 * "x" + "..., but must be a list"),
 ]  # fmt: skip
 
