@@ -92,7 +92,8 @@ def test_no_message_has_a_command_of_its_own():
     for path in (ROOT / "minilora").rglob("*.py"):
         text = path.read_text(encoding="utf-8")
         for number, line in enumerate(text.splitlines(), 1):
-            if ("python train.py" in line or "python evaluate.py" in line) and '"' in line and "`" not in line:
+            named = "python train.py" in line or "python evaluate.py" in line
+            if named and '"' in line and "`" not in line and not line.startswith("python "):  # usage, in a docstring
                 raise AssertionError(f"{path}:{number}: {line.strip()}")
 
 
