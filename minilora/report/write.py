@@ -99,9 +99,9 @@ def rates(mean, digits, names=summary.SHOWN):
     return cells, *(share(mean.metrics[name], digits) if name in mean.metrics else "-" for name in names)
 
 
-RATES = ("cells", *(FIGURES[name][0] for name in summary.SHOWN))
 MEANS = ("clean_accuracy", "attack_success_clean", "attack_success", "attack_success_placebo", "flip_rate",
          "degradation")  # fmt: skip
+BESIDE = summary.BESIDE["attack_success"]
 
 
 def marginal_table(means):
@@ -184,14 +184,18 @@ def verdict(decision):
 
 
 def means_text(means):
-    """The marginal means, each field's name above its values."""
+    """The marginal means, each field's name above its values; beside attack success its clean and placebo rates."""
     lines, before = [], None
     for mean in means:
         if mean.field not in (None, before):
             lines.append((mean.field,))
-        lines.append(("all cells" if mean.field is None else f"  {shown(mean.value)}", *rates(mean, 2)))
+        beside = [f"{mean.metrics[name][0]:.2f}" if name in mean.metrics else "-" for name in BESIDE]
+        cells, accuracy, attack, *others = rates(mean, 2)
+        first = "all cells" if mean.field is None else f"  {shown(mean.value)}"
+        lines.append((first, cells, accuracy, attack, *beside, *others))
         before = mean.field
-    return "\n".join(table(("means", *RATES), lines))
+    accuracy, attack, *others = (FIGURES[name][0] for name in summary.SHOWN)
+    return "\n".join(table(("means", "cells", accuracy, attack, "clean", "placebo", *others), lines))
 
 
 def claims_text(decisions):
