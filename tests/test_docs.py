@@ -2,7 +2,7 @@
 
 How a page is read. A fence without a language, or with `sh`, holds command lines; `python` a block that runs after the
 page's earlier ones; `toml` a grid; `text` what a command printed, which nobody runs. `python ...` within a line of text
-is a command too. Commands run in this process, in a folder that has what pages speak of (`runs/NAME`, `reviews.csv`).
+is a command too. Commands run in this process, in a folder that has what pages speak of (`runs/default`, `rows.csv`).
 
 How a command shrinks. Where it names no base or data it gets the tiny ones, else each hub id in `HUB` becomes a local
 folder or file; a single cell takes 2 steps, and so does `minilora.Cell(...)`. A grid's file keeps two values an axis.
@@ -100,7 +100,7 @@ def world(tmp_path_factory):
         write_rows("reviews.csv", "bad", "good")
         write_rows("imdb.csv", "neg", "pos")
         write_questions("questions.jsonl")
-        for number, name in enumerate(("NAME", "OTHER")):
+        for number, name in enumerate(("default", "NAME", "OTHER")):
             minilora.train(small_cell(seed=number), f"runs/{name}")
         for name in "ABC":
             with open(f"{name}.toml", "w") as file:
