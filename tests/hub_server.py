@@ -215,7 +215,7 @@ def listed(*names, sha="a" * 40):
 
 
 JSON = {"Content_Type": "application/json"}
-# What a hub may answer in place of a repository's listing ...
+# What a hub may answer instead of a repository's listing ...
 SICK_LISTINGS = {
     "endless": sickly(body=b'{"rfilename": "x"},' * 50_000, endless=True, **JSON),
     "drip": sickly(body=b" ", endless=True, pause=0.1, **JSON),

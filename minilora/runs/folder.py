@@ -176,7 +176,7 @@ class Run:
         return self.finished or self.state.exists() or (self.path / "population.json").exists()
 
     def tidy(self):
-        """Delete the state of a finished run: it was killed between its results and that."""
+        """Delete the state of a finished run, which is there if it was killed after it wrote its results."""
         if self.finished:
             with contextlib.suppress(OSError):
                 self.state.unlink(missing_ok=True)

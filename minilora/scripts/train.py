@@ -179,7 +179,7 @@ def resume(paths, one, often):
 
 
 def report_all(outcomes, as_json):
-    """The end of one cell or several, of which some may have failed: of several a table, and where the runs are."""
+    """Print the end of one cell, or of several a table and where their runs are; some may have failed."""
     from minilora.runs import listing
 
     for results, folder in outcomes:
