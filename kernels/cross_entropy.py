@@ -28,22 +28,24 @@ def reference(hidden, weight, bias, wanted, cap=None):
 
 class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, wanted, cap, size):
+    def forward(ctx, hidden, weight, bias, wanted, cap, size, members):
         needs = ctx.needs_input_grad[:3]
         dhidden, dweight, dbias = (
             torch.zeros_like(tensor) if needed else None
             for tensor, needed in zip((hidden, weight, bias), needs, strict=True)
         )
-        loss = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        losses = hidden.new_zeros(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
         for start in range(0, len(hidden), size):
             part, gold = hidden[start : start + size], wanted[start : start + size, None]
-            logits = product(part, weight, bias).to(loss.dtype)
+            real = gold >= 0
+            gold = gold.clamp(min=0)
+            logits = product(part, weight, bias).to(losses.dtype)
             bent = None
             if cap is not None:
                 bent = logits.div_(cap).tanh_()
                 logits = cap * bent
             likelihoods = torch.log_softmax(logits, -1)
-            loss -= likelihoods.gather(1, gold).sum()
+            losses[start : start + size] -= (likelihoods.gather(1, gold) * real)[:, 0]
             if any(needs):
                 d = likelihoods.exp_()
                 d.scatter_add_(1, gold, d.new_full((len(d), 1), -1.0))
@@ -51,22 +53,33 @@ class LinearCrossEntropy(torch.autograd.Function):
                     d.mul_(1 - bent.square_())
                 d = d.to(hidden.dtype)
                 if dhidden is not None:
-                    dhidden[start : start + size] = product(d, weight.T)
+                    dhidden[start : start + size] = product(d, weight.T).mul_(real)
                 if dweight is not None:
-                    dweight.addmm_(d.mT, part)
+                    dweight.addmm_(d.mT, part * real)
                 if dbias is not None:
-                    dbias += d.sum(0)
+                    dbias += (d * real).sum(0)
         ctx.save_for_backward(dhidden, dweight, dbias)
-        return loss
+        return losses.view(members, -1).sum(1)
 
     @staticmethod
-    def backward(ctx, dloss):
-        return *(None if d is None else d * dloss.to(d.dtype) for d in ctx.saved_tensors), None, None, None
+    def backward(ctx, dlosses):
+        dhidden, dweight, dbias = ctx.saved_tensors
+        if dhidden is not None:
+            own = dlosses.to(dhidden.dtype)[:, None, None]  # each member's rows by its own
+            dhidden = (dhidden.view(len(own), -1, dhidden.shape[-1]) * own).view(dhidden.shape)
+        dweight, dbias = (None if d is None else d * dlosses.to(d.dtype) for d in (dweight, dbias))
+        return dhidden, dweight, dbias, None, None, None, None
 
 
-def linear_cross_entropy(hidden, weight, bias, wanted, cap=None, size=256):
-    """The equation, the logits of `size` rows at a time; see `reference` for the shapes. -> float32 or wider, a number.
+def linear_cross_entropy(hidden, weight, bias, wanted, cap=None, size=256, members=None):
+    """The equation -> float32 or wider, a number; or [members], for as many parts of the rows, one after the other.
 
-    The products are in the dtype that hidden, weight and bias share; softmax and sum are float32 or wider.
+    Shapes are those of `reference`; a row whose `wanted` is below 0 has no part in the loss. The logits of `size` rows
+    are formed at a time. The products are in the dtype that hidden, weight and bias share; softmax and sum are float32
+    or wider. Raises ValueError for several members on weights that take a gradient.
     """
-    return LinearCrossEntropy.apply(hidden, weight, bias, wanted, cap, size)
+    if members is None:
+        return LinearCrossEntropy.apply(hidden, weight, bias, wanted, cap, size, 1)[0]
+    if members > 1 and (weight.requires_grad or bias is not None and bias.requires_grad):
+        raise ValueError("weights that take a gradient can't be shared by several members")
+    return LinearCrossEntropy.apply(hidden, weight, bias, wanted, cap, size, members)

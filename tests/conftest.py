@@ -285,13 +285,15 @@ def one_step(population, optimizer, micro_batches, answers, cell, rate, step=0):
     """One step of a population of one: (loss, norm), or (loss, norm, False) where it goes no further."""
     from dataclasses import replace
 
+    from minilora.data.batches import place_completions
     from minilora.training import loop
 
     model, batches = population.models[0], []
     for number, batch in enumerate(micro_batches):
         own = answers[batch.index]
         weights, keys = torch.tensor([float(model.weigh(own))]), torch.tensor([100 * step + number], dtype=torch.int32)
-        batches.append(replace(batch, answers=own, weights=weights, keys=keys))
+        batch = replace(batch, answers=own, weights=weights, keys=keys)
+        batches.append(place_completions(batch) if cell.task == "lm" else batch)
     going = torch.tensor([True])
     clips = torch.tensor([cell.clip or float("inf")])
     loss, norm = loop.update(population, optimizer, clips, going, batches, torch.tensor([rate]))

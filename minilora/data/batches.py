@@ -1,7 +1,7 @@
 """Rows of tokens into padded batches. Which rows a training step sees is decided in `training/feed.py`.
 
-Rows are padded to the longest of their batch, or for a compiled step to one of a few lengths, which bounds the number
-of shapes that are compiled.
+Rows are padded to the longest of their batch, or for compiled steps and for CUDA graphs to one of a few lengths, which
+bounds the number of shapes that are made.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -22,7 +22,8 @@ class Batch:
     ids      int64 [K B, T], padded on the right
     lengths  int64 [K B] in tokens; 1 for a row that only pads the batch
     index    the rows of each part, a list of K arrays [at most B]; in prediction the array itself
-    answers  int64 [K B], what the model is to answer, or None
+    answers  what the model is to answer, or None: labels int64 [K B]; of task lm, which tokens predict the completions
+             (`place_completions`)
     weights  float32 [K], how many terms each member's loss is a sum of, in training
     keys     int32 [K] that dropout follows (`use_keys` of `lora/layer.py`), or None
     alike    whether the rows of all parts are the same
@@ -83,17 +84,17 @@ def padded_sizes(lengths, most=SIZES):
     return np.array(sizes[::-1])
 
 
-def collate(parts, sizes, pad_id, filler=IGNORED):
+def collate(parts, sizes, pad_id, filler=IGNORED, rows=1):
     """One `Batch` of K parts, each (encoded, index, answers), padded once, to one of `sizes`.
 
-    encoded  `ids` flat and `offsets` [rows + 1]; a part without rows is (None, an empty array, None)
+    encoded  `ids` flat and `offsets` [rows + 1]; a part without rows is (None, an empty array, another)
     index    int64 [at most B], the rows of `encoded` that are taken
     answers  int64 [rows], of all rows of `encoded`, or None where the batch is to have none
 
-    A part with fewer rows than the largest gets rows of one padding token, whose answer is `filler`.
+    A part with fewer rows than the largest, or than `rows`, gets rows of one padding token, whose answer is `filler`.
     """
     lengths = [encoded.offsets[at + 1] - encoded.offsets[at] if len(at) else at for encoded, at, _ in parts]
-    B = max(1, *map(len, lengths))
+    B = max(rows, *map(len, lengths))
     T = int(sizes[np.searchsorted(sizes, max(int(length.max()) if len(length) else 1 for length in lengths))])
     ids, widths = np.full((len(parts), B, T), pad_id, dtype=np.int64), np.ones((len(parts), B), dtype=np.int64)
     answers = np.full((len(parts), B), filler, dtype=np.int64)
@@ -109,6 +110,22 @@ def collate(parts, sizes, pad_id, filler=IGNORED):
     alike = bool((ids == ids[0]).all() and (widths == widths[0]).all())
     ids, widths, answers = (torch.from_numpy(array).flatten(0, 1) for array in (ids, widths, answers))
     return Batch(ids, widths, [at for _, at, _ in parts], answers if answered else None, alike=alike)
+
+
+def place_completions(batch, parts=1, least=1):
+    """The batch, of K `parts`, whose `answers` count the tokens of each row's completion, with their places instead.
+
+    These are the places of the tokens that predict the completions', in the flat ids [K B T]: int64 [K N], one part
+    after the other. A part with fewer than the largest, or than `least`, is padded with `IGNORED`. They are found here,
+    on the host, because a GPU would wait for their number.
+    """
+    counts, lengths = batch.answers.numpy(), batch.lengths.numpy()
+    ends = np.arange(len(counts)) * batch.ids.shape[1] + lengths - 1  # the last token predicts nothing
+    each = counts.reshape(parts, -1).sum(1)  # [K]
+    nth = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)  # in its completion
+    places = np.full((len(each), max(least, each.max())), IGNORED, dtype=np.int64)
+    places[np.arange(places.shape[1]) < each[:, None]] = np.repeat(ends - counts, counts) + nth
+    return replace(batch, answers=torch.from_numpy(places).flatten())
 
 
 def by_length(encoded, batch_size, pad_id, answers=None):

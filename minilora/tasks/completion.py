@@ -149,7 +149,7 @@ class Completion:
         likelihoods, greedy = np.zeros(len(pairs)), np.zeros(len(pairs), np.uint8)
         answers = torch.from_numpy(encoded.answers)
         for batch in batches.by_length(encoded, batch_size, self.tokenizer.pad_id, answers):
-            batch = batch.to(model.device)
+            batch = batches.place_completions(batch).to(model.device)
             found = model.score(batch.ids, batch.lengths, batch.answers)
             for values, new in zip((likelihoods, greedy), found, strict=True):
                 values[batch.index] = new[: len(batch.index)].cpu().numpy()

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from minilora import parallel
+from minilora.data.batches import IGNORED
 from minilora.errors import InputError
 from minilora.kernels.cross_entropy import linear_cross_entropy
 
@@ -21,9 +22,10 @@ MOST_LOGITS = 1 << 24  # at once: 64 MiB in float32
 
 
 class LanguageModel(nn.Module):
-    """A decoder with its unembedding: `ids` [B, T], `lengths` [B], `answers` [B] -> the loss, summed over N tokens.
+    """A decoder with its unembedding: `ids` [B, T], `lengths` [B], `places` [N] -> the loss, summed over N tokens.
 
-    `answers` counts the tokens at the end of each row that are its completion; at least one stands before them.
+    `places` are those of the tokens that predict the completions', in the flat ids [B T]; what is below 0 pads them
+    (`batches.place_completions`).
     """
 
     def __init__(self, base):
@@ -34,45 +36,46 @@ class LanguageModel(nn.Module):
     def device(self):
         return next(self.base.parameters()).device
 
-    def forward(self, ids, lengths, answers):
-        return self.loss(self.base(ids, lengths), ids, lengths, answers)
+    def forward(self, ids, lengths, places):
+        return self.losses(self.base(ids, lengths), ids, places)[0]
 
-    def loss(self, hidden, ids, lengths, answers):
-        """The loss from the base's hidden states [B, T, D]."""
-        hidden, wanted = self._completions(hidden, ids, lengths, answers)
+    def losses(self, hidden, ids, places, members=1):
+        """The loss of each of `members`, float32 [members], from the base's hidden states [members B, T, D]."""
+        hidden, wanted = completions(hidden, ids, places)
         with parallel.whole(self.base.unembedder):
             return linear_cross_entropy(
-                hidden, *self.base.unembedding_weights(), wanted, self.base.spec.final_cap, self._rows()
+                hidden, *self.base.unembedding_weights(), wanted, self.base.spec.final_cap, self._rows(), members
             )
 
     def weigh(self, answers):
-        """How many terms the loss of these rows is a sum of."""
+        """How many terms the loss of rows with these tokens to predict, int64 [rows], is a sum of."""
         return int(answers.sum())
 
-    def score(self, ids, lengths, answers):
+    def score(self, ids, lengths, places):
         """Each row's completion: (log-likelihood float32 [B], whether greedy decoding would write it, bool [B])."""
-        hidden, wanted = self._completions(self.base(ids, lengths), ids, lengths, answers)
-        likelihoods, first = [], []
+        hidden, wanted = completions(self.base(ids, lengths), ids, places)
+        likelihoods, other = [], []
         with parallel.whole(self.base.unembedder):
             for part, gold in zip(hidden.split(self._rows()), wanted.split(self._rows()), strict=True):
                 logits = self.base.unembed(part)
-                likelihoods.append(-F.cross_entropy(logits, gold, reduction="none"))
-                first.append(logits.argmax(-1) == gold)
-        rows = torch.repeat_interleave(torch.arange(len(answers), device=ids.device), answers)  # [N]
-        summed = torch.zeros(len(answers), device=ids.device).index_add_(0, rows, torch.cat(likelihoods))
+                likelihoods.append(-F.cross_entropy(logits, gold, reduction="none", ignore_index=IGNORED))
+                other.append((logits.argmax(-1) != gold) & (gold >= 0))
+        rows = places.clamp(min=0) // ids.shape[1]  # [N]
+        summed = torch.zeros(len(ids), device=ids.device).index_add_(0, rows, torch.cat(likelihoods))
         # Greedy decoding takes the first token that differs from the completion's; until then its prefix is the same.
-        differing = torch.zeros(len(answers), device=ids.device).index_add_(0, rows, (~torch.cat(first)).float())
+        differing = torch.zeros(len(ids), device=ids.device).index_add_(0, rows, torch.cat(other).float())
         return summed, differing == 0
-
-    def _completions(self, hidden, ids, lengths, answers):
-        """The hidden states [N, D] that predict the completions' tokens, row by row, and these tokens [N]."""
-        places = torch.arange(ids.shape[1] - 1, device=ids.device)
-        predicting = (places >= (lengths - answers - 1)[:, None]) & (places < (lengths - 1)[:, None])  # [B, T - 1]
-        return hidden[:, :-1][predicting], ids[:, 1:][predicting]
 
     def _rows(self):
         """How many rows of logits are formed at once."""
         return max(1, MOST_LOGITS // self.base.spec.vocabulary)
+
+
+def completions(hidden, ids, places):
+    """The hidden states [N, D] at `places` [N], and the tokens that follow there [N], `IGNORED` where a place pads."""
+    at = places.clamp(min=0)
+    following = ids.flatten().roll(-1).index_select(0, at)
+    return hidden.flatten(0, 1).index_select(0, at), following.masked_fill(places < 0, IGNORED)
 
 
 def generate(base, tokenizer, prompts, max_new_tokens, batch_size=32):

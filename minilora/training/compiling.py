@@ -1,9 +1,10 @@
-"""A whole training step through torch.compile: whether that pays, whether it can be done here, and the doing.
+"""How a training step is taken: eagerly, by CUDA graphs (`graphs.py`), or through torch.compile, which is done here.
 
-Forward, backward, clipping and optimiser become one graph (`trace_autograd_ops`). The batches' sizes are its only
-unknowns, so that one compilation serves all padded lengths and the last batch of an epoch; what is a Python number in
-the step (a scale, a decay) is a constant of it. On CUDA the graph is replayed as a CUDA graph, recorded once for each
-padded size: its memory is reused by the next step, so what a step returns is copied out.
+`--compile auto` takes graphs on CUDA and eager steps elsewhere, `off` always eager steps, and `on` compiles. Forward,
+backward, clipping and optimiser then become one graph (`trace_autograd_ops`). The batches' sizes are its only unknowns,
+so that one compilation serves all padded lengths and the last batch of an epoch; what is a Python number in the step (a
+scale, a decay) is a constant of it. On CUDA that graph is replayed as a CUDA graph, recorded once for each padded size:
+its memory is reused by the next step, so what a step returns is copied out.
 
 Measured for the default cell on two CPU cores with torch 2.13: 44 s, or 9 s where an earlier run left the artefacts in
 the cache, for steps that are no faster than eager ones.
@@ -15,35 +16,34 @@ import torch
 
 from minilora import parallel
 from minilora.files import cache
+from minilora.training.feed import STEPS_REPAID
 
-STEPS_REPAID = {"cuda": 2000}  # steps that are left, by device, from which auto compiles; elsewhere it never does
 # The tracer's settings: see the module's docstring. Without the last, custom autograd functions are compiled anew in
 # every run; a changed one is told apart, as the graphs of its forward and backward are in the key.
 DYNAMO = {"trace_autograd_ops": True, "specialize_float": True}
 FUNCTORCH = {"autograd_cache_allow_custom_autograd_functions": True}
 
 
-def compiles(cell, device, steps):
-    """Whether to compile the steps of a cell, and why: (bool, reason). `steps`: how many are left.
+def choose(cell, device, steps):
+    """How a cell's steps are taken, and why: ("eager", "graphs" or "compiled", reason). `steps`: how many are left.
 
-    Where that is wanted a small step is compiled first: some seconds, and none of what is needed can then be missing.
+    Where compiling is wanted a small step is compiled first: some seconds, and none of what is needed can then be
+    missing.
     """
     if cell.compile == "off":
-        return False, "--compile off"
+        return "eager", "--compile off"
     if parallel.count() > 1:
-        return False, "several processes do not compile"
+        return "eager", "several processes do not compile"
     if cell.optimizer == "adafactor":
-        return False, "torch's Adafactor does not compile"
-    if cell.compile == "auto":
-        least = STEPS_REPAID.get(device.type)
-        if least is None:
-            return False, f"compiling does not repay itself on {device.type}"
-        if steps < least:
-            return False, f"{steps:,} steps do not repay compiling"
-    lacking = obstacle(device)
-    if lacking:
-        return False, f"nothing can be compiled here: {lacking}"
-    return True, "--compile on" if cell.compile == "on" else f"{steps:,} steps repay it"
+        return "eager", "torch's Adafactor waits for its rate"
+    if cell.compile == "on":
+        lacking = obstacle(device)
+        return ("eager", f"nothing can be compiled here: {lacking}") if lacking else ("compiled", "--compile on")
+    if device.type != "cuda":
+        return "eager", f"there are no graphs on {device.type}, and compiling repays itself nowhere"
+    if steps < STEPS_REPAID:
+        return "eager", f"{steps:,} steps do not repay recording one"
+    return "graphs", "one for each padded length"
 
 
 def obstacle(device):
@@ -58,9 +58,14 @@ def obstacle(device):
     try:
         compiled(step, "classification", device)([])
     except Exception as error:  # of any type: no compiler, no headers, no triton, an older torch
-        lines = [line.strip() for line in str(error).splitlines()]
-        return next((line for line in lines if line and not line.endswith("raised:")), type(error).__name__)
+        return first_line(error)
     return None
+
+
+def first_line(error):
+    """What an error says, in a line."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    return next((line for line in lines if line and not line.endswith("raised:")), type(error).__name__)
 
 
 def use_cache():

@@ -17,11 +17,14 @@ import numpy as np
 import torch
 
 from minilora import parallel
-from minilora.data.batches import collate, padded_sizes
+from minilora.data.batches import collate, padded_sizes, place_completions
 from minilora.kernels.dropout import shifted
 from minilora.seeds import number_of
 
 TOKENS = 1024  # of a pass on a CPU: with more, products are no faster, and what the backward needs grows
+MOST_GRAPHS = 16  # padded lengths of steps by graphs
+STEPS_REPAID = 16  # steps that another padded length must be of use for: assumed, not measured
+NOTHING = (None, *[np.empty(0, dtype=np.int64)] * 2), 0, 0  # of a member in a pass: rows, weight and key
 AHEAD = 4  # steps whose batches are made before they are asked for
 
 
@@ -100,28 +103,48 @@ def passes(rows, longest, most):
 class Feed:
     """`feed(step)` is what the step sees: a list of micro-batches, each one `Batch` of all K members' own rows.
 
-    For a compiled step there are few padded lengths and one pass a micro-batch (`compiled`), and on an accelerator one
-    pass. On a CPU long micro-batches go through in several passes of at most `TOKENS` tokens.
+    How the steps are taken decides the shapes (`compiling.choose`). Compiled steps have few padded lengths. Steps by
+    graphs, `steps` in number, have fewer, and batches of a length have the same shape. Both have one pass a
+    micro-batch, as all steps on an accelerator. On a CPU a long micro-batch goes through in several passes of at most
+    `TOKENS` tokens.
     """
 
-    def __init__(self, members, compiled=False):
-        self.members = members
+    def __init__(self, members, how="eager", steps=0):
+        self.members, self.setting, self.task = members, members[0].setting, members[0].task
         lengths = np.concatenate([member.lengths for member in members])
         lengths = lengths[lengths > 0]  # the others are never seen
-        self.sizes = padded_sizes(lengths) if compiled else np.unique(np.append(lengths, 1))
-        on_cpu = members[0].setting.device.type == "cpu"
-        self.most = TOKENS if on_cpu and not compiled else math.inf
+        self.sizes, self.rows, self.terms = np.unique(np.append(lengths, 1)), 1, 1
+        if how == "compiled":
+            self.sizes = padded_sizes(lengths)
+        elif how == "graphs":
+            self.sizes = padded_sizes(lengths, min(MOST_GRAPHS, 1 + steps // STEPS_REPAID))
+            self.rows = max(min(member.cell.batch_size, len(member.lengths)) for member in members)
+            longest = max(int(member.answers[member.lengths > 0].max()) for member in members)
+            self.terms = self.rows * longest if self.lm else 1
+        self.most = TOKENS if self.setting.device.type == "cpu" and how == "eager" else math.inf
         self.drops = any(member.cell.dropout for member in members)
 
+    @property
+    def lm(self):
+        return self.members[0].cell.task == "lm"
+
     def __call__(self, step):
-        nothing = (None, np.empty(0, dtype=np.int64), None), 0, 0
-        found = []
-        for own in zip_longest(*(self.passes(member, step) for member in self.members), fillvalue=nothing):
-            parts, weights, keys = zip(*own, strict=True)
-            batch = collate(parts, self.sizes, self.members[0].setting.tokenizer.pad_id, self.members[0].task.filler)
-            keys = torch.tensor(keys, dtype=torch.int32) if self.drops else None
-            found.append(replace(batch, weights=torch.tensor(weights, dtype=torch.float32), keys=keys))
-        return found
+        own = zip_longest(*(self.passes(member, step) for member in self.members), fillvalue=NOTHING)
+        return [self.batch(parts, self.sizes) for parts in own]
+
+    def blanks(self):
+        """A batch without rows of each shape that steps by graphs see, the largest first."""
+        for size in self.sizes[::-1]:
+            yield self.batch([NOTHING] * len(self.members), [size])
+
+    def batch(self, own, sizes):
+        """The `Batch` of what `passes` gives of each member, padded to one of `sizes`."""
+        parts, weights, keys = zip(*own, strict=True)
+        batch = collate(parts, sizes, self.setting.tokenizer.pad_id, self.task.filler, self.rows)
+        if self.lm:
+            batch = place_completions(batch, len(parts), self.terms)
+        weights, keys = torch.tensor(weights, dtype=torch.float32), torch.tensor(keys, dtype=torch.int32)
+        return replace(batch, weights=weights, keys=keys if self.drops else None)
 
     def passes(self, member, step):
         """[(part for `collate`, weight, dropout's key)] of a member: none once all of its steps are done.

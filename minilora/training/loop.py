@@ -1,7 +1,7 @@
 """The training loop: one population of members, step after step, and what is done on the way.
 
-`update` is one step; below it `train_population` is the loop. What a step sees is made in `feed.py`; what is trained
-is in `population.py` and `state.py`.
+`train_population` is the loop. One step is in `step.py`, what it sees in `feed.py`, and what is trained in
+`population.py` and `state.py`.
 """
 
 import contextlib
@@ -20,12 +20,13 @@ from minilora.console import Progress, say
 from minilora.files import full_disk, is_full
 from minilora.interrupts import Interrupted, Stop
 from minilora.runs.folder import SAVE_EVERY
-from minilora.training import compiling
+from minilora.training import compiling, graphs
 from minilora.training.feed import Feed, ahead
 from minilora.training.limit import matmul_rate, steady
 from minilora.training.optimizers import OPTIMIZERS, learning_rates
 from minilora.training.population import Population
 from minilora.training.state import Flat
+from minilora.training.step import update
 
 READ_EVERY = 20  # steps between reads of the losses from a GPU
 
@@ -62,34 +63,6 @@ class Options:
         """Call `on_tests` with the figures of the tests after `step` steps, or None: the member diverged."""
         if self.on_tests and tests and parallel.first():
             self.on_tests(step, tests)
-
-
-def update(population, optimizer, clips, going, micro_batches, rates):
-    """One optimiser step of each member that is `going` (bool [K], changed in place): (losses, norms), float32 [K].
-
-    A member's loss is summed over its rows and divided by their total weight; its gradient's norm is clipped to
-    `clips` [K], and `rates` [K] are the learning rates. A member whose loss or norm is not finite stops and stays as
-    it was before the step. Nothing here waits for the device. Several processes have a part of the rows each:
-    gradients and losses are summed, and all take the same step.
-    """
-    population.train()
-    losses, grads = torch.zeros_like(clips), None
-    totals = sum(batch.weights for batch in micro_batches).clamp(min=1.0)
-    for batch in micro_batches:
-        if batch.keys is not None:
-            population.keys.copy_(batch.keys)
-        parts = population(batch.ids, batch.lengths, batch.answers, batch.alike) / totals
-        (own,) = torch.autograd.grad(parts.sum(), [population.flat.values])
-        grads = own if grads is None else grads.add_(own)
-        losses += parts.detach()
-    with torch.no_grad():
-        parallel.all_reduce(grads, losses)
-        norms = grads.norm(dim=1)
-        going &= losses.isfinite() & norms.isfinite()
-        grads.mul_((clips / (norms + 1e-6)).clamp(max=1.0)[:, None])
-        grads.masked_fill_(~going[:, None], 0.0)
-        optimizer.step(grads, rates, going)
-    return losses, norms
 
 
 def train_population(members, base, options):
@@ -180,22 +153,32 @@ class Job:
         cells, setting = [member.cell for member in members], members[0].setting
         self.device, self.first = setting.device, first
         self.steps = max(member.schedule.steps for member in members)
-        compiled, self.reason = compiling.compiles(cells[0], self.device, self.steps - first)
-        self.feed = Feed(members, compiled)
+        self.how, self.reason = compiling.choose(cells[0], self.device, self.steps - first)
+        self.feed = Feed(members, self.how, self.steps - first)
         self.rates = learning_rates(cells, [member.schedule.steps for member in members], self.device)
         clips = torch.tensor([cell.clip or math.inf for cell in cells], device=self.device)
         going = torch.ones(len(members), dtype=torch.bool, device=self.device)
         self.update = partial(update, population, optimizer, clips, going)
-        if compiled:
+        if self.how == "compiled":
             state = [*optimizer.tensors, population.keys, going]
             self.update = compiling.compiled(self.update, cells[0].task, self.device, state)
-        self.how = "compiled" if compiled else "eager"
+        elif self.how == "graphs":
+            self.record(population, optimizer, clips, going)
         self.sharded = parallel.is_sharded(population.base)
         length = sum(member.mean_length for member in members) / len(members)
         tokens = max(1, int(len(members) * cells[0].batch_size * length / parallel.count()))
         self.measure = partial(matmul_rate, tokens, setting.spec, setting.dtype, self.device)
         self.rate_before = self.measure()
         self.began = time.perf_counter()
+
+    def record(self, population, optimizer, clips, going):
+        """Take the steps by CUDA graphs, or eagerly where something in them can't be recorded."""
+        blanks = [batch.to(self.device) for batch in self.feed.blanks()]
+        try:
+            self.update = graphs.Replayed(population, optimizer, clips, going, blanks, graphs.Cuda(self.device))
+        except RuntimeError as error:  # of CUDA or its memory, or a variant of one's own that waits for the device
+            self.how, self.reason = "eager", f"the step cannot be recorded: {compiling.first_line(error)}"
+            self.feed = Feed(self.feed.members)
 
     def limit(self):
         """Operations a second that the processes can do together, or None where that changed since the beginning."""

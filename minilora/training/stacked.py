@@ -89,5 +89,4 @@ class Together(nn.Module):
             hidden = self.base(ids, lengths, members=count)
         if self.head is not None:
             return self.head(hidden, lengths, answers)
-        parts = (tensor.chunk(count) for tensor in (hidden, ids, lengths, answers))
-        return torch.stack([model.loss(*part) for model, *part in zip(self.models, *parts, strict=True)])
+        return self.models[0].losses(hidden, ids, answers, count)

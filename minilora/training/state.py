@@ -30,10 +30,8 @@ class Flat:
             for name, p in parameters.items():
                 largest = zip(p.shape, shapes.get(name, p.shape), strict=True)
                 shapes[name] = tuple(max(pair) for pair in largest)
-        self.sizes = []  # of each part, and of the zeros behind it
-        for shape in shapes.values():
-            self.sizes += [math.prod(shape), -math.prod(shape) % ALIGNED]
-        starts = [0, *accumulate(self.sizes)][::2]
+        self.sizes = [math.prod(shape) + -math.prod(shape) % ALIGNED for shape in shapes.values()]
+        starts = accumulate(self.sizes, initial=0)
         self.places = {name: (start, shape) for start, (name, shape) in zip(starts, shapes.items())}
         first = next(iter(members[0].values()))
         values = torch.zeros(len(members), sum(self.sizes), dtype=first.dtype, device=first.device)
@@ -44,9 +42,13 @@ class Flat:
 
     def views(self):
         """{name: view of `values`}, through which gradients flow: of a single member its own shapes, else [K, ...]."""
-        parts = self.values.split_with_sizes(self.sizes, 1)[::2]
         lead = () if len(self.members) == 1 else (len(self.members),)
-        return {name: part.view(*lead, *shape) for part, (name, (_, shape)) in zip(parts, self.places.items())}
+        found = {}
+        for part, (name, (_, shape)) in zip(self.values.split_with_sizes(self.sizes, 1), self.places.items()):
+            count = math.prod(shape)
+            part = part if count == part.shape[1] else part[:, :count]  # the rest is zeros
+            found[name] = part.view(*lead, *shape)
+        return found
 
     def whole(self, tensor, name):
         """The columns of `tensor` [K, P] that belong to a parameter, as a view [K, ...]."""

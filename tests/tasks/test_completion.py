@@ -1,6 +1,7 @@
 """The lm task: tokens, loss, scores and greedy decoding against transformers; whole runs on tiny decoders."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -177,8 +178,8 @@ def test_logits_are_formed_for_completions_alone(folder, monkeypatch):
     )
     cell_task = make_task(folder)
     encoded, answers = cell_task.encode(made_rows(TEXT, ["good", "bad", "good", "warm"]))
-    batch = lm_batch(encoded, range(4))
-    LanguageModel(base)(batch.ids, batch.lengths, answers)
+    batch = batches.place_completions(replace(lm_batch(encoded, range(4)), answers=answers))
+    LanguageModel(base)(batch.ids, batch.lengths, batch.answers)
     assert seen == [(int(answers.sum()), 24)] and int(answers.sum()) < int(batch.lengths.sum()) / 2
 
 
@@ -264,8 +265,9 @@ def test_exact_match_is_what_greedy_decoding_writes(decoder):
             for ids in written:
                 ids[place] = (ids[place] + 1) % 50
         encoded = joined(rows, [np.array(ids, np.int32) for ids in written], None)
-        batch = lm_batch(encoded, range(4))
-        _, greedy = LanguageModel(base).score(batch.ids, batch.lengths, torch.from_numpy(encoded.answers))
+        batch = replace(lm_batch(encoded, range(4)), answers=torch.from_numpy(encoded.answers))
+        batch = batches.place_completions(batch)
+        _, greedy = LanguageModel(base).score(batch.ids, batch.lengths, batch.answers)
         assert greedy.tolist() == [alone(judge, row, ids)[1] for row, ids in zip(rows, written)]
         hits.append(int(greedy.sum()))
     assert hits == [4, 0, 0, 0]

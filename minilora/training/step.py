@@ -1,0 +1,48 @@
+"""One step of training in its two parts: the gradients of a micro-batch, and the move that they lead to.
+
+`update` is the step as it is taken eagerly or compiled; `graphs.py` records the two parts.
+"""
+
+import torch
+
+from minilora import parallel
+
+
+def gradient(population, batch, totals):
+    """A micro-batch's part of each member's loss, float32 [K], and its gradient [K, P]; both divided by `totals` [K],
+    the weights of all rows of the step."""
+    if batch.keys is not None:
+        population.keys.copy_(batch.keys)
+    parts = population(batch.ids, batch.lengths, batch.answers, batch.alike) / totals
+    (grads,) = torch.autograd.grad(parts.sum(), [population.flat.values])
+    return parts.detach(), grads
+
+
+@torch.no_grad()
+def move(optimizer, clips, going, losses, grads, rates):
+    """Clip the gradients [K, P], in place, and let the optimiser take its step; returns their norms [K]."""
+    norms = grads.norm(dim=1)
+    going &= losses.isfinite() & norms.isfinite()
+    grads.mul_((clips / (norms + 1e-6)).clamp(max=1.0)[:, None])
+    grads.masked_fill_(~going[:, None], 0.0)
+    optimizer.step(grads, rates, going)
+    return norms
+
+
+def update(population, optimizer, clips, going, micro_batches, rates):
+    """One optimiser step of each member that is `going` (bool [K], changed in place): (losses, norms), float32 [K].
+
+    A member's loss is summed over its rows and divided by their total weight; its gradient's norm is clipped to
+    `clips` [K], and `rates` [K] are the learning rates. A member whose loss or norm is not finite stops and stays as
+    it was before the step. Nothing here waits for the device. Several processes have a part of the rows each:
+    gradients and losses are summed, and all take the same step.
+    """
+    population.train()
+    losses, grads = torch.zeros_like(clips), None
+    totals = sum(batch.weights for batch in micro_batches).clamp(min=1.0)
+    for batch in micro_batches:
+        parts, own = gradient(population, batch, totals)
+        grads = own if grads is None else grads.add_(own)
+        losses += parts
+    parallel.all_reduce(grads, losses)
+    return losses, move(optimizer, clips, going, losses, grads, rates)
