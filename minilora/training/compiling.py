@@ -33,7 +33,7 @@ def choose(cell, device, steps):
     if cell.compile == "off":
         return "eager", "--compile off"
     if parallel.count() > 1:
-        return "eager", "several processes do not compile"
+        return "eager", "several processes sum their gradients"
     if cell.optimizer == "adafactor":
         return "eager", "torch's Adafactor waits for its rate"
     if cell.compile == "on":

@@ -187,28 +187,30 @@ def test_inductor_drops_what_eager_drops(tmp_path):
 # --- whether to compile
 
 
-def test_what_is_compiled(monkeypatch):
+def test_how_steps_are_taken(monkeypatch):
     asked = []
     monkeypatch.setattr(compiling, "obstacle", asked.append)
-    assert compiling.compiles(Cell(compile="off"), CUDA, 10**9) == (False, "--compile off")
-    assert compiling.compiles(Cell(compile="auto"), CPU, 10**9) == (False, "compiling does not repay itself on cpu")
-    assert compiling.compiles(Cell(compile="auto"), torch.device("mps"), 10**9)[0] is False
-    assert compiling.compiles(Cell(compile="auto"), CUDA, 1999) == (False, "1,999 steps do not repay compiling")
-    adafactor = Cell(compile="on", optimizer="adafactor")
-    assert compiling.compiles(adafactor, CUDA, 10**9) == (False, "torch's Adafactor does not compile")
+    auto, on = Cell(compile="auto"), Cell(compile="on")
+    for cell, device, steps, how, reason in (
+        (Cell(compile="off"), CUDA, 10**9, "eager", "--compile off"),
+        (auto, CPU, 10**9, "eager", "there are no graphs on cpu, and compiling repays itself nowhere"),
+        (auto, torch.device("mps"), 10**9, "eager", "there are no graphs on mps, and compiling repays itself nowhere"),
+        (auto, CUDA, 15, "eager", "15 steps do not repay recording one"),
+        (auto.replace(optimizer="adafactor"), CUDA, 10**9, "eager", "torch's Adafactor waits for its rate"),
+        (on.replace(optimizer="adafactor"), CUDA, 10**9, "eager", "torch's Adafactor waits for its rate"),
+        (auto, CUDA, 16, "graphs", "one for each padded length"),
+    ):
+        assert compiling.choose(cell, device, steps) == (how, reason)
     assert asked == []
-    assert compiling.compiles(Cell(compile="auto"), CUDA, 2000) == (True, "2,000 steps repay it")
-    assert compiling.compiles(Cell(compile="on"), CPU, 1) == (True, "--compile on")
-    assert asked == [CUDA, CPU]
+    assert compiling.choose(on, CPU, 1) == compiling.choose(on, CUDA, 1) == ("compiled", "--compile on")
+    assert asked == [CPU, CUDA]
+    monkeypatch.setattr(compiling.parallel, "count", lambda: 2)
+    assert compiling.choose(auto, CUDA, 10**9) == ("eager", "several processes sum their gradients")
 
 
 def test_one_line_says_why_nothing_is_compiled(monkeypatch):
-    for choice, device in (("on", CPU), ("auto", CUDA)):
-        monkeypatch.setattr(compiling, "obstacle", lambda device: "no compiler")
-        assert compiling.compiles(Cell(compile=choice), device, 5000) == (
-            False,
-            "nothing can be compiled here: no compiler",
-        )
+    monkeypatch.setattr(compiling, "obstacle", lambda device: "no compiler")
+    assert compiling.choose(Cell(compile="on"), CPU, 5000) == ("eager", "nothing can be compiled here: no compiler")
 
 
 def in_process(program, *arguments, **environment):

@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 
 from minilora.base import model
 from minilora.cell import Cell
-from minilora.data.batches import Batch
+from minilora.data.batches import Batch, place_completions
 from minilora.lora.layer import attach, detach, named_layers
 from minilora.lora.targets import plan_slots
 from minilora.tasks.classification import Classifier
@@ -52,8 +52,6 @@ ROWS, WIDTH, ANSWERS = 4, 9, 3
 
 # (kind, a part of the line): why it may stay.
 KNOWN = {
-    ("shape", "language_model.py"): "lm: which tokens are the completions'",
-    ("shape", "(parts.sum(), [population"): "lm: the backward of that",
     ("read", "going.item()"): "torch's Adafactor takes its rate as a number",
     ("read", "rates.item()"): "the same",
     ("read", "self.torch.step()"): "and counts steps in one",
@@ -158,7 +156,8 @@ def batch_of(K, lm, drops):
     answers = torch.full((K * ROWS,), ANSWERS if lm else 1)
     keys = torch.ones(K, dtype=torch.int32) if drops else None
     lengths, index = torch.full((K * ROWS,), WIDTH), [np.arange(ROWS)] * K
-    return Batch(ids, lengths, index, answers, torch.full((K,), float(ROWS)), keys).to(META)
+    batch = Batch(ids, lengths, index, answers, torch.full((K,), float(ROWS)), keys)
+    return (place_completions(batch, K) if lm else batch).to(META)
 
 
 def watched(folder, changes, K):
