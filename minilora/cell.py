@@ -113,7 +113,7 @@ class Cell(Named):
     )  # fmt: skip
     device: str = option("auto", "base", "auto, cpu, cuda, cuda:N or mps", run=True, marks="test peers")
     compile: str = option(
-        "auto", "base", "torch.compile the base; auto does where the run is long enough to repay it", run=True,
+        "auto", "base", "on compiles whole steps; auto replays them as CUDA graphs on a GPU; off does neither", run=True,
         choices=("auto", "on", "off"),
     )  # fmt: skip
 

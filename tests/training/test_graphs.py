@@ -1,4 +1,4 @@
-"""Steps by graphs, on a CPU: a stand-in for CUDA's graphs runs the recorded function again, and refuses what they would.
+"""Steps by graphs, on a CPU: a stand-in for CUDA's graphs runs the function again, and refuses what they would.
 
 `Tape` writes down every operation: a replay must be the recording, operation by operation, on the same shapes and, of
 what was there before, on the same memory. Nothing may be read by the host.
@@ -93,7 +93,9 @@ def by_graphs(monkeypatch):
 def cell(tmp_path_factory, reviews):
     folder = tmp_path_factory.mktemp("small")
     tiny_bert(folder, num_hidden_layers=2)
-    return Cell(model=str(folder), data=str(reviews), test_rows=9, max_length=30, batch_size=9, window=3, rank=2, lr=0.01)
+    return Cell(
+        model=str(folder), data=str(reviews), test_rows=9, max_length=30, batch_size=9, window=3, rank=2, lr=0.01
+    )
 
 
 # {name: (changes, those of each member)}; 111 training rows: the last batch of an epoch has 3.
@@ -163,12 +165,12 @@ def test_completions_by_graphs(tmp_path, by_graphs):
     """Task lm: each batch has places for as many completion tokens as a batch can have."""
     path = tmp_path / "rows.csv"
     draw = np.random.default_rng(0)
-    lines = [f"{' '.join(draw.choice(['a', 'good', 'film'], draw.integers(2, 7)))} {i},{'good' if i % 2 else 'a bad one'}"
-             for i in range(40)]  # fmt: skip
+    texts = [" ".join(draw.choice(["a", "good", "film"], draw.integers(2, 7))) for _ in range(40)]
+    lines = [f"{text} {i},{('good', 'a bad one')[i % 2]}" for i, text in enumerate(texts)]
     path.write_text("text,label\n" + "\n".join(lines) + "\n")
     zoo.tiny_decoder(tmp_path / "base")
     cell = Cell(model=str(tmp_path / "base"), data=str(path), test_rows=5, task="lm", steps=4, batch_size=6, rank=2,
-                inject=dict(sources=("date:good",)))  # fmt: skip
+                max_length=50, inject=dict(sources=("date:good",)))  # fmt: skip
     cells = [cell, cell.replace(rank=3, seed_init=1, batch_size=4)]
     train_together(cells, [tmp_path / "eager0", tmp_path / "eager1"], size=2, quiet=True)
     made = by_graphs()
