@@ -84,10 +84,10 @@ def update(population, optimizer, clips, going, micro_batches, rates):
         losses += parts.detach()
     with torch.no_grad():
         parallel.all_reduce(grads, losses)
-        norms = grads.norm(dim=1)
+        norms, by_line = population.flat.norms(grads), population.flat.by_line
         going &= losses.isfinite() & norms.isfinite()
-        grads.mul_((clips / (norms + 1e-6)).clamp(max=1.0)[:, None])
-        grads.masked_fill_(~going[:, None], 0.0)
+        grads.mul_(by_line((clips / (norms + 1e-6)).clamp(max=1.0))[:, None])
+        grads.masked_fill_(by_line(~going)[:, None], 0.0)
         optimizer.step(grads, rates, going)
     return losses, norms
 

@@ -11,6 +11,7 @@ import torch
 from minilora.console import say
 from minilora.runs.record import free_memory
 from minilora.training.feed import Feed
+from minilora.training.layout import size_of
 from minilora.training.population import Population
 from minilora.training.state import Flat
 
@@ -22,7 +23,12 @@ MOST = 256  # members that are measured together
 def split(members, most):
     """`members` in populations of at most `most`, whose members take about the same number of steps."""
     order = sorted(members, key=lambda member: member.schedule.steps)
-    return [order[i : i + most] for i in range(0, len(order), most)]
+    return [by_size(order[i : i + most]) for i in range(0, len(order), most)]
+
+
+def by_size(members):
+    """The members that train few numbers first: neighbours are padded to the largest (`layout.py`)."""
+    return sorted(members, key=lambda member: size_of(member.parameters))
 
 
 def size(members, base):
@@ -43,7 +49,7 @@ def size(members, base):
 
 def trial(members, base, repeats=2):
     """(Rows a second, bytes taken at most or None) of the members' first step, without its update."""
-    device = members[0].setting.device
+    device, members = members[0].setting.device, by_size(members)
     flat = Flat([member.parameters for member in members])
     population = Population([member.model for member in members], [member.layers for member in members], flat).train()
     batch = Feed(members)(0)[0].to(device)

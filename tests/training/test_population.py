@@ -116,15 +116,18 @@ def test_members_start_bit_for_bit_as_alone(cell):
         for name, value in start.items():
             assert torch.equal(members[k].parameters[name], value)
             assert torch.equal(flat.part(flat.values, k, name), value)
-        assert flat.values[k].count_nonzero() == sum(int(value.count_nonzero()) for value in start.values())
+    assert flat.values.count_nonzero() == sum(int(v.count_nonzero()) for start in starts for v in start.values())
     views = flat.views()
-    assert views["base.layers.0.q.A"].shape == (3, 4, 24) and "base.layers.0.k.A" not in views
-    assert {start % 64 for start, _ in flat.places.values()} == {0}
-    weights = {name: torch.randn_like(view) for name, view in views.items()}
-    (gradient,) = torch.autograd.grad(sum((views[name] * weights[name]).sum() for name in views), [flat.values])
-    for name, weight in weights.items():
-        assert torch.equal(flat.whole(gradient, name), weight)
-    assert gradient.count_nonzero() == sum(weight.numel() for weight in weights.values())
+    assert [group.members for group in flat.groups] == [slice(0, 1), slice(1, 2), slice(2, 3)]  # on a CPU
+    assert views[1]["base.layers.0.q.A"].shape == (1, 4, 24) and "base.layers.0.v.A" not in views[1]
+    assert {start % 64 for group in flat.groups for start, _ in group.places.values()} == {0}
+    weights = [{name: torch.randn_like(view) for name, view in own.items()} for own in views]
+    pairs = [(own[name], weight[name]) for own, weight in zip(views, weights, strict=True) for name in own]
+    (gradient,) = torch.autograd.grad(sum((view * weight).sum() for view, weight in pairs), [flat.values])
+    for group, weight in enumerate(weights):
+        for name, wanted in weight.items():
+            assert torch.equal(flat.whole(gradient, name)[group], wanted)
+    assert gradient.count_nonzero() == sum(weight.numel() for _, weight in pairs)
 
 
 class Nowhere:
@@ -217,6 +220,7 @@ def test_an_interrupted_member_goes_on_alone(cell, tmp_path, monkeypatch):
 class Stub:
     def __init__(self, step, steps):
         self.meters, self.schedule = {"step": step}, type("Schedule", (), {"steps": steps})
+        self.parameters = {}
 
     def hold(self):
         return contextlib.nullcontext()
