@@ -15,8 +15,9 @@ from minilora.data.batches import padded_sizes
 
 ALIGNED = 64  # numbers: a part then begins where a GPU reads fastest
 LINE = 1024  # numbers of a line, all of one member's
-GROUPS = {"cpu": 8}  # at most, by device
-FEW = 2  # elsewhere
+# By device, or elsewhere: the most groups, and how many numbers they have to save all together.
+GROUPS, FEW = {"cpu": 8}, 2
+WORTH, MUCH = {"cpu": 0}, 1 << 20
 
 
 def size_of(parameters):
@@ -28,8 +29,11 @@ def groups_of(members):
     """The `Group`s of K dicts {name: parameter}: neighbours, so that few are padded much exactly when they come sorted
     by size."""
     first = next(iter(members[0].values()))
-    sizes = np.array([size_of(parameters) for parameters in members])
-    classes = np.searchsorted(padded_sizes(sizes, GROUPS.get(first.device.type, FEW)), sizes)
+    kind, sizes = first.device.type, np.array([size_of(parameters) for parameters in members])
+    classes = padded_sizes(sizes, GROUPS.get(kind, FEW))
+    if saved(sizes, classes) < WORTH.get(kind, MUCH):
+        classes = classes[-1:]
+    classes = np.searchsorted(classes, sizes)
     common = largest(members)  # of what is not a factor, such as the heads, which one product takes together
     found, start = [], 0
     for _, own in groupby(classes.tolist()):
@@ -39,6 +43,12 @@ def groups_of(members):
         found.append(Group(slice(start, stop), shapes, LINE if len(members) > 1 else ALIGNED))
         start = stop
     return found
+
+
+def saved(sizes, classes):
+    """How many numbers less members of `sizes` take when each is padded to the next of `classes`, and not to the last.
+    """
+    return int((classes[-1] - classes[np.searchsorted(classes, sizes)]).sum())
 
 
 def largest(members):
