@@ -4,6 +4,7 @@ On a CPU a population is seldom faster than its members one after the other, for
 GPU a small base leaves most of it idle, and a population is nearly free until it does not.
 """
 
+import gc
 import time
 
 import torch
@@ -12,7 +13,7 @@ from minilora.console import say
 from minilora.runs.record import free_memory
 from minilora.training.feed import Feed
 from minilora.training.layout import size_of
-from minilora.training.population import Population
+from minilora.training.population import Population, strip
 from minilora.training.state import Flat
 
 GAIN = 1.05  # of the rows a second, below which a larger population is not worth its memory
@@ -36,7 +37,16 @@ def size(members, base):
     best, found = 0.0, 1
     count = 1
     while count <= len(members):
-        rate, memory = trial(members[:count], base)
+        try:
+            rate, memory = trial(members[:count], base)
+        except Exception as error:
+            if count == 1 or not out_of_memory(error):
+                raise
+            rate = None  # the frames of the error, which hold what was made, end with this block
+        if rate is None:
+            clear(base)
+            say(f"planner    {count} at once: not enough memory")
+            break
         say(f"planner    {count} at once: {rate:,.0f} rows/s")
         if rate < GAIN * best:
             break
@@ -45,6 +55,44 @@ def size(members, base):
             break
         count = len(members) if count < len(members) < 2 * count else 2 * count
     return found
+
+
+def out_of_memory(error):
+    """Whether the device, or the machine, had not enough memory."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    words = "not enough memory", "can't allocate memory", "out of memory"  # of torch's allocators
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
+def clear(base):
+    """Take off the base what a population that failed left on it, and give its memory back."""
+    strip(base)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def in_halves(train, members, base):
+    """`train(members)`, or where memory does not suffice for all at once, a half of them and then the other half.
+
+    The members begin anew from their seeds, or go on from their saved states, so that no result changes.
+    """
+    try:
+        return train(members)
+    except Exception as error:
+        if len(members) == 1 or not out_of_memory(error):
+            raise
+    clear(base)
+    left = [member for member in members if not member.run.finished]
+    half = len(left) // 2
+    say(f"memory     not enough for {len(members)} cells at once: training {len(left) - half} at once")
+    for member in left:
+        member.run.resume |= member.run.begun
+        member.error = None  # one that diverged does so again
+        member.begin(base)
+    for part in filter(None, (left[: len(left) - half], left[len(left) - half :])):
+        in_halves(train, part, base)
 
 
 def trial(members, base, repeats=2):

@@ -27,6 +27,14 @@ def shared(cell):
     return tuple(value_of(cell, name) for name in declared(Cell) if name not in marked(Cell, "free"))
 
 
+def strip(base):
+    """Take off all that populations put on the base, whichever they were."""
+    for name, module in list(base.named_modules()):
+        if isinstance(module, Stack):
+            replace_module(base, name, module.linear)
+    detach(base)
+
+
 class Population(nn.Module):
     """K members on one base: `ids` [K B, T], `lengths` and `answers` [K B] -> the loss of each, summed, float32 [K].
 
@@ -83,9 +91,7 @@ class Population(nn.Module):
 
     def detach(self):
         """Take all adapters off the base."""
-        for name, stack in self.stacks.items():
-            replace_module(self.base, name, stack.linear)
-        detach(self.base)
+        strip(self.base)
 
     def forward(self, ids, lengths, answers, alike=False):
         """`alike`: the members' rows are the same, so that layers below all adapters are gone through once."""

@@ -299,3 +299,63 @@ def test_several_cells_from_the_command_line(cell, tmp_path, capsys, monkeypatch
             train.main(arguments)
     with pytest.raises(InputError, match="is named for two cells"):
         minilora.train_together([cell, cell], [tmp_path / "same"] * 2)
+
+
+# --- memory
+
+
+def test_what_counts_as_out_of_memory():
+    full = [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.")]  # fmt: skip
+    others = [RuntimeError("shapes"), ValueError("out of memory"), InputError("x")]
+    assert [planner.out_of_memory(error) for error in full + others] == [True] * 3 + [False] * 3
+    with pytest.raises(RuntimeError) as found:
+        torch.empty(1 << 60)  # on the CPU
+    assert planner.out_of_memory(found.value)
+
+
+def test_the_planner_stops_where_memory_ends(cell, monkeypatch, tmp_path, capsys):
+    """The trial of 4 fails within its forward; what it put on the base is taken off, and 2 are trained at once."""
+    cells = [cell.replace(steps=3, rank=rank) for rank in (1, 2, 3, 4)]
+    monkeypatch.setattr(planner, "GAIN", 0.0)
+    forward = planner.Population.forward
+
+    def small(self, *given):
+        if len(self.models) == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, *given)
+
+    monkeypatch.setattr(planner.Population, "forward", small)
+    outcomes = minilora.train_together(cells, [tmp_path / f"t{k}" for k in range(4)])
+    assert [results["train"]["population"] for results, _ in outcomes] == [2] * 4
+    assert "4 at once: not enough memory" in capsys.readouterr().err
+    minilora.train(cells[2], tmp_path / "a2")
+    assert_alike(tmp_path / "t2", tmp_path / "a2")
+
+
+def test_a_population_without_memory_goes_on_in_halves(cell, monkeypatch, tmp_path, capsys):
+    cells = [cell.replace(rank=rank, seed=rank) for rank in (3, 1, 2)]
+    update, calls = loop.update, []
+
+    def small(population, *given):
+        calls.append(len(population.models))
+        if len(population.models) == 3 and len(calls) == 6:  # a state was saved already
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate")
+        return update(population, *given)
+
+    monkeypatch.setattr(loop, "update", small)
+    outcomes = minilora.train_together(cells, [tmp_path / f"t{k}" for k in range(3)], size=3, save_every=4)
+    assert [results["train"]["population"] for results, _ in outcomes] == [1, 2, 2]  # sorted by rank: 1 and 2, then 3
+    assert "not enough for 3 cells at once: training 2 at once" in capsys.readouterr().err
+    steps = len(lines_of(tmp_path / "t0"))
+    assert calls == [3] * 6 + [2] * (steps - 4) + [1] * (steps - 4)
+    for k, one in enumerate(cells):
+        minilora.train(one, tmp_path / f"a{k}")
+        assert_alike(tmp_path / f"t{k}", tmp_path / f"a{k}")
+
+    def never(*given):
+        raise MemoryError
+
+    monkeypatch.setattr(loop, "update", never)
+    with pytest.raises(MemoryError):
+        minilora.train_together(cells, [tmp_path / f"n{k}" for k in range(3)], size=3)
