@@ -21,8 +21,8 @@ WORTH, MUCH = {"cpu": 0}, 1 << 20
 
 
 def size_of(parameters):
-    """How many numbers {name: parameter} has."""
-    return sum(p.numel() for p in parameters.values())
+    """How many numbers the factors of {name: parameter} have, at least 1."""
+    return max(1, sum(p.numel() for name, p in parameters.items() if factor(name)))
 
 
 def groups_of(members):
