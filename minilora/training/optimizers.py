@@ -10,7 +10,7 @@ import warnings
 
 import torch
 
-from minilora.kernels.adamw import adamw
+from minilora.kernels.adamw import PIECE, adamw
 from minilora.training.state import fill
 
 # A population's parameters and gradients are parts of rows of matrices: torch warns of it, and it makes no difference.
@@ -29,7 +29,10 @@ class AdamW:
         self.flat = flat
         self.mean, self.square = (torch.zeros_like(flat.values, requires_grad=False) for _ in range(2))
         self.steps = flat.values.new_zeros(len(cells))
-        self.decays = flat.values.new_tensor([cell.weight_decay for cell in cells])
+        decays = flat.values.new_tensor([cell.weight_decay for cell in cells])
+        self.decays = flat.by_line(decays)
+        count, line = flat.values.shape
+        self.most = max(1, PIECE // line) if flat.values.device.type == "cpu" else count  # lines at once
         self.ratios = None
         if any((cell.lr_ratio or 1.0) != 1.0 for cell in cells):
             self.ratios = torch.ones_like(flat.values, requires_grad=False)
@@ -46,8 +49,11 @@ class AdamW:
     def step(self, grads, rates, going):
         """One step of the members that are `going` (bool [K]), by gradients [K, P] and at learning rates [K]."""
         self.steps += going
-        rates, steps = rates * going, self.steps.clamp(min=1)
-        adamw(self.flat.values, grads, self.mean, self.square, steps, rates, self.decays, self.ratios)
+        steps, rates = map(self.flat.by_line, (self.steps.clamp(min=1), rates * going))
+        whole = [self.flat.values, grads, self.mean, self.square, steps, rates, self.decays]
+        whole += [] if self.ratios is None else [self.ratios]
+        for lines in zip(*(tensor.split(self.most) for tensor in whole), strict=True):
+            adamw(*lines)
 
     def state(self, k):
         """What member k has gathered, {key: tensor}."""

@@ -4,6 +4,7 @@ On a CPU a population is seldom faster than its members one after the other, for
 GPU a small base leaves most of it idle, and a population is nearly free until it does not.
 """
 
+import gc
 import time
 
 import torch
@@ -11,7 +12,8 @@ import torch
 from minilora.console import say
 from minilora.runs.record import free_memory
 from minilora.training.feed import Feed
-from minilora.training.population import Population
+from minilora.training.layout import size_of
+from minilora.training.population import Population, strip
 from minilora.training.state import Flat
 
 GAIN = 1.05  # of the rows a second, below which a larger population is not worth its memory
@@ -22,7 +24,12 @@ MOST = 256  # members that are measured together
 def split(members, most):
     """`members` in populations of at most `most`, whose members take about the same number of steps."""
     order = sorted(members, key=lambda member: member.schedule.steps)
-    return [order[i : i + most] for i in range(0, len(order), most)]
+    return [by_size(order[i : i + most]) for i in range(0, len(order), most)]
+
+
+def by_size(members):
+    """The members that train few numbers first: neighbours are padded to the largest (`layout.py`)."""
+    return sorted(members, key=lambda member: size_of(member.parameters))
 
 
 def size(members, base):
@@ -30,7 +37,16 @@ def size(members, base):
     best, found = 0.0, 1
     count = 1
     while count <= len(members):
-        rate, memory = trial(members[:count], base)
+        try:
+            rate, memory = trial(members[:count], base)
+        except Exception as error:
+            if count == 1 or not out_of_memory(error):
+                raise
+            rate = None  # the frames of the error, which hold what was made, end with this block
+        if rate is None:
+            clear(base)
+            say(f"planner    {count} at once: not enough memory")
+            break
         say(f"planner    {count} at once: {rate:,.0f} rows/s")
         if rate < GAIN * best:
             break
@@ -41,9 +57,47 @@ def size(members, base):
     return found
 
 
+def out_of_memory(error):
+    """Whether the device, or the machine, had not enough memory."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    words = "not enough memory", "can't allocate memory", "out of memory"  # of torch's allocators
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
+def clear(base):
+    """Take off the base what a population that failed left on it, and give its memory back."""
+    strip(base)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def in_halves(train, members, base):
+    """`train(members)`, or where memory does not suffice for all at once, a half of them and then the other half.
+
+    The members begin anew from their seeds, or go on from their saved states, so that no result changes.
+    """
+    try:
+        return train(members)
+    except Exception as error:
+        if len(members) == 1 or not out_of_memory(error):
+            raise
+    clear(base)
+    left = [member for member in members if not member.run.finished]
+    half = len(left) // 2
+    say(f"memory     not enough for {len(members)} cells at once: training {len(left) - half} at once")
+    for member in left:
+        member.run.resume |= member.run.begun
+        member.error = None  # one that diverged does so again
+        member.begin(base)
+    for part in filter(None, (left[: len(left) - half], left[len(left) - half :])):
+        in_halves(train, part, base)
+
+
 def trial(members, base, repeats=2):
     """(Rows a second, bytes taken at most or None) of the members' first step, without its update."""
-    device = members[0].setting.device
+    device, members = members[0].setting.device, by_size(members)
     flat = Flat([member.parameters for member in members])
     population = Population([member.model for member in members], [member.layers for member in members], flat).train()
     batch = Feed(members)(0)[0].to(device)

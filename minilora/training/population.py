@@ -27,6 +27,14 @@ def shared(cell):
     return tuple(value_of(cell, name) for name in declared(Cell) if name not in marked(Cell, "free"))
 
 
+def strip(base):
+    """Take off all that populations put on the base, whichever they were."""
+    for name, module in list(base.named_modules()):
+        if isinstance(module, Stack):
+            replace_module(base, name, module.linear)
+    detach(base)
+
+
 class Population(nn.Module):
     """K members on one base: `ids` [K B, T], `lengths` and `answers` [K B] -> the loss of each, summed, float32 [K].
 
@@ -44,7 +52,8 @@ class Population(nn.Module):
         if len(models) > 1:
             for name in dict.fromkeys(name for own in layers for name in own):
                 factors = (flat.whole(flat.values.data, f"base.{name}.{factor}") for factor in "AB")
-                self.stacks[name] = Stack([own.get(name) for own in layers], *factors, self.keys)
+                self.stacks[name] = Stack([own.get(name) for own in layers], *factors, flat.groups, self.keys)
+            self.scales = [group.scales(layers[group.members]) for group in flat.groups]
         self.prefix = min((int(name.split(".")[1]) for own in layers for name in own), default=0)
         self.model = self.models[0] if len(models) == 1 else Together(models, flat, self.prefix)
         self._put()
@@ -82,14 +91,20 @@ class Population(nn.Module):
 
     def detach(self):
         """Take all adapters off the base."""
-        for name, stack in self.stacks.items():
-            replace_module(self.base, name, stack.linear)
-        detach(self.base)
+        strip(self.base)
 
     def forward(self, ids, lengths, answers, alike=False):
         """`alike`: the members' rows are the same, so that layers below all adapters are gone through once."""
-        views = self.flat.views()
         if len(self.models) == 1:
+            [views] = self.flat.views()
+            views = {name: view.squeeze(0) for name, view in views.items()}
             return functional_call(self.model, views, (ids, lengths, answers))[None]
-        views = {name.replace("classifier.", "head."): view for name, view in views.items()}
+        views, heads = {}, {}
+        for number, own in enumerate(self.flat.views(self.scales)):
+            for name, view in own.items():
+                if name.startswith("classifier."):
+                    heads.setdefault(name.replace("classifier.", "head."), []).append(view)
+                else:
+                    views[f"{name}{number}"] = view
+        views |= {name: parts[0] if len(parts) == 1 else torch.cat(parts) for name, parts in heads.items()}
         return functional_call(self.model, views, (ids, lengths, answers, alike))

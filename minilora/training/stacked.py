@@ -6,29 +6,30 @@ from torch.nn import functional as F
 
 from minilora.data.batches import IGNORED
 from minilora.kernels.dropout import dropout, least_kept
-from minilora.kernels.lora_linear import lora_linear
-from minilora.lora.layer import LoRALinear
+from minilora.kernels.lora_groups import lora_groups
 from minilora.tasks.classification import Classifier, pool
 
 
 class Stack(nn.Module):
     """One projection of a population: the frozen map, and beside it the adapters of K members, some without one.
 
-    `A` [K, R, in] and `B` [K, out, R], R the largest rank; `scale` [K]; `keys` int32 [K], see `layer.use_keys`.
+    `A0` [K_0, R, in] and `B0` [K_0, out, R] are those of the first group, R its largest rank, and so on, or None where
+    no member of a group has one (see `layout.py`). They are given anew in each step, A with the scale in it.
+    `keys` int32 [K], see `layer.use_keys`.
     """
 
-    form = "side"  # the only one that is exact for stacked adapters
-    joint = staticmethod(LoRALinear.joint)
-
-    def __init__(self, layers, A, B, keys):
+    def __init__(self, layers, As, Bs, groups, keys):
         super().__init__()
         there = [layer for layer in layers if layer is not None]
         self.linear, self.salt = there[0].linear, there[0].salt
-        self.A, self.B = (nn.Parameter(factor, requires_grad=False) for factor in (A, B))
+        self.counts = [group.count for group in groups]
+        for number, pair in enumerate(zip(As, Bs, strict=True)):
+            for name, factor in zip("AB", pair, strict=True):
+                whole = None if factor is None else nn.Parameter(factor, requires_grad=False)
+                self.register_parameter(f"{name}{number}", whole)
         self.keys = keys
-        self.scale = A.new_tensor([0.0 if layer is None else layer.slot.scale for layer in layers])
         shares = [0.0 if layer is None else layer.dropout for layer in layers]
-        self.dropout = A.new_tensor(shares)
+        self.dropout = torch.tensor(shares, device=keys.device)
         self.least = keys.new_tensor([least_kept(share) for share in shares])
         self.dropping = any(layer.dropout for layer in there)
 
@@ -36,16 +37,27 @@ class Stack(nn.Module):
     def drops(self):
         return self.training and self.dropping
 
-    @property
-    def joins(self):
-        return not self.drops
-
     def projection(self):
-        return self.linear.weight, self.linear.bias, self.A, self.B, self.scale
+        """(W, b, the A of each group, the B of each group)."""
+        As, Bs = ([getattr(self, f"{name}{number}") for number in range(len(self.counts))] for name in "AB")
+        return self.linear.weight, self.linear.bias, As, Bs
 
     def forward(self, x):
         seen = dropout(x, self.dropout, self.keys, self.salt, self.least) if self.drops else None
-        return lora_linear(x, *self.projection(), seen)
+        [y] = lora_groups(x, [self.projection()], self.counts, seen)
+        return y
+
+    @staticmethod
+    def joint(x, linears):
+        """The outputs of `linears`, some of them adapted, for one x [..., in]; in one product where nothing drops."""
+        stacks = [linear for linear in linears if isinstance(linear, Stack)]
+        if any(stack.drops for stack in stacks):
+            return [linear(x) for linear in linears]
+        none = [None] * len(stacks[0].counts)
+        return lora_groups(x, [
+            linear.projection() if isinstance(linear, Stack) else (linear.weight, linear.bias, none, none)
+            for linear in linears
+        ], stacks[0].counts)  # fmt: skip
 
 
 class Heads(nn.Module):
@@ -56,8 +68,8 @@ class Heads(nn.Module):
         self.pooling, self.count = models[0].pooling, len(models)
         classes = [model.classifier.out_features for model in models]
         for name in ("weight", "bias"):
-            if f"classifier.{name}" in flat.places:
-                whole = flat.whole(flat.values.data, f"classifier.{name}")
+            if f"classifier.{name}" in flat.groups[0].places:
+                whole = torch.cat(flat.whole(flat.values.data, f"classifier.{name}"))
             else:
                 parts = [getattr(model.classifier, name).detach() for model in models]
                 whole = torch.nn.utils.rnn.pad_sequence(parts, True)

@@ -1,8 +1,6 @@
 """What is trained, as one flat block of numbers, and how it is saved and brought back."""
 
 import json
-import math
-from itertools import accumulate
 
 import torch
 from torch import nn
@@ -10,54 +8,66 @@ from torch import nn
 from minilora import files
 from minilora.errors import InputError
 from minilora.fields import check_shape
+from minilora.training.layout import LINE, groups_of
 
-ALIGNED = 64  # numbers: a part then begins where a GPU reads fastest
 METERS = {"step": int, "seconds": (int, float), "tokens": int, "inputs": {str: str}}
 
 
 class Flat:
-    """What K members train, side by side: `values` [K, P], a row for each member, is the one parameter.
+    """What K members train, as one block of numbers: `values` [M, C] is the one parameter, each line of C numbers one
+    member's; a single member is one line. Where each part is, and what is padded with zeros: `layout.py`.
 
-    `members` are K dicts {name: parameter}, which become views of `values`. A parameter that is smaller in one member
-    than in another, or missing, is padded with zeros, and so is each part up to a multiple of `ALIGNED` numbers. A
-    gradient has the shape of `values`: what the forward uses are the `views` that are made for it, so that a step
-    changes no tensor that is a part of another one, which CUDA graphs cannot have.
+    `members` are K dicts {name: parameter}, which become views of `values`. A gradient has the shape of `values`: what
+    the forward uses are the `views` that are made for it, so that a step changes no tensor that is a part of another
+    one, which CUDA graphs cannot have.
     """
 
     def __init__(self, members):
-        self.members, shapes = members, {}
-        for parameters in members:
-            for name, p in parameters.items():
-                largest = zip(p.shape, shapes.get(name, p.shape), strict=True)
-                shapes[name] = tuple(max(pair) for pair in largest)
-        self.sizes = [math.prod(shape) + -math.prod(shape) % ALIGNED for shape in shapes.values()]
-        starts = accumulate(self.sizes, initial=0)
-        self.places = {name: (start, shape) for start, (name, shape) in zip(starts, shapes.items())}
+        self.members, self.groups = members, groups_of(members)
+        line = LINE if len(members) > 1 else self.groups[0].width
+        self.sizes = [group.count * group.width // line for group in self.groups]  # lines
         first = next(iter(members[0].values()))
-        values = torch.zeros(len(members), sum(self.sizes), dtype=first.dtype, device=first.device)
+        values = torch.zeros(sum(self.sizes), line, dtype=first.dtype, device=first.device)
+        spans = torch.tensor([group.width // line for group in self.groups for _ in range(group.count)])
+        self.owners = torch.arange(len(members)).repeat_interleave(spans).to(first.device)
         for k, parameters in enumerate(members):
             for name, parameter in parameters.items():
                 parameter.data = self.part(values, k, name).copy_(parameter.data)
         self.values = nn.Parameter(values)
 
-    def views(self):
-        """{name: view of `values`}, through which gradients flow: of a single member its own shapes, else [K, ...]."""
-        lead = () if len(self.members) == 1 else (len(self.members),)
-        found = {}
-        for part, (name, (_, shape)) in zip(self.values.split_with_sizes(self.sizes, 1), self.places.items()):
-            count = math.prod(shape)
-            part = part if count == part.shape[1] else part[:, :count]  # the rest is zeros
-            found[name] = part.view(*lead, *shape)
-        return found
+    def regions(self, tensor):
+        """`tensor` [M, C] as each group has it: [K_g, width]."""
+        parts = tensor.split_with_sizes(self.sizes) if len(self.sizes) > 1 else [tensor]
+        return [part.view(group.count, group.width) for group, part in zip(self.groups, parts, strict=True)]
+
+    def views(self, scales=None):
+        """Of each group {name: view of `values` [K_g, ...]}, through which gradients flow, the A times `scales`
+        (`Group.scales`, a tensor for each group) where these are given."""
+        scales = [None] * len(self.groups) if scales is None else scales
+        regions = self.regions(self.values)
+        return [group.views(*own) for group, *own in zip(self.groups, regions, scales, strict=True)]
 
     def whole(self, tensor, name):
-        """The columns of `tensor` [K, P] that belong to a parameter, as a view [K, ...]."""
-        start, shape = self.places[name]
-        return tensor[:, start : start + math.prod(shape)].view(len(tensor), *shape)
+        """The parts of `tensor` [M, C] that belong to a parameter, as a view [K_g, ...] for each group; None where a
+        group has none."""
+        return [group.whole(region, name) if name in group.places else None
+                for group, region in zip(self.groups, self.regions(tensor), strict=True)]  # fmt: skip
 
     def part(self, tensor, k, name):
-        """The part of `tensor` [K, P] that belongs to a parameter of member k, as a view of the parameter's shape."""
-        return self.whole(tensor, name)[k][tuple(map(slice, self.members[k][name].shape))]
+        """The part of `tensor` [M, C] that belongs to a parameter of member k, as a view of the parameter's shape."""
+        for group, region in zip(self.groups, self.regions(tensor), strict=True):
+            if k < group.members.stop:
+                own = group.whole(region, name)[k - group.members.start]
+                return own[tuple(map(slice, self.members[k][name].shape))]
+
+    def by_line(self, values):
+        """`values` [K] of the members for each line, [M]."""
+        return values if len(self.members) == 1 else values[self.owners]
+
+    def norms(self, tensor):
+        """The norm of each member's part of `tensor` [M, C], [K]."""
+        norms = [region.norm(dim=1) for region in self.regions(tensor)]
+        return norms[0] if len(norms) == 1 else torch.cat(norms)
 
 
 def save_state(path, flat, optimizer, k, meters):

@@ -9,7 +9,7 @@ from minilora import parallel
 
 
 def gradient(population, batch, totals):
-    """A micro-batch's part of each member's loss, float32 [K], and its gradient [K, P]; both divided by `totals` [K],
+    """A micro-batch's part of each member's loss, float32 [K], and its gradient [M, C]; both divided by `totals` [K],
     the weights of all rows of the step."""
     if batch.keys is not None:
         population.keys.copy_(batch.keys)
@@ -20,11 +20,12 @@ def gradient(population, batch, totals):
 
 @torch.no_grad()
 def move(optimizer, clips, going, losses, grads, rates):
-    """Clip the gradients [K, P], in place, and let the optimiser take its step; returns their norms [K]."""
-    norms = grads.norm(dim=1)
+    """Clip the gradients [M, C] (`state.Flat`), in place, and let the optimiser take its step; returns each member's
+    norm [K]."""
+    norms, by_line = optimizer.flat.norms(grads), optimizer.flat.by_line
     going &= losses.isfinite() & norms.isfinite()
-    grads.mul_((clips / (norms + 1e-6)).clamp(max=1.0)[:, None])
-    grads.masked_fill_(~going[:, None], 0.0)
+    grads.mul_(by_line((clips / (norms + 1e-6)).clamp(max=1.0))[:, None])
+    grads.masked_fill_(by_line(~going)[:, None], 0.0)
     optimizer.step(grads, rates, going)
     return norms
 

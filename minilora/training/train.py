@@ -121,6 +121,6 @@ def train_all(members, size=None, options=None, settings=None):
         for chunk in planner.split(group, most):
             if len(members) > 1:
                 say(f"\npopulation of {len(chunk)} of {len(members)} cells")
-            train_population(chunk, base, options)
+            planner.in_halves(lambda part: train_population(part, base, options), chunk, base)  # noqa: B023
             options = replace(options, start=time.perf_counter())
     return members

@@ -196,7 +196,7 @@ def test_what_each_method_trains(tiny_folder):
     }
     for cell, count in counts.items():
         classifier, population, _ = setup(tiny_folder, cell)
-        parameters = population.flat.places
+        parameters = population.flat.groups[0].places
         assert len(parameters) == count
         assert {n for n, p in classifier.named_parameters() if p.requires_grad} == set(parameters)
     assert len(counts) == 5

@@ -116,15 +116,18 @@ def test_members_start_bit_for_bit_as_alone(cell):
         for name, value in start.items():
             assert torch.equal(members[k].parameters[name], value)
             assert torch.equal(flat.part(flat.values, k, name), value)
-        assert flat.values[k].count_nonzero() == sum(int(value.count_nonzero()) for value in start.values())
+    assert flat.values.count_nonzero() == sum(int(v.count_nonzero()) for start in starts for v in start.values())
     views = flat.views()
-    assert views["base.layers.0.q.A"].shape == (3, 4, 24) and "base.layers.0.k.A" not in views
-    assert {start % 64 for start, _ in flat.places.values()} == {0}
-    weights = {name: torch.randn_like(view) for name, view in views.items()}
-    (gradient,) = torch.autograd.grad(sum((views[name] * weights[name]).sum() for name in views), [flat.values])
-    for name, weight in weights.items():
-        assert torch.equal(flat.whole(gradient, name), weight)
-    assert gradient.count_nonzero() == sum(weight.numel() for weight in weights.values())
+    assert [group.members for group in flat.groups] == [slice(0, 1), slice(1, 2), slice(2, 3)]  # on a CPU
+    assert views[1]["base.layers.0.q.A"].shape == (1, 4, 24) and "base.layers.0.v.A" not in views[1]
+    assert {start % 64 for group in flat.groups for start, _ in group.places.values()} == {0}
+    weights = [{name: torch.randn_like(view) for name, view in own.items()} for own in views]
+    pairs = [(own[name], weight[name]) for own, weight in zip(views, weights, strict=True) for name in own]
+    (gradient,) = torch.autograd.grad(sum((view * weight).sum() for view, weight in pairs), [flat.values])
+    for group, weight in enumerate(weights):
+        for name, wanted in weight.items():
+            assert torch.equal(flat.whole(gradient, name)[group], wanted)
+    assert gradient.count_nonzero() == sum(weight.numel() for _, weight in pairs)
 
 
 class Nowhere:
@@ -217,6 +220,7 @@ def test_an_interrupted_member_goes_on_alone(cell, tmp_path, monkeypatch):
 class Stub:
     def __init__(self, step, steps):
         self.meters, self.schedule = {"step": step}, type("Schedule", (), {"steps": steps})
+        self.parameters = {}
 
     def hold(self):
         return contextlib.nullcontext()
@@ -295,3 +299,63 @@ def test_several_cells_from_the_command_line(cell, tmp_path, capsys, monkeypatch
             train.main(arguments)
     with pytest.raises(InputError, match="is named for two cells"):
         minilora.train_together([cell, cell], [tmp_path / "same"] * 2)
+
+
+# --- memory
+
+
+def test_what_counts_as_out_of_memory():
+    full = [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.")]  # fmt: skip
+    others = [RuntimeError("shapes"), ValueError("out of memory"), InputError("x")]
+    assert [planner.out_of_memory(error) for error in full + others] == [True] * 3 + [False] * 3
+    with pytest.raises(RuntimeError) as found:
+        torch.empty(1 << 60)  # on the CPU
+    assert planner.out_of_memory(found.value)
+
+
+def test_the_planner_stops_where_memory_ends(cell, monkeypatch, tmp_path, capsys):
+    """The trial of 4 fails within its forward; what it put on the base is taken off, and 2 are trained at once."""
+    cells = [cell.replace(steps=3, rank=rank) for rank in (1, 2, 3, 4)]
+    monkeypatch.setattr(planner, "GAIN", 0.0)
+    forward = planner.Population.forward
+
+    def small(self, *given):
+        if len(self.models) == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, *given)
+
+    monkeypatch.setattr(planner.Population, "forward", small)
+    outcomes = minilora.train_together(cells, [tmp_path / f"t{k}" for k in range(4)])
+    assert [results["train"]["population"] for results, _ in outcomes] == [2] * 4
+    assert "4 at once: not enough memory" in capsys.readouterr().err
+    minilora.train(cells[2], tmp_path / "a2")
+    assert_alike(tmp_path / "t2", tmp_path / "a2")
+
+
+def test_a_population_without_memory_goes_on_in_halves(cell, monkeypatch, tmp_path, capsys):
+    cells = [cell.replace(rank=rank, seed=rank) for rank in (3, 1, 2)]
+    update, calls = loop.update, []
+
+    def small(population, *given):
+        calls.append(len(population.models))
+        if len(population.models) == 3 and len(calls) == 6:  # a state was saved already
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate")
+        return update(population, *given)
+
+    monkeypatch.setattr(loop, "update", small)
+    outcomes = minilora.train_together(cells, [tmp_path / f"t{k}" for k in range(3)], size=3, save_every=4)
+    assert [results["train"]["population"] for results, _ in outcomes] == [1, 2, 2]  # sorted by rank: 1 and 2, then 3
+    assert "not enough for 3 cells at once: training 2 at once" in capsys.readouterr().err
+    steps = len(lines_of(tmp_path / "t0"))
+    assert calls == [3] * 6 + [2] * (steps - 4) + [1] * (steps - 4)
+    for k, one in enumerate(cells):
+        minilora.train(one, tmp_path / f"a{k}")
+        assert_alike(tmp_path / f"t{k}", tmp_path / f"a{k}")
+
+    def never(*given):
+        raise MemoryError
+
+    monkeypatch.setattr(loop, "update", never)
+    with pytest.raises(MemoryError):
+        minilora.train_together(cells, [tmp_path / f"n{k}" for k in range(3)], size=3)
