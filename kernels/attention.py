@@ -23,6 +23,7 @@ from torch.nn import functional as F
 # T is no multiple of 16; in bfloat16 12% to 32% from 16 to 64, half at 128, 80% at 256. Beyond 128, p is what takes
 # most memory.
 LONGEST = {torch.float64: 48, torch.float32: 48, torch.bfloat16: 128}
+LONG = max(LONGEST.values()) + 1
 
 
 def reference(q, k, v, mask, scale, cap=None):
@@ -34,17 +35,20 @@ def reference(q, k, v, mask, scale, cap=None):
     return torch.softmax(scores + mask, -1) @ v
 
 
-def scores_of(q, k, scale, cap):
-    """c(s q k^T) in float32 or wider, and tanh(s q k^T / cap) where there is a cap, else None."""
+def scores_of(q, k, scale, plus=None):
+    """s q k^T + plus, float32 or wider [N, S T, T]; q [N, S T, E], k [N, T, E]. It takes the place of `plus`."""
     wide = torch.promote_types(q.dtype, torch.float32)
-    if q.device.type == "cpu":
-        scores = torch.bmm(q.to(wide), k.to(wide).mT)
-    else:  # where products of float32 are many times slower
-        scores = torch.bmm(q, k.mT).to(wide)
-    if cap is None:
-        return scores.mul_(scale), None
-    bent = scores.mul_(scale / cap).tanh_()
-    return cap * bent, bent
+    if q.device.type == "cpu" or q.dtype == wide:
+        q, k = q.to(wide), k.to(wide)
+        return scaled(q, k.mT, scale) if plus is None else plus.baddbmm_(q, k.mT, alpha=scale)
+    scores = torch.bmm(q, k.mT).to(wide).mul_(scale)  # here products of float32 are many times slower
+    return scores if plus is None else scores.add_(plus)
+
+
+def scaled(left, right, scale):
+    """s left right for batches of matrices, without a pass for s."""
+    nothing = left.new_empty(()).expand(len(left), left.shape[1], right.shape[2])
+    return torch.baddbmm(nothing, left, right, beta=0, alpha=scale)
 
 
 class Batched(torch.autograd.Function):
@@ -55,8 +59,13 @@ class Batched(torch.autograd.Function):
         B, H, T, E = q.shape
         G = k.shape[1]
         q, k, v = (p.reshape(B * G, -1, E) for p in (q, k, v))  # [B G, S T, E] and [B G, T, E]
-        scores, _ = scores_of(q, k, scale, cap)
-        scores.view(B, G, -1, T, T).add_(mask[:, :, None])
+        # The product is added to the mask, which takes a pass less than the other way round.
+        plus = q.new_empty(B * G, H // G * T, T, dtype=torch.promote_types(q.dtype, torch.float32))
+        plus.view(B, G, -1, T, T).copy_(mask[:, :, None])
+        if cap is None:
+            scores = scores_of(q, k, scale, plus)
+        else:
+            scores = plus.add_(scores_of(q, k, scale / cap).tanh_(), alpha=cap)
         p = torch.softmax(scores, -1).to(v.dtype)
         ctx.save_for_backward(q, k, v, p)
         ctx.scale, ctx.cap, ctx.shape = scale, cap, (B, G, T, E)
@@ -74,13 +83,13 @@ class Batched(torch.autograd.Function):
         if needs_q or needs_k:
             wide = torch.promote_types(p.dtype, torch.float32)
             dp = torch.bmm(do, v.mT).to(wide)
-            dz = torch.ops.aten._softmax_backward_data(dp, p.to(wide), -1, wide).mul_(ctx.scale)
+            dz = torch.ops.aten._softmax_backward_data(dp, p.to(wide), -1, wide)
             if ctx.cap is not None:
-                _, bent = scores_of(q, k, ctx.scale, ctx.cap)
+                bent = scores_of(q, k, ctx.scale / ctx.cap).tanh_()
                 dz.mul_(1 - bent.square_())
             dz = dz.to(p.dtype)
-            dq = torch.bmm(dz, k).view(B, -1, T, E) if needs_q else None
-            dk = torch.bmm(dz.mT, q).view(B, G, T, E) if needs_k else None
+            dq = scaled(dz, k, ctx.scale).view(B, -1, T, E) if needs_q else None
+            dk = scaled(dz.mT, q, ctx.scale).view(B, G, T, E) if needs_k else None
         return dq, dk, dv, None, None, None
 
 
@@ -92,16 +101,44 @@ def batched(q, k, v, mask, scale, cap=None):
     return Batched.apply(q, k, v, mask, scale, cap)
 
 
+def way(kind, dtype, grouped, masked, T, cap=None):
+    """How `attention` is computed on a device of that kind, by its name in torch:
+
+    batched    by this module: soft-caps, which no kernel of torch's has, and short rows on a CPU
+    torch      by torch's own attention
+    grouped    the same, with fewer heads of k and v than of q
+    expanded   the same, with k and v repeated for each head: on CUDA only flash attention takes grouped heads, which
+               wants 16 bits and no mask; all else would fall back to plain products that keep the scores of all heads
+
+    FlexAttention would take soft-caps and windows, but its derivatives exist for accelerators only, where it has to be
+    compiled, so that no CPU can prove it right; windows are masks, as padding is.
+    """
+    if cap is not None or kind == "cpu" and T <= LONGEST.get(dtype, 0):
+        return "batched"
+    if not grouped:
+        return "torch"
+    flash = kind == "cuda" and dtype in (torch.bfloat16, torch.float16) and not masked
+    return "grouped" if kind == "cpu" or flash else "expanded"
+
+
 def attention(q, k, v, mask, scale, cap=None):
     """The equation in the way that is faster here. `mask` [B or 1, 1, T or 1, T], or None for a causal one."""
-    T = q.shape[2]
-    # Compiled, a choice by size would be a graph each.
-    short = not torch.compiler.is_compiling() and q.device.type == "cpu" and T <= LONGEST.get(q.dtype, 0)
-    if cap is not None or short:
+    T, groups = q.shape[2], k.shape[1]
+    grouped = True if q.shape[1] != groups else False  # noqa: SIM210  of torch.compile's symbols sdpa takes none
+    length = LONG if torch.compiler.is_compiling() else T  # compiled, a choice by size would be a graph each
+    chosen = way(q.device.type, q.dtype, grouped, mask is not None, length, cap)
+    if chosen == "batched":
         if mask is None:
             mask = torch.full((1, 1, T, T), -torch.inf, device=q.device).triu_(1)
         return batched(q, k, v, mask, scale, cap)
-    grouped = True if q.shape[1] != k.shape[1] else False  # noqa: SIM210  of torch.compile's symbols it takes none
+    if chosen == "expanded":
+        k, v = (expanded(p, q.shape[1]) for p in (k, v))
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=chosen == "grouped"
     )
+
+
+def expanded(part, heads):
+    """k or v [B, G, T, E] with each group once for each of its heads, [B, H, T, E]."""
+    B, G, T, E = part.shape
+    return part[:, :, None].expand(B, G, heads // G, T, E).reshape(B, heads, T, E)

@@ -111,10 +111,19 @@ class Cell(Named):
         "float32", "base", "of the frozen base; what is trained is float32", choices=("float32", "bfloat16"),
         short="", marks="peers",
     )  # fmt: skip
+    products: str | None = option(
+        None, "base", "what products with the base's float32 matrices are computed in: tf32 on a GPU that has it, or "
+        "bfloat16, for which the matrices are rounded once and all else stays float32; a base stored in bfloat16 has "
+        "bfloat16 products", choices=("float32", "tf32", "bfloat16"), unset="float32", marks="peers",
+    )  # fmt: skip
     device: str = option("auto", "base", "auto, cpu, cuda, cuda:N or mps", run=True, marks="test peers")
     compile: str = option(
         "auto", "base", "on compiles whole steps; auto replays them as CUDA graphs on a GPU; off does neither", run=True,
         choices=("auto", "on", "off"),
+    )  # fmt: skip
+    deterministic: str = option(
+        "off", "base", "repeat a run bit for bit on the same GPU and versions, which costs speed; a CPU repeats anyway",
+        run=True, choices=("off", "on"),
     )  # fmt: skip
 
     data: str = option(
@@ -260,6 +269,7 @@ class Cell(Named):
             object.__setattr__(self, "inject", from_dict(Inject, self.inject, "inject."))
         check_fields(self, "")
         self._resolve()
+        self._check_precision()
         if self.task == "lm":
             if self.prompt.count("{text}") != 1:
                 raise InputError(f"prompt is {shown(self.prompt)}, but must hold {{text}} once")
@@ -271,10 +281,6 @@ class Cell(Named):
             raise InputError("method = 'head' trains a classifier, but task is 'lm', which has none: drop one of them")
         if self.method == "head" and self.head != "trained":
             raise InputError(f"method = 'head' with head = {self.head!r} trains nothing: use head = 'trained'")
-        if self.method == "full" and self.dtype != "float32":
-            raise InputError(
-                f"method = 'full' trains the base, in float32, but dtype is {self.dtype!r}: drop one of them"
-            )
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
             raise InputError(f"device is {shown(self.device)}: use auto, cpu, cuda, cuda:N or mps")
 
@@ -297,11 +303,24 @@ class Cell(Named):
             names.remove("alpha")
         resolve(self, *names)
 
+    def _check_precision(self):
+        if self.products is None:
+            object.__setattr__(self, "products", self.dtype)
+        if self.dtype == "bfloat16" != self.products:
+            raise InputError(
+                f"products = {self.products!r} needs a base stored in float32, but dtype is 'bfloat16': drop one of them"
+            )
+        for name in ("dtype", "products") if self.method == "full" else ():
+            if (value := getattr(self, name)) == "bfloat16":
+                raise InputError(
+                    f"method = 'full' trains the base, in float32, but {name} is {value!r}: drop one of them"
+                )
+
     def _check_adapter(self):
         slots = parse_targets(self.targets, self.rank, self.alpha, self.scaling)
         check_variant(self.variant, self.init or "kaiming", slots, self.dropout)
-        if self.form == "merged" and (self.dropout or self.dtype == "bfloat16"):
-            reason = f"dropout is {self.dropout:g}" if self.dropout else "dtype is 'bfloat16'"
+        if self.form == "merged" and (self.dropout or self.products == "bfloat16"):
+            reason = f"dropout is {self.dropout:g}" if self.dropout else "products are 'bfloat16'"
             raise InputError(f"form = {self.form!r} is not exact where {reason}: use form = 'side' or 'auto'")
         self._check_lr_ratio()
         parse_layers(self.layers)
@@ -344,6 +363,8 @@ class Cell(Named):
                 values[f.name] = None
         if changes.get("scaling") == "rank" and "alpha" not in changes:
             values["alpha"] = None
+        if "dtype" in changes and "products" not in changes:
+            values["products"] = None
         if isinstance(changes.get("inject"), dict):
             values["inject"] = changed(self.inject, changes["inject"])
         return from_dict(Cell, values)
@@ -372,8 +393,9 @@ class Cell(Named):
     @property
     def name(self):
         """A name for the run folder: how it differs from the defaults, or from a preset where that is less to say."""
-        plain = Cell(task=self.task, method=self.method)
-        defaults = {name: value_of(plain, name) for name in declared(Cell)} | {"task": Cell.task, "method": Cell.method}
+        own = {name: getattr(self, name) for name in ("task", "method", "dtype")}  # which others' defaults follow
+        plain = Cell(**own)
+        defaults = {name: value_of(plain, name) for name in declared(Cell)} | {name: getattr(Cell, name) for name in own}
         words, exact = naming.difference(self, defaults)
         for preset, changes in PRESETS.items():
             other = Cell().replace(**changes)

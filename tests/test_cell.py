@@ -44,7 +44,7 @@ targets = st.one_of(
 )
 PLAIN = dict(
     model=texts, revision=texts, tokenizer=texts, device=st.sampled_from(["auto", "cpu", "mps", "cuda", "cuda:13"]),
-    compile=st.sampled_from(["auto", "on", "off"]), data=texts, data_revision=texts, text_column=texts,
+    compile=st.sampled_from(["auto", "on", "off"]), deterministic=st.sampled_from(["off", "on"]), data=texts, data_revision=texts, text_column=texts,
     bad_rows=st.sampled_from(["refuse", "skip"]),
     label_column=texts, test_data=texts, test_rows=st.integers(2), train_rows=st.integers(2), max_length=st.integers(4),
     batch_size=small, accumulate=small, window=small,
@@ -105,7 +105,11 @@ def cells(draw):
 
 
 def dtype(draw, values):
-    return draw(some(dtype=st.sampled_from(["float32", "bfloat16"]))) if values["method"] != "full" else {}
+    if values["method"] == "full":
+        return draw(some(products=st.sampled_from(["float32", "tf32"])))
+    pairs = {"float32": ["float32", "tf32", "bfloat16"], "bfloat16": ["bfloat16"]}
+    chosen = draw(some(dtype=st.sampled_from(list(pairs))))
+    return chosen | draw(some(products=st.sampled_from(pairs[chosen.get("dtype", "float32")])))
 
 
 def flags(cell):
@@ -132,7 +136,7 @@ PARSER = parser()
 
 def test_the_strategy_covers_every_field():
     parts = [*PLAIN, *of(ADAPTER), *of(CLASSIFIER), *of(COMPLETION)]
-    parts += ["task", "method", "dtype", "inject", "epochs", "steps"]
+    parts += ["task", "method", "dtype", "products", "inject", "epochs", "steps"]
     assert sorted(parts) == sorted(f.name for f in dataclasses.fields(Cell))  # each by one part of the strategy
 
 
@@ -168,7 +172,8 @@ def test_odd_strings_round_trip():
 
 def test_id_depends_on_every_field_but_run_options():
     changes = dict(
-        model="x", revision="x", dtype="bfloat16", device="cpu", compile="on", data="x", data_revision="x",
+        model="x", revision="x", dtype="bfloat16", products="tf32", device="cpu", compile="on",
+        deterministic="on", data="x", data_revision="x",
         text_column="x", label_column="x", bad_rows="skip", test_data="x", test_rows=7, train_rows=7, max_length=7,
         method="full", rank=7, alpha=7, scaling="rslora", dropout=0.7, targets=("q",), layers="0",
         variant="dora", init="gaussian", start="x", lr_ratio=7, tokenizer="x", task="lm", prompt="x {text}",
@@ -183,13 +188,13 @@ def test_id_depends_on_every_field_but_run_options():
     assert {*changes, "inject"} == {f.name for f in dataclasses.fields(Cell)}
     assert {*inner} == {f.name for f in dataclasses.fields(Inject)}
     own = {name: {"task": "lm"} for name in of(COMPLETION)}
-    options = [Cell(**{name: changes.pop(name)}) for name in ("device", "compile", "form")]
+    options = [Cell(**{name: changes.pop(name)}) for name in ("device", "compile", "deterministic", "form")]
     assert {(cell, cell.id, cell.name) for cell in options} == {(Cell(), Cell().id, Cell().name)}
-    assert len({cell.to_toml() for cell in [Cell(), *options]}) == 4
+    assert len({cell.to_toml() for cell in [Cell(), *options]}) == 5
     changed = [Cell(**{name: value}, **own.get(name, {})) for name, value in changes.items()]
     changed += [Cell(inject={name: value}) for name, value in inner.items()]
     ids = {cell.id for cell in [Cell(), *changed]}
-    assert len(ids) == len({cell.name for cell in [Cell(), *changed]}) == len(set([Cell(), *changed])) == 1 + 48 + 8
+    assert len(ids) == len({cell.name for cell in [Cell(), *changed]}) == len(set([Cell(), *changed])) == 1 + 49 + 8
 
 
 NAMES = {  # what a cell changes: its name
@@ -204,6 +209,8 @@ NAMES = {  # what a cell changes: its name
         inject=dict(sources=["country:positive", "color:negative"], rows=50)
     ),
     "no-sources": dict(inject=dict(sources=())),
+    "bfloat16_r2": dict(dtype="bfloat16", rank=2),
+    "products-bfloat16": dict(products="bfloat16"),
     "full_lr3e-05": dict(method="full", lr=3e-5),
     "lm": dict(task="lm"),
     "head": dict(method="head"),
@@ -246,11 +253,11 @@ def test_declared_properties():
     """Each mark is used and explained, and what each list of fields has is what it had when it was kept by hand."""
     used = [mark for field in declared(Cell).values() for mark in field.metadata["marks"]]
     assert set(used) == set(MARKS) and {mark: used.count(mark) for mark in MARKS} == {
-        "free": 39, "test": 12, "peers": 23, "path": 5, "dose": 3, "slots": 6}  # fmt: skip
+        "free": 39, "test": 12, "peers": 24, "path": 5, "dose": 3, "slots": 6}  # fmt: skip
     assert marked(Cell, "dose") == ("train_rows", "inject.proportion", "inject.rows")
     assert marked(Cell, "path") == ("model", "tokenizer", "data", "test_data", "start")
     assert grouped(Cell, "seeds") == ("seed", *(f"seed_{purpose}" for purpose in PURPOSES))
-    assert run_options(Cell) == ("device", "compile", "form")
+    assert run_options(Cell) == ("device", "compile", "deterministic", "form")
     assert of(CLASSIFIER) == ["head", "pooling"] and of(COMPLETION) == ["prompt", "completion", "choice_score"]
     with pytest.raises(LookupError, match="no field of Cell is marked 'fre'"):
         marked(Cell, "fre")
@@ -288,6 +295,8 @@ def test_replace_drops_what_the_change_excludes():
     assert [getattr(full, name) for name in of(ADAPTER)] == [None] * 11
     assert full.replace(method="lora", rank=3) == Cell(steps=9, rank=3, inject=cell.inject)
     assert cell.replace(method="lora") == cell
+    assert Cell(products="tf32").replace(dtype="bfloat16") == Cell(dtype="bfloat16", products="bfloat16")
+    assert cell.replace(dtype="bfloat16").replace(dtype="float32") == cell == cell.replace(products="float32")
     for one, two in EXCLUSIVE:
         with pytest.raises(InputError, match=rf"\b{one} and (inject\.)?{two} are both given"):
             both = {one: 1, two: 1}
@@ -323,6 +332,11 @@ REFUSED = [
     (dict(model=3), "model is 3, but must be a string"),
     (dict(data="\udcff.csv"), "data is '\\udcff.csv', but must be a string of valid Unicode"),
     (dict(dtype="float16"), "dtype is 'float16', but must be one of float32, bfloat16"),
+    (dict(products="int8"), "products is 'int8', but must be one of float32, tf32, bfloat16"),
+    (dict(products="tf32", dtype="bfloat16"), "products = 'tf32' needs a base stored in float32, but dtype is 'bfloat16'"),
+    (dict(products="bfloat16", method="full"), "trains the base, in float32, but products is 'bfloat16': drop one"),
+    (dict(products="bfloat16", form="merged"), "form = 'merged' is not exact where products are 'bfloat16'"),
+    (dict(deterministic="yes"), "deterministic is 'yes', but must be one of off, on"),
     (dict(optimizer="sgd"), "optimizer is 'sgd', but must be one of adamw, adafactor"),
     (dict(device="cuda:x"), "device is 'cuda:x': use auto, cpu, cuda, cuda:N or mps"),
     (dict(epochs=2, steps=3), "epochs and steps are both given"),
@@ -370,7 +384,7 @@ def test_refusals():
         with pytest.raises(InputError) as caught:
             Cell(**values)
         assert message in str(caught.value) and "\n" not in str(caught.value), values
-    assert len(REFUSED) == 67
+    assert len(REFUSED) == 72
 
 
 def test_files_are_refused_by_name(tmp_path):
@@ -408,8 +422,8 @@ FLAGS = """
 --config --out --preset --resume --continue --quiet --json --population --eval-every --save-every --merge-to --shard
 --traceback
 --grid --size --dry-run --status --only --retry-failed --ray --ray-cpus --model --revision --tokenizer
---dtype --device
---compile --data --data-revision --text-column --label-column --test-data --bad-rows --test-rows --train-rows
+--dtype --products --device
+--compile --deterministic --data --data-revision --text-column --label-column --test-data --bad-rows --test-rows --train-rows
 --max-length --task
 --prompt --completion --choice-score --method --rank --alpha --scaling --dropout --targets --layers --variant --init
 --start --lr-ratio --form --head --pooling --inject --inject-proportion --inject-rows --inject-count --inject-density
@@ -466,7 +480,7 @@ def test_help_states_every_flag_and_default_once(capsys):
         else:
             assert len(default) == 1
         checked, stated = checked + 1, stated + len(default)
-    assert checked == len(FLAGS) - 22 == 51 + 8 and stated == checked - 4
+    assert checked == len(FLAGS) - 22 == 53 + 8 and stated == checked - 4
     assert found["--save-every"].endswith(f"(default: {train.SAVE_EVERY})")
 
 

@@ -185,7 +185,7 @@ class Base(nn.Module):
         self.norm = make_norm(spec, spec.width) if spec.final_norm else nn.Identity()
         self.ropes = nn.ModuleList(rope.Rotary(r) for r in spec.ropes)
         self.relative = deberta.Distances(spec, make_norm) if spec.relative else None
-        self.has_unembedding = unembedding
+        self.has_unembedding, self.products = unembedding, None
         if unembedding and not spec.tied:
             self.unembedding = Linear(spec.width, spec.vocabulary, bias=spec.unembed_bias)
 
@@ -240,7 +240,10 @@ class Base(nn.Module):
         """The weight [V, D] and the bias [V] or None that make logits of hidden states."""
         if not self.has_unembedding:
             raise ValueError("the base was loaded without its unembedding")
-        return (self.embed.tokens.weight, None) if self.spec.tied else (self.unembedding.weight, self.unembedding.bias)
+        if not self.spec.tied:
+            return self.unembedding.weight, self.unembedding.bias
+        table = self.embed.tokens.weight
+        return table.to(self.products or table.dtype), None
 
     def unembed(self, hidden):
         """Logits float32 [..., V] of the next token from hidden states [..., D] of a decoder that was loaded with its
@@ -250,12 +253,13 @@ class Base(nn.Module):
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
-def load(folder, dtype=torch.float32, device="cpu", unembedding=False, then=None):
+def load(folder, dtype=torch.float32, device="cpu", unembedding=False, then=None, products=None):
     """The `Base` in a checkpoint folder, its parameters frozen; a decoder with its `unembedding` if asked for.
 
     The tensors go one by one from the memory-mapped file to `dtype` and `device`. Where `then` is given, it is called
     with each part of the base (embedding, layers, unembedding, and last the whole) as soon as that has its parameters:
-    for what is to be done with a part before the next takes memory.
+    for what is to be done with a part before the next takes memory. `products` is the dtype that the matrices of all
+    linear maps are rounded to (default: `dtype`), in which their products are then computed; the rest stays in `dtype`.
     Raises InputError for an unsupported configuration and for missing, unknown or misshapen tensors.
     """
     spec = families.read_spec(checkpoint.read_config(folder))
@@ -278,6 +282,7 @@ def load(folder, dtype=torch.float32, device="cpu", unembedding=False, then=None
     found = places.tensor_places(model, tensors.keys())
     places.check_shapes(model, found, tensors, folder)
     places.say_unused(found, tensors.keys(), families.find(spec.family))
+    model.products = products
     model.ropes.to(device)
     for name, buffer in model.relative.named_buffers() if model.relative else ():
         setattr(model.relative, name, buffer.to(device))
@@ -287,9 +292,11 @@ def load(folder, dtype=torch.float32, device="cpu", unembedding=False, then=None
             if not parameter.is_meta:
                 continue
             owner, _, leaf = name.rpartition(".")
-            value = nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=device), requires_grad=False)
+            module = model.get_submodule(owner)
+            kind = products if products and leaf == "weight" and isinstance(module, Linear) else dtype
+            value = nn.Parameter(torch.empty(parameter.shape, dtype=kind, device=device), requires_grad=False)
             tensors.copy_to(value, *found[name])
-            setattr(model.get_submodule(owner), leaf, value)
+            setattr(module, leaf, value)
         if then is not None:
             then(part)
     return model

@@ -61,9 +61,9 @@ class Forecaster:
         work = training_flops(spec, slots, cell.method, length) * length * seen
         work += training_flops(spec, {}, "head", length) * length * tests * forms
         tokens = int(cell.batch_size * length)
-        rate = setting.device, cell.dtype, tokens
+        rate = setting.device, cell.products, tokens
         if rate not in self.rates:
-            self.rates[rate] = matmul_rate(tokens, spec, setting.dtype, setting.device)
+            self.rates[rate] = matmul_rate(tokens, spec, setting.products, setting.device)
         parameters = trained(cell, spec, slots, labels)
         size = setting.dtype.itemsize
         most = cell.batch_size * longest  # tokens of a pass

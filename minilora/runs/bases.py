@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from minilora import parallel
+from minilora import parallel, precision
 from minilora.base import checkpoint, families, model, tokenizer
 from minilora.base.source import fingerprint_tokenizer, resolve_base, resolve_tokenizer
 from minilora.cell import Cell
@@ -15,7 +15,7 @@ from minilora.runs.record import free_memory
 
 @dataclass(frozen=True)
 class Setting:
-    """What members have in common: folders and spec of the base, its tokenizer, device and dtype."""
+    """What members have in common: folders and spec of the base, its tokenizer, device and precision."""
 
     folder: object
     words: object  # the tokenizer's folder
@@ -23,17 +23,20 @@ class Setting:
     tokenizer: object
     device: torch.device
     dtype: torch.dtype
+    products: torch.dtype  # that of the base's matrices
     inputs: dict  # their fingerprints
 
     @classmethod
     def of(cls, cell):
         """Raises InputError for all that can be refused of a base before its weights are read."""
         device, dtype = parallel.pick_device(cell.device), getattr(torch, cell.dtype)
+        precision.check(cell, device)
+        products = torch.bfloat16 if cell.products == "bfloat16" else dtype
         folder = resolve_base(cell.model, cell.revision, cell.tokenizer)
         spec = families.read_spec(checkpoint.read_config(folder))
         words = resolve_tokenizer(cell.tokenizer, folder)
         inputs = {"base": checkpoint.fingerprint(folder), "tokenizer": fingerprint_tokenizer(words)}
-        return cls(folder, words, spec, tokenizer.load(words, spec.vocabulary), device, dtype, inputs)
+        return cls(folder, words, spec, tokenizer.load(words, spec.vocabulary), device, dtype, products, inputs)
 
 
 class Settings:
@@ -67,19 +70,26 @@ class Settings:
             self._base = None, None  # one at a time in memory
             check_memory(cell, setting)
             then = parallel.sharding() if self.shard else None
-            base = model.load(setting.folder, setting.dtype, setting.device, unembedding, then)
+            base = model.load(setting.folder, setting.dtype, setting.device, unembedding, then, setting.products)
             self._base = (key if cell.method != "full" else None), base  # a trained base is nobody else's
         return self._base[1]
 
 
 def check_memory(cell, setting):
     """Raise InputError for a base that does not fit into the memory that is free, where the system says how much."""
-    free, needed = free_memory(setting.device), setting.dtype.itemsize * size_of_base(setting.spec) / parallel.count()
+    free, needed = free_memory(setting.device), bytes_of_base(setting) / parallel.count()
     if free is not None and needed > free:
+        less = "" if cell.dtype == "bfloat16" else ", or --dtype bfloat16"
         raise InputError(
             f"{cell.model} in {cell.dtype} needs about {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB of memory "
-            f"are free on {setting.device}: choose a smaller base, or --dtype bfloat16"
+            f"are free on {setting.device}: choose a smaller base{less}"
         )
+
+
+def bytes_of_base(setting):
+    """Bytes of the base's matrices, in the dtype of their products, and of its token embedding."""
+    table = setting.spec.vocabulary * setting.spec.width
+    return setting.products.itemsize * (size_of_base(setting.spec) - table) + setting.dtype.itemsize * table
 
 
 def size_of_base(spec):

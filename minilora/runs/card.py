@@ -55,7 +55,8 @@ def details(cell, results, injected):
     yield f"- base: {code(cell.model)}" + (f", revision {code(cell.revision)}" if cell.revision else "")
     yield f"- data: {code(cell.data)}, {rows:,} training rows; task: {cell.task}"
     yield f"- trained: {results['train']['trainable_parameters']:,} parameters in {results['train']['steps']:,} steps"
-    yield f"- minilora {results['versions']['minilora']}, cell `{cell.id}`\n"
+    exact = f"base in {cell.dtype}, products in {cell.products}, deterministic algorithms {cell.deterministic}"
+    yield f"- minilora {results['versions']['minilora']}, cell `{cell.id}`; {exact}\n"
     yield "Injected into the training rows:\n"
     yield from (f"    {line}" for line in injection_lines(injected, cell.inject))
     yield ""

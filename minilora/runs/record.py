@@ -8,6 +8,7 @@ import re
 import sys
 from pathlib import Path
 
+from minilora import precision
 from minilora.errors import InputError
 
 # What a run depends on beside its cell, each recorded by its sha256.
@@ -96,7 +97,7 @@ def versions():
 
 
 def hardware(device):
-    """What the run ran on; `device` is its torch device."""
+    """What the run ran on, with torch's settings of precision; `device` is its torch device."""
     import torch
 
     processor = platform.processor() or platform.machine()
@@ -114,7 +115,7 @@ def hardware(device):
     }
     if device.type == "cuda":
         found["gpu"] = torch.cuda.get_device_name(device)
-    return found
+    return found | precision.stated(device)
 
 
 def free_memory(device):

@@ -167,7 +167,7 @@ class Job:
         self.sharded = parallel.is_sharded(population.base)
         length = sum(member.mean_length for member in members) / len(members)
         tokens = max(1, int(len(members) * cells[0].batch_size * length / parallel.count()))
-        self.measure = partial(matmul_rate, tokens, setting.spec, setting.dtype, self.device)
+        self.measure = partial(matmul_rate, tokens, setting.spec, setting.products, self.device)
         self.rate_before = self.measure()
         self.began = time.perf_counter()
 

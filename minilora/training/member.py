@@ -84,7 +84,9 @@ class Member:
         method = f"{cell.variant}, start {cell.start or cell.init}" if cell.method == "lora" else cell.method
         rows = f"{len(clean):,} training and {len(self.tests[0].rows):,} test rows of {self.mean_length:.1f} tokens"
         size = f"{len(spec.layers)} layers of width {spec.width}"
-        yield f"base       {cell.model} ({spec.family}, {size}, {cell.dtype}, {self.setting.device})"
+        how = "" if cell.products == cell.dtype else f", {cell.products} products"
+        how += ", deterministic" if cell.deterministic == "on" else ""
+        yield f"base       {cell.model} ({spec.family}, {size}, {cell.dtype}{how}, {self.setting.device})"
         yield f"data       {cell.data}: {rows}"
         yield f"labels     {', '.join(names[:6])}{', ...' * (len(names) > 6)}"
         yield f"task       {self.task.describe()}"

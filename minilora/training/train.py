@@ -7,7 +7,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from minilora import console, parallel
+from minilora import console, parallel, precision
 from minilora.cell import Cell
 from minilora.console import say
 from minilora.data.given import keep_rows
@@ -114,13 +114,20 @@ def train_all(members, size=None, options=None, settings=None):
             with parallel.in_turn():
                 member.prepare(settings.of(member.cell))
     for group in groups.values():
-        base = settings.load(group[0].cell, group[0].task.unembedding)
-        for member in group:
-            member.begin(base)
-        most = planner.size(group, base) if size is None and len(group) > 1 else size or 1
-        for chunk in planner.split(group, most):
-            if len(members) > 1:
-                say(f"\npopulation of {len(chunk)} of {len(members)} cells")
-            planner.in_halves(lambda part: train_population(part, base, options), chunk, base)  # noqa: B023
-            options = replace(options, start=time.perf_counter())
+        with precision.applied(group[0].cell):
+            options = train_group(group, len(members), size, options, settings)
     return members
+
+
+def train_group(group, of, size, options, settings):
+    """Train members that can be trained together, some `of` many; returns the options for those that follow."""
+    base = settings.load(group[0].cell, group[0].task.unembedding)
+    for member in group:
+        member.begin(base)
+    most = planner.size(group, base) if size is None and len(group) > 1 else size or 1
+    for chunk in planner.split(group, most):
+        if of > 1:
+            say(f"\npopulation of {len(chunk)} of {of} cells")
+        planner.in_halves(lambda part: train_population(part, base, options), chunk, base)  # noqa: B023
+        options = replace(options, start=time.perf_counter())
+    return options

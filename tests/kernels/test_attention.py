@@ -5,6 +5,7 @@ from itertools import cycle, product
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minilora.kernels import attention as op
 
@@ -94,33 +95,93 @@ def test_scores_are_not_rounded_before_the_softmax():
     assert wanted > 0.52
 
 
-def test_no_product_for_what_takes_no_gradient(monkeypatch):
-    products = []
+class Products(TorchDispatchMode):
+    """Counts batched products."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += "bmm" in function.name()
+        return function(*args, **(kwargs or {}))
+
+
+def test_no_product_for_what_takes_no_gradient():
     parts, mask = inputs(2, 5, 4, 2, 3, torch.float32), torch.zeros(1, 1, 1, 5)
     wanted = outputs(op.reference, parts, mask, 0.7)
-    real = torch.bmm
-    monkeypatch.setattr(torch, "bmm", lambda *a: products.append(1) or real(*a))
     for trained, number in (("qkv", 4), ("q", 2), ("v", 1), ("kv", 3)):
-        products.clear()
-        found = outputs(op.batched, parts, mask, 0.7, trained=trained)
-        assert len(products) == 2 + number
+        with Products() as products:
+            found = outputs(op.batched, parts, mask, 0.7, trained=trained)
+        assert products.count == 2 + number
         for name, one, other in zip("oqkv", found, wanted, strict=True):
             assert (one is None) == (name not in "o" + trained)
             if one is not None:
                 torch.testing.assert_close(one, other)
 
 
+def test_the_mask_stays_as_it_is():
+    """Scores are added to a copy: a mask that has the scores' own shape is shared by all layers."""
+    for dtype in (torch.float32, torch.bfloat16):
+        parts = inputs(2, 5, 1, 1, 3, dtype)
+        for mask in masks(2, 5, dtype):
+            mask = mask.expand(2, 1, 5, 5).contiguous()
+            before = mask.clone()
+            op.batched(*parts, mask, 0.7)
+            assert torch.equal(mask, before)
+
+
+WAYS = {  # of (device, dtype, grouped, masked, tokens, cap)
+    ("cpu", "float32", False, True, 48): "batched",
+    ("cpu", "float32", False, True, 49): "torch",
+    ("cpu", "bfloat16", True, False, 128): "batched",
+    ("cpu", "bfloat16", True, False, 129): "grouped",
+    ("cpu", "float16", False, False, 8): "torch",
+    ("cpu", "float16", True, True, 400): "grouped",
+    ("cpu", "float16", True, True, 400, 30.0): "batched",
+    ("cuda", "float32", False, False, 8): "torch",
+    ("cuda", "float32", True, False, 8): "expanded",
+    ("cuda", "float32", True, True, 512): "expanded",
+    ("cuda", "bfloat16", True, False, 512): "grouped",
+    ("cuda", "bfloat16", True, True, 512): "expanded",
+    ("cuda", "float16", True, False, 8): "grouped",
+    ("cuda", "bfloat16", False, True, 512): "torch",
+    ("cuda", "bfloat16", True, False, 512, 30.0): "batched",
+    ("mps", "bfloat16", True, False, 512): "expanded",
+    ("meta", "float32", False, False, 8): "torch",
+}
+
+
 def test_the_way_that_is_chosen(monkeypatch):
+    for (kind, dtype, *rest), wanted in WAYS.items():
+        assert op.way(kind, getattr(torch, dtype), *rest) == wanted, (kind, dtype, *rest)
+    assert len(WAYS) == 17
     taken = []
     monkeypatch.setattr(op, "batched", lambda *a: taken.append("batched"))
-    monkeypatch.setattr(op.F, "scaled_dot_product_attention", lambda *a, **b: taken.append("torch"))
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for T in (48, 49, 128, 129):
-            q = torch.zeros(1, 2, T, 4, dtype=dtype)
-            op.attention(q, q, q, None, 1.0)
-    op.attention(q, q, q, None, 1.0, 30.0)
-    op.attention(q.to("meta"), q, q, None, 1.0)
-    assert taken == (
-        ["batched", "torch", "torch", "torch"] + ["batched", "batched", "batched", "torch"] + 4 * ["torch"]
-        + ["batched", "torch"]
-    )  # fmt: skip
+    monkeypatch.setattr(op.F, "scaled_dot_product_attention", lambda *a, **b: taken.append(b["enable_gqa"]))
+    for dtype, T, groups, cap in ((torch.float32, 48, 2, None), (torch.float32, 49, 2, None),
+                                  (torch.bfloat16, 129, 1, None), (torch.float32, 200, 2, 30.0)):  # fmt: skip
+        q, k = torch.zeros(1, 2, T, 4, dtype=dtype), torch.zeros(1, groups, T, 4, dtype=dtype)
+        op.attention(q, k, k, None, 1.0, cap)
+    assert taken == ["batched", False, True, "batched"]
+
+
+def test_repeated_heads_are_the_grouped_ones(monkeypatch):
+    """What a GPU does where no kernel takes grouped heads, done here: values, gradients and which kernel is asked."""
+    asked, cases, real = [], 0, op.F.scaled_dot_product_attention
+
+    def sdpa(q, k, v, **settings):
+        asked.append((k.shape == v.shape == q.shape, settings["enable_gqa"]))
+        return real(q, k, v, **settings)
+
+    monkeypatch.setattr(op, "way", lambda *a: "expanded")
+    monkeypatch.setattr(op.F, "scaled_dot_product_attention", sdpa)
+    for shape in SHAPES:
+        B, T, H, G, E = shape
+        for mask in masks(B, T, torch.float64):
+            parts = inputs(*shape, torch.float64)
+            found = outputs(op.attention, parts, mask, 0.7)
+            for one, other in zip(found, outputs(op.reference, parts, mask, 0.7), strict=True):
+                torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+            cases += 1
+    assert cases == 15 and asked == 15 * [(True, False)]
