@@ -86,8 +86,15 @@ class Population(nn.Module):
             replace_module(self.base, name, stack.linear)
         detach(self.base)
 
+    @property
+    def device(self):
+        return self.keys.device
+
     def forward(self, ids, lengths, answers, alike=False):
-        """`alike`: the members' rows are the same, so that layers below all adapters are gone through once."""
+        """`alike`: the members' rows are the same, so that layers below all adapters are gone through once.
+
+        Without `answers`, of members with heads: their logits [K, B, C].
+        """
         views = self.flat.views()
         if len(self.models) == 1:
             return functional_call(self.model, views, (ids, lengths, answers))[None]
