@@ -4,6 +4,7 @@ Rows are padded to the longest of their batch, or for a compiled step to one of 
 of shapes that are compiled.
 """
 
+import math
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
@@ -15,6 +16,7 @@ import torch
 from minilora import parallel
 
 SIZES = 32  # different padded lengths at most
+MOST_TOKENS = 1024  # of a batch in prediction on a CPU: with more, activations leave the cache
 AHEAD = 4  # batches that are made before they are asked for
 IGNORED = -100  # the label of a row that only pads a batch
 
@@ -115,14 +117,15 @@ def collate(parts, sizes, pad_id, filler=IGNORED):
     return Batch(ids, widths, [at for _, at, _ in parts], answers if answered else None, alike=alike)
 
 
-def by_length(encoded, batch_size, pad_id, answers=None):
+def by_length(encoded, batch_size, pad_id, answers=None, device=None):
     """Yield all rows of `encoded` as batches, the longest rows first: for prediction, where the order has no effect.
 
-    The first batch has `batch_size` rows, and the others as many as have no more tokens. `answers` int64 [rows] or
-    None. Several processes take the batches in turn; one that has no rows left gets a batch of padding, because every
-    process must make every pass.
+    The first batch has `batch_size` rows, and the others as many as have no more tokens; if `device` is a CPU, all
+    have at most `MOST_TOKENS` tokens, or a row. `answers` int64 [rows] or None. Several processes take the batches in
+    turn; one that has no rows left gets a batch of padding, because every process must make every pass.
     """
-    sizes, cuts = padded_sizes(np.diff(encoded.offsets)), by_tokens(encoded, batch_size)
+    most = MOST_TOKENS if device is not None and device.type == "cpu" else math.inf
+    sizes, cuts = padded_sizes(np.diff(encoded.offsets)), by_tokens(encoded, batch_size, most)
     for turn, own in parallel.turns(len(cuts), 1):
         [index] = cuts[turn][own] or [np.empty(0, dtype=np.int64)]
         yield replace(collate([(encoded, index, answers)], sizes, pad_id, filler=0), index=index)
@@ -136,13 +139,14 @@ def by_length_together(parts, batch_size, pad_id):
         yield collate([(encoded, index, None) for encoded, index in zip(parts, own, strict=True)], sizes, pad_id)
 
 
-def by_tokens(encoded, batch_size):
-    """All rows, the longest first, cut into batches [arrays of rows] that take about as many tokens each."""
+def by_tokens(encoded, batch_size, most=math.inf):
+    """All rows, the longest first, cut into batches [arrays of rows] that take about as many tokens each, padding
+    included: those of `batch_size` of the longest rows, but at most `most`."""
     lengths = np.diff(encoded.offsets)
     order = np.argsort(-lengths, kind="stable")
-    most, cuts, start = batch_size * int(lengths.max()), [], 0
+    most, cuts, start = min(most, batch_size * int(lengths.max())), [], 0
     while start < len(order):
-        stop = start + max(1, most // max(1, int(lengths[order[start]])))
+        stop = start + max(1, int(most // max(1, lengths[order[start]])))
         cuts.append(order[start:stop])
         start = stop
     return cuts

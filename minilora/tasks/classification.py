@@ -127,7 +127,8 @@ def of_rows(model, encoded, pad_id, batch_size, progress=None, forward=None):
     """
     model.eval()
     found, rows = [], []
-    for batch, there in batches.ahead(batches.by_length(encoded, batch_size, pad_id), model.device):
+    made = batches.by_length(encoded, batch_size, pad_id, device=model.device)
+    for batch, there in batches.ahead(made, model.device):
         found.append((forward or model)(there.ids, there.lengths)[: len(batch.index)])
         rows.append(batch.index)
         if progress:

@@ -169,7 +169,8 @@ class Completion:
     def _scored(self, model, candidates, encoded, batch_size, progress=None):
         """The `Scores` of what `_pairs` gave. They are read from the device once, after the last batch."""
         model.eval()
-        made = batches.by_length(encoded, batch_size, self.tokenizer.pad_id, torch.from_numpy(encoded.answers))
+        answers = torch.from_numpy(encoded.answers)
+        made = batches.by_length(encoded, batch_size, self.tokenizer.pad_id, answers, model.device)
         found, rows = [], []
         for batch, there in batches.ahead(made, model.device):
             likelihoods, greedy = model.score(there.ids, there.lengths, there.answers)

@@ -61,9 +61,7 @@ class Member:
         self.injected, self.encoded, self.answers, injected = self.shared(
             "injected", cell, INJECTED, seed, key_of_rows(looked_at), make=lambda: self.inject(looked_at)
         )
-        self.tests = self.shared(
-            "tests", cell, TESTS, seed, make=lambda: self.task.build_tests(self.clean, test, seed)
-        )
+        self.tests = self.shared("tests", cell, TESTS, seed, make=lambda: self.task.build_tests(self.clean, test, seed))
         self.lengths = np.diff(self.encoded.offsets)  # 0 for rows that no step looks at
         self.mean_length = float(self.lengths[self.lengths > 0].mean())
         self.schedule = Schedule(self.lengths, cell)
