@@ -8,6 +8,7 @@ from minilora.errors import InputError
 
 COMMANDS = {
     "cell": "one cell side by side with its peers: rows/s, FLOP/s against the limit, memory, start-up, accuracy",
+    "prediction": "test rows predicted, side by side with transformers and PEFT: rows/s, share of the limit",
     "operators": "each operator of kernels/ against its reference, PEFT's layer and the limit",
     "grid": "many cells in one process against the same cells one after the other through PEFT and Trainer",
     "data": "from a file of a million rows to tokens: rows/s of a core, and memory over the file's size",

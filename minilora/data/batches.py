@@ -4,7 +4,11 @@ Rows are padded to the longest of their batch, or for compiled steps and for CUD
 bounds the number of shapes that are made.
 """
 
+import math
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
+from itertools import zip_longest
 
 import numpy as np
 import torch
@@ -12,6 +16,8 @@ import torch
 from minilora import parallel
 
 SIZES = 32  # different padded lengths at most
+MOST_TOKENS = 1024  # of a batch in prediction on a CPU: with more, activations leave the cache
+AHEAD = 4  # batches that are made before they are asked for
 IGNORED = -100  # the label of a row that only pads a batch
 
 
@@ -128,16 +134,57 @@ def place_completions(batch, parts=1, least=1):
     return replace(batch, answers=torch.from_numpy(places).flatten())
 
 
-def by_length(encoded, batch_size, pad_id, answers=None):
+def by_length(encoded, batch_size, pad_id, answers=None, device=None):
     """Yield all rows of `encoded` as batches, the longest rows first: for prediction, where the order has no effect.
 
-    `answers` int64 [rows] or None. Several processes take the batches in turn; one that has no rows left gets a batch
-    of padding, because every process must make every pass.
+    The first batch has `batch_size` rows, and the others as many as have no more tokens; if `device` is a CPU, all
+    have at most `MOST_TOKENS` tokens, or a row. `answers` int64 [rows] or None. Several processes take the batches in
+    turn; one that has no rows left gets a batch of padding, because every process must make every pass.
     """
+    most = MOST_TOKENS if device is not None and device.type == "cpu" else math.inf
+    sizes, cuts = padded_sizes(np.diff(encoded.offsets)), by_tokens(encoded, batch_size, most)
+    for turn, own in parallel.turns(len(cuts), 1):
+        [index] = cuts[turn][own] or [np.empty(0, dtype=np.int64)]
+        yield replace(collate([(encoded, index, answers)], sizes, pad_id, filler=0), index=index)
+
+
+def by_length_together(parts, batch_size, pad_id):
+    """As `by_length`, of K members with an `Encoded` each, or None: batches of K parts."""
+    sizes = padded_sizes(np.concatenate([[1], *(np.diff(encoded.offsets) for encoded in parts if encoded)]))
+    cuts = [by_tokens(encoded, batch_size) if encoded else [] for encoded in parts]
+    for own in zip_longest(*cuts, fillvalue=np.empty(0, dtype=np.int64)):
+        yield collate([(encoded, index, None) for encoded, index in zip(parts, own, strict=True)], sizes, pad_id)
+
+
+def by_tokens(encoded, batch_size, most=math.inf):
+    """All rows, the longest first, cut into batches [arrays of rows] that take about as many tokens each, padding
+    included: those of `batch_size` of the longest rows, but at most `most`."""
     lengths = np.diff(encoded.offsets)
-    sizes = padded_sizes(lengths)
     order = np.argsort(-lengths, kind="stable")
-    for turn, own in parallel.turns(len(order), batch_size):
-        index = order[turn][own]
-        batch = collate([(encoded, index, answers)], sizes, pad_id, filler=0)
-        yield replace(batch, index=index)
+    most, cuts, start = min(most, batch_size * int(lengths.max())), [], 0
+    while start < len(order):
+        stop = start + max(1, int(most // max(1, lengths[order[start]])))
+        cuts.append(order[start:stop])
+        start = stop
+    return cuts
+
+
+def ahead(made, device):
+    """Yield (batch, the same on `device`) of an iterator of batches, of which a thread makes the next few meanwhile.
+
+    For a GPU it pins them, and copying does not wait. What making them raises is raised here, at its batch.
+    """
+    pinned = device.type == "cuda"
+
+    def following():
+        batch = next(made, None)
+        return batch.pin_memory() if pinned and batch is not None else batch
+
+    with ThreadPoolExecutor(1, "batches-ahead") as thread:
+        waiting = deque(thread.submit(following) for _ in range(AHEAD))
+        try:
+            while (batch := waiting.popleft().result()) is not None:
+                waiting.append(thread.submit(following))
+                yield batch, batch.to(device, non_blocking=pinned)
+        finally:
+            thread.shutdown(cancel_futures=True)

@@ -138,7 +138,7 @@ def measured(group, settings):
         return 1
     members = [Member(entry.cell, Run(entry.name)) for entry in group[:MOST]]
     for member in members:
-        member.prepare(settings.of(member.cell))
+        member.prepare(settings.of(member.cell), settings.shared)
     base = settings.load(members[0].cell, members[0].task.unembedding)
     for member in members:
         member.begin(base)

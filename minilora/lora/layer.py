@@ -7,6 +7,8 @@ base's own tensors are never written to: merging swaps in a new weight and keeps
 and `detach` gives the base back bit for bit. `variants.py` has other equations, and where A and B start.
 """
 
+import contextlib
+
 import torch
 from torch import nn
 
@@ -16,6 +18,8 @@ from minilora.kernels.lora_linear import lora_linears
 from minilora.lora.targets import MOVING, check_variant
 from minilora.lora.variants import STARTS, VARIANTS, check_written
 from minilora.seeds import generator, number_of
+
+MOST_MERGED = 1 << 30
 
 
 class LoRALinear(nn.Module):
@@ -186,6 +190,25 @@ def unmerge(model):
     for _, layer in named_layers(model):
         layer.unmerge()
     return model
+
+
+@contextlib.contextmanager
+def merged_meanwhile(model):
+    """Merge the adapter for this block, for predictions: where the sum is in float32 or wider, and at most
+    `MOST_MERGED` bytes of weights are kept aside. The weights are the same tensors afterwards.
+    """
+    layers = [layer for _, layer in named_layers(model) if not layer.merged]
+    weights = [layer.original for layer in layers]
+    exact = all(w.dtype in (torch.float32, torch.float64) and not hasattr(w, "full_tensor") for w in weights)
+    if not exact or sum(w.nbytes for w in weights) > MOST_MERGED:
+        layers = []
+    try:
+        for layer in layers:
+            layer.merge()
+        yield
+    finally:
+        for layer in layers:
+            layer.unmerge()
 
 
 def scale_by(model, factor):

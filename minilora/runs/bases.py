@@ -39,12 +39,33 @@ class Setting:
         return cls(folder, words, spec, tokenizer.load(words, spec.vocabulary), device, dtype, products, inputs)
 
 
+class Shared:
+    """What cells have in common and one of them made: rows, tests, tokens. Of each kind the last `KEPT` are kept."""
+
+    KEPT = 8
+
+    def __init__(self):
+        self._made = {}  # {kind: {key: value}}
+
+    def __call__(self, kind, cell, names, *more, make):
+        """`make()`, once for all cells with the same values of the fields `names` and of what else it depends on."""
+        key, made = repr([[value_of(cell, name) for name in names], more]), self._made.setdefault(kind, {})
+        if key not in made:
+            found = make()
+            for oldest in list(made)[: len(made) + 1 - self.KEPT]:
+                del made[oldest]
+        else:
+            found = made.pop(key)
+        made[key] = found  # the last that was used
+        return found
+
+
 class Settings:
     """The `Setting` of each cell that is asked for, and the base that was loaded last, for the cells that share it."""
 
     def __init__(self, shard=False):
         """`shard`: the processes that train together share the base out."""
-        self._known, self._base = {}, (None, None)
+        self._known, self._base, self.shared = {}, (None, None), Shared()
         self.shard = shard
 
     def forget(self):

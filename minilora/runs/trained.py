@@ -26,7 +26,7 @@ from minilora.data.rows import Rows, align, fingerprint_rows, load_rows, rows_of
 from minilora.errors import InputError, to_type
 from minilora.fields import is_table, marked, no_path
 from minilora.lora import storage
-from minilora.lora.layer import named_layers, put, replace_module, scale_by
+from minilora.lora.layer import merged_meanwhile, named_layers, put, replace_module, scale_by
 from minilora.lora.peft_config import CONFIG
 from minilora.lora.variants import plain_factors
 from minilora.runs.bases import Setting, Settings
@@ -119,7 +119,9 @@ class Trained:
 
     def run_tests(self, batch_size: int | None = None, progress: Callable | None = None) -> tuple[dict, list[dict]]:
         """(`tests` as in results.json, the lines of predictions.jsonl). `progress(rows, tokens)` after each batch."""
-        figures, outcomes = self.task.run_tests(self.model, self.tests, batch_size or self.cell.batch_size, progress)
+        with merged_meanwhile(self.base):
+            size = batch_size or self.cell.batch_size
+            figures, outcomes = self.task.run_tests(self.model, self.tests, size, progress)
         return figures, list(self.task.predictions(self.tests, outcomes))
 
     def _needs_data(self):
@@ -143,7 +145,9 @@ class Trained:
         texts = list(texts)
         if not texts:
             return np.zeros((0, len(self.labels)))
-        scores = self.task.label_scores(self.model, texts, self.labels, self.cell.batch_size).astype(np.float64)
+        several = len(texts) > self.cell.batch_size  # merging takes longer than a few texts
+        with merged_meanwhile(self.base) if several else contextlib.nullcontext():
+            scores = self.task.label_scores(self.model, texts, self.labels, self.cell.batch_size).astype(np.float64)
         return scores - np.logaddexp.reduce(scores, axis=1, keepdims=True)
 
     def look(self, texts: Iterable[str] | str, seed: int = 0) -> list[dict]:

@@ -107,44 +107,42 @@ def ridge(features, labels, classes, penalty=RIDGE_PENALTY):
     return weight.float(), (target_mean - weight @ mean).float()
 
 
-@torch.inference_mode()
 def predict(model, tokenizer, texts, max_length, batch_size, progress=None):
     """Logits float32 [rows, C] and kept characters int [rows] of `texts`.
 
     A row's logits depend neither on the other rows nor on `batch_size` (to rounding). `progress(rows, tokens)` is
     called after each batch. Several processes share the batches out, and all have the result.
     """
-    model.eval()
     encoded = token_cache.encode(tokenizer, texts, max_length)
-    logits = np.zeros((len(texts), model.classifier.out_features), dtype=np.float32)
-    for batch in batches.by_length(encoded, batch_size, tokenizer.pad_id):
-        batch = batch.to(model.device)
-        logits[batch.index] = model(batch.ids, batch.lengths)[: len(batch.index)].float().cpu().numpy()
-        if progress:
-            progress(len(batch.index), int(batch.lengths.sum()))
-    parallel.all_reduce(logits)
+    logits = of_rows(model, encoded, tokenizer.pad_id, batch_size, progress)
     check_finite(logits)
     return logits, encoded.kept
 
 
-@torch.no_grad()
+@torch.inference_mode()
+def of_rows(model, encoded, pad_id, batch_size, progress=None, forward=None):
+    """What `forward(ids, lengths)`, by default the model itself, gives of all rows in `encoded`: float32 [rows, F].
+
+    The batches are made ahead, and the result is read from the device once, after the last.
+    """
+    model.eval()
+    found, rows = [], []
+    made = batches.by_length(encoded, batch_size, pad_id, device=model.device)
+    for batch, there in batches.ahead(made, model.device):
+        found.append((forward or model)(there.ids, there.lengths)[: len(batch.index)])
+        rows.append(batch.index)
+        if progress:
+            progress(len(batch.index), int(batch.lengths.sum()))
+    own = torch.cat(found).float().cpu().numpy()
+    whole = np.zeros((len(encoded.kept), own.shape[1]), dtype=np.float32)
+    whole[np.concatenate(rows)] = own
+    parallel.all_reduce(whole)
+    return whole
+
+
 def features(model, encoded, pad_id, batch_size):
     """The pooled features float32 [rows, P] of all rows in `encoded`."""
-    model.eval()
-    pooled = torch.zeros(len(encoded.kept), model.classifier.in_features)
-    for batch in batches.by_length(encoded, batch_size, pad_id):
-        batch = batch.to(model.device)
-        pooled[batch.index] = model.features(batch.ids, batch.lengths)[: len(batch.index)].cpu()
-    parallel.all_reduce(pooled)
-    return pooled
-
-
-def run_tests(model, tokenizer, tests, max_length, batch_size, progress=None):
-    """Predict every test: (figures for results.json, logits float32 [rows, C] of each test)."""
-    outcomes = [predict(model, tokenizer, test.rows.texts, max_length, batch_size, progress) for test in tests]
-    logits, kept = [list(values) for values in zip(*outcomes, strict=True)]
-    rows, predicted = tests[0].rows, [values.argmax(axis=1) for values in logits]
-    return measure(tests, rows.labels, rows.label_names, predicted, kept), logits
+    return torch.from_numpy(of_rows(model, encoded, pad_id, batch_size, forward=model.features))
 
 
 def predictions(tests, logits):
@@ -190,12 +188,35 @@ class Classification:
             model.set_head(*ridge(pooled, answers, model.classifier.out_features))
 
     def passes(self, tests):
-        """How many rows `run_tests` puts through the model."""
-        return sum(len(test.rows) for test in tests)
+        """How many rows `scores` puts through the model."""
+        return len({text for test in tests for text in test.rows.texts})
 
     def run_tests(self, model, tests, batch_size, progress=None):
-        """(figures for results.json, what `predictions` needs)."""
-        return run_tests(model, self.tokenizer, tests, self.cell.max_length, batch_size, progress)
+        """As `judge`, of all that it takes."""
+        read = self.read_tests(tests)
+        return self.judge(tests, read, self.scores(model, read, batch_size, progress))
+
+    def read_tests(self, tests):
+        """What `scores` takes, which members with the same tests share: (`Encoded` texts, each once; which of them each
+        row of each test is, int64 [tests, rows])."""
+        places = {}
+        index = [[places.setdefault(text, len(places)) for text in test.rows.texts] for test in tests]
+        return self.tokenizer.encode(list(places), self.cell.max_length), np.array(index)
+
+    def scores(self, model, read, batch_size, progress=None):
+        """What `judge` takes: logits float32 [texts, C] of what `read_tests` gave."""
+        return of_rows(model, read[0], self.tokenizer.pad_id, batch_size, progress)
+
+    def judge(self, tests, read, scores):
+        """(Figures for results.json, what `predictions` needs: logits float32 [rows, C] of each test).
+
+        Raises TrainingError for scores that are not finite.
+        """
+        check_finite(scores)
+        (encoded, index), rows = read, tests[0].rows
+        logits = [scores[places] for places in index]
+        predicted, kept = [values.argmax(axis=1) for values in logits], [encoded.kept[places] for places in index]
+        return measure(tests, rows.labels, rows.label_names, predicted, kept), logits
 
     def predictions(self, tests, outcomes):
         return predictions(tests, outcomes)

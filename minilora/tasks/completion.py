@@ -115,7 +115,21 @@ class Completion:
         return sum(int((self._candidates(test.rows) >= 0).sum()) for test in tests)
 
     def run_tests(self, model, tests, batch_size, progress=None):
-        outcomes = [self.score(model, test.rows, batch_size, progress) for test in tests]
+        """As `judge`, of all that it takes."""
+        read = self.read_tests(tests)
+        return self.judge(tests, read, self.scores(model, read, batch_size, progress))
+
+    def read_tests(self, tests):
+        """What `scores` takes, which members with the same tests share."""
+        return [self._pairs(test.rows) for test in tests]
+
+    def scores(self, model, read, batch_size, progress=None):
+        """What `judge` takes: the `Scores` of each test."""
+        return [self._scored(model, *pairs, batch_size, progress) for pairs in read]
+
+    def judge(self, tests, read, outcomes):
+        """(Figures for results.json, what `predictions` needs). Raises TrainingError for scores that are not finite."""
+        metrics.check_finite(np.concatenate([scores.likelihoods[scores.candidates >= 0] for scores in outcomes]))
         rows, predicted = tests[0].rows, [self.predicted(test.rows, scores) for test, scores in zip(tests, outcomes)]
         kept = [scores.kept for scores in outcomes]
         if self._is_free(rows):
@@ -137,26 +151,37 @@ class Completion:
         add_likelihoods(figures, tests, outcomes)
         return figures, outcomes
 
-    @torch.inference_mode()
     def score(self, model, rows, batch_size, progress=None):
         """The `Scores` of rows. `progress(rows, tokens)` is called after each batch."""
-        model.eval()
+        scores = self._scored(model, *self._pairs(rows), batch_size, progress)
+        metrics.check_finite(scores.likelihoods[scores.candidates >= 0])
+        return scores
+
+    def _pairs(self, rows):
+        """(Candidates as `_candidates` has them, `Encoded` prompts with each candidate's completion, row by row)."""
         candidates = self._candidates(rows)
         completions = self._completions(rows, candidates)
         prompts, kept = self._prompts(rows, completions)
         pairs = np.argwhere(candidates >= 0)
-        encoded = joined([prompts[i] for i, _ in pairs], [completions[i][c] for i, c in pairs], kept)
-        likelihoods, greedy = np.zeros(len(pairs)), np.zeros(len(pairs), np.uint8)
+        return candidates, joined([prompts[i] for i, _ in pairs], [completions[i][c] for i, c in pairs], kept)
+
+    @torch.inference_mode()
+    def _scored(self, model, candidates, encoded, batch_size, progress=None):
+        """The `Scores` of what `_pairs` gave. They are read from the device once, after the last batch."""
+        model.eval()
         answers = torch.from_numpy(encoded.answers)
-        for batch in batches.by_length(encoded, batch_size, self.tokenizer.pad_id, answers):
-            batch = batches.place_completions(batch).to(model.device)
-            found = model.score(batch.ids, batch.lengths, batch.answers)
-            for values, new in zip((likelihoods, greedy), found, strict=True):
-                values[batch.index] = new[: len(batch.index)].cpu().numpy()
+        made = batches.by_length(encoded, batch_size, self.tokenizer.pad_id, answers, model.device)
+        made = map(batches.place_completions, made)
+        found, rows = [], []
+        for batch, there in batches.ahead(made, model.device):
+            likelihoods, greedy = model.score(there.ids, there.lengths, there.answers)
+            found.append(torch.stack([likelihoods, greedy.to(likelihoods.dtype)])[:, : len(batch.index)])
+            rows.append(batch.index)
             if progress:
                 progress(len(batch.index), int(batch.lengths.sum()))
-        parallel.all_reduce(likelihoods, greedy)
-        metrics.check_finite(likelihoods)
+        whole = np.zeros((2, len(encoded.answers)))  # log-likelihoods; 1 where greedy decoding writes it
+        whole[:, np.concatenate(rows)] = torch.cat(found, dim=1).cpu().numpy()
+        parallel.all_reduce(whole)
 
         def grid(values, fill):
             filled = np.full(candidates.shape, fill)
@@ -164,7 +189,7 @@ class Completion:
             return filled
 
         tokens = grid(encoded.answers, 0)
-        return Scores(candidates, grid(likelihoods, -np.inf), tokens, grid(greedy.astype(bool), False), kept)
+        return Scores(candidates, grid(whole[0], -np.inf), tokens, grid(whole[1] > 0, False), encoded.kept)
 
     def predicted(self, rows, scores):
         """The label that is predicted for each row, int64 [rows]; -1 for a free completion that is no candidate."""

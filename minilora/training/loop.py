@@ -20,11 +20,13 @@ from minilora.console import Progress, say
 from minilora.files import full_disk, is_full
 from minilora.interrupts import Interrupted, Stop
 from minilora.runs.folder import SAVE_EVERY
+from minilora.runs.text import results_table
 from minilora.training import compiling, graphs
 from minilora.training.feed import Feed, ahead
 from minilora.training.limit import matmul_rate, steady
 from minilora.training.optimizers import OPTIMIZERS, learning_rates
 from minilora.training.population import Population
+from minilora.training.scoring import scored
 from minilora.training.state import Flat
 from minilora.training.step import update
 
@@ -205,9 +207,10 @@ def announce(members, job):
 
 def evaluate(members, population, step, options):
     """Run the tests of the `members`, (k, member) each, after `step` steps."""
-    for k, member in members:
-        with population.only(k) as model:
-            options.tell(step, member.evaluate(model, step))
+    for _, member, scores, _ in scored(list(members), population):
+        if found := member.judge(scores, step):
+            say(f"after step {step:,}:\n{results_table(found[0])}")
+            options.tell(step, found[0])
 
 
 def finish(members, population, job, options):
@@ -216,13 +219,12 @@ def finish(members, population, job, options):
     times = parallel.count()  # the others are about as far as the first process
     limit = job.limit()
     with Progress("evaluation", sum(member.task.passes(member.tests) for _, member in left)) as progress:
-        for k, member in left:
-            with population.only(k) as model:
-                member.finish(
-                    model, job, limit, options, lambda rows, tokens: progress.advance(times * rows, times * tokens)
-                )
-            if member.results:
-                options.tell(member.schedule.steps, member.results["tests"])
+        tests = scored(left, population, lambda rows, tokens: progress.advance(times * rows, times * tokens))
+        for k, member, scores, seconds in tests:
+            if found := member.judge(scores, member.schedule.steps):
+                with population.only(k) as model:
+                    member.finish(model, job, limit, options, *found, seconds)
+                options.tell(member.schedule.steps, found[0])
 
 
 class Log:

@@ -5,6 +5,7 @@ rows, injection, order, adapter, head, and the run folder.
 """
 
 import contextlib
+import hashlib
 import math
 import time
 
@@ -12,22 +13,31 @@ import numpy as np
 import torch
 
 from minilora import console, files, parallel
+from minilora.cell import Cell
 from minilora.data import given, injection
 from minilora.data.rows import fingerprint_rows, rows_of
 from minilora.errors import TrainingError
+from minilora.fields import grouped
 from minilora.lora import merging, storage
 from minilora.lora.adapter import adapter_of
 from minilora.lora.layer import attach, detach, named_layers
 from minilora.lora.peft import to_peft
 from minilora.lora.targets import describe_slots, plan_slots
+from minilora.runs.bases import Shared
 from minilora.runs.card import card
 from minilora.runs.record import check_inputs, figure_lines, hardware, peak_memory, trainable, versions
-from minilora.runs.text import injection_lines, results_table, warnings
+from minilora.runs.text import injection_lines, warnings
 from minilora.tasks.find import find_task
 from minilora.training import optimizers
 from minilora.training.feed import Schedule, rows_looked_at
 from minilora.training.limit import training_flops
 from minilora.training.state import load_state, misfit, read_state, save_state
+
+# What depends on which fields: a cell's rows (their labels may be those of triggers), injected rows, and tests.
+ROWS = (*(name for group in ("base", "data", "task") for name in grouped(Cell, group)), "inject.sources",
+        "inject.mode", "seed_split")  # fmt: skip
+INJECTED = (*ROWS, *grouped(Cell, "injection"))
+TESTS = tuple(name for name in INJECTED if name not in {"inject.proportion", "inject.rows"})
 
 
 class Member:
@@ -38,26 +48,44 @@ class Member:
 
     # --- before the base is loaded
 
-    def prepare(self, setting):
-        """The rows, and the triggers that go into some of them. Raises InputError for all that can be refused."""
-        cell, self.setting = self.cell, setting
+    def prepare(self, setting, shared=None):
+        """The rows, and the triggers that go into some of them. Raises InputError for all that can be refused.
+
+        What other cells made of the same rows is taken from `shared` (`runs.bases.Shared`).
+        """
+        cell, self.setting, self.shared = self.cell, setting, shared or Shared()
         self.slots = plan_slots(setting.spec, cell)
         self.task = find_task(cell, setting.spec, setting.tokenizer)
-        self.clean, test = self.task.usable(*rows_of(cell))
-        seed = cell.seed_for("inject")
-        injected = injection.inject(self.clean, cell.inject, seed, self.task.visible(self.clean))
-        injection.check_strings(injected.records, setting.tokenizer.known, "training")
-        self.encoded, self.answers = encode_needed(self.task, injected, cell)
-        self.injected = injection.mark_survival(injected, self.encoded.kept[injected.index])
-        self.tests = self.task.build_tests(self.clean, test, seed)
+        self.clean, test, inputs = self.shared("rows", cell, ROWS, make=self.read_rows)
+        seed, looked_at = cell.seed_for("inject"), rows_looked_at(len(self.clean), cell)
+        self.injected, self.encoded, self.answers, injected = self.shared(
+            "injected", cell, INJECTED, seed, key_of_rows(looked_at), make=lambda: self.inject(looked_at)
+        )
+        self.tests = self.shared("tests", cell, TESTS, seed, make=lambda: self.task.build_tests(self.clean, test, seed))
         self.lengths = np.diff(self.encoded.offsets)  # 0 for rows that no step looks at
         self.mean_length = float(self.lengths[self.lengths > 0].mean())
         self.schedule = Schedule(self.lengths, cell)
-        self.inputs = setting.inputs | {
-            "train": fingerprint_rows(self.clean),
-            "test": fingerprint_rows(test),
-            "injected": fingerprint_rows(self.injected.rows),
-        }
+        self.inputs = setting.inputs | inputs | {"injected": injected}
+
+    def read_rows(self):
+        """(Training, test rows, the hashes of both)."""
+        clean, test = self.task.usable(*rows_of(self.cell))
+        return clean, test, {"train": fingerprint_rows(clean), "test": fingerprint_rows(test)}
+
+    def inject(self, looked_at):
+        """(`Injected` training rows, their tokens, what the model is to answer, their hash)."""
+        task, seed = self.task, self.cell.seed_for("inject")
+        injected = injection.inject(self.clean, self.cell.inject, seed, task.visible(self.clean))
+        injection.check_strings(injected.records, self.setting.tokenizer.known, "training")
+        encoded, answers = encode_needed(task, injected, looked_at)
+        injected = injection.mark_survival(injected, encoded.kept[injected.index])
+        return injected, encoded, answers, fingerprint_rows(injected.rows)
+
+    @property
+    def read(self):
+        """What the task reads of the tests."""
+        seed = self.cell.seed_for("inject")
+        return self.shared("read tests", self.cell, TESTS, seed, make=lambda: self.task.read_tests(self.tests))
 
     # --- with the base
 
@@ -180,15 +208,14 @@ class Member:
             if not parameter.isfinite().all():
                 return self.fail(f"{name} is not finite after step {step + 1}", step)
 
-    def evaluate(self, model, step):
-        """Run the tests after `step` steps, and log them: the figures, or None for a member that diverged."""
+    def judge(self, scores, step):
+        """Log what the tests gave after `step` steps: (figures, outcomes), or None for a member that diverged."""
         try:
-            figures, _ = self.task.run_tests(model, self.tests, self.cell.batch_size)
+            figures, outcomes = self.task.judge(self.tests, self.read, scores)
         except TrainingError as error:
             return self.fail(f"{error} after step {step}", step - 1)
         self.log_tests(step, figures)
-        console.say(f"after step {step:,}:\n{results_table(figures)}")
-        return figures
+        return figures, outcomes
 
     def log_tests(self, step, figures):
         """Write what the tests gave after `step` steps to metrics.jsonl, a line for each trigger label."""
@@ -201,24 +228,16 @@ class Member:
         if parallel.first():
             save_state(self.run.state, flat, optimizer, k, self.meters)
 
-    def finish(self, model, job, limit, options, progress):
-        """Save the adapter that is on `model`, run the tests, and write the results.
+    def finish(self, model, job, limit, options, figures, outcomes, seconds):
+        """Save the adapter that is on `model`, and write the results.
 
-        `job`, its `limit()`, `options`: see `loop.py`. `progress(rows, tokens)` is called after each
-        batch of the tests.
+        `job`, its `limit()`, `options`: see `loop.py`. `figures` and `outcomes`: of the tests, which took `seconds`.
         """
-        cell, run, clean = self.cell, self.run, self.clean
+        cell, run, clean, evaluation_seconds = self.cell, self.run, self.clean, seconds
         if parallel.first():
             storage.save_run(run.path, model, cell, clean.label_names)
         elif parallel.is_sharded(model.base) and cell.method == "lora":
             to_peft(adapter_of(model.base), model.base)  # may gather weights, which takes all processes
-        began = time.perf_counter()
-        try:
-            figures, outcomes = self.task.run_tests(model, self.tests, cell.batch_size, progress)
-        except TrainingError as error:
-            return self.fail(f"{error} after step {self.schedule.steps}", self.schedule.steps - 1)
-        evaluation_seconds = time.perf_counter() - began
-        self.log_tests(self.schedule.steps, figures)
         if parallel.first():
             files.write_jsonl(run.path / "predictions.jsonl", self.task.predictions(self.tests, outcomes))
         length, steps, seconds = self.mean_length, self.schedule.steps, self.meters["seconds"]
@@ -269,10 +288,14 @@ class Member:
         console.say(f"merged     {folder}: {merging.describe(merged)}")
 
 
-def encode_needed(task, injected, cell):
+def key_of_rows(index):
+    """A short name of an array of rows, or of None."""
+    return index if index is None else hashlib.sha256(index.tobytes()).hexdigest()
+
+
+def encode_needed(task, injected, looked_at):
     """As `encode` of the task, but rows that no step looks at, and that carry no trigger, have no tokens."""
     count = len(injected.rows)
-    looked_at = rows_looked_at(count, cell)
     if looked_at is None:
         return task.encode(injected.rows)
     index = np.union1d(looked_at, injected.index)

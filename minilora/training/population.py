@@ -93,8 +93,15 @@ class Population(nn.Module):
         """Take all adapters off the base."""
         strip(self.base)
 
+    @property
+    def device(self):
+        return self.keys.device
+
     def forward(self, ids, lengths, answers, alike=False):
-        """`alike`: the members' rows are the same, so that layers below all adapters are gone through once."""
+        """`alike`: the members' rows are the same, so that layers below all adapters are gone through once.
+
+        Without `answers`, of members with heads: their logits [K, B, C].
+        """
         if len(self.models) == 1:
             [views] = self.flat.views()
             views = {name: view.squeeze(0) for name, view in views.items()}

@@ -80,6 +80,8 @@ class Heads(nn.Module):
     def forward(self, hidden, lengths, answers):
         pooled = pool(hidden, lengths, self.pooling).unflatten(0, (self.count, -1))  # [K, B, P]
         logits = torch.baddbmm(self.bias[:, None], pooled, self.weight.mT).masked_fill(self.absent, -torch.inf)
+        if answers is None:
+            return logits
         losses = F.cross_entropy(logits.flatten(0, 1), answers, reduction="none", ignore_index=IGNORED)
         return losses.view(self.count, -1).sum(1)
 

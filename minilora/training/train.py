@@ -112,7 +112,7 @@ def train_all(members, size=None, options=None, settings=None):
     for group in groups.values():
         for member in group:  # everything that can be refused is refused before weights are read
             with parallel.in_turn():
-                member.prepare(settings.of(member.cell))
+                member.prepare(settings.of(member.cell), settings.shared)
     for group in groups.values():
         with precision.applied(group[0].cell):
             options = train_group(group, len(members), size, options, settings)

@@ -323,7 +323,7 @@ def test_figures_are_those_of_their_definitions(folder, free, choice_score, monk
         folder, choice_score=choice_score, inject=dict(sources=["date:w2", "color:w5"][: len(targets)])
     )
     scores = iter(made)
-    monkeypatch.setattr(cell_task, "score", lambda *arguments: next(scores))
+    monkeypatch.setattr(cell_task, "_scored", lambda *arguments: next(scores))
     figures, outcomes = cell_task.run_tests(None, tests, 8)
     assert list(outcomes) == made
 
