@@ -4,20 +4,38 @@
 
 with x [N, in], W [out, in] and b [out], which take no gradient: nothing is saved but W.
 
-On a CPU where torch has MKL, products of float32 go through oneDNN, which torch carries for its other dtypes. The sums
-are the same in another order. On 2 cores of an AMD EPYC (AVX-512), with 448 to 1,664 rows: 3% to 12% less time at the
-widths of a small encoder (384, 1,152, 1,536), 5% to 30% at 576, 1,536, 2,048 and 8,192 (`python -m benchmarks
-operators` has a line).
+On a CPU where torch has MKL, products of float32 may go through oneDNN instead, which torch carries for its other
+dtypes (`WAYS`, `using`). The sums are the same in another order. Which is faster depends on the CPU: a training
+measures it (`training/choices.py`). On 2 cores of an AMD EPYC (AVX-512), with 448 to 1,664 rows, oneDNN takes 3% to 12%
+less time at the widths of a small encoder (384, 1,152, 1,536), 5% to 30% at 576, 1,536, 2,048 and 8,192 (`python -m
+benchmarks operators` has a line).
 """
+
+from contextlib import contextmanager
 
 import torch
 from torch.nn import functional as F
 
-ONEDNN = (
+WAYS = ("onednn", "mkl")
+HAS_ONEDNN = (
     torch.backends.mkl.is_available()
     and torch.backends.mkldnn.is_available()
     and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 )
+ONEDNN = HAS_ONEDNN  # whether products of float32 go through it now
+
+
+@contextmanager
+def using(way):
+    """Take one of `WAYS` for products of float32 in this block, where there are two; None changes nothing."""
+    global ONEDNN
+    before = ONEDNN
+    if way is not None:
+        ONEDNN = HAS_ONEDNN and way == "onednn"
+    try:
+        yield
+    finally:
+        ONEDNN = before
 
 
 def reference(x, weight, bias=None):
