@@ -73,7 +73,8 @@ def test_it_depends_on_cpu_torch_and_threads(machine, monkeypatch):
     monkeypatch.setattr(choices, "hardware", lambda device: {"processor": "another", "threads": 71})
     lines.append(choices.circumstances(SETTING.device, products(SPEC, {}, "head")))
     assert lines[1] == (
-        f"another, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}, 71 threads, 6x6, 6x14, 6x18, 14x6"
+        f"another, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}, 71 threads, "
+        "6x6, 6x14, 6x18, 14x6"
     )
     assert lines[0] != lines[1]
 
