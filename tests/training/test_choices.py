@@ -8,9 +8,11 @@ import pytest
 import torch
 from conftest import bert_spec
 
+import minilora
 from minilora import files
+from minilora.cell import Cell
 from minilora.kernels import linear
-from minilora.training import choices
+from minilora.training import choices, loop
 from minilora.training.limit import products
 
 SPEC = bert_spec(hidden_size=6, num_hidden_layers=2, num_attention_heads=2, intermediate_size=14)
@@ -108,3 +110,34 @@ def test_a_run_goes_on_as_it_began(machine):
     assert choices.of([member], 0) == {"products": "onednn"}
     member.meters["choices"] = {}  # of an older version
     assert choices.of([member], 7) == {}
+
+
+def test_a_run_is_recorded_and_goes_on_with_the_choice_of_its_beginning(base, reviews, tmp_path, monkeypatch):
+    """Although the cache holds another one by then; and the choice ends with the run."""
+    cell = Cell(model=str(base), data=str(reviews), test_rows=31, max_length=30, batch_size=6, rank=2, device="cpu")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(choices, "measured", lambda times: {"onednn": 2.0, "mkl": 1.0})
+    real, ways = loop.update, []
+
+    def update(*arguments):
+        ways.append("onednn" if linear.ONEDNN else "mkl")
+        if len(ways) == 4:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    whole, _ = minilora.train(cell, tmp_path / "whole")
+    monkeypatch.setattr(loop, "update", update)
+    with pytest.raises(KeyboardInterrupt):
+        minilora.train(cell, tmp_path / "run", save_every=2)
+    path = files.cache() / "choices.json"
+    if linear.HAS_ONEDNN:
+        files.write_json(path, dict.fromkeys(files.read_json(path), "onednn"))
+    resumed, _ = minilora.train(resume=tmp_path / "run")
+    again, _ = minilora.train(cell, tmp_path / "again")
+    before, after = ({"products": way} if linear.HAS_ONEDNN else {} for way in ("mkl", "onednn"))
+    assert (whole["choices"], resumed["choices"], again["choices"]) == (before, before, after)
+    steps = whole["train"]["steps"]
+    assert ways == ["mkl"] * (4 + steps - 2) + ["onednn" if linear.HAS_ONEDNN else "mkl"] * steps
+    assert linear.ONEDNN == linear.HAS_ONEDNN
+    adapters = [(tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("whole", "run")]
+    assert adapters[0] == adapters[1]
