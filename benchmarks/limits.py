@@ -5,13 +5,13 @@
 
 import sys
 import time
-from types import SimpleNamespace
 
 import torch
 
 from minilora import files
 from minilora.base import checkpoint, families
-from minilora.training.limit import matmul_rate
+from minilora.lora.targets import plan_slots
+from minilora.training.limit import matmul_rate, products
 
 from .job import Job
 
@@ -33,13 +33,13 @@ def stream_rate(device, size=STREAM_BYTES, seconds=0.5):
 
 def product_rate(shape, dtype, device, seconds=0.15):
     """FLOP/s of the product of a batch's tokens by an MLP's up; `shape` has B, T, D and I."""
-    spec = SimpleNamespace(width=shape.D, layers=[SimpleNamespace(inner=shape.I)])
-    return matmul_rate(shape.B * shape.T, spec, dtype, device, seconds)
+    return matmul_rate(shape.B * shape.T, {(shape.D, shape.I, "forward"): 1}, dtype, device, seconds)
 
 
-def measure(tokens, spec, device, seconds=0.5):
-    """{"float32": FLOP/s, "bfloat16": FLOP/s, "memory": bytes/s}, the products of a batch's `tokens` by an MLP's up."""
-    rates = {name: matmul_rate(tokens, spec, getattr(torch, name), device, seconds)
+def measure(tokens, times, device, seconds=0.5):
+    """{"float32": FLOP/s, "bfloat16": FLOP/s, "memory": bytes/s}; the first two at the products of a step of `tokens`,
+    each counted as often as the step does it (`times`: see `limit.products`)."""
+    rates = {name: matmul_rate(tokens, times, getattr(torch, name), device, seconds)
              for name in ("float32", "bfloat16")}  # fmt: skip
     return rates | {"memory": stream_rate(device, seconds=seconds)}
 
@@ -49,7 +49,9 @@ def main(argv):
     job = Job.read(folder)
     encoded, _ = job.encode(job.train)
     tokens = job.cell.batch_size * len(encoded.ids) // len(job.train)
-    files.write_json(out, measure(tokens, families.read_spec(checkpoint.read_config(job.base)), job.device))
+    spec = families.read_spec(checkpoint.read_config(job.base))
+    times = products(spec, plan_slots(spec, job.cell), job.cell.method)
+    files.write_json(out, measure(tokens, times, job.device))
 
 
 if __name__ == "__main__":

@@ -7,20 +7,49 @@ with x [N, in], W [out, in] and b [out], which take no gradient: nothing is save
 Where W is of another dtype than x (a base with `products = "bfloat16"`), x is rounded to W's, the product is taken in
 that, summed in float32 and rounded once, and the rest is in x's: the result, the bias and what is added.
 
-On a CPU where torch has MKL, products of float32 go through oneDNN, which torch carries for its other dtypes. The sums
-are the same in another order. On 2 cores of an AMD EPYC (AVX-512), with 448 to 1,664 rows: 3% to 12% less time at the
-widths of a small encoder (384, 1,152, 1,536), 5% to 30% at 576, 1,536, 2,048 and 8,192 (`python -m benchmarks
-operators` has a line).
+On a CPU where torch has MKL, products of float32 may go through oneDNN instead, which torch carries for its other
+dtypes (`WAYS`, `using`). The sums are the same in another order. Which is faster depends on the CPU: a training
+measures it (`training/choices.py`). On 2 cores of an AMD EPYC (AVX-512), with 448 to 1,664 rows, oneDNN takes 3% to 12%
+less time at the widths of a small encoder (384, 1,152, 1,536), 5% to 30% at 576, 1,536, 2,048 and 8,192 (`python -m
+benchmarks operators` has a line).
+
+In bfloat16 torch goes through oneDNN anyway, but copies the bias to every row first: asked by name, oneDNN adds it
+inside, in 3% to 7% less time at those widths.
+
+oneDNN makes code for each number of rows, and by default keeps that of 1,024 products: `CODE` of them take 90 MB less
+for 31 numbers of rows, and the time was the same.
 """
 
-import torch
-from torch.nn import functional as F
+import os
+from contextlib import contextmanager
 
-ONEDNN = (
+CODE = 64
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(CODE))  # read at its first product; there is no call
+
+import torch  # noqa: E402
+from torch.nn import functional as F  # noqa: E402
+
+WAYS = ("onednn", "mkl")
+HAS_ONEDNN = (
     torch.backends.mkl.is_available()
     and torch.backends.mkldnn.is_available()
     and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 )
+ONEDNN = HAS_ONEDNN  # whether products of float32 go through it now
+HAS_BFLOAT16 = HAS_ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+@contextmanager
+def using(way):
+    """Take one of `WAYS` for products of float32 in this block, where there are two; None changes nothing."""
+    global ONEDNN
+    before = ONEDNN
+    if way is not None:
+        ONEDNN = HAS_ONEDNN and way == "onednn"
+    try:
+        yield
+    finally:
+        ONEDNN = before
 
 
 def reference(x, weight, bias=None):
@@ -29,8 +58,16 @@ def reference(x, weight, bias=None):
     return y if bias is None else y + bias
 
 
+def by_name(x, weight, bias):
+    """Whether oneDNN is asked for this product by name."""
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype != weight.dtype or not x.numel():
+        return False
+    return ONEDNN if x.dtype == torch.float32 else HAS_BFLOAT16 and x.dtype == torch.bfloat16 and bias is not None
+
+
 def product(x, weight, bias=None, plus=None):
-    """The equation, + `plus` [..., out] if given; takes no gradient. Shapes as in `reference`, of any strides.
+    """The equation, + `plus` [..., out] if given, which may be written over; takes no gradient. Shapes as in
+    `reference`, of any strides.
 
     In the dtype of the weight, from and to those of x, bias and plus.
     """
@@ -39,8 +76,9 @@ def product(x, weight, bias=None, plus=None):
         for added in (bias, plus):
             y = y if added is None else y + added
         return y.to(x.dtype)
-    plain = x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu" and x.numel()
-    if not (ONEDNN and plain) or torch.compiler.is_compiling():
+    if not by_name(x, weight, bias):
+        if plus is not None and bias is None and x.ndim == 2:
+            return plus.addmm_(x, weight.T)
         y = F.linear(x, weight, bias)
         return y if plus is None else y.add_(plus)
     if plus is None:

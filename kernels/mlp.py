@@ -5,8 +5,8 @@
 
 for pre-activations g and u [N, inner]. Only these are saved for the backward: f(g) is formed again where it is needed,
 a pass over [N, inner]. Where the projection that follows keeps its input h for an adapter of its own, `formed_again`
-has autograd form that again too. A plain h needs no operator: torch's own activations save only u (`relu` and
-`sigmoid` their result).
+has autograd form that again too. The derivative of a plain h is written over dh, which nobody else needs: memory that
+is new costs more than the arithmetic.
 """
 
 from contextlib import nullcontext
@@ -20,24 +20,29 @@ aten = torch.ops.aten
 
 
 class Activation(NamedTuple):
-    """f and, from dh and the pre-activation, dh f'."""
+    """f and, from d and the pre-activation, d f', which is written over d."""
 
     forward: object
     backward: object
 
 
-GELU = Activation(F.gelu, aten.gelu_backward)
+def over(backward, **settings):
+    """An activation's derivative in torch, (d, what it saves) -> d f', written over d."""
+    return lambda d, saved: backward(d, saved, **settings, grad_input=d)
+
+
+GELU = Activation(F.gelu, over(aten.gelu_backward.grad_input))
 # Hendrycks and Gimpel 2016 (arXiv 1606.08415), section 2, with the tanh
-GELU_TANH = Activation(partial(F.gelu, approximate="tanh"), partial(aten.gelu_backward, approximate="tanh"))
+GELU_TANH = Activation(partial(F.gelu, approximate="tanh"), over(aten.gelu_backward.grad_input, approximate="tanh"))
 # By the names that Hugging Face's configurations have for them.
 ACTIVATIONS = {
     "gelu": GELU,
     "gelu_new": GELU_TANH,
     "gelu_fast": GELU_TANH,
     "gelu_pytorch_tanh": GELU_TANH,
-    "relu": Activation(F.relu, lambda dh, x: aten.threshold_backward(dh, x, 0)),
-    "sigmoid": Activation(torch.sigmoid, lambda dh, x: aten.sigmoid_backward(dh, torch.sigmoid(x))),
-    "silu": Activation(F.silu, aten.silu_backward),
+    "relu": Activation(F.relu, over(aten.threshold_backward.grad_input, threshold=0)),
+    "sigmoid": Activation(torch.sigmoid, lambda d, x: over(aten.sigmoid_backward.grad_input)(d, torch.sigmoid(x))),
+    "silu": Activation(F.silu, over(aten.silu_backward.grad_input)),
 }
 
 
@@ -60,6 +65,24 @@ class Gated(torch.autograd.Function):
         dup = ctx.activation.forward(gate).mul_(dh) if needs_up else None
         dgate = ctx.activation.backward(dh * up, gate) if needs_gate else None
         return dgate, dup, None
+
+
+class Plain(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, u, activation):
+        ctx.save_for_backward(u)
+        ctx.activation = activation
+        return activation.forward(u)
+
+    @staticmethod
+    def backward(ctx, dh):
+        [u] = ctx.saved_tensors
+        return ctx.activation.backward(dh, u), None
+
+
+def plain(u, activation):
+    """f(u) [..., inner], for one reader such as a projection: its gradient, which that makes, is written over."""
+    return activation.forward(u) if torch.compiler.is_compiling() else Plain.apply(u, activation)
 
 
 def gated(gate, up, activation):

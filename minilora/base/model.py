@@ -16,7 +16,7 @@ from minilora.base import checkpoint, deberta, families, places, rope
 from minilora.errors import InputError, shown
 from minilora.kernels.attention import attention
 from minilora.kernels.linear import linear
-from minilora.kernels.mlp import ACTIVATIONS, formed_again, gated
+from minilora.kernels.mlp import ACTIVATIONS, formed_again, gated, plain
 from minilora.kernels.norms import layer_norm, rms_norm
 from minilora.kernels.rotary import rotate
 
@@ -146,7 +146,7 @@ class Layer(nn.Module):
             gate, up = project(x, self.gate, self.up)
             form = partial(gated, gate, up, self.activation)
         else:
-            form = partial(self.activation.forward, self.up(x))
+            form = partial(plain, self.up(x), self.activation)
         inner = form()
         with formed_again(inner, form):
             return self.down(inner)

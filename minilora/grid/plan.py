@@ -13,7 +13,7 @@ from minilora.runs.bases import size_of_base
 from minilora.runs.folder import Run
 from minilora.tasks.classification import POOLED
 from minilora.training.feed import TOKENS
-from minilora.training.limit import matmul_rate, training_flops
+from minilora.training.limit import matmul_rate, products, training_flops
 from minilora.training.member import Member
 from minilora.training.planner import MOST, size
 from minilora.training.population import shared
@@ -61,9 +61,10 @@ class Forecaster:
         work = training_flops(spec, slots, cell.method, length) * length * seen
         work += training_flops(spec, {}, "head", length) * length * tests * forms
         tokens = int(cell.batch_size * length)
-        rate = setting.device, cell.products, tokens
+        times = products(spec, slots, cell.method)
+        rate = setting.device, cell.products, tokens, frozenset(times.items())
         if rate not in self.rates:
-            self.rates[rate] = matmul_rate(tokens, spec, setting.products, setting.device)
+            self.rates[rate] = matmul_rate(tokens, times, setting.products, setting.device)
         parameters = trained(cell, spec, slots, labels)
         size = setting.dtype.itemsize
         most = cell.batch_size * longest  # tokens of a pass

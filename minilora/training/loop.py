@@ -19,11 +19,12 @@ from minilora import parallel
 from minilora.console import Progress, say
 from minilora.files import full_disk, is_full
 from minilora.interrupts import Interrupted, Stop
+from minilora.kernels import linear
 from minilora.runs.folder import SAVE_EVERY
 from minilora.runs.text import results_table
-from minilora.training import compiling, graphs
+from minilora.training import choices, compiling, graphs
 from minilora.training.feed import Feed, ahead
-from minilora.training.limit import matmul_rate, steady
+from minilora.training.limit import matmul_rate, products, steady
 from minilora.training.optimizers import OPTIMIZERS, learning_rates
 from minilora.training.population import Population
 from minilora.training.scoring import scored
@@ -72,6 +73,10 @@ def train_population(members, base, options):
     flat, optimizer, population = put_together(members, base)
     with going_on(members), contextlib.ExitStack() as folders:
         first = take_folders(members, flat, optimizer, folders)
+        chosen = choices.of(members, first)
+        for member in members:
+            member.meters["choices"] = chosen
+        folders.enter_context(linear.using(chosen.get("products")))
         job = Job(members, population, optimizer, first)
         announce(members, job)
         if options.eval_every and not first:
@@ -169,7 +174,8 @@ class Job:
         self.sharded = parallel.is_sharded(population.base)
         length = sum(member.mean_length for member in members) / len(members)
         tokens = max(1, int(len(members) * cells[0].batch_size * length / parallel.count()))
-        self.measure = partial(matmul_rate, tokens, setting.spec, setting.products, self.device)
+        times = products(setting.spec, members[0].slots, cells[0].method)
+        self.measure = partial(matmul_rate, tokens, times, setting.products, self.device)
         self.rate_before = self.measure()
         self.began = time.perf_counter()
 

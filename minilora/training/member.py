@@ -149,7 +149,7 @@ class Member:
 
     def read_meters(self):
         """The step that the saved state is of, 0 where there is none. Raises InputError for a state of another run."""
-        self.meters = {"step": 0, "seconds": 0.0, "tokens": 0, "inputs": self.inputs}
+        self.meters = self.no_meters()
         if self.run.state.exists():
             self.meters = read_state(self.run.state)[1]
             if self.meters["step"] > self.schedule.steps:
@@ -163,7 +163,10 @@ class Member:
             step = self.meters["step"]
             console.say(f"restarts   {self.run.path}: the cells trained with it did not stop at its step {step:,}")
             self.run.state.unlink()
-        self.meters = {"step": 0, "seconds": 0.0, "tokens": 0, "inputs": self.inputs}
+        self.meters = self.no_meters()
+
+    def no_meters(self):
+        return {"step": 0, "seconds": 0.0, "tokens": 0, "inputs": self.inputs, "choices": {}}
 
     def go_on(self, flat, optimizer, k):
         """Bring back the saved state, if there is one, as member k, and open metrics.jsonl at its step."""
@@ -268,6 +271,7 @@ class Member:
             "skipped_rows": {"train": list(clean.skipped), "test": list(self.tests[0].rows.skipped)},
             "injected_rows_truncated": sum(not record.survives for record in self.injected.records),
             "inputs": self.inputs,
+            "choices": self.meters["choices"],
             "seeds": cell.seeds,
             "versions": versions(),
             "hardware": hardware(self.setting.device),

@@ -10,7 +10,7 @@ from minilora.errors import InputError
 from minilora.fields import check_shape
 from minilora.training.layout import LINE, groups_of
 
-METERS = {"step": int, "seconds": (int, float), "tokens": int, "inputs": {str: str}}
+METERS = {"step": int, "seconds": (int, float), "tokens": int, "inputs": {str: str}, "choices": {str: str}}
 
 
 class Flat:
@@ -107,7 +107,7 @@ def read_state(path):
     try:
         with safe_open(path, "pt") as file:
             tensors, meters = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()["meters"]
-        meters = files.parse_json(meters)
+        meters = {"choices": {}} | files.parse_json(meters)  # an older version made none
         check_shape(meters, METERS, "meters")
         if meters["step"] < 1 or meters["seconds"] <= 0 or meters["tokens"] < 1:
             raise ValueError("its meters are not above 0")

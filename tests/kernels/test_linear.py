@@ -60,6 +60,33 @@ def test_product_of_strided_parts_and_a_sum(dtype):
     assert cases == 36
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_sum_without_a_bias(dtype):
+    cases = 0
+    for number, shape in enumerate(SHAPES):
+        x, weight, _, dy = inputs(shape, dtype, number)
+        wanted = op.reference(x.double(), weight.double()) + dy.double()
+        found = op.product(x, weight, plus=dy)
+        assert found.dtype == dtype and found.shape == wanted.shape
+        within = tolerance(dtype) * max(1.0, wanted.abs().max().item() if wanted.numel() else 0.0)
+        torch.testing.assert_close(found.double(), wanted, rtol=0, atol=within)
+        cases += 1
+    assert cases == 6
+
+
+def test_the_way_of_a_block():
+    before = op.ONEDNN
+    with pytest.raises(KeyError), op.using("mkl"):
+        assert not op.ONEDNN
+        with op.using("onednn"):
+            assert op.ONEDNN == op.HAS_ONEDNN
+            with op.using(None):
+                assert op.ONEDNN == op.HAS_ONEDNN
+        assert not op.ONEDNN
+        raise KeyError
+    assert op.ONEDNN == before == op.HAS_ONEDNN
+
+
 def test_nothing_but_the_weight_is_saved():
     x, weight, bias, _ = inputs(SHAPES[2], torch.float32)
     y = op.linear(x.requires_grad_(), weight, bias)

@@ -48,6 +48,25 @@ def test_gated_values_and_gradients(dtype, tolerance, device):
     assert cases == 21 and set(EQUATIONS) == set(op.ACTIVATIONS)
 
 
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+def test_plain_values_and_gradients(dtype, tolerance, device):
+    cases = 0
+    for name, activation in op.ACTIVATIONS.items():
+        for shape in SHAPES:
+            u, dh = (p.to(device) for p in inputs(shape, dtype))
+            leaf, wide = u.clone().requires_grad_(), u.double().requires_grad_()
+            h, wanted, passed = op.plain(leaf, activation), EQUATIONS[name](wide), dh.clone()
+            h.backward(passed)
+            wanted.backward(dh.double())
+            assert h.dtype == leaf.grad.dtype == dtype and torch.equal(leaf, u)
+            assert torch.equal(passed, leaf.grad)  # which it was written over
+            for one, other in ((h, wanted), (leaf.grad, wide.grad)):
+                within = tolerance * max(1.0, other.abs().max().item())
+                torch.testing.assert_close(one.double(), other, rtol=tolerance, atol=within)
+            cases += 1
+    assert cases == 21
+
+
 def test_gradcheck():
     for activation in op.ACTIVATIONS.values():
         parts = [p.requires_grad_() for p in inputs((5, 3), torch.float64)]

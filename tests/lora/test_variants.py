@@ -24,7 +24,7 @@ from minilora.training import optimizers
 from minilora.training.member import trained_parameters
 from minilora.training.state import Flat, load_state, save_state
 
-METERS = {"step": 3, "seconds": 1.5, "tokens": 70, "inputs": {"base": "a"}}
+METERS = {"step": 3, "seconds": 1.5, "tokens": 70, "inputs": {"base": "a"}, "choices": {"products": "mkl"}}
 ALPHA = {"q": 5.0, "v": 8.0, "down": 3.0}
 RANK = {"q": 4, "v": 2, "down": 6}
 TARGETS = tuple(RANK)

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from minilora.cell import Cell
 from minilora.lora.targets import plan_slots
 from minilora.training import limit
-from minilora.training.limit import matmul_rate, steady, training_flops
+from minilora.training.limit import matmul_rate, operations, products, steady, training_flops
 
 SPEC = bert_spec(hidden_size=6, num_hidden_layers=3, num_attention_heads=2, intermediate_size=14)
 ROWS, LENGTH = 5, 7
@@ -81,9 +81,30 @@ def test_full_training_is_three_times_the_forward():
     assert training_flops(SPEC, {}, "full", LENGTH) == 3 * forward
 
 
-def test_the_rate_is_operations_over_the_best_time(monkeypatch):
-    """With a clock that goes on by these steps at each look."""
-    steps = iter([0.0, 0.01, 0.0, 0.08, 0.01, 0.0, 0.02, 0.01, 0.0, 0.04, 0.01])
+def test_the_products_of_a_step():
+    """Two layers of width 6 and 14 inside: q, k and v are one product, and what is below all adapters has no
+    gradient."""
+    spec = bert_spec(hidden_size=6, num_hidden_layers=2, num_attention_heads=2, intermediate_size=14)
+    forward = {(6, 18, "forward"): 2, (6, 6, "forward"): 2, (6, 14, "forward"): 2, (14, 6, "forward"): 2}
+    assert products(spec, {}, "head") == forward
+    slots = plan_slots(spec, Cell(targets=("q", "k", "v")))
+    inputs = {(6, 18, "input"): 1, (6, 6, "input"): 2, (6, 14, "input"): 2, (14, 6, "input"): 2}
+    assert products(spec, slots, "lora") == forward | inputs
+    full = {(i, o, kind): 2 for i, o, _ in forward for kind in ("forward", "input", "weight")}
+    assert products(spec, {}, "full") == full
+    assert operations({(6, 18, "input"): 3, (14, 6, "weight"): 1}) == 2 * (3 * 6 * 18 + 14 * 6)
+
+
+def test_each_product_is_what_its_kind_says():
+    shapes = {}
+    for kind in ("forward", "input", "weight"):
+        shapes[kind] = tuple(limit.one_product(5, 6, 14, kind, torch.float32, "cpu")().shape)
+    assert shapes == {"forward": (5, 14), "input": (5, 6), "weight": (14, 6)}
+
+
+def test_the_rate_is_operations_over_the_best_times(monkeypatch):
+    """Two products in turn, with a clock that goes on by these steps at each look. The first is done twice a step."""
+    steps = iter([0.0] + [0.0, 0.04, 0.0, 0.05] + [0.0, 0.02, 0.0, 0.07] + [0.0])
     clock = SimpleNamespace(now=50.0)
 
     def look():
@@ -91,14 +112,15 @@ def test_the_rate_is_operations_over_the_best_time(monkeypatch):
         return clock.now
 
     monkeypatch.setattr(limit, "time", SimpleNamespace(perf_counter=look))
-    found = matmul_rate(12, SPEC, torch.float32, "cpu", seconds=0.15)
-    assert found == pytest.approx(2 * 12 * 6 * 14 / (0.02 / 4), rel=1e-9)  # four products in the shortest step
+    times = {(6, 14, "forward"): 2, (14, 6, "input"): 1}
+    found = matmul_rate(12, times, torch.float32, "cpu", seconds=0.15)
+    assert found == pytest.approx(3 * 2 * 12 * 6 * 14 / (2 * 0.02 + 0.05), rel=1e-9)
     assert next(steps, None) is None
 
 
 def test_the_rate_of_this_machine():
     for dtype in (torch.float32, torch.bfloat16):
-        assert 1e3 < matmul_rate(64, SPEC, dtype, torch.device("cpu"), seconds=0.02) < 1e15
+        assert 1e3 < matmul_rate(64, products(SPEC, {}, "full"), dtype, torch.device("cpu"), seconds=0.02) < 1e15
 
 
 def test_the_limit_is_known_where_it_did_not_change():

@@ -22,7 +22,7 @@ from minilora.training import optimizers
 from minilora.training.feed import Schedule
 from minilora.training.state import load_state, save_state
 
-METERS = {"step": 3, "seconds": 1.5, "tokens": 70, "inputs": {"base": "a"}}
+METERS = {"step": 3, "seconds": 1.5, "tokens": 70, "inputs": {"base": "a"}, "choices": {"products": "mkl"}}
 
 
 def setup(folder, cell, classes=3):

@@ -194,14 +194,14 @@ def test_a_state_with_other_meters_is_refused_by_name(cell, tmp_path, monkeypatc
     tensors, meters = load_file(path), read_state(path)[1]
     changes = [dict(step=10**9), dict(step=-1), dict(step=0), dict(step=4.5), dict(step="4"), dict(step=True),
                dict(step=None), dict(seconds=None), dict(seconds=-1.0), dict(tokens="x"), dict(tokens=-5),
-               dict(inputs=None), dict(inputs={"base": 3})]  # fmt: skip
+               dict(inputs=None), dict(inputs={"base": 3}), dict(choices={"products": 3})]  # fmt: skip
     damaged = [meters | change for change in changes] + [3, [], {}, None, "x"]
-    damaged += [{key: meters[key] for key in meters if key != left} for left in meters]
+    damaged += [{key: meters[key] for key in meters if key != left} for left in meters if left != "choices"]
     for value in damaged:
         save_file(tensors, path, {"meters": json.dumps(value)})
         with pytest.raises(InputError, match="state.safetensors does not fit this run .*: delete it"):
             minilora.train(resume=tmp_path / "run")
-    assert len(damaged) == 22
+    assert len(damaged) == 23
     save_file(tensors, path, {"meters": json.dumps(meters)})
     minilora.train(resume=tmp_path / "run")
 
