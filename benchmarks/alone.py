@@ -50,13 +50,16 @@ def why(status, limit, trace):
     return trace[-1] if trace else f"exit status {status}"
 
 
-def wait(command, environment, written, limit=None, look=lambda: None):
-    """The exit status of `command`, run from the clone, whose standard error goes to the file `written`; None after
-    `limit` seconds. Its whole process group ends with it, compilers and data loaders included."""
+def wait(command, environment, written, limit=None, look=lambda: None, out=subprocess.DEVNULL):
+    """The exit status of `command`, run from the clone, or None after `limit` seconds.
+
+    Its standard error goes to the file `written`, its output to `out`. Its whole process group ends with it, compilers
+    and data loaders included.
+    """
     clone = [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")]
     environment = os.environ | environment | {"PYTHONPATH": os.pathsep.join(filter(None, clone))}
     stop = None if limit is None else now() + limit
-    process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+    process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=out,
                                stderr=written, start_new_session=True)  # fmt: skip
     try:
         while process.poll() is None:

@@ -1,11 +1,11 @@
 """`python -m benchmarks cell`: one real fine-tuning, done by minilora and by its peers, side by side.
 
-Each peer runs in a process of its own with as many threads, so that memory peaks and start-up are its own. Repeats are
-interleaved (a, b, c, a, b, c), so that a machine that slows down slows all; the median is reported with the spread, and
-ratios are medians of the ratios within a repeat. Each of minilora's peers is there at its best setting, in float32 and
-in bfloat16, and PEFT + Trainer also as its documentation has it (`peers.py` says what these are). FLOP/s are those that the job cannot do
-without (`minilora/training/limit.py`), whatever a peer really does, over the machine's rate at products of a batch's
-size, measured once a repeat.
+Each peer runs in a process of its own with as many threads, so that memory peaks and start-up are its own. Repeats
+are interleaved (a, b, c, a, b, c), so that a machine that slows down slows all; the median is reported with the
+spread, and ratios are medians of the ratios within a repeat. Each of minilora's peers is there at its best setting,
+in float32 and in bfloat16, and PEFT + Trainer also as its documentation has it (`peers.py` says what these are).
+FLOP/s are those that the job cannot do without (`minilora/training/limit.py`), whatever a peer really does, over the
+machine's rate at products of a batch's size, measured once a repeat.
 """
 
 import importlib.util

@@ -38,7 +38,7 @@ from minilora.cell import Cell
 from minilora.command import Parser
 from minilora.errors import InputError
 
-from . import alone, grid, peers, profiles, report, smoke, standin
+from . import alone, grid, peers, report, smoke, standin
 from . import cell as one
 
 BUDGET = 500  # seconds
@@ -54,7 +54,7 @@ AT_LEAST = {"small": 2.0, "llama": 1.5, "model_flop_use": 0.6, "over_unsloth": 1
 def main(argv):
     parser = Parser(prog="python -m benchmarks device", description=__doc__.partition("\n\n")[0])
     parser.add_argument("--out", default="device", metavar="DIR",
-                        help="write results.json, table.md and the rest into this folder (default: device)")  # fmt: skip
+                        help="write results.json, table.md and more into this folder (default: device)")  # fmt: skip
     parser.add_argument("--budget", type=float, default=BUDGET, metavar="S", help=f"seconds (default: {BUDGET})")
     parser.add_argument("--phases", nargs="+", choices=SHARES, default=tuple(SHARES), metavar="PHASE",
                         help=f"only these of {', '.join(SHARES)}")  # fmt: skip
@@ -179,7 +179,8 @@ class Bench:
     def grid_cells(self, until):
         if self.tiny:
             return grid.product(self.small_cell(until), (1, 3), (0.0, 1.0))
-        return grid.product(self.small_cell(until).replace(train_rows=self.grid_rows, test_rows=200), RANKS, PROPORTIONS)
+        one_of_them = self.small_cell(until).replace(train_rows=self.grid_rows, test_rows=200)
+        return grid.product(one_of_them, RANKS, PROPORTIONS)
 
     # --- phases
 
@@ -252,11 +253,11 @@ class Bench:
             return self.keep("tests", {"line": "left out: pytest is not installed"})
         where = ["tests/kernels/test_rotary.py"] if self.tiny else ["tests/kernels", "tests/training", "tests/base"]
         clone = Path(__file__).parent.parent
-        command = [sys.executable, "-m", "benchmarks.pytest_here", "-o", "addopts=", "-v", "-rf", "--tb=short",
-                   "-p", "no:cacheprovider", "--continue-on-collection-errors", "-k", f"[{self.device}",
+        command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-v", "-rf", "--tb=short",
+                   "-p", "no:cacheprovider", "--continue-on-collection-errors", "-k", self.device,
                    *(str(clone / path) for path in where)]  # fmt: skip
         with open(self.out / "device-tests.txt", "wb") as written:
-            status = alone.wait(command, {}, written, until - alone.now())
+            status = alone.wait(command, {}, written, until - alone.now(), out=written)
         lines = (self.out / "device-tests.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
         line = (lines or ["nothing was printed"])[-1].strip("= ")
         failed = [line.partition(" ")[2].partition(" - ")[0] for line in lines if line.startswith("FAILED")]
@@ -273,19 +274,23 @@ def figures(parts):
 
     What was compiled is compared with the peer of the phase that was not, as it has none in its own repeat.
     """
-    found = {}
-    for name in ("small", "llama"):
-        measured = parts.get(name, {}).get("peers", {})
-        compiled = parts.get(f"{name} compiled", {}).get("peers", {})
-        own = [peer for peer in (measured.get("minilora"), compiled.get("minilora-compiled")) if "accuracy" in (peer or {})]
-        best = max(own, key=lambda peer: peer["rows_per_second"], default=None)
+    small, llama, grid = ratios(parts, "small"), ratios(parts, "llama"), parts.get("grid", {}).get("sides", {})
+    return {
+        "small": small.get(peers.BASELINE),
+        "llama": llama.get(peers.BASELINE),
+        "model_flop_use": llama.get("limit_share"),
+        "over_unsloth": llama.get("unsloth"),
+        "grid": grid.get(peers.BASELINE, {}).get("ratio_without_start_up"),
+    }
 
-        def over(other):
-            theirs = measured.get(other, {}).get("rows_per_second")
-            return best["rows_per_second"] / theirs if best and theirs else None
 
-        found[name] = over(peers.BASELINE)
-        if name == "llama":
-            found |= {"model_flop_use": best and best["limit_share"], "over_unsloth": over("unsloth")}
-    sides = parts.get("grid", {}).get("sides", {})
-    return found | {"grid": sides.get(peers.BASELINE, {}).get("ratio_without_start_up")}
+def ratios(parts, name):
+    """Of the faster of minilora and minilora compiled: its rate over each peer's, and its share of the limit."""
+    measured, compiled = (parts.get(part, {}).get("peers", {}) for part in (name, f"{name} compiled"))
+    own = [measured.get("minilora", {}), compiled.get("minilora-compiled", {})]
+    best = max((peer for peer in own if "accuracy" in peer), key=lambda peer: peer["rows_per_second"], default=None)
+    if best is None:
+        return {}
+    found = {other: best["rows_per_second"] / peer["rows_per_second"]
+             for other, peer in measured.items() if "accuracy" in peer}  # fmt: skip
+    return found | {"limit_share": best["limit_share"]}

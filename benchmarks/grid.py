@@ -161,7 +161,29 @@ def compare(results, keep=None):
         keep(results)
 
 
-n(a - b for a, b in pairs),
+def extrapolated(side, count):
+    """The time for `count` cells and cells an hour, of a side that may have trained fewer."""
+    trained = len(side["cells"])
+    start_up = min(side["start_up_seconds"], side["wall_seconds"])
+    work = (side["wall_seconds"] - start_up) * count / trained
+    whole = start_up + work
+    return {
+        "all_cells_seconds": whole,
+        "work_seconds": work,
+        "cells_per_hour": 3600 * count / whole,
+        "scaled_from": trained * (trained < count),
+    }
+
+
+def agreement(ours, theirs):
+    """Differences in clean accuracy and in attack success over the cells that both trained, by their number."""
+    both = sorted(ours.keys() & theirs.keys(), key=int)
+    found = {"cells": len(both)}
+    for key in ("accuracy", "attack_success"):
+        pairs = [(ours[n][key], theirs[n][key]) for n in both if None not in (ours[n][key], theirs[n][key])]
+        if pairs:
+            found[key] = {
+                "mean_difference": statistics.fmean(a - b for a, b in pairs),
                 "mean_absolute_difference": statistics.fmean(abs(a - b) for a, b in pairs),
             }
     errors = [(p * (1 - p) / ours[n]["test_rows"]) ** 0.5 for n in both for p in [theirs[n]["accuracy"]]]

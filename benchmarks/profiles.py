@@ -1,6 +1,7 @@
-"""The kernels that a step spends its time in, by torch's profiler: `python -m benchmarks.profiles NAME FOLDER OUT BEGAN`.
+"""The kernels that a step spends its time in, by torch's profiler.
 
-It trains the cells of FOLDER/cells.json together, profiles some steps in the middle, and writes FOLDER/profile.txt.
+`python -m benchmarks.profiles NAME FOLDER OUT BEGAN` trains the cells of FOLDER/cells.json together, profiles some steps in
+the middle, and writes FOLDER/profile.txt.
 """
 
 import json
@@ -52,9 +53,8 @@ def measure(name, folder):
             raise results
     if watch.began and not watch.ended:  # with the tests, then
         watch.end(steps)
-    events, of = watch.profile.key_averages(), f"self_{device}_time_total" if device == "cpu" else "self_device_time_total"
-    table = events.table(sort_by="self_cuda_time_total" if device == "cuda" else of, row_limit=ROWS,
-                         max_name_column_width=60)  # fmt: skip
+    events, of = watch.profile.key_averages(), "self_cpu_time_total" if device == "cpu" else "self_device_time_total"
+    table = events.table(sort_by=of, row_limit=ROWS, max_name_column_width=60)
     files.write_text(folder / "profile.txt", f"{name}: steps {watch.began} to {watch.ended} of {steps}\n{table}\n")
     own = [event for event in events if device == "cpu" or str(event.device_type).endswith("CUDA")]
     total = sum(getattr(event, of) for event in own)

@@ -199,7 +199,7 @@ def draw_cell(results):
     for dtype in sorted(used, reverse=True):
         limit = results["limits"][dtype] / 1e9
         axes.axvline(limit, color="black", linestyle=styles[dtype], label=f"{dtype} products: {limit:.0f} GFLOP/s")
-    labels = [f"{peer['title']}\n{peer['flops_per_second'] / 1e9:.0f} GFLOP/s, {share(peer['limit_share'])} of its limit"
+    labels = [f"{peer['title']}\n{peer['flops_per_second'] / 1e9:.0f} GFLOP/s, {share(peer['limit_share'])} of limit"
               for peer in peers]  # fmt: skip
     axes.set_yticks(range(len(peers)), labels, fontsize=9)
     axes.invert_yaxis()

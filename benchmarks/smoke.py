@@ -50,7 +50,7 @@ def write(folder, device, limit=LIMIT):
 
 
 def run_path(name, folder, device, out):
-    """(Losses of all steps, by member and step; accuracy on the clean test rows) of a path."""
+    """The losses of all steps of a path, member after member."""
     import minilora
 
     changes = dict(PATHS[name])
@@ -66,13 +66,13 @@ def run_path(name, folder, device, out):
     for results, _ in minilora.train_together(cells, outs, size=len(cells), quiet=True):
         if isinstance(results, Exception):
             raise results
-    losses = [line["loss"] for run in outs for line in files.read_jsonl(run / "metrics.jsonl") if line["kind"] == "step"]
+    lines = [line for run in outs for line in files.read_jsonl(run / "metrics.jsonl")]
     if name == "evaluation":
         opened = minilora.open(outs[0])
         tests, _ = opened.run_tests()
         if tests["clean"] != results["tests"]["clean"]:
             raise RuntimeError(f"tested again, the clean rows give {tests['clean']}, not {results['tests']['clean']}")
-    return losses
+    return [line["loss"] for line in lines if line["kind"] == "step"]
 
 
 def record_of(name, folder, device):
