@@ -96,7 +96,7 @@ def default_peers(cell, device):
     """All that make sense but the compiled, whose compiling may take longer than the rest together."""
     cuda, half = device.type == "cuda", peers.is_half(cell)
     left_out = {name: half for name in peers.HALF} | {name: True for name in peers.COMPILED}
-    left_out |= {"minilora-compiled": not cuda, "unsloth": not cuda}
+    left_out |= {"minilora-compiled": not cuda, "minilora-eager": not cuda, "unsloth": not cuda}
     return [name for name in PEERS if not left_out.get(name)]
 
 

@@ -9,7 +9,7 @@ Whoever has a GPU for the first time runs, in this order,
 and reads results.json, which is written after every outcome. Each phase may use its share of the seconds and what
 those before it left; each of its processes has a limit, so that one that hangs or dies takes only itself. Phases:
 
-smoke     every path once on tiny bases: float32, bfloat16, population, dropout, lm, evaluation, compiled
+smoke     every path once on tiny bases: float32, bfloat16, population, dropout, lm, evaluation, graphs, compiled
 small     one cell on the default base, or on one of its shape, beside its peers
 llama     one cell of Llama-3.2-1B's shape in bfloat16, 8 rows of 512 tokens a batch, beside its peers
 grid      64 cells beside PEFT + Trainer one by one, of which a part is trained and scaled
@@ -45,8 +45,9 @@ BUDGET = 500  # seconds
 SHARES = {"smoke": 0.14, "small": 0.2, "llama": 0.18, "grid": 0.2, "profiles": 0.08, "tests": 0.08, "compiled": 0.12}
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128)
 PROPORTIONS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0)
-SMALL_PEERS = ("minilora", peers.BASELINE, "minilora-bfloat16", peers.TUNED, "peft-loop", "peft-trainer-tuned-bf16")
-LLAMA_PEERS = ("minilora", peers.BASELINE, "peft-loop", "unsloth")
+SMALL_PEERS = ("minilora", peers.BASELINE, "minilora-eager", "minilora-bfloat16", peers.TUNED, "peft-loop",
+               "peft-trainer-tuned-bf16")  # fmt: skip
+LLAMA_PEERS = ("minilora", peers.BASELINE, "minilora-eager", "peft-loop", "unsloth")
 COMPILED_PEERS = ("minilora-compiled", "peft-trainer-tuned-compiled")
 AT_LEAST = {"small": 2.0, "llama": 1.5, "model_flop_use": 0.6, "over_unsloth": 1.1, "grid": 20.0}  # the aims
 
@@ -186,7 +187,7 @@ class Bench:
 
     def smoke(self, until):
         folder, found = self.folder / "smoke", {}
-        smoke.write(folder, self.device)
+        smoke.write(folder, self.device, smoke.LIMIT * max(1.0, self.budget / BUDGET))
 
         def told(record):
             found[record.pop("path")] = record
@@ -221,7 +222,9 @@ class Bench:
 
     def beside(self, part, cell, names, until, repeats=1):
         """The first 20 steps are no part of a rate: on a GPU the clock is read every 20."""
-        names, warm_up = (names[:2], 2) if self.tiny else (names, 20)
+        repeats, warm_up = (1, 2) if self.tiny else (repeats, 20)
+        if self.tiny:
+            names = [name for name in names if name in (*names[:2], "unsloth")]
         one.measure(cell, names, repeats, warm_up, self.threads, until, partial(self.keep, part))
 
     def grid(self, until):

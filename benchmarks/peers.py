@@ -5,6 +5,7 @@ rates, clipping and start (PEFT reads the very A, B and head that minilora begin
 
 minilora            train.py's own loop, through its Python API
 minilora-bfloat16   the same with the base, and so its products, in bfloat16
+minilora-eager      the same under --compile off, which is another thing only on a GPU
 minilora-compiled   the same under --compile on
 peft-trainer        PEFT and transformers' Trainer as their documentation has them: dynamic padding, rows in random
                     order, the base's own dropout as its configuration says; no evaluation, saving or logging
@@ -321,6 +322,7 @@ def half(train):
 PEERS = {
     "minilora": train_minilora,
     "minilora-bfloat16": lambda job, began: train_minilora(job, began, dtype="bfloat16"),
+    "minilora-eager": lambda job, began: train_minilora(job, began, compile="off"),
     "minilora-compiled": lambda job, began: train_minilora(job, began, compile="on"),
     "peft-trainer": trainer(tuned=False),
     "peft-trainer-bf16": trainer(tuned=False, half=True),
@@ -337,6 +339,7 @@ HALF = [name for name in PEERS if "bf16" in name or "bfloat16" in name]
 COMPILED = [name for name in PEERS if name.endswith("-compiled")]
 TITLES = {
     "minilora-bfloat16": "minilora bf16",
+    "minilora-eager": "minilora eager",
     "minilora-compiled": "minilora compiled",
     "peft-trainer": "Trainer",
     "peft-trainer-bf16": "Trainer bf16",

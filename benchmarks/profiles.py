@@ -1,7 +1,7 @@
 """The kernels that a step spends its time in, by torch's profiler.
 
-`python -m benchmarks.profiles NAME FOLDER OUT BEGAN` trains the cells of FOLDER/cells.json together, profiles some steps in
-the middle, and writes FOLDER/profile.txt.
+`python -m benchmarks.profiles NAME FOLDER OUT BEGAN` trains the cells of FOLDER/cells.json together, profiles some
+steps in the middle, and writes FOLDER/profile.txt.
 """
 
 import json

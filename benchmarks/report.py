@@ -371,7 +371,7 @@ def device_notes(results):
         notes.append(f"{name:<9} {phase['state']:<11} {phase.get('seconds', 0):4.0f} s{why}")
     parts = results["parts"]
     if smoke := parts.get("smoke"):
-        notes += ["", *text(("path", "s", "loss", "off CPU's"), smoke_lines(smoke)).splitlines()]
+        notes += ["", *text(("path", "s", "steps", "how", "loss", "off CPU's"), smoke_lines(smoke)).splitlines()]
     for name, part in parts.items():
         if name == "grid":
             notes += ["", *text(GRID, grid_lines(part)).splitlines(), *grid_notes(part)]
@@ -391,5 +391,6 @@ def smoke_lines(smoke):
             lines.append((name, f"failed: {record['failed']}"))
             continue
         off = record.get("off")
-        lines.append((name, f"{record['seconds']:.1f}", f"{record['loss']:.4f}", "-" if off is None else f"{off:.1e}"))
+        lines.append((name, f"{record['seconds']:.1f}", str(record["steps"]), record["how"], f"{record['loss']:.4f}",
+                      "-" if off is None else f"{off:.1e}"))  # fmt: skip
     return lines

@@ -5,8 +5,12 @@ and stops at the first that fails, because a GPU's error stays with the process.
 losses are compared with those of the CPU, where both draw the same numbers.
 """
 
+import contextlib
 import faulthandler
+import io
 import json
+import math
+import re
 import sys
 import time
 import traceback
@@ -29,11 +33,12 @@ PATHS = {  # what differs from the tiny cell; the longest last
     "llama": REST,
     "lm": REST | {"task": "lm"},
     "evaluation": {},
+    "graphs": {"epochs": 10},  # steps enough to repay recording them, on a GPU
     "compiled": {"compile": "on"},
 }
 if "products" in Cell.__dataclass_fields__:
     PATHS = {"bf16 products": {"products": "bfloat16"}} | PATHS
-CLOSE_TO_CPU = ("float32", "population", "llama", "lm", "evaluation", "compiled")
+CLOSE_TO_CPU = ("float32", "population", "llama", "lm", "graphs", "compiled")
 LIMIT = 20  # seconds of a path
 COMPILING = 3  # times as long has one that compiles
 
@@ -50,7 +55,7 @@ def write(folder, device, limit=LIMIT):
 
 
 def run_path(name, folder, device, out):
-    """The losses of all steps of a path, member after member."""
+    """(The losses of all steps of a path, member after member; how train.py says that its steps are taken)."""
     import minilora
 
     changes = dict(PATHS[name])
@@ -63,25 +68,32 @@ def run_path(name, folder, device, out):
     cell = Cell(model=str(folder / "bert"), train_rows=48, test_rows=16, max_length=16, batch_size=8, device=device)
     cells = [cell.replace(rank=rank, **changes) for rank in ranks]
     outs = [out / str(rank) for rank in ranks]
-    for results, _ in minilora.train_together(cells, outs, size=len(cells), quiet=True):
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        outcomes = minilora.train_together(cells, outs, size=len(cells))
+    for results, _ in outcomes:
         if isinstance(results, Exception):
             raise results
     lines = [line for run in outs for line in files.read_jsonl(run / "metrics.jsonl")]
     if name == "evaluation":
         opened = minilora.open(outs[0])
         tests, _ = opened.run_tests()
-        if tests["clean"] != results["tests"]["clean"]:
-            raise RuntimeError(f"tested again, the clean rows give {tests['clean']}, not {results['tests']['clean']}")
-    return [line["loss"] for line in lines if line["kind"] == "step"]
+        before, again = (found["clean"]["accuracy"] for found in (results["tests"], tests))
+        if before != again:
+            raise RuntimeError(f"tested again, the accuracy on clean rows is {again}, not {before}")
+    how = re.findall(r"; (\w+) \(", said.getvalue())
+    return [line["loss"] for line in lines if line["kind"] == "step"], how[-1] if how else "?"
 
 
 def record_of(name, folder, device):
     """What a path came to: seconds, the last loss, and how far the losses are from the CPU's."""
     began = time.perf_counter()
-    losses = run_path(name, folder, device, folder / "runs" / name / "device")
-    record = {"path": name, "seconds": time.perf_counter() - began, "steps": len(losses), "loss": losses[-1]}
+    losses, how = run_path(name, folder, device, folder / "runs" / name / "device")
+    seconds = time.perf_counter() - began
+    record = {"path": name, "seconds": seconds, "steps": len(losses), "loss": losses[-1], "how": how}
+    if not all(map(math.isfinite, losses)):
+        raise RuntimeError(f"the losses are not finite: {losses}")
     if name in CLOSE_TO_CPU and (device != "cpu" or name == "compiled"):
-        there = run_path(name, folder, "cpu", folder / "runs" / name / "cpu")
+        there, _ = run_path(name, folder, "cpu", folder / "runs" / name / "cpu")
         record["off"] = max(abs(a - b) for a, b in zip(losses, there, strict=True))
     return record
 
