@@ -89,7 +89,7 @@ def load_note(results):
 
 # --- one cell
 
-CELL = ("peer", "rows/s", "min-max", "Trainer", "tuned", "loop", "best", "bf16", "limit")
+CELL = ("peer", "rows/s", "spread", "Trainer", "tuned", "loop", "best", "bf16", "limit")
 REST = ("peer", "tokens/s", "GiB", "memory", "start s", "accuracy")
 
 
@@ -104,7 +104,7 @@ def cell_lines(results):
         lines.append((
             peer["title"],
             number(peer["rows_per_second"]),
-            "-".join(f"{rate:.0f}" for rate in peer["spread"]),
+            share((peer["spread"][1] - peer["spread"][0]) / peer["rows_per_second"]),
             *(times(peer[key]) for key in ratios),
             share(peer["limit_share"]),
         ))  # fmt: skip
@@ -151,8 +151,8 @@ def cell_notes(results):
         f"{machine(results['hardware'])}; {load_note(results)}",
         "Trainer: peft + Trainer as documented; tuned: at its best settings; loop: peft in a loop by hand on "
         "minilora's batches; bf16: products in bfloat16",
-        f"rates: median of {results['repeats']} interleaved repeats, of tokens without padding, without the first "
-        f"{results['warm_up_steps']} steps",
+        f"rows/s: median of {results['repeats']} interleaved repeats, of tokens without padding, without the first "
+        f"{results['warm_up_steps']} steps; spread: the fastest less the slowest, over the median",
         "Trainer, tuned, loop: rows/s over theirs in the same repeat; best, bf16: over the fastest peer without and "
         "with bfloat16 products",
         "GiB: peak memory of the process, or on a GPU of its tensors; memory: over Trainer's; start s: to the first "
