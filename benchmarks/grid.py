@@ -120,7 +120,7 @@ def measure(cells, names=PEERS, count=None, size=None, threads=None, until=None,
             del side["missing"]
             run_side(name, side, jobs, threads, until, lambda: compare(results, keep))
             done = f"{len(side.get('cells', ()))} cells in {side.get('wall_seconds', 0):.0f} s"
-            say(f"{name}: {done}" + f", then failed: {side['failed']}" * ("failed" in side))
+            say(f"{name}: {done}, then failed: {side['failed']}" if "failed" in side else f"{name}: {done}")
     return results
 
 

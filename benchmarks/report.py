@@ -208,7 +208,8 @@ def draw_cell(results):
     cell = results["cell"]
     axes.set_title(f"Fine-tuning {Path(cell['model']).name}, rank {cell['rank']}, {results['rows']:,} rows\n"
                    f"{machine(results['hardware'])}", fontsize=11)  # fmt: skip
-    figure.legend(loc="outside lower right", ncols=2, frameon=False, fontsize=9)
+    if used:
+        figure.legend(loc="outside lower right", ncols=2, frameon=False, fontsize=9)
     return figure
 
 

@@ -372,7 +372,7 @@ def states(results):
 
 def test_a_run_within_its_budget(play):
     found, table = play(Fake(), 500)
-    assert states(found) == dict.fromkeys(device.SHARES, "done")
+    assert states(found) == dict.fromkeys(device.SHARES, "done"), found["phases"]
     used = found["parts"]["llama"]["peers"]["minilora"]["limit_share"]
     assert found["figures"] == {
         "small": 2.0, "llama": 2.0, "grid": 1.0, "over_unsloth": None, "model_flop_use": used
