@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -99,9 +100,15 @@ class Told:
 
 
 def begin():
-    """Let the process write where it is to standard error when its time is up."""
-    if hasattr(signal, "SIGUSR1"):
-        faulthandler.register(signal.SIGUSR1, all_threads=True)
+    """Let the process write where it is to standard error when its time is up, and end when its parent is gone."""
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def end_with_parent(parent):
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.killpg(0, signal.SIGKILL)
 
 
 def tell(out, record):

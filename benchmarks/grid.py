@@ -250,7 +250,6 @@ def train_peer(name, jobs, began, tell=lambda record: None):
 def process(argv):
     name, jobs, out, began = argv
     jobs, began = Path(jobs), float(began)
-    alone.begin()
     tell = partial(alone.tell, out)
     if name in OURS:
         record = train_minilora(jobs, began, tell, **OURS[name])
@@ -264,4 +263,5 @@ def process(argv):
 
 
 if __name__ == "__main__":
+    alone.begin()
     process(sys.argv[1:])

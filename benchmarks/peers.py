@@ -358,7 +358,6 @@ NEEDS = {"unsloth": ("unsloth", "peft", "transformers")} | {
 
 def main(argv):
     name, folder, out, began = argv
-    alone.begin()
     record = PEERS[name](Job.read(folder), float(began))
     import torch
 
@@ -366,4 +365,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
+    alone.begin()
     main(sys.argv[1:])

@@ -68,9 +68,9 @@ def measure(name, folder):
 
 def main(argv):
     name, folder, out, _ = argv
-    alone.begin()
     files.write_json(out, measure(name, Path(folder)))
 
 
 if __name__ == "__main__":
+    alone.begin()
     main(sys.argv[1:])

@@ -102,7 +102,6 @@ def main(argv):
     names, folder, out, _ = argv
     folder = Path(folder)
     settings = json.loads((folder / "smoke.json").read_text(encoding="utf-8"))
-    alone.begin()
     for name in names.split(","):
         longest = settings["limit"] * (COMPILING if name == "compiled" else 1)
         faulthandler.dump_traceback_later(longest, exit=True)
@@ -118,4 +117,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
+    alone.begin()
     main(sys.argv[1:])

@@ -16,6 +16,8 @@ from minilora import files
 from minilora.base import families, model
 from minilora.data.rows import SNIPPETS, load_rows
 
+from . import alone
+
 # config.json of meta-llama/Llama-3.2-1B and of sentence-transformers/all-MiniLM-L6-v2, as far as it has a part here.
 LLAMA = {
     "model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
@@ -105,10 +107,9 @@ def write_rows(path, rows, length, vocabulary, seed=0, labels=("one", "other")):
 
 def main(argv):
     """`python -m benchmarks.standin NAME FOLDER OUT BEGAN`: write the stand-in NAME into FOLDER/NAME."""
-    from . import alone, smoke
+    from . import smoke
 
     name, folder, out, _ = argv
-    alone.begin()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = {"llama": LLAMA, "bert": BERT, "tiny-llama": smoke.LLAMA, "tiny-bert": smoke.BERT}[name]
     write_base(Path(folder) / name, config, torch.bfloat16 if "llama" in name else torch.float32, device)
@@ -116,4 +117,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
+    alone.begin()
     main(sys.argv[1:])
