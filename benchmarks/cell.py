@@ -1,17 +1,16 @@
 """`python -m benchmarks cell`: one real fine-tuning, done by minilora and by its peers, side by side.
 
-Each peer runs in a process of its own with as many threads, so that memory peaks and start-up are its own. Repeats are
-interleaved (a, b, c, a, b, c), so that a machine that slows down slows all; the median is reported with the spread, and
-ratios are medians of the ratios within a repeat. Each of minilora's peers is there at its best setting, and PEFT +
-Trainer also as its documentation has it (`peers.py` says what these are). FLOP/s are those that the job cannot do
-without (`minilora/training/limit.py`), whatever a peer really does, over the machine's rate at products of a batch's
-size, measured once a repeat.
+Each peer runs in a process of its own with as many threads, so that memory peaks and start-up are its own. Repeats
+are interleaved (a, b, c, a, b, c), so that a machine that slows down slows all; the median is reported with the
+spread, and ratios are medians of the ratios within a repeat. Each of minilora's peers is there at its best setting,
+in float32 and in bfloat16, and PEFT + Trainer also as its documentation has it (`peers.py` says what these are).
+FLOP/s are those that the job cannot do without (`minilora/training/limit.py`), whatever a peer really does, over the
+machine's rate at products of a batch's size, measured once a repeat.
 """
 
 import importlib.util
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,11 +22,13 @@ from minilora.console import say
 from minilora.errors import InputError
 from minilora.fields import marked
 
-from . import job, report
+from . import alone, job, peers, report
 from .peers import BASELINE, NEEDS, PEERS, TITLES, TUNED
 
 LIMITS = "limits"
 WARM_UP = 5
+PART = 0.5  # of the time left, that one process may take
+LEAST_SECONDS = 2.0  # a process with less is not begun
 
 
 def main(argv):
@@ -50,90 +51,120 @@ def main(argv):
     if arguments.out is not None:
         Path(arguments.out).mkdir(parents=True, exist_ok=True)  # refused now rather than after the runs
     cell = Cell(train_rows=arguments.rows).replace(**given_flags(arguments, Cell))
-    results = measure(cell, arguments.peers, arguments.repeats, arguments.warm_up, arguments.threads)
+    keep = None if arguments.out is None else report.keeper(arguments.out)
+    results = measure(cell, arguments.peers, arguments.repeats, arguments.warm_up, arguments.threads, keep=keep)
     shown = report.CELL, report.cell_lines(results), report.cell_notes(results)
     print(report.page(*shown))
     if arguments.out is not None:
         report.write(Path(arguments.out), results, *shown, report.draw_cell)
-    if any(peer.get("failed") for peer in results["peers"].values()):
+    if results["limits_failed"] or any(peer.get("failed") for peer in results["peers"].values()):
         sys.exit(1)
 
 
-def measure(cell, names=None, repeats=1, warm_up=WARM_UP, threads=None, until=None):
-    """Run all peers and return what results.json has. A peer that fails is left out of further repeats.
+def measure(cell, names=None, repeats=1, warm_up=WARM_UP, threads=None, until=None, keep=None):
+    """Run all peers and return what results.json has; `keep` is called with it after every outcome.
 
-    No repeat but the first begins after `until` (by time.monotonic()), and a peer that is running then is ended.
+    A peer that fails is left out of further repeats, and keeps what it did before. With `until` (by `alone.now()`) no
+    repeat but the first begins after it, and no process has more than half of the time left, so that one that hangs
+    leaves some to the others.
     """
-    import torch
-
     from minilora import parallel
-    from minilora.runs.record import hardware, versions
 
-    load, threads = os.getloadavg()[0], threads or torch.get_num_threads()
     device = parallel.pick_device(cell.device)
-    if names is None:
-        left_out = {
-            "peft-loop-compiled": True,  # for compiling may take longer than the rest together
-            "minilora-compiled": device.type != "cuda",
-            "unsloth": device.type != "cuda",
-            "minilora-bfloat16": cell.dtype == "bfloat16",
-        }
-        names = [name for name in PEERS if not left_out.get(name)]
-    missing = {name: why for name in names if (why := lacks(name, device))}
-    records, failed = {name: [] for name in [LIMITS, *names]}, {}
+    runs = Runs(cell, default_peers(cell, device) if names is None else names, device, repeats, warm_up, threads)
     with tempfile.TemporaryDirectory() as folder:
-        shared = job.write(cell, folder, warm_up)
-        needed, lengths = necessary(shared)
-        todo = [LIMITS, *(name for name in names if name not in missing)]
+        runs.prepare(job.write(cell, folder, warm_up))
         for repeat in range(repeats):
-            if repeat and until is not None and time.monotonic() > until:
+            if repeat and until is not None and alone.now() > until:
                 say(f"time is up after {repeat} of {repeats} repeats")
-                repeats = repeat
+                runs.repeats = repeat
                 break
-            for name in todo:
-                if name in failed:
+            for name in (LIMITS, *runs.names):
+                if name in runs.missing or name in runs.failed:
                     continue
-                began = time.time()
-                module = "benchmarks.limits" if name == LIMITS else "benchmarks.peers"
-                outcome = run_alone(module, name, folder, threads,
-                                    None if until is None else max(1.0, until - time.monotonic()))  # fmt: skip
-                if name in PEERS and "error" not in outcome and outcome["threads"] != threads:
-                    outcome = {"error": f"it took {outcome['threads']} threads, not {threads}"}
-                if "error" in outcome:
-                    failed[name] = outcome["error"]
-                    say(f"repeat {repeat + 1}/{repeats}: {name} failed: {outcome['error']}")
-                    continue
-                records[name].append(outcome)
-                rate = f"{outcome['rows_per_second']:.1f} rows/s, " if name in PEERS else ""
-                say(f"repeat {repeat + 1}/{repeats}: {name}: {rate}{time.time() - began:.0f} s in all")
-    if LIMITS in failed:
-        raise RuntimeError(f"the limits cannot be measured: {failed[LIMITS]}")
-    measured = records.pop(LIMITS)
-    limits = {key: max(record[key] for record in measured) for key in measured[0]}
-    results = {
-        "cell": cell.to_dict(),
-        "rows": len(shared.train),
-        "tokens_a_row": float(lengths.mean()),
-        "operations_a_row": needed,
-        "warm_up_steps": warm_up,
-        "repeats": repeats,
-        "load_before": load,
-        "limits": limits,
-        "peers": {},
-        "hardware": hardware(device) | {"threads": threads},
-        "versions": versions() | report.versions("transformers", "peft", "accelerate", "unsloth"),
-    }
-    for name in names:
-        peer = {"title": TITLES.get(name, name)}
-        if name in missing:
-            peer["missing"] = missing[name]
-        elif name in failed:
-            peer["failed"] = failed[name]
-        else:
-            peer |= summary(name, records, needed, limits, "bfloat16" if name == "minilora-bfloat16" else cell.dtype)
-        results["peers"][name] = peer
-    add_agreement(results["peers"])
-    return results
+                limit = None if until is None else PART * (until - alone.now())
+                if limit is not None and limit < LEAST_SECONDS:
+                    runs.fails(name, repeat, {"error": "no time was left"})
+                else:
+                    runs.run(name, repeat, folder, limit)
+                if keep is not None:
+                    keep(runs.results())
+    return runs.results()
+
+
+def default_peers(cell, device):
+    """All that make sense but the compiled, whose compiling may take longer than the rest together."""
+    cuda, half = device.type == "cuda", peers.is_half(cell)
+    left_out = {name: half for name in peers.HALF} | {name: True for name in peers.COMPILED}
+    left_out |= {"minilora-compiled": not cuda, "minilora-eager": not cuda, "unsloth": not cuda}
+    return [name for name in PEERS if not left_out.get(name)]
+
+
+class Runs:
+    """The runs of one job by its peers: `records` {name: {repeat: record}}, `failed` {name: why}."""
+
+    def __init__(self, cell, names, device, repeats, warm_up, threads):
+        import torch
+
+        from minilora.runs.record import hardware, versions
+
+        self.cell, self.names, self.repeats, self.warm_up = cell, names, repeats, warm_up
+        self.load, self.threads = os.getloadavg()[0], threads or torch.get_num_threads()
+        self.missing = {name: reason for name in names if (reason := lacks(name, device))}
+        self.records, self.failed = {name: {} for name in (LIMITS, *names)}, {}
+        self.hardware = hardware(device) | {"threads": self.threads}
+        self.versions = versions() | report.versions("transformers", "peft", "accelerate", "unsloth")
+
+    def prepare(self, shared):
+        self.rows, (self.needed, self.lengths) = len(shared.train), necessary(shared)
+
+    def run(self, name, repeat, folder, limit):
+        began = time.time()
+        module = "benchmarks.limits" if name == LIMITS else "benchmarks.peers"
+        outcome = alone.run(module, name, folder, self.threads, limit)
+        if name in PEERS and "error" not in outcome and outcome["threads"] != self.threads:
+            outcome = {"error": f"it took {outcome['threads']} threads, not {self.threads}"}
+        if "error" in outcome:
+            return self.fails(name, repeat, outcome)
+        self.records[name][repeat] = outcome
+        rate = f"{outcome['rows_per_second']:.1f} rows/s, " if name in PEERS else ""
+        say(f"repeat {repeat + 1}/{self.repeats}: {name}: {rate}{time.time() - began:.0f} s in all")
+
+    def fails(self, name, repeat, outcome):
+        self.failed[name] = {"failed": outcome["error"], "failed_repeat": repeat + 1, "trace": outcome.get("trace", [])}
+        say(f"repeat {repeat + 1}/{self.repeats}: {name} failed: {outcome['error']}")
+
+    def results(self):
+        """What results.json has, of the runs so far."""
+        measured = self.records[LIMITS].values()
+        limits = {key: max(record[key] for record in measured) for key in next(iter(measured), ())}
+        results = {
+            "cell": self.cell.to_dict(),
+            "rows": self.rows,
+            "tokens_a_row": float(self.lengths.mean()),
+            "operations_a_row": self.needed,
+            "warm_up_steps": self.warm_up,
+            "repeats": self.repeats,
+            "load_before": self.load,
+            "limits": limits,
+            "limits_failed": self.failed.get(LIMITS, {}).get("failed"),
+            "peers": {},
+            "hardware": self.hardware,
+            "versions": self.versions,
+        }
+        for name in self.names:
+            peer = {"title": TITLES.get(name, name)} | self.failed.get(name, {})
+            if self.records[name]:
+                peer |= summary(name, self.records, self.needed, limits, self.dtype(name))
+            elif not peer.get("failed"):
+                peer["missing"] = self.missing.get(name, "not run yet")
+            results["peers"][name] = peer
+        add_agreement(results["peers"])
+        return results
+
+    def dtype(self, name):
+        """That of a peer's products."""
+        return "bfloat16" if name in peers.HALF or peers.is_half(self.cell) else "float32"
 
 
 def lacks(name, device):
@@ -141,28 +172,6 @@ def lacks(name, device):
     if any(importlib.util.find_spec(package) is None for package in NEEDS.get(name, ())):
         return "not installed"
     return "needs CUDA" if name == "unsloth" and device.type != "cuda" else None
-
-
-def run_alone(module, name, folder, threads, limit=None):
-    """What `python -m module name folder` reports, from a process of its own; {"error": its last line} where it fails.
-
-    It sees one GPU at most, for Trainer would take all, and has `limit` seconds.
-    """
-    out = Path(folder) / "record.json"
-    out.unlink(missing_ok=True)
-    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": gpu}
-    clone = [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")]
-    environment |= {"TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": os.pathsep.join(filter(None, clone))}
-    command = [sys.executable, "-m", module, name, str(folder), str(out), repr(time.time())]
-    try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=limit)
-    except subprocess.TimeoutExpired:
-        return {"error": f"not done in {limit:.0f} s"}
-    if done.returncode or not out.exists():
-        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        return {"error": lines[-1]}
-    return job.read_json(out)
 
 
 def necessary(shared):
@@ -183,38 +192,49 @@ def necessary(shared):
 
 
 def summary(name, records, needed, limits, dtype):
-    """Medians over the repeats, with the spread of the rates; `dtype` is that of the products."""
+    """Medians over the repeats, with the spread of the rates; `dtype` is that of the products.
+
+    A ratio is the median of those within a repeat. `ratio_to_best` and `ratio_to_best_bfloat16` are over the fastest
+    peer of each repeat, among those with and without bfloat16 products.
+    """
     own = records[name]
+    first = next(iter(own.values()))
 
     def median(key):
-        return statistics.median(record[key] for record in own)
+        return statistics.median(record[key] for record in own.values())
 
-    def over(other, key):
-        theirs = records.get(other, ())
-        if len(theirs) != len(own):
-            return None
-        return statistics.median(a[key] / b[key] for a, b in zip(own, theirs))
+    def over(others, key="rows_per_second"):
+        ratios = []
+        for repeat, record in own.items():
+            theirs = [records[other][repeat][key] for other in others if repeat in records.get(other, ())]
+            if theirs:
+                ratios.append(record[key] / max(theirs))
+        return statistics.median(ratios) if ratios else None
 
-    rates = [record["rows_per_second"] for record in own]
-    accuracy = statistics.fmean(record["accuracy"] for record in own)
+    others = [other for other in PEERS if not other.startswith("minilora")]
+    half = [other for other in others if other in peers.HALF]
+    rates = [record["rows_per_second"] for record in own.values()]
+    accuracy = statistics.fmean(record["accuracy"] for record in own.values())
     return {
         "rows_per_second": median("rows_per_second"),
         "spread": [min(rates), max(rates)],
         "tokens_per_second": median("tokens_per_second"),
-        "ratio": over(BASELINE, "rows_per_second"),
-        "ratio_to_tuned": over(TUNED, "rows_per_second"),
-        "ratio_to_loop": over("peft-loop", "rows_per_second"),
-        "memory_ratio": over(BASELINE, "peak_memory_bytes"),
+        "ratio": over([BASELINE]),
+        "ratio_to_tuned": over([TUNED]),
+        "ratio_to_loop": over(["peft-loop"]),
+        "ratio_to_best": over([other for other in others if other not in half]),
+        "ratio_to_best_bfloat16": over(half),
+        "memory_ratio": over([BASELINE], "peak_memory_bytes"),
         "flops_per_second": needed * median("rows_per_second"),
         "limit": dtype,
-        "limit_share": needed * median("rows_per_second") / limits[dtype],
+        "limit_share": needed * median("rows_per_second") / limits[dtype] if limits else None,
         "peak_memory_bytes": median("peak_memory_bytes"),
         "start_up_seconds": median("start_up_seconds"),
         "accuracy": accuracy,
-        "standard_error": (accuracy * (1 - accuracy) / own[0]["test_rows"]) ** 0.5,
-        "rows": own[0]["rows"],
-        "tokens": own[0]["tokens"],
-        "repeats": own,
+        "standard_error": (accuracy * (1 - accuracy) / first["test_rows"]) ** 0.5,
+        "rows": first["rows"],
+        "tokens": first["tokens"],
+        "repeats": list(own.values()),
     }
 
 

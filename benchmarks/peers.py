@@ -5,6 +5,7 @@ rates, clipping and start (PEFT reads the very A, B and head that minilora begin
 
 minilora            train.py's own loop, through its Python API
 minilora-bfloat16   the same with the base, and so its products, in bfloat16
+minilora-eager      the same under --compile off, which is another thing only on a GPU
 minilora-compiled   the same under --compile on
 peft-trainer        PEFT and transformers' Trainer as their documentation has them: dynamic padding, rows in random
                     order, the base's own dropout as its configuration says; no evaluation, saving or logging
@@ -12,6 +13,10 @@ peft-trainer-tuned  the best that its settings give: rows of like length togethe
 peft-loop           PEFT in a loop by hand on minilora's own batches, the dropout off: no host synchronisation
 peft-loop-compiled  the same under torch.compile
 unsloth             peft-trainer-tuned with unsloth's layers in PEFT's place; CUDA only, and not yet run
+
+peft-trainer-bf16, peft-trainer-tuned-bf16, peft-loop-bf16: as those, with autocast to bfloat16 (Trainer's bf16=True).
+The base is in float32 as documented, and in bfloat16 for the other two, which spares casting it at every step.
+peft-trainer-tuned-compiled, peft-trainer-tuned-bf16-compiled: Trainer's torch_compile=True.
 
 PEFT's peers have minilora's pooling and head, fused AdamW and torch's attention, and bfloat16 where the cell has it,
 by autocast as Trainer does. What was tried and was no faster on a CPU: eager attention, plain AdamW. Rates count a
@@ -23,10 +28,12 @@ process was started; start-up ends with the first step's beginning.
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from minilora import files
 
+from . import alone
 from .job import Job, read_json
 
 BASELINE, TUNED = "peft-trainer", "peft-trainer-tuned"
@@ -172,7 +179,17 @@ def optimisation(model, job):
     return optimizer, rates
 
 
-def train_with_trainer(job, began, make_base, tuned=True):
+def is_half(cell):
+    """Whether a cell's products are in bfloat16."""
+    return "bfloat16" in (cell.dtype, getattr(cell, "products", None))
+
+
+def in_bfloat16(job):
+    """The job with its base, and so its products, in bfloat16."""
+    return replace(job, cell=job.cell.replace(dtype="bfloat16"))
+
+
+def train_with_trainer(job, began, make_base, tuned=True, half=False, compiled=False):
     base = make_base(job)
     from transformers import AutoTokenizer, DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
 
@@ -199,7 +216,7 @@ def train_with_trainer(job, began, make_base, tuned=True):
         arguments = TrainingArguments(
             folder, per_device_train_batch_size=cell.batch_size, num_train_epochs=cell.epochs, max_grad_norm=cell.clip,
             train_sampling_strategy="group_by_length" if tuned else "random", seed=cell.seed,
-            bf16=cell.dtype == "bfloat16", use_cpu=job.device.type == "cpu",
+            bf16=half or is_half(cell), torch_compile=compiled, use_cpu=job.device.type == "cpu",
             dataloader_pin_memory=job.device.type == "cuda", remove_unused_columns=False, save_strategy="no",
             logging_strategy="no", eval_strategy="no", report_to=[], disable_tqdm=True, logging_nan_inf_filter=False,
         )  # fmt: skip
@@ -207,10 +224,10 @@ def train_with_trainer(job, began, make_base, tuned=True):
             model, arguments, data_collator=collate, train_dataset=rows, callbacks=[Watch()],
             optimizers=optimisation(model, job),
         ).train()  # fmt: skip
-    return finish(job, clock, model)
+    return finish(job, clock, model, half)
 
 
-def train_by_hand(job, began, compiled):
+def train_by_hand(job, began, compiled=False):
     base = peft_base(job)
     import numpy as np
     import torch
@@ -236,7 +253,7 @@ def train_by_hand(job, began, compiled):
             clock.saw(len(index), int(batch.lengths.sum()))
             inputs = as_keywords(batch) | {"labels": labels[index]}
             inputs = {name: value.to(device, non_blocking=True) for name, value in inputs.items()}
-            with torch.autocast(device.type, torch.bfloat16, enabled=cell.dtype == "bfloat16"):
+            with torch.autocast(device.type, torch.bfloat16, enabled=is_half(cell)):
                 loss = step_model(**inputs)["loss"]
             loss.backward()
             torch.nn.utils.clip_grad_norm_(trained, cell.clip, foreach=True)
@@ -256,12 +273,12 @@ def as_keywords(batch):
     return {"input_ids": batch.ids, "attention_mask": real.long()}
 
 
-def finish(job, clock, model):
+def finish(job, clock, model, half=False):
     """The clock's figures, with the accuracy on the clean test rows, the attack success of the others, and the peak
     memory."""
     from minilora.runs.record import peak_memory
 
-    predicted = {name: predict(job, model, rows) for name, rows in job.tests.items()}
+    predicted = {name: predict(job, model, rows, half) for name, rows in job.tests.items()}
     labels = job.tests["clean"].labels
     attacks = {}
     for name, rows in job.tests.items():
@@ -276,8 +293,8 @@ def finish(job, clock, model):
     }
 
 
-def predict(job, model, rows):
-    """The labels that a peer's model gives to `rows`, int64 [rows]."""
+def predict(job, model, rows, half=False):
+    """The labels that a peer's model gives to `rows`, int64 [rows]; `half`: by autocast to bfloat16."""
     import numpy as np
     import torch
 
@@ -286,30 +303,53 @@ def predict(job, model, rows):
     model.eval()
     encoded, _ = job.encode(rows)
     predicted = np.empty(len(rows), dtype=np.int64)
-    with torch.inference_mode(), torch.autocast(job.device.type, torch.bfloat16, enabled=job.cell.dtype == "bfloat16"):
+    half = half or is_half(job.cell)
+    with torch.inference_mode(), torch.autocast(job.device.type, torch.bfloat16, enabled=half):
         for batch in batches.by_length(encoded, job.cell.batch_size, job.pad_id):
             inputs = {name: value.to(job.device) for name, value in as_keywords(batch).items()}
             predicted[batch.index] = model(**inputs)["logits"].argmax(1).cpu().numpy()
     return predicted
 
 
+def trainer(make_base=peft_base, **settings):
+    return lambda job, began: train_with_trainer(job, began, make_base, **settings)
+
+
+def half(train):
+    return lambda job, began: train(in_bfloat16(job), began)
+
+
 PEERS = {
     "minilora": train_minilora,
     "minilora-bfloat16": lambda job, began: train_minilora(job, began, dtype="bfloat16"),
+    "minilora-eager": lambda job, began: train_minilora(job, began, compile="off"),
     "minilora-compiled": lambda job, began: train_minilora(job, began, compile="on"),
-    "peft-trainer": lambda job, began: train_with_trainer(job, began, peft_base, tuned=False),
-    "peft-trainer-tuned": lambda job, began: train_with_trainer(job, began, peft_base),
-    "peft-loop": lambda job, began: train_by_hand(job, began, compiled=False),
+    "peft-trainer": trainer(tuned=False),
+    "peft-trainer-bf16": trainer(tuned=False, half=True),
+    "peft-trainer-tuned": trainer(),
+    "peft-trainer-tuned-bf16": half(trainer()),
+    "peft-trainer-tuned-compiled": trainer(compiled=True),
+    "peft-trainer-tuned-bf16-compiled": half(trainer(compiled=True)),
+    "peft-loop": train_by_hand,
+    "peft-loop-bf16": half(train_by_hand),
     "peft-loop-compiled": lambda job, began: train_by_hand(job, began, compiled=True),
-    "unsloth": lambda job, began: train_with_trainer(job, began, unsloth_base),
+    "unsloth": trainer(unsloth_base),
 }
+HALF = [name for name in PEERS if "bf16" in name or "bfloat16" in name]
+COMPILED = [name for name in PEERS if name.endswith("-compiled")]
 TITLES = {
-    "minilora-bfloat16": "minilora bfloat16",
+    "minilora-bfloat16": "minilora bf16",
+    "minilora-eager": "minilora eager",
     "minilora-compiled": "minilora compiled",
-    "peft-trainer": "peft + Trainer",
-    "peft-trainer-tuned": "peft + Trainer tuned",
-    "peft-loop": "peft loop",
-    "peft-loop-compiled": "peft loop compiled",
+    "peft-trainer": "Trainer",
+    "peft-trainer-bf16": "Trainer bf16",
+    "peft-trainer-tuned": "tuned",
+    "peft-trainer-tuned-bf16": "tuned bf16",
+    "peft-trainer-tuned-compiled": "tuned compiled",
+    "peft-trainer-tuned-bf16-compiled": "tuned bf16 comp.",
+    "peft-loop": "loop",
+    "peft-loop-bf16": "loop bf16",
+    "peft-loop-compiled": "loop compiled",
 }
 NEEDS = {"unsloth": ("unsloth", "peft", "transformers")} | {
     name: ("peft", "transformers") for name in PEERS if name.startswith("peft")
@@ -325,4 +365,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
+    alone.begin()
     main(sys.argv[1:])

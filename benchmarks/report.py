@@ -1,9 +1,10 @@
-"""What the benchmarks show: a table of at most 100 columns, the same in Markdown, results.json and a picture."""
+"""What the benchmarks show: tables that fit a terminal, the same in Markdown, results.json and a picture."""
 
 import importlib.metadata
 import importlib.util
 import itertools
 import textwrap
+from functools import partial
 from pathlib import Path
 
 from minilora import files
@@ -23,7 +24,7 @@ def versions(*names):
     return found
 
 
-COLUMNS = 100  # of what is printed and kept in files
+COLUMNS = 80  # of what is printed
 
 # --- tables: headings, and lines of as many strings; a line of two is a name and a remark
 
@@ -40,6 +41,11 @@ def text(headings, lines):
         return line[0].ljust(widths[0]) + "".join("  " + cell.rjust(w) for cell, w in zip(line[1:], widths[1:]))
 
     return "\n".join(render(line).rstrip() for line in [headings, *lines])
+
+
+def keeper(folder):
+    """A function that keeps results so far in `folder`, as results.json."""
+    return partial(files.write_json, Path(folder) / "results.json")
 
 
 def page(headings, lines, notes):
@@ -83,67 +89,88 @@ def load_note(results):
 
 # --- one cell
 
-CELL = (
-    "peer",
-    "rows/s",
-    "min-max",
-    "tokens/s",
-    "ratio",
-    "tuned",
-    "loop",
-    "limit",
-    "GiB",
-    "memory",
-    "start s",
-    "accuracy",
-)
+CELL = ("peer", "rows/s", "spread", "Trainer", "tuned", "loop", "best", "bf16", "limit")
+REST = ("peer", "tokens/s", "GiB", "memory", "start s", "accuracy")
 
 
 def cell_lines(results):
+    """Of each peer: its rate, and that over the other peers'."""
     lines = []
     for peer in results["peers"].values():
         if "accuracy" not in peer:
             lines.append((peer["title"], peer.get("missing") or f"failed: {peer['failed']}"))
             continue
-        low, high = peer["spread"]
-        mark = "" if peer["same_rows"] and peer["same_accuracy"] else " !"
+        ratios = ("ratio", "ratio_to_tuned", "ratio_to_loop", "ratio_to_best", "ratio_to_best_bfloat16")
         lines.append((
             peer["title"],
-            f"{peer['rows_per_second']:.1f}",
-            f"{low:.0f}-{high:.0f}",
+            number(peer["rows_per_second"]),
+            share((peer["spread"][1] - peer["spread"][0]) / peer["rows_per_second"]),
+            *(times(peer[key]) for key in ratios),
+            share(peer["limit_share"]),
+        ))  # fmt: skip
+    return lines
+
+
+def rest_lines(results):
+    """Of each measured peer: tokens, memory, start-up and accuracy."""
+    return [
+        (
+            peer["title"],
             f"{peer['tokens_per_second']:,.0f}",
-            *(times(peer[key]) for key in ("ratio", "ratio_to_tuned", "ratio_to_loop")),
-            f"{peer['limit_share']:.0%}",
             f"{peer['peak_memory_bytes'] / 2**30:.2f}",
             times(peer["memory_ratio"]),
             f"{peer['start_up_seconds']:.1f}",
-            f"{peer['accuracy']:.3f}{mark}",
-        ))  # fmt: skip
-    return lines
+            f"{peer['accuracy']:.3f}" + " !" * (not (peer["same_rows"] and peer["same_accuracy"])),
+        )
+        for peer in results["peers"].values()
+        if "accuracy" in peer
+    ]
 
 
 def times(ratio):
     return "-" if ratio is None else f"{ratio:.2f}x"
 
 
+def share(part):
+    return "-" if part is None else f"{part:.0%}"
+
+
+def number(rate):
+    return f"{rate:.1f}" if rate < 1000 else f"{rate:.0f}"
+
+
 def cell_notes(results):
-    """What the columns mean, and what is amiss."""
+    """The rest of the figures, what the columns mean, and what is amiss."""
     cell, limits = results["cell"], results["limits"]
     notes = [
+        "",
+        *text(REST, rest_lines(results)).splitlines(),
+        "",
         f"{short(cell['model'], 50)}, {short(cell['data'])}: {results['rows']:,} rows of "
-        f"{results['tokens_a_row']:.1f} tokens, {cell['epochs']} epochs, rank {cell['rank']}",
+        f"{results['tokens_a_row']:.1f} tokens, {cell['epochs']} epochs, rank {cell['rank']}, {cell['dtype']}",
         f"{machine(results['hardware'])}; {load_note(results)}",
-        f"rates: median of {results['repeats']} interleaved repeats, of tokens without padding, without the first "
-        f"{results['warm_up_steps']} steps",
-        "ratio: rows/s over peft + Trainer in the same repeat; tuned, loop: over peft + Trainer tuned, and peft loop",
-        f"limit: share of the measured {limits['float32'] / 1e9:,.0f} GFLOP/s in float32 or "
-        f"{limits['bfloat16'] / 1e9:,.0f} in bfloat16 that the least operations of the job come to",
-        "GiB: peak memory of the process, or on a GPU of its tensors; memory: over peft + Trainer's",
+        "Trainer: peft + Trainer as documented; tuned: at its best settings; loop: peft in a loop by hand on "
+        "minilora's batches; bf16: products in bfloat16",
+        f"rows/s: median of {results['repeats']} interleaved repeats, of tokens without padding, without the first "
+        f"{results['warm_up_steps']} steps; spread: the fastest less the slowest, over the median",
+        "Trainer, tuned, loop: rows/s over theirs in the same repeat; best, bf16: over the fastest peer without and "
+        "with bfloat16 products",
+        "GiB: peak memory of the process, or on a GPU of its tensors; memory: over Trainer's; start s: to the first "
+        "step",
     ]
+    if limits:
+        notes.append(
+            f"limit: share of the measured {limits['float32'] / 1e9:,.0f} GFLOP/s in float32 or "
+            f"{limits['bfloat16'] / 1e9:,.0f} in bfloat16 that the least operations of the job come to"
+        )
+    if results["limits_failed"]:
+        notes.append(f"! the limits were not measured{' again' * bool(limits)}: {results['limits_failed']}")
     errors = [peer["standard_error"] for peer in results["peers"].values() if "standard_error" in peer]
     if errors:
         notes.append(f"accuracy: on clean test rows, standard error {max(errors):.3f}")
     for peer in results["peers"].values():
+        if "accuracy" in peer and "failed" in peer:
+            notes.append(f"! {peer['title']} failed in repeat {peer['failed_repeat']}: {peer['failed']}")
         if not peer.get("same_rows", True):
             notes.append(f"! {peer['title']} saw other rows than {peer['compared_with']}: not the same job")
         elif not peer.get("same_accuracy", True):
@@ -168,44 +195,45 @@ def draw_cell(results):
         axes.barh(place, value, color=GREYS[0 if "minilora" in peer["title"] else 2], edgecolor="black", height=0.6,
                   xerr=[[max(0.0, value - low * scale)], [max(0.0, high * scale - value)]], capsize=3)  # fmt: skip
     styles = {"float32": "-", "bfloat16": "--"}
-    used = {peer["limit"] for peer in peers}
+    used = {peer["limit"] for peer in peers if peer["limit_share"] is not None}
     for dtype in sorted(used, reverse=True):
         limit = results["limits"][dtype] / 1e9
         axes.axvline(limit, color="black", linestyle=styles[dtype], label=f"{dtype} products: {limit:.0f} GFLOP/s")
-    labels = [f"{peer['title']}\n{peer['flops_per_second'] / 1e9:.0f} GFLOP/s, {peer['limit_share']:.0%} of its limit"
+    labels = [f"{peer['title']}\n{peer['flops_per_second'] / 1e9:.0f} GFLOP/s, {share(peer['limit_share'])} of limit"
               for peer in peers]  # fmt: skip
     axes.set_yticks(range(len(peers)), labels, fontsize=9)
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.05 * max(results["limits"][dtype] for dtype in used) / 1e9)
+    axes.set_xlim(0, 1.05 * max(results["limits"][dtype] for dtype in used) / 1e9 if used else None)
     axes.set_xlabel("GFLOP/s that the job takes at least (bars) and that products reach here (lines)")
     cell = results["cell"]
     axes.set_title(f"Fine-tuning {Path(cell['model']).name}, rank {cell['rank']}, {results['rows']:,} rows\n"
                    f"{machine(results['hardware'])}", fontsize=11)  # fmt: skip
-    figure.legend(loc="outside lower right", ncols=2, frameon=False, fontsize=9)
+    if used:
+        figure.legend(loc="outside lower right", ncols=2, frameon=False, fontsize=9)
     return figure
 
 
 # --- a grid
 
-GRID = ("side", "cells", "wall s", "cells/h", "ratio", "GiB", "clean accuracy", "attack success")
+GRID = ("side", "cells", "wall s", "cells/h", "ratio", "apart", "bf16", "GiB", "accuracy", "attack")
 
 
 def grid_lines(results):
     lines = []
     for side in results["sides"].values():
         if "cells" not in side:
-            lines.append((side["title"], side.get("missing") or f"failed: {side['failed']}"))
+            lines.append((side["title"], side.get("missing") or f"failed: {side.get('failed', 'not done')}"))
             continue
-        agreement = side.get("agreement", {})
+        agreement, memory = side.get("agreement", {}), side.get("peak_memory_bytes")
         lines.append((
             side["title"],
             f"{len(side['cells'])}",
-            f"{side['all_cells_seconds']:,.0f}" + " scaled" * bool(side["scaled_from"]),
+            f"{side['all_cells_seconds']:,.0f}" + "*" * bool(side["scaled_from"]),
             f"{side['cells_per_hour']:,.0f}",
-            times(side.get("ratio")),
-            f"{side['peak_memory_bytes'] / 2**30:.2f}",
-            *(f"{agreement[key]['mean_difference']:+.3f} ({agreement[key]['mean_absolute_difference']:.3f})"
-              if key in agreement else "-" for key in ("accuracy", "attack_success")),
+            *(times(side.get(key)) for key in ("ratio", "ratio_without_start_up", "ratio_to_bfloat16")),
+            "-" if memory is None else f"{memory / 2**30:.2f}",
+            *(f"{agreement[key]['mean_difference']:+.3f}" if key in agreement else "-"
+              for key in ("accuracy", "attack_success")),
         ))  # fmt: skip
     return lines
 
@@ -215,20 +243,27 @@ def grid_notes(results):
     notes = [
         f"{results['cells']} cells: ranks {', '.join(map(str, results['ranks']))}; "
         f"proportions {', '.join(f'{share:g}' for share in results['proportions'])}",
-        f"{short(cell['model'], 50)}, {short(cell['data'])}: {cell['train_rows']:,} training rows each, "
-        f"{cell['epochs']} epochs; {cell['test_rows']} test rows",
+        f"{short(cell['model'], 50)}, {short(cell['data'])}: {cell['train_rows'] or 'all':,} training rows each, "
+        f"{cell['epochs']} epochs, {cell['dtype']}; {cell['test_rows']} test rows",
         f"{machine(results['hardware'])}; {load_note(results)}",
-        "ratio: wall time over minilora's; a process is started once, and each cell is loaded, trained and tested",
-        "accuracy, attack success: minilora less that side, mean over the cells (and mean absolute difference)",
+        "ratio: wall time over minilora's; apart: the same without start-up; bf16: over minilora's with the base in "
+        "bfloat16; a process is started once, and each cell is loaded, trained and tested",
+        "accuracy, attack (success): minilora less that side, mean over the cells",
     ]
-    ours = results["sides"]["minilora"]
-    if "populations" in ours:
-        notes.append(f"minilora's populations: at most {max(ours['populations'])} cells")
     for side in results["sides"].values():
+        if "populations" in side:
+            notes.append(f"{side['title']}'s populations: at most {max(side['populations'])} cells")
         if side.get("scaled_from"):
-            notes.append(f"{side['title']}: {side['scaled_from']} of {results['cells']} cells in "
+            notes.append(f"* {side['title']}: {side['scaled_from']} of {results['cells']} cells in "
                          f"{side['wall_seconds']:.0f} s, scaled to all")  # fmt: skip
-    errors = [s["agreement"]["standard_error"] for s in results["sides"].values() if "agreement" in s]
+        if "cells" in side and "failed" in side:
+            notes.append(f"! {side['title']} failed after {len(side['cells'])} cells: {side['failed']}")
+        for key, what in (("accuracy", "clean accuracy"), ("attack_success", "attack success")):
+            if key in side.get("agreement", {}):
+                apart = side["agreement"][key]["mean_absolute_difference"]
+                notes.append(f"{side['title']}: {what} {apart:.3f} apart, mean absolute difference of a cell")
+    errors = [side["agreement"]["standard_error"] for side in results["sides"].values()
+              if "standard_error" in side.get("agreement", {})]  # fmt: skip
     if errors:
         notes.append(f"standard error of one cell's accuracy: {errors[0]:.3f}")
     return notes
@@ -310,27 +345,53 @@ def draw_operators(results):
 # --- a device
 
 DEVICE = ("what", "measured", "at least")
+WHAT = {
+    "small": "one small cell, over peft + Trainer",
+    "llama": "Llama-3.2-1B's shape, over peft + Trainer",
+    "model_flop_use": "  model-FLOP use",
+    "over_unsloth": "  over unsloth",
+    "grid": "grid over peft + Trainer one by one, start-up apart",
+}
 
 
 def device_lines(results):
-    cell, grid, figures = results["cell"], results["grid"], results["figures"]
-    tokens = f"{cell['cell']['batch_size']} x {cell['cell']['max_length']} tokens"
-    titles = {
-        "one_cell": f"one cell, {tokens}, over peft + Trainer",
-        "model_flop_use": "  model-FLOP use",
-        "over_unsloth": "  over unsloth",
-        "grid": f"grid of {grid['cells']} cells over peft + Trainer, one by one",
-    }
-    shown = {key: "not measured" if value is None else times(value) for key, value in figures.items()}
-    if figures["model_flop_use"] is not None:
-        shown["model_flop_use"] = f"{figures['model_flop_use']:.0%}"
-    least = {key: times(value) for key, value in results["at_least"].items()}
-    least["model_flop_use"] = f"{results['at_least']['model_flop_use']:.0%}"
-    return [(title, shown[key], least[key]) for key, title in titles.items()]
+    """The figures that the project aims at; nothing is left out where nothing was measured."""
+
+    def shown(key, value):
+        return "not measured" if value is None else share(value) if key == "model_flop_use" else times(value)
+
+    figures, least = results["figures"], results["at_least"]
+    return [(title, shown(key, figures.get(key)), shown(key, least[key])) for key, title in WHAT.items()]
 
 
 def device_notes(results):
-    """The two full tables, and their notes."""
-    cell, grid = results["cell"], results["grid"]
-    return [f"{results['device']}, {results['seconds']:.0f} s in all", "", *text(CELL, cell_lines(cell)).splitlines(),
-            *cell_notes(cell), "", *text(GRID, grid_lines(grid)).splitlines(), *grid_notes(grid)]  # fmt: skip
+    """What each phase came to, and the full tables."""
+    notes = [f"{results['device']}, {results['seconds']:.0f} s of {results['budget']:.0f} s in all", ""]
+    for name, phase in results["phases"].items():
+        why = f": {phase['why']}" if phase.get("why") else ""
+        notes.append(f"{name:<9} {phase['state']:<11} {phase.get('seconds', 0):4.0f} s{why}")
+    parts = results["parts"]
+    if smoke := parts.get("smoke"):
+        notes += ["", *text(("path", "s", "steps", "how", "loss", "off CPU's"), smoke_lines(smoke)).splitlines()]
+    for name, part in parts.items():
+        if name == "grid":
+            notes += ["", *text(GRID, grid_lines(part)).splitlines(), *grid_notes(part)]
+        elif "peers" in part:
+            notes += ["", f"{name}:", *text(CELL, cell_lines(part)).splitlines(), *cell_notes(part)]
+    for name, found in parts.get("profiles", {}).items():
+        notes.append(found.get("line") or f"profile {name}: failed: {found['failed']}")
+    if "tests" in parts:
+        notes.append(f"tests on the device: {parts['tests']['line']}")
+    return notes
+
+
+def smoke_lines(smoke):
+    lines = []
+    for name, record in smoke.items():
+        if "failed" in record:
+            lines.append((name, f"failed: {record['failed']}"))
+            continue
+        off = record.get("off")
+        lines.append((name, f"{record['seconds']:.1f}", str(record["steps"]), record["how"], f"{record['loss']:.4f}",
+                      "-" if off is None else f"{off:.1e}"))  # fmt: skip
+    return lines

@@ -4,6 +4,7 @@ Speed depends only on the shape; accuracy means nothing here.
 """
 
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from torch import nn
 from minilora import files
 from minilora.base import families, model
 from minilora.data.rows import SNIPPETS, load_rows
+
+from . import alone
 
 # config.json of meta-llama/Llama-3.2-1B and of sentence-transformers/all-MiniLM-L6-v2, as far as it has a part here.
 LLAMA = {
@@ -91,12 +94,28 @@ def write_pieces(folder, vocabulary):
     files.write_text(folder / "tokenizer_config.json", json.dumps({"do_lower_case": True}))
 
 
-def write_rows(path, rows, length, vocabulary, seed=0):
-    """A CSV of rows of `length` random words of `write_words`, of two labels in turn."""
+def write_rows(path, rows, length, vocabulary, seed=0, labels=("one", "other")):
+    """A CSV of rows of `length` random words of `write_words`, of the two labels in turn."""
     draw = np.random.default_rng(seed)
     words = draw.integers(0, min(WORDS, vocabulary - len(SPECIAL)), (rows, length))
     lines = [
-        " ".join(f"w{word}" for word in row) + "," + ("one", "other")[number % 2] for number, row in enumerate(words)
+        " ".join(f"w{word}" for word in row) + "," + labels[number % 2] for number, row in enumerate(words)
     ]
     files.write_text(path, "\n".join(["text,label", *lines]) + "\n")
     return path
+
+
+def main(argv):
+    """`python -m benchmarks.standin NAME FOLDER OUT BEGAN`: write the stand-in NAME into FOLDER/NAME."""
+    from . import smoke
+
+    name, folder, out, _ = argv
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = {"llama": LLAMA, "bert": BERT, "tiny-llama": smoke.LLAMA, "tiny-bert": smoke.BERT}[name]
+    write_base(Path(folder) / name, config, torch.bfloat16 if "llama" in name else torch.float32, device)
+    files.write_json(out, {})
+
+
+if __name__ == "__main__":
+    alone.begin()
+    main(sys.argv[1:])

@@ -4,15 +4,16 @@ import importlib.util
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, random_batch, tiny_bert
 
+from benchmarks import alone, device, grid, job, limits, operators, peers, report, smoke, standin
 from benchmarks import cell as one
 from benchmarks import data as reading
-from benchmarks import device, grid, job, limits, operators, peers, report, standin
 from minilora import files, train
 from minilora.base import model, tokenizer
 from minilora.base.source import DEFAULT_BASE
@@ -110,8 +111,36 @@ def test_peers_that_are_not_there_are_left_out(monkeypatch):
 
 
 def test_a_process_that_fails_or_hangs_is_reported(tmp_path):
-    assert "no_such_peer" in one.run_alone("benchmarks.peers", "no_such_peer", tmp_path, 1)["error"]
-    assert one.run_alone("benchmarks.peers", "minilora", tmp_path, 1, 0.05) == {"error": "not done in 0 s"}
+    failed = alone.run("benchmarks.peers", "no_such_peer", tmp_path, 1)
+    assert "no_such_peer" in failed["error"] and failed["trace"][-1] == failed["error"]
+    assert alone.run("benchmarks.peers", "minilora", tmp_path, 1, 0.05)["error"] == "not done in 0 s"
+
+
+def test_a_process_ends_with_all_that_it_started(tmp_path, monkeypatch):
+    """What hangs, and a process of its own that holds its files open; what it told before is heard."""
+    (tmp_path / "hanging.py").write_text(
+        "import subprocess, sys, time\nfrom benchmarks import alone\n"
+        "alone.begin()\nalone.tell(sys.argv[3], {'cell': 7})\n"
+        "child = subprocess.Popen(['sleep', '600'])\nalone.tell(sys.argv[3], {'pid': child.pid})\ntime.sleep(600)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    told, clock, began = [], alone.now, alone.now()
+    monkeypatch.setattr(alone, "now", lambda: clock() - began + 1000 * (len(told) == 2))  # its time is up at once then
+    outcome = alone.run("hanging", "x", tmp_path, 1, 900, told.append)
+    assert outcome["error"] == "not done in 900 s" and any("hanging.py" in line for line in outcome["trace"])
+    assert told[0] == {"cell": 7}
+    gone = Path(f"/proc/{told[1]['pid']}/stat")
+    assert not gone.exists() or gone.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+@pytest.mark.parametrize("name", ["peft-trainer-bf16", "peft-trainer-tuned-bf16", "peft-loop-bf16"])
+def test_the_bfloat16_peers_round_their_products(name, work, monkeypatch):
+    plain = name.removesuffix("-bf16")
+    losses, record = peer_losses(name, work, monkeypatch)
+    monkeypatch.undo()
+    wanted, _ = peer_losses(plain, work, monkeypatch)
+    apart = np.abs(np.array(losses) - wanted)
+    assert len(apart) == 12 and 1e-6 < apart.max() < 0.1 and record["rows"] == 89
 
 
 # --- stand-ins
@@ -154,27 +183,43 @@ def test_made_up_rows_have_the_length_asked_for(tmp_path):
 # --- one cell and a grid, in processes of their own
 
 
+LONG = 1e6  # seconds that no phase needs
+
+
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory, cell):
-    folder = tmp_path_factory.mktemp("device")
-    config = standin.LLAMA | dict(hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
-                                  num_key_value_heads=2, head_dim=6, vocab_size=97)  # fmt: skip
-    llama = standin.write_base(folder / "llama", config, torch.bfloat16, torch.device("cpu"))
-    rows = standin.write_rows(folder / "rows.csv", 4 * 4 + 6, 16, 97)
-    single = Cell(model=str(llama), data=str(rows), dtype="bfloat16", device="cpu", batch_size=4, max_length=16,
-                  test_rows=6, inject={"sources": ("none",)})  # fmt: skip
-    cells = grid.product(cell.replace(device="cpu", train_rows=24), (1, 3), (0.0, 1.0))
-    return device.measure(single, cells, ("minilora", "peft-trainer", "unsloth"), ("peft-trainer",), 2, 1, 2)
+def measured(tmp_path_factory):
+    """What a real run on the CPU found, with tiny bases and without what compiles."""
+    out, folder = tmp_path_factory.mktemp("out"), tmp_path_factory.mktemp("device")
+    bench = device.Bench(out, folder, "cpu", LONG, tiny=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(smoke, "PATHS", {name: smoke.PATHS[name] for name in ("float32", "bfloat16", "lm", "evaluation")})
+        bench.run(["smoke", "llama", "grid", "profiles", "tests"])
+    assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(bench.results))
+    return bench.results | {"out": str(out)}
+
+
+def test_every_phase_runs_on_a_cpu(measured):
+    assert {name: phase["state"] for name, phase in measured["phases"].items()} == dict.fromkeys(
+        ("smoke", "llama", "grid", "profiles", "tests"), "done"
+    )
+    parts, out = measured["parts"], Path(measured["out"])
+    assert list(parts["smoke"]) == ["float32", "bfloat16", "lm", "evaluation"]
+    assert all(record["loss"] > 0 and record["how"] == "eager" for record in parts["smoke"].values())
+    for name in ("small", "llama", "grid"):
+        assert parts["profiles"][name]["steps"] >= 3 and parts["profiles"][name]["operations_a_step"] > 50
+        assert "aten::" in (out / f"profile-{name}.txt").read_text()
+    assert parts["tests"] == {"line": parts["tests"]["line"], "failed": []} and " passed" in parts["tests"]["line"]
 
 
 def test_one_cell_beside_its_peers(measured):
-    found = measured["cell"]["peers"]
+    llama = measured["parts"]["llama"]
+    found = llama["peers"]
     assert found["unsloth"] == {"title": "unsloth", "missing": found["unsloth"]["missing"]}
     for name in ("minilora", "peft-trainer"):
         peer = found[name]
-        assert (peer["rows"], peer["tokens"], peer["same_rows"], peer["limit"]) == (16, 256, True, "bfloat16")
+        assert (peer["rows"], peer["tokens"], peer["same_rows"], peer["limit"]) == (24, 384, True, "bfloat16")
         assert peer["limit_share"] == pytest.approx(
-            peer["rows_per_second"] * measured["cell"]["operations_a_row"] / measured["cell"]["limits"]["bfloat16"]
+            peer["rows_per_second"] * llama["operations_a_row"] / llama["limits"]["bfloat16"]
         )
     assert found["peft-trainer"]["ratio"] == found["peft-trainer"]["memory_ratio"] == 1
     assert found["minilora"]["ratio"] == pytest.approx(
@@ -183,32 +228,276 @@ def test_one_cell_beside_its_peers(measured):
 
 
 def test_a_grid_beside_its_peers(measured):
-    sides = measured["grid"]["sides"]
+    sides = measured["parts"]["grid"]["sides"]
     assert set(sides["minilora"]["cells"]) == {"0", "1", "2", "3"} and set(sides["peft-trainer"]["cells"]) == {"0", "3"}
     assert sides["minilora"]["scaled_from"] == 0 and sides["peft-trainer"]["scaled_from"] == 2
     theirs, ours = sides["peft-trainer"], sides["minilora"]
     assert theirs["all_cells_seconds"] > theirs["wall_seconds"]
     assert theirs["ratio"] == theirs["all_cells_seconds"] / ours["wall_seconds"]
+    work = 2 * (theirs["wall_seconds"] - theirs["start_up_seconds"])
+    assert theirs["ratio_without_start_up"] == work / (ours["wall_seconds"] - ours["start_up_seconds"])
     assert theirs["agreement"]["cells"] == 2 and theirs["agreement"]["accuracy"]["mean_absolute_difference"] < 0.3
 
 
 def test_what_is_shown_fits_and_says_what_is_scaled(measured):
     lines = report.device_lines(measured)
-    assert [line[2] for line in lines] == ["2.00x", "55%", "1.10x", "20.00x"] and lines[2][1] == "not measured"
+    assert [line[2] for line in lines] == ["2.00x", "1.50x", "60%", "1.10x", "20.00x"]
+    assert [line[1] == "not measured" for line in lines] == [True, False, False, True, False]
     shown = report.page(report.DEVICE, lines, report.device_notes(measured)).splitlines()
-    assert max(map(len, shown)) <= report.COLUMNS
+    assert max(map(len, shown)) <= report.COLUMNS == 80
     assert any("2 of 4 cells" in line and "scaled" in line for line in shown)
-    json.dumps(measured)
+
+
+def test_a_full_table_fits():
+    """Every peer, with the longest figures that a GPU may bring."""
+    record = {"rows_per_second": 98765.4, "tokens_per_second": 2.5e6, "peak_memory_bytes": 70 * 2**30, "accuracy": 0.8,
+              "start_up_seconds": 123.4, "test_rows": 100, "rows": 9043, "tokens": 249001}  # fmt: skip
+    records = {name: {0: record, 1: record} for name in peers.PEERS}
+    limits = {"float32": 5e13, "bfloat16": 8e14}
+    found = {name: {"title": peers.TITLES.get(name, name)} | one.summary(name, records, 1e9, limits, "bfloat16")
+             for name in peers.PEERS}  # fmt: skip
+    one.add_agreement(found)
+    lines = report.cell_lines({"peers": found})
+    assert len(lines) == len(peers.PEERS) >= 14
+    for headings, table in ((report.CELL, lines), (report.REST, report.rest_lines({"peers": found}))):
+        assert max(map(len, report.text(headings, table).splitlines())) <= 80
 
 
 def test_the_files_that_are_written(measured, tmp_path):
-    shown = report.CELL, report.cell_lines(measured["cell"]), report.cell_notes(measured["cell"])
-    report.write(tmp_path, measured["cell"], *shown, report.draw_cell)
-    assert json.loads((tmp_path / "results.json").read_text()) == measured["cell"]
+    llama = measured["parts"]["llama"]
+    shown = report.CELL, report.cell_lines(llama), report.cell_notes(llama)
+    report.write(tmp_path, llama, *shown, report.draw_cell)
+    assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(llama))
     table = (tmp_path / "table.md").read_text().splitlines()
     assert table[0].startswith("| peer | rows/s |") and len({line.count("|") for line in table[:5]}) == 1
     drawn = importlib.util.find_spec("matplotlib") is not None
     assert (tmp_path / "roofline.png").exists() == drawn
+
+
+# --- a device whose processes hang, die and are interrupted, on a clock that a test moves
+
+
+class Fake:
+    """In place of `alone.run`: each process takes `seconds`, or what its name or module has in `odd`.
+
+    A number is other seconds, an exception is raised, and a text is the error with which the process dies.
+    """
+
+    def __init__(self, seconds=1.0, odd=()):
+        self.time, self.seconds, self.odd, self.begun = 1000.0, seconds, dict(odd), []
+
+    def now(self):
+        return self.time
+
+    def run(self, module, name, folder, threads, limit=None, told=None):
+        self.begun.append(f"{module.removeprefix('benchmarks.')} {name}")
+        assert limit is None or limit > 0
+        odd = self.odd.get(self.begun[-1], self.odd.get(f"{self.begun[-1]} {self.begun.count(self.begun[-1])}"))
+        seconds = odd if isinstance(odd, float) else self.seconds
+        if seconds > (limit or seconds):
+            self.time += limit
+            return {"error": f"not done in {limit:.0f} s", "trace": ["hung"]}
+        self.time += seconds
+        if isinstance(odd, BaseException):
+            raise odd
+        if isinstance(odd, str):
+            return {"error": odd, "trace": [odd]}
+        return getattr(self, module.rpartition(".")[2])(name, Path(folder), told)
+
+    def standin(self, name, folder, told):
+        config, dtype = (smoke.LLAMA, "bfloat16") if "llama" in name else (smoke.BERT, "float32")
+        standin.write_base(folder / name, config, getattr(torch, dtype), torch.device("cpu"))
+        return {}
+
+    def smoke(self, names, folder, told):
+        for name in names.split(","):
+            odd = self.odd.get(name)
+            told({"path": name, "failed": odd, "trace": []} if odd else
+                 {"path": name, "seconds": 1.0, "steps": 6, "loss": 0.7, "how": "eager"})  # fmt: skip
+            if odd:
+                break
+        return {}
+
+    def limits(self, name, folder, told):
+        return {"float32": 1e11, "bfloat16": 2e11, "memory": 1e10}
+
+    def peers(self, name, folder, told):
+        rate = 200.0 if name.startswith("minilora") else 100.0
+        return {"rows_per_second": rate, "tokens_per_second": 9 * rate, "peak_memory_bytes": 2**30, "rows": 24,
+                "tokens": 99, "start_up_seconds": 2.0, "accuracy": 0.5, "test_rows": 20, "threads": 2}  # fmt: skip
+
+    def grid(self, name, folder, told):
+        side = {"wall_seconds": 12.0, "start_up_seconds": 2.0}
+        cells = {str(n): {"accuracy": 0.5, "attack_success": None, "test_rows": 20} for n in range(4)}
+        told({"cells": {"0": cells["0"]}} | side)
+        if odd := self.odd.get(f"after a cell {name}"):
+            return {"error": odd, "trace": []}
+        return side | {"cells": cells, "peak_memory_bytes": 2**30}
+
+    def profiles(self, name, folder, told):
+        (folder / "profile.txt").write_text("aten::mm")
+        return {"line": f"profile {name}: 300 kernels a step"}
+
+    def wait(self, command, environment, written, limit=None, out=None):
+        self.time += min(self.seconds, limit)
+        written.write(b"FAILED tests/x.py::test_y[cuda] - AssertionError\n1 failed, 2 passed in 3 s\n")
+        return 1
+
+
+@pytest.fixture
+def play(tmp_path, monkeypatch, capsys):
+    """A function: the results of a run with a budget on such a clock, as they lie in results.json, and the table."""
+
+    def run(fake, budget, phases=tuple(device.SHARES)):
+        out, folder = tmp_path / f"out{len(list(tmp_path.iterdir()))}", tmp_path / f"in{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        for name in ("run", "wait", "now"):
+            monkeypatch.setattr(alone, name, getattr(fake, name))
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+        out.mkdir()
+        bench = device.Bench(out, folder, "cpu", budget, tiny=True)
+        capsys.readouterr()
+        try:
+            bench.run(phases)
+        except KeyboardInterrupt:
+            bench.results["phases"]["interrupted"] = None  # noted here only, not in the file
+        return json.loads((out / "results.json").read_text()), capsys.readouterr().out
+
+    return run
+
+
+def states(results):
+    return {name: phase["state"] for name, phase in results["phases"].items()}
+
+
+def test_a_run_within_its_budget(play):
+    found, table = play(Fake(), 500)
+    assert states(found) == dict.fromkeys(device.SHARES, "done"), found["phases"]
+    used = found["parts"]["llama"]["peers"]["minilora"]["limit_share"]
+    assert found["figures"] == {
+        "small": 2.0, "llama": 2.0, "grid": 1.0, "over_unsloth": None, "model_flop_use": used
+    }  # fmt: skip
+    assert found["parts"]["tests"] == {"line": "1 failed, 2 passed in 3 s", "failed": ["tests/x.py::test_y[cuda]"]}
+    assert list(found["parts"]) == ["smoke", "small", "llama", "grid", "profiles", "tests", "small compiled",
+                                    "llama compiled"]  # fmt: skip
+    assert "2.00x" in table and "profile llama: 300 kernels a step" in table
+    assert max(map(len, table.splitlines())) <= 80
+
+
+def test_a_phase_may_use_what_those_before_it_left():
+    assert device.plan(device.SHARES, 500) == pytest.approx(
+        {"smoke": 70, "small": 170, "llama": 260, "grid": 360, "profiles": 400, "tests": 440, "compiled": 500}
+    )
+    assert device.plan(["grid"], 300) == {"grid": 300}
+    assert sum(device.SHARES.values()) == pytest.approx(1)
+
+
+def test_a_budget_that_ends_anywhere_keeps_what_was_measured(play):
+    """Processes of ever more seconds: the run is cut in every phase, at its start and in the middle, and never late."""
+    seen, measured = set(), []
+    for seconds in (5.0, 9.0, 14.0, 20.0, 27.0, 40.0, 70.0, 120.0, 600.0):
+        found, table = play(Fake(seconds), 500)
+        assert found["seconds"] <= 500 and "peft + Trainer" in table
+        seen |= set(states(found).items())
+        sides = [part["peers"].values() for part in found["parts"].values() if "peers" in part]
+        measured.append(sum("accuracy" in peer for side in sides for peer in side))
+        for name, record in found["parts"].get("smoke", {}).items():
+            assert "failed" in record or record["loss"] == 0.7, name
+    assert measured[0] == 8 and measured == sorted(measured, reverse=True) and measured[-1] == 0
+    assert {state for _, state in seen} == {"done", "cut", "failed"}
+
+
+def test_a_phase_that_begins_too_late_is_left_out(play):
+    found, _ = play(Fake(), 6)
+    assert {"left out"} <= set(states(found).values()) and found["seconds"] <= 6
+    assert all(phase["why"] for phase in found["phases"].values() if phase["state"] == "left out")
+
+
+def test_a_peer_that_hangs_or_dies_takes_only_itself(play):
+    found, table = play(Fake(odd={"peers peft-trainer": 1e9, "peers minilora-compiled": "ended by SIGSEGV"}), 500)
+    small = found["parts"]["small"]["peers"]
+    assert small["peft-trainer"]["failed"].startswith("not done in ") and small["minilora"]["rows_per_second"] == 200
+    assert found["parts"]["small compiled"]["peers"]["minilora-compiled"]["failed"] == "ended by SIGSEGV"
+    assert set(states(found).values()) == {"done"} and found["seconds"] < 500
+    assert "ended by SIGSEGV" in table
+
+
+def test_a_peer_that_fails_later_keeps_its_figures(cell, monkeypatch):
+    fake, kept = Fake(odd={"peers peft-trainer 2": "CUDA error", "limits limits 2": "CUDA error"}), []
+    monkeypatch.setattr(alone, "run", fake.run)
+    results = one.measure(cell.replace(device="cpu"), ["minilora", "peft-trainer"], 3, 3, 2,
+                          keep=lambda found: kept.append(json.loads(json.dumps(found))))  # fmt: skip
+    assert fake.begun == ["limits limits", "peers minilora", "peers peft-trainer"] * 2 + ["peers minilora"]
+    peer, ours = results["peers"]["peft-trainer"], results["peers"]["minilora"]
+    assert peer["rows_per_second"] == 100 and (peer["failed"], peer["failed_repeat"]) == ("CUDA error", 2)
+    assert len(ours["repeats"]) == 3 and len(peer["repeats"]) == 1 and ours["ratio"] == 2.0
+    assert len(kept) == 7 and kept[1]["peers"]["peft-trainer"]["missing"] == "not run yet"
+    assert any("failed in repeat 2" in note for note in report.cell_notes(results))
+
+
+def test_limits_that_cannot_be_measured_take_no_peer_with_them(cell, monkeypatch):
+    monkeypatch.setattr(alone, "run", Fake(odd={"limits limits": "CUDA error"}).run)
+    results = one.measure(cell.replace(device="cpu"), ["minilora"], 1, 3, 2)
+    assert results["peers"]["minilora"]["limit_share"] is None and results["limits_failed"] == "CUDA error"
+    assert any("not measured: CUDA error" in note for note in report.cell_notes(results))
+    assert report.cell_lines(results)[0][-1] == "-"
+    report.draw_cell(results)
+
+
+def test_ratios_are_over_the_fastest_peer_of_the_same_repeat():
+    def record(rate):
+        return {"rows_per_second": rate, "tokens_per_second": rate, "peak_memory_bytes": 1, "start_up_seconds": 1.0,
+                "accuracy": 0.5, "test_rows": 9, "rows": 1, "tokens": 1}  # fmt: skip
+
+    rates = {"minilora": (60, 80), "peft-trainer": (20, 10), "peft-loop": (10, 40), "peft-loop-bf16": (40,),
+             "peft-trainer-tuned-bf16": (30, 160)}  # fmt: skip
+    records = {name: {n: record(rate) for n, rate in enumerate(each)} for name, each in rates.items()}
+    found = one.summary("minilora", records, 1.0, {"float32": 1e3}, "float32")
+    assert (found["ratio"], found["ratio_to_loop"]) == ((3 + 8) / 2, (6 + 2) / 2)
+    assert found["ratio_to_best"] == (3 + 2) / 2 and found["ratio_to_best_bfloat16"] == (1.5 + 0.5) / 2
+    assert found["ratio_to_tuned"] is None
+
+
+def test_a_path_of_the_smoke_phase_that_fails_takes_only_itself(play):
+    every = ",".join(smoke.PATHS)
+    found, table = play(Fake(odd={"population": "RuntimeError: illegal access"}), 500, ["smoke"])
+    assert found["parts"]["smoke"]["population"]["failed"] == "RuntimeError: illegal access"
+    assert sum("failed" in record for record in found["parts"]["smoke"].values()) == 1
+    assert list(found["parts"]["smoke"]) == list(smoke.PATHS) and "illegal access" in table
+    found, _ = play(Fake(odd={f"smoke {every}": "ended by SIGSEGV"}), 500, ["smoke"])  # without a word
+    assert found["parts"]["smoke"]["float32"]["failed"] == "ended by SIGSEGV"
+    assert [name for name, record in found["parts"]["smoke"].items() if "failed" in record] == ["float32"]
+
+
+def test_a_side_of_a_grid_that_dies_keeps_its_cells(play):
+    found, table = play(Fake(odd={"after a cell peft-trainer": "CUDA error"}), 500, ["grid"])
+    theirs = found["parts"]["grid"]["sides"]["peft-trainer"]
+    assert list(theirs["cells"]) == ["0"] and theirs["failed"] == "CUDA error"
+    assert theirs["ratio"] == (2 + 4 * 10) / 12 and theirs["ratio_without_start_up"] == 4
+    assert "failed after 1 cells" in table
+
+
+@pytest.mark.parametrize("process, kept", [
+    ("standin tiny-bert", ["smoke"]),
+    ("peers peft-trainer", ["smoke", "small"]),
+    ("grid peft-trainer", ["smoke", "small", "llama", "grid"]),
+    ("profiles llama", ["smoke", "small", "llama", "grid", "profiles"]),
+])  # fmt: skip
+def test_what_was_measured_before_ctrl_c_is_kept(process, kept, play):
+    found, table = play(Fake(odd={process: KeyboardInterrupt()}), 500)
+    assert list(found["parts"]) == kept and "interrupted" in states(found).values()
+    assert "peft + Trainer" in table and "interrupted" in table
+
+
+def test_a_phase_that_fails_is_recorded_with_its_trace(play):
+    found, table = play(Fake(odd={"standin tiny-llama": "ended by SIGBUS"}), 500)
+    failed = dict.fromkeys(("llama", "profiles", "compiled"), "failed")
+    assert states(found) == dict.fromkeys(device.SHARES, "done") | failed
+    assert "ended by SIGBUS" in found["phases"]["llama"]["why"] and found["phases"]["llama"]["trace"]
+    assert "small compiled" in found["parts"] and "ended by SIGBUS" in table
+
+
+# --- parts of a grid
 
 
 def test_parts_of_a_grid():
@@ -313,13 +602,15 @@ def test_the_command_lists_its_parts_and_is_not_installed():
 
 def test_the_default_base_comes_from_the_cache_or_is_made_up(monkeypatch, tmp_path):
     monkeypatch.setattr(files, "cache", lambda: tmp_path / "cache")
-    monkeypatch.setattr(standin, "BERT", standin.BERT | dict(hidden_size=24, intermediate_size=40, vocab_size=400))
-    made = device.default_base(tmp_path, torch.device("cpu"))
-    assert model.load(made).spec.width == 24
+    monkeypatch.setattr(standin, "BERT", smoke.BERT)
+    write = standin.main
+    monkeypatch.setattr(alone, "run", lambda module, name, folder, *_: write([name, folder, tmp_path / "r", "0"]) or {})
+    bench = device.Bench(tmp_path, tmp_path / "work", "cpu", 500)
+    assert model.load(bench.base("bert", LONG)).spec.width == 64 and bench.base("bert", LONG).endswith("work/bert")
     cached = tmp_path / "cache" / "sentence-transformers--all-MiniLM-L6-v2"
     cached.mkdir(parents=True)
     (cached / "model.safetensors").touch()
-    assert device.default_base(tmp_path, torch.device("cpu")) == DEFAULT_BASE
+    assert bench.base("bert", LONG) == DEFAULT_BASE
 
 
 # --- from a file to tokens
