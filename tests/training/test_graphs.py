@@ -154,7 +154,7 @@ def test_a_run_by_graphs_goes_on_as_if_it_had_not_stopped(cell, tmp_path, by_gra
 
 def test_a_member_that_diverges_stops_and_the_others_go_on(cell, tmp_path, by_graphs):
     made = by_graphs()
-    cells = [cell.replace(steps=6), cell.replace(steps=6, lr=1e38, clip=None, schedule="constant")]
+    cells = [cell.replace(steps=6), cell.replace(steps=6, lr=1e38, clip=0.0, schedule="constant")]
     found = train_together(cells, [tmp_path / "0", tmp_path / "1"], size=2, quiet=True)
     assert isinstance(found[1][0], TrainingError) and made.replayed == 12
     train(cells[0], tmp_path / "alone", quiet=True)
