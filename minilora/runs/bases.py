@@ -50,13 +50,10 @@ class Shared:
     def __call__(self, kind, cell, names, *more, make):
         """`make()`, once for all cells with the same values of the fields `names` and of what else it depends on."""
         key, made = repr([[value_of(cell, name) for name in names], more]), self._made.setdefault(kind, {})
-        if key not in made:
-            found = make()
-            for oldest in list(made)[: len(made) + 1 - self.KEPT]:
-                del made[oldest]
-        else:
-            found = made.pop(key)
+        found = made.pop(key) if key in made else make()
         made[key] = found  # the last that was used
+        if len(made) > self.KEPT:
+            del made[next(iter(made))]
         return found
 
 
