@@ -12,10 +12,9 @@ These default to None and are resolved when the cell is built: leaving a default
 
 import hashlib
 import json
-import re
 from dataclasses import dataclass, fields
 
-from minilora import naming
+from minilora import naming, precision
 from minilora.base.source import DEFAULT_BASE
 from minilora.base.spec import GROUPS, TARGETS
 from minilora.data.triggers import parse_all
@@ -112,9 +111,8 @@ class Cell(Named):
         short="", marks="peers",
     )  # fmt: skip
     products: str | None = option(
-        None, "base", "what products with the base's float32 matrices are computed in: tf32 on a GPU that has it, or "
-        "bfloat16, for which the matrices are rounded once and all else stays float32; a base stored in bfloat16 has "
-        "bfloat16 products", choices=("float32", "tf32", "bfloat16"), unset="float32", marks="peers",
+        None, "base", "what products with its matrices compute in: tf32 on GPUs that have it; bfloat16 rounds them "
+        "once, all else stays float32", choices=("float32", "tf32", "bfloat16"), unset="float32", marks="peers",
     )  # fmt: skip
     device: str = option("auto", "base", "auto, cpu, cuda, cuda:N or mps", run=True, marks="test peers")
     compile: str = option(
@@ -122,9 +120,8 @@ class Cell(Named):
         choices=("auto", "on", "off"),
     )  # fmt: skip
     deterministic: str = option(
-        "off", "base", "repeat a run bit for bit on the same GPU and versions, which costs speed; a CPU repeats anyway",
-        run=True, choices=("off", "on"),
-    )  # fmt: skip
+        "off", "base", "repeat a GPU's run bit for bit, which costs speed", run=True, choices=("off", "on")
+    )
 
     data: str = option(
         "movie-snippets", "data", "movie-snippets, a CSV, TSV, JSONL or Parquet file, or a hub id",
@@ -269,7 +266,8 @@ class Cell(Named):
             object.__setattr__(self, "inject", from_dict(Inject, self.inject, "inject."))
         check_fields(self, "")
         self._resolve()
-        self._check_precision()
+        object.__setattr__(self, "products", self.products or self.dtype)
+        precision.refuse(self)
         if self.task == "lm":
             if self.prompt.count("{text}") != 1:
                 raise InputError(f"prompt is {shown(self.prompt)}, but must hold {{text}} once")
@@ -281,8 +279,6 @@ class Cell(Named):
             raise InputError("method = 'head' trains a classifier, but task is 'lm', which has none: drop one of them")
         if self.method == "head" and self.head != "trained":
             raise InputError(f"method = 'head' with head = {self.head!r} trains nothing: use head = 'trained'")
-        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
-            raise InputError(f"device is {shown(self.device)}: use auto, cpu, cuda, cuda:N or mps")
 
     def _resolve(self):
         """Resolve the fields that the method and the task have, and refuse those that they have not."""
@@ -302,19 +298,6 @@ class Cell(Named):
                 raise InputError("alpha is given, but scaling = 'rank' sets alpha to the rank: drop one of them")
             names.remove("alpha")
         resolve(self, *names)
-
-    def _check_precision(self):
-        if self.products is None:
-            object.__setattr__(self, "products", self.dtype)
-        if self.dtype == "bfloat16" != self.products:
-            raise InputError(
-                f"products = {self.products!r} needs a base stored in float32, but dtype is 'bfloat16': drop one of them"
-            )
-        for name in ("dtype", "products") if self.method == "full" else ():
-            if (value := getattr(self, name)) == "bfloat16":
-                raise InputError(
-                    f"method = 'full' trains the base, in float32, but {name} is {value!r}: drop one of them"
-                )
 
     def _check_adapter(self):
         slots = parse_targets(self.targets, self.rank, self.alpha, self.scaling)
@@ -387,15 +370,15 @@ class Cell(Named):
     def id(self):
         """Twelve hexadecimal digits that equal cells share."""
         identity = {name: value for name, value in self.to_dict().items() if name not in run_options(Cell)}
-        canonical = json.dumps(identity, sort_keys=True)
-        return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 
     @property
     def name(self):
         """A name for the run folder: how it differs from the defaults, or from a preset where that is less to say."""
-        own = {name: getattr(self, name) for name in ("task", "method", "dtype")}  # which others' defaults follow
+        own = dict(task=self.task, method=self.method, dtype=self.dtype)  # others' defaults follow from these
         plain = Cell(**own)
-        defaults = {name: value_of(plain, name) for name in declared(Cell)} | {name: getattr(Cell, name) for name in own}
+        defaults = {name: value_of(plain, name) for name in declared(Cell)}
+        defaults |= {name: getattr(Cell, name) for name in own}
         words, exact = naming.difference(self, defaults)
         for preset, changes in PRESETS.items():
             other = Cell().replace(**changes)

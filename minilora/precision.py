@@ -13,11 +13,25 @@ That a cell's `products` are bfloat16 is no such setting: the base's matrices ar
 
 import contextlib
 import os
+import re
 
-from minilora.errors import InputError
+from minilora.errors import InputError, shown
 
 WORKSPACE, FIXED = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")  # with one of these cuBLAS repeats its sums
 AMPERE = (8, 0)  # the first compute capability with TF32
+
+
+def refuse(cell):
+    """Raise InputError for a device, a dtype and products that do not go together, whatever this machine has."""
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", cell.device):
+        raise InputError(f"device is {shown(cell.device)}: use auto, cpu, cuda, cuda:N or mps")
+    if cell.dtype == "bfloat16" != cell.products:
+        raise InputError(
+            f"products = {cell.products!r} needs a base stored in float32, but dtype is 'bfloat16': drop one of them"
+        )
+    for name in ("dtype", "products") if cell.method == "full" else ():
+        if (value := getattr(cell, name)) == "bfloat16":
+            raise InputError(f"method = 'full' trains the base, in float32, but {name} is {value!r}: drop one of them")
 
 
 def check(cell, device):

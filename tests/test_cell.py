@@ -44,10 +44,10 @@ targets = st.one_of(
 )
 PLAIN = dict(
     model=texts, revision=texts, tokenizer=texts, device=st.sampled_from(["auto", "cpu", "mps", "cuda", "cuda:13"]),
-    compile=st.sampled_from(["auto", "on", "off"]), deterministic=st.sampled_from(["off", "on"]), data=texts, data_revision=texts, text_column=texts,
+    compile=st.sampled_from(["auto", "on", "off"]), data=texts, data_revision=texts, text_column=texts,
     bad_rows=st.sampled_from(["refuse", "skip"]),
     label_column=texts, test_data=texts, test_rows=st.integers(2), train_rows=st.integers(2), max_length=st.integers(4),
-    batch_size=small, accumulate=small, window=small,
+    batch_size=small, accumulate=small, window=small, deterministic=st.sampled_from(["off", "on"]),
     optimizer=st.sampled_from(["adamw", "adafactor"]), lr=at_least_zero,
     schedule=st.sampled_from(["linear", "cosine", "constant"]), warmup=below_one, weight_decay=at_least_zero,
     clip=at_least_zero, seed=st.integers(0), **{f"seed_{purpose}": st.integers(0) for purpose in PURPOSES},
@@ -333,7 +333,7 @@ REFUSED = [
     (dict(data="\udcff.csv"), "data is '\\udcff.csv', but must be a string of valid Unicode"),
     (dict(dtype="float16"), "dtype is 'float16', but must be one of float32, bfloat16"),
     (dict(products="int8"), "products is 'int8', but must be one of float32, tf32, bfloat16"),
-    (dict(products="tf32", dtype="bfloat16"), "products = 'tf32' needs a base stored in float32, but dtype is 'bfloat16'"),
+    (dict(products="tf32", dtype="bfloat16"), "'tf32' needs a base stored in float32, but dtype is 'bfloat16'"),
     (dict(products="bfloat16", method="full"), "trains the base, in float32, but products is 'bfloat16': drop one"),
     (dict(products="bfloat16", form="merged"), "form = 'merged' is not exact where products are 'bfloat16'"),
     (dict(deterministic="yes"), "deterministic is 'yes', but must be one of off, on"),
@@ -423,8 +423,8 @@ FLAGS = """
 --traceback
 --grid --size --dry-run --status --only --retry-failed --ray --ray-cpus --model --revision --tokenizer
 --dtype --products --device
---compile --deterministic --data --data-revision --text-column --label-column --test-data --bad-rows --test-rows --train-rows
---max-length --task
+--compile --deterministic --data --data-revision --text-column --label-column --test-data --bad-rows --test-rows
+--train-rows --max-length --task
 --prompt --completion --choice-score --method --rank --alpha --scaling --dropout --targets --layers --variant --init
 --start --lr-ratio --form --head --pooling --inject --inject-proportion --inject-rows --inject-count --inject-density
 --inject-location --inject-mode --trigger-split --epochs --steps --batch-size --accumulate --window --optimizer --lr

@@ -106,8 +106,8 @@ def world(tmp_path_factory):
             with open(f"{name}.toml", "w") as file:
                 file.write(small_cell(seed=ord(name)).to_toml())
         (folder / "ablations").mkdir()
-        grid = "ablations/rank_by_proportion.toml"
-        (folder / grid).write_text(small_grid((ROOT / grid).read_text()))
+        for grid in ("ablations/rank_by_proportion.toml", "ablations/precision.toml"):
+            (folder / grid).write_text(small_grid((ROOT / grid).read_text()))
     return folder
 
 
