@@ -504,8 +504,11 @@ def test_parts_of_a_grid():
     assert grid.spread(4, 4) == grid.spread(9, 4) == [0, 1, 2, 3]
     assert grid.spread(3, 49) == [0, 24, 48] and grid.spread(1, 49) == [0]
     side = {"cells": {"0": {}, "3": {}}, "wall_seconds": 14.0, "start_up_seconds": 4.0}
-    assert grid.extrapolated(side, 5) == {"all_cells_seconds": 29.0, "cells_per_hour": 5 * 3600 / 29, "scaled_from": 2}
-    assert grid.extrapolated(side, 2) == {"all_cells_seconds": 14.0, "cells_per_hour": 2 * 3600 / 14, "scaled_from": 0}
+    for count, work, scaled in ((5, 25.0, 2), (2, 10.0, 0)):
+        assert grid.extrapolated(side, count) == {
+            "all_cells_seconds": 4 + work, "work_seconds": work, "cells_per_hour": count * 3600 / (4 + work),
+            "scaled_from": scaled,
+        }  # fmt: skip
     ours = {str(n): {"accuracy": 0.5 + 0.1 * n, "attack_success": 0.2 * n, "test_rows": 100} for n in range(3)}
     theirs = {"0": ours["0"] | {"accuracy": 0.8, "attack_success": None}, "2": ours["2"] | {"accuracy": 0.6}}
     found = grid.agreement(ours, theirs)
