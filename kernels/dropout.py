@@ -19,10 +19,20 @@ STRIDE = 0x9E3779B1 - (1 << 32)  # odd: rows, tokens and features are spread ove
 
 def mix(h):
     """The hash of int32 numbers, in place."""
-    for shift, multiplier in zip((16, 15), MULTIPLIERS, strict=True):
-        h ^= (h >> shift) & ((1 << (32 - shift)) - 1)
-        h *= multiplier
-    h ^= (h >> 16) & 0xFFFF
+    fold(h)
+    h *= MULTIPLIERS[0]
+    h ^= (h >> 15) & ((1 << 17) - 1)
+    h *= MULTIPLIERS[1]
+    return fold(h)
+
+
+def fold(h):
+    """h ^= h >> 16 without the sign, in place: on an accelerator as one operation, on the halves of the numbers."""
+    if h.device.type == "cpu" or torch.compiler.is_compiling():
+        h ^= (h >> 16) & 0xFFFF
+    else:
+        halves = h.view(torch.int16).unflatten(-1, (-1, 2))  # the lower one first
+        halves[..., 0].bitwise_xor_(halves[..., 1])
     return h
 
 
@@ -44,9 +54,10 @@ def hash_tokens(keys, salts, rows, tokens):
     return mix(h[..., None] + places(tokens, keys.device))
 
 
-def keep(hashes, features, least):
-    """Which numbers stay, bool [..., K, n, T, features], by the hashes [..., K, n, T]; `least` as in `mask`."""
-    h = mix(hashes[..., None] + places(features, hashes.device))  # uniform over int32
+def keep(hashes, spread, least):
+    """Which numbers stay, bool [..., K, n, T, features], by the hashes [..., K, n, T] and what the features add,
+    `spread` [features]; `least` as in `mask`."""
+    h = mix(hashes[..., None] + spread)  # uniform over int32
     return h >= (least[:, None, None, None] if torch.is_tensor(least) else least)
 
 
@@ -55,7 +66,7 @@ def mask(shape, least, keys, salt):
     int32 [K]."""
     rows, tokens, features = shape
     hashes = hash_tokens(keys, keys.new_full((1,), salt), rows // len(keys), tokens)
-    return keep(hashes, features, least).view(shape)
+    return keep(hashes, places(features, keys.device), least).view(shape)
 
 
 class Hashes:
@@ -65,19 +76,23 @@ class Hashes:
     """
 
     def __init__(self, keys, salts):
-        self.keys, self.made, self.version = keys, {}, None
+        self.keys, self.made, self.version, self.spreads = keys, {}, None, {}
         self.places = {salt: place for place, salt in enumerate(salts)}
         self.salts = torch.tensor(salts, dtype=torch.int32, device=keys.device)
 
-    def of(self, salts, rows, tokens):
-        """Those of some of the modules: int32 [S, K, rows, T]."""
+    def of(self, salts, rows, tokens, features):
+        """Those of some of the modules, int32 [S, K, rows, T], and what features add, int32 [features]."""
         if torch.compiler.is_compiling():  # which joins operations by itself
-            return hash_tokens(self.keys, torch.stack([self.salts[self.places[salt]] for salt in salts]), rows, tokens)
+            own = torch.stack([self.salts[self.places[salt]] for salt in salts])
+            return hash_tokens(self.keys, own, rows, tokens), places(features, self.keys.device)
         if self.version != self.keys._version:
             self.made, self.version = {}, self.keys._version
         if (rows, tokens) not in self.made:
             self.made[rows, tokens] = hash_tokens(self.keys, self.salts, rows, tokens)
-        return torch.stack([self.made[rows, tokens][self.places[salt]] for salt in salts])
+        if features not in self.spreads:
+            self.spreads[features] = places(features, self.keys.device)
+        own = torch.stack([self.made[rows, tokens][self.places[salt]] for salt in salts])
+        return own, self.spreads[features]
 
 
 def shifted(key, rows):
@@ -87,30 +102,30 @@ def shifted(key, rows):
 
 class Dropout(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, p, least, hashes):
+    def forward(ctx, x, p, least, hashes, spread):
         numbers = (p, least)
-        ctx.save_for_backward(hashes, *(one for one in numbers if torch.is_tensor(one)))
+        ctx.save_for_backward(hashes, spread, *(one for one in numbers if torch.is_tensor(one)))
         ctx.numbers = [None if torch.is_tensor(one) else one for one in numbers]
         parts = hashes.split(1) if x.device.type == "cpu" else [hashes]
-        return tuple(y for part in parts for y in drop(x[None], *numbers, part).unbind())
+        return tuple(y for part in parts for y in drop(x[None], *numbers, part, spread).unbind())
 
     @staticmethod
     def backward(ctx, *dys):
-        hashes, *saved = ctx.saved_tensors
+        hashes, spread, *saved = ctx.saved_tensors
         saved = iter(saved)
         numbers = [next(saved) if one is None else one for one in ctx.numbers]
         if len(dys) > 1 and dys[0].device.type != "cpu":
-            return drop(torch.stack(dys), *numbers, hashes).sum(0), None, None, None
-        dxs = [drop(dy[None], *numbers, part)[0] for dy, part in zip(dys, hashes.split(1), strict=True)]
+            return drop(torch.stack(dys), *numbers, hashes, spread).sum(0), None, None, None, None
+        dxs = [drop(dy[None], *numbers, part, spread)[0] for dy, part in zip(dys, hashes.split(1), strict=True)]
         dx = dxs[0]
         for other in dxs[1:]:
             dx += other
-        return dx, None, None, None
+        return dx, None, None, None, None
 
 
-def drop(x, p, least, hashes):
+def drop(x, p, least, hashes, spread):
     """x [1 or S, ...] as a mask leaves it, for each of `hashes` [S, K, n, T]: [S, ...]."""
-    kept = keep(hashes, x.shape[-1], least)
+    kept = keep(hashes, spread, least)
     if torch.is_tensor(p):
         p = p[:, None, None, None]
     whole = x.view(len(x), *kept.shape[1:])
@@ -122,15 +137,16 @@ def dropout(x, p, keys, salt, least=None):
 
     `p` a number; or for K adapters a tensor [K], with `least` int32 [K], the `least_kept` of each.
     """
-    rows, tokens = size_of(x, keys)
-    return dropouts(x, p, hash_tokens(keys, keys.new_full((1,), salt), rows, tokens), least)[0]
+    rows, tokens, features = size_of(x, keys)
+    hashes = hash_tokens(keys, keys.new_full((1,), salt), rows, tokens)
+    return dropouts(x, p, hashes, places(features, keys.device), least)[0]
 
 
-def dropouts(x, p, hashes, least=None):
+def dropouts(x, p, hashes, spread, least=None):
     """As `dropout`, for modules that drop apart: a tuple, one for each of `hashes` [S, K, n, T] (`Hashes.of`)."""
-    return Dropout.apply(x, p, least_kept(p) if least is None else least, hashes)
+    return Dropout.apply(x, p, least_kept(p) if least is None else least, hashes, spread)
 
 
 def size_of(x, keys):
-    """(n, T) of x [K n, T, features], or without T."""
-    return len(x) // len(keys), x.shape[1] if x.dim() > 2 else 1
+    """(n, T, features) of x [K n, T, features], or without T."""
+    return len(x) // len(keys), x.shape[1] if x.dim() > 2 else 1, x.shape[-1]

@@ -131,7 +131,7 @@ def seen_by(layers, x):
     share, keys, hashes = layers[0].dropout, layers[0].keys, layers[0].hashes
     if hashes is None:
         return [dropout(x, share, keys, layer.salt) for layer in layers]
-    return dropouts(x, share, hashes.of([layer.salt for layer in layers], *size_of(x, keys)))
+    return dropouts(x, share, *hashes.of([layer.salt for layer in layers], *size_of(x, keys)))
 
 
 def named_layers(model):
