@@ -6,7 +6,9 @@ h is a hash of (key, salt, row, token, feature): `key` changes from step to step
 from module to module. So a mask depends neither on the padding, nor on the device, nor on who else is in the batch: an
 adapter of a population drops what it would drop in a run of its own. The hash is the 32-bit finaliser "lowbias32"
 (C. Wellons, "Prospecting for hash functions", 2018, nullprogram.com): its arithmetic is modulo 2^32 on int32, where a
-shift must be stripped of the sign. The mask is formed again in the backward; only the keys are saved.
+shift must be stripped of the sign. The mask is formed again in the backward: saved are the hashes of the tokens, before
+the features are mixed in. Modules that see the same x have their masks in one go, except on a CPU, whose cache they
+would leave.
 """
 
 import torch
@@ -17,10 +19,20 @@ STRIDE = 0x9E3779B1 - (1 << 32)  # odd: rows, tokens and features are spread ove
 
 def mix(h):
     """The hash of int32 numbers, in place."""
-    for shift, multiplier in zip((16, 15), MULTIPLIERS, strict=True):
-        h ^= (h >> shift) & ((1 << (32 - shift)) - 1)
-        h *= multiplier
-    h ^= (h >> 16) & 0xFFFF
+    fold(h)
+    h *= MULTIPLIERS[0]
+    h ^= (h >> 15) & ((1 << 17) - 1)
+    h *= MULTIPLIERS[1]
+    return fold(h)
+
+
+def fold(h):
+    """h ^= h >> 16 without the sign, in place: on an accelerator as one operation, on the halves of the numbers."""
+    if h.device.type == "cpu" or torch.compiler.is_compiling():
+        h ^= (h >> 16) & 0xFFFF
+    else:
+        halves = h.view(torch.int16).unflatten(-1, (-1, 2))  # the lower one first
+        halves[..., 0].bitwise_xor_(halves[..., 1])
     return h
 
 
@@ -29,21 +41,58 @@ def least_kept(p):
     return int(p * 2**32) - 2**31
 
 
+def places(n, device):
+    """What rows, tokens and features add to the hash, int32 [n]."""
+    # Without ^ 0, Inductor takes the product for an index: its C++ counts with steps of STRIDE, whose overflow is
+    # undefined there, and reads and writes beyond the end where n is no multiple of a vector's length.
+    return (torch.arange(n, dtype=torch.int32, device=device) ^ 0) * STRIDE
+
+
+def hash_tokens(keys, salts, rows, tokens):
+    """The hashes of each token before those of its features, int32 [S, K, rows, T]; `keys` [K], `salts` [S], int32."""
+    h = mix((keys + salts[:, None])[..., None] + places(rows, keys.device))  # [S, K, n]
+    return mix(h[..., None] + places(tokens, keys.device))
+
+
+def keep(hashes, spread, least):
+    """Which numbers stay, bool [..., K, n, T, features], by the hashes [..., K, n, T] and what the features add,
+    `spread` [features]; `least` as in `mask`."""
+    h = mix(hashes[..., None] + spread)  # uniform over int32
+    return h >= (least[:, None, None, None] if torch.is_tensor(least) else least)
+
+
 def mask(shape, least, keys, salt):
     """Which numbers [K n, T, features] of K adapters stay, bool; `least` (`least_kept`) a number or int32 [K], `keys`
     int32 [K]."""
     rows, tokens, features = shape
-    members = len(keys)
+    hashes = hash_tokens(keys, keys.new_full((1,), salt), rows // len(keys), tokens)
+    return keep(hashes, places(features, keys.device), least).view(shape)
 
-    def places(n):
-        # Without ^ 0, Inductor takes the product for an index: its C++ counts with steps of STRIDE, whose overflow is
-        # undefined there, and reads and writes beyond the end where n is no multiple of a vector's length.
-        return (torch.arange(n, dtype=torch.int32, device=keys.device) ^ 0) * STRIDE
 
-    h = mix((keys + salt)[:, None] + places(rows // members))  # [K, n]
-    h = mix(h[..., None] + places(tokens))  # [K, n, T]
-    h = mix(h[..., None] + places(features))  # [K, n, T, features], uniform over int32
-    return (h >= (least[:, None, None, None] if torch.is_tensor(least) else least)).view(shape)
+class Hashes:
+    """`hash_tokens` of all modules of a model, made in one go for each content of `keys` and each shape.
+
+    On a GPU each operation is a launch, however few numbers it has. `salts`: the modules' numbers.
+    """
+
+    def __init__(self, keys, salts):
+        self.keys, self.made, self.version, self.spreads = keys, {}, None, {}
+        self.places = {salt: place for place, salt in enumerate(salts)}
+        self.salts = torch.tensor(salts, dtype=torch.int32, device=keys.device)
+
+    def of(self, salts, rows, tokens, features):
+        """Those of some of the modules, int32 [S, K, rows, T], and what features add, int32 [features]."""
+        if torch.compiler.is_compiling():  # which joins operations by itself
+            own = torch.stack([self.salts[self.places[salt]] for salt in salts])
+            return hash_tokens(self.keys, own, rows, tokens), places(features, self.keys.device)
+        if self.version != self.keys._version:
+            self.made, self.version = {}, self.keys._version
+        if (rows, tokens) not in self.made:
+            self.made[rows, tokens] = hash_tokens(self.keys, self.salts, rows, tokens)
+        if features not in self.spreads:
+            self.spreads[features] = places(features, self.keys.device)
+        own = torch.stack([self.made[rows, tokens][self.places[salt]] for salt in salts])
+        return own, self.spreads[features]
 
 
 def shifted(key, rows):
@@ -53,26 +102,34 @@ def shifted(key, rows):
 
 class Dropout(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, p, least, keys, salt):
-        numbers = (p, least, keys)
-        # A copy, because keys move on before a later step's backward.
-        ctx.save_for_backward(*(one.clone() for one in numbers if torch.is_tensor(one)))
-        ctx.numbers, ctx.salt = [None if torch.is_tensor(one) else one for one in numbers], salt
-        return apply(x, *numbers, salt)
+    def forward(ctx, x, p, least, hashes, spread):
+        numbers = (p, least)
+        ctx.save_for_backward(hashes, spread, *(one for one in numbers if torch.is_tensor(one)))
+        ctx.numbers = [None if torch.is_tensor(one) else one for one in numbers]
+        parts = hashes.split(1) if x.device.type == "cpu" else [hashes]
+        return tuple(y for part in parts for y in drop(x[None], *numbers, part, spread).unbind())
 
     @staticmethod
-    def backward(ctx, dy):
-        saved = iter(ctx.saved_tensors)
+    def backward(ctx, *dys):
+        hashes, spread, *saved = ctx.saved_tensors
+        saved = iter(saved)
         numbers = [next(saved) if one is None else one for one in ctx.numbers]
-        return apply(dy, *numbers, ctx.salt), None, None, None, None
+        if len(dys) > 1 and dys[0].device.type != "cpu":
+            return drop(torch.stack(dys), *numbers, hashes, spread).sum(0), None, None, None, None
+        dxs = [drop(dy[None], *numbers, part, spread)[0] for dy, part in zip(dys, hashes.split(1), strict=True)]
+        dx = dxs[0]
+        for other in dxs[1:]:
+            dx += other
+        return dx, None, None, None, None
 
 
-def apply(x, p, least, keys, salt):
-    whole = x.view(len(x), -1, x.shape[-1])
-    kept = mask(whole.shape, least, keys, salt)
+def drop(x, p, least, hashes, spread):
+    """x [1 or S, ...] as a mask leaves it, for each of `hashes` [S, K, n, T]: [S, ...]."""
+    kept = keep(hashes, spread, least)
     if torch.is_tensor(p):
-        p = p.repeat_interleave(len(x) // len(p), output_size=len(x))[:, None, None]
-    return (whole * kept / (1 - p)).to(x.dtype).view(x.shape)
+        p = p[:, None, None, None]
+    whole = x.view(len(x), *kept.shape[1:])
+    return (whole * kept / (1 - p)).to(x.dtype).view(len(hashes), *x.shape[1:])
 
 
 def dropout(x, p, keys, salt, least=None):
@@ -80,4 +137,16 @@ def dropout(x, p, keys, salt, least=None):
 
     `p` a number; or for K adapters a tensor [K], with `least` int32 [K], the `least_kept` of each.
     """
-    return Dropout.apply(x, p, least_kept(p) if least is None else least, keys, salt)
+    rows, tokens, features = size_of(x, keys)
+    hashes = hash_tokens(keys, keys.new_full((1,), salt), rows, tokens)
+    return dropouts(x, p, hashes, places(features, keys.device), least)[0]
+
+
+def dropouts(x, p, hashes, spread, least=None):
+    """As `dropout`, for modules that drop apart: a tuple, one for each of `hashes` [S, K, n, T] (`Hashes.of`)."""
+    return Dropout.apply(x, p, least_kept(p) if least is None else least, hashes, spread)
+
+
+def size_of(x, keys):
+    """(n, T, features) of x [K n, T, features], or without T."""
+    return len(x) // len(keys), x.shape[1] if x.dim() > 2 else 1, x.shape[-1]

@@ -104,8 +104,8 @@ class Projections(torch.autograd.Function):
         flat = x.reshape(-1, x.shape[-1])
         sizes = [len(weight) for weight in weights]
         whole = weights[0] if len(weights) == 1 else torch.cat(weights)
-        bias = None
-        if any(b is not None for b in biases):
+        bias = biases[0]
+        if len(biases) > 1 and any(b is not None for b in biases):
             bias = torch.cat([x.new_zeros(n) if b is None else b for b, n in zip(biases, sizes, strict=True)])
         lows = [None] * len(weights)
         if form == "merged":
@@ -163,7 +163,9 @@ class Projections(torch.autograd.Function):
                 inner.append((g, A))
         dseen = torch.zeros(ctx.shape, dtype=ctx.dtype, device=weights[0].device) if needs_seen else None
         if inner:
-            g, A = (torch.cat(parts, dim) for parts, dim in zip(zip(*inner), (-1, -2)))
+            g, A = inner[0]
+            if len(inner) > 1:
+                g, A = (torch.cat(parts, dim) for parts, dim in zip(zip(*inner), (-1, -2)))
             target = dseen.view(-1, ctx.shape[-1]) if ctx.apart else dx
             add_product(target if A.ndim == 2 else target.unflatten(0, (len(A), -1)), g, A)
         return None, None, None if dx is None else dx.view(ctx.shape), dseen, *gradients

@@ -116,7 +116,7 @@ class Cell(Named):
     )  # fmt: skip
     device: str = option("auto", "base", "auto, cpu, cuda, cuda:N or mps", run=True, marks="test peers")
     compile: str = option(
-        "auto", "base", "on compiles whole steps; auto replays them as CUDA graphs on a GPU; off does neither", run=True,
+        "auto", "base", "on compiles whole steps; auto replays them as graphs on a GPU; off does neither", run=True,
         choices=("auto", "on", "off"),
     )  # fmt: skip
     deterministic: str = option(

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from minilora.errors import InputError
-from minilora.kernels.dropout import dropout as drop
+from minilora.kernels.dropout import Hashes, dropout, dropouts, size_of
 from minilora.kernels.lora_linear import lora_linears
 from minilora.lora.targets import MOVING, check_variant
 from minilora.lora.variants import STARTS, VARIANTS, check_written
@@ -39,6 +39,7 @@ class LoRALinear(nn.Module):
         self.factor = 1.0
         self.dropout, self.salt = dropout, salt
         self.keys = torch.zeros(1, dtype=torch.int32, device=linear.weight.device)
+        self.hashes = None  # of the tokens, shared by all modules of a model: see `use_keys`
         self.base_weight = None  # the frozen weight, kept aside while merged
         # Drawn on the CPU, so that every device starts from the same adapter.
         A, B = (
@@ -52,11 +53,12 @@ class LoRALinear(nn.Module):
         for name in ("A", "B"):
             getattr(self, name).requires_grad_(name in self.variant.trains)
 
-    def forward(self, x):
-        """W x + b + s B A x, where dropout takes numbers out of the second x only."""
+    def forward(self, x, seen=None):
+        """W x + b + s B A x, where dropout takes numbers out of the second x only; `seen` is that, if made already."""
         if self.merged:
             return self.linear(x)
-        seen = drop(x, self.dropout, self.keys, self.salt) if self.drops else None
+        if self.drops and seen is None:
+            [seen] = seen_by([self], x)
         return self.variant.forward(self, x, seen)
 
     @property
@@ -75,6 +77,10 @@ class LoRALinear(nn.Module):
     def joint(x, linears):
         """The outputs of `linears`, some of them adapted, for one x [..., in]; in one product where it is exact."""
         adapted = [linear for linear in linears if hasattr(linear, "joins")]
+        dropping = [layer for layer in adapted if isinstance(layer, LoRALinear) and layer.drops and not layer.merged]
+        if dropping:
+            seen = dict(zip(dropping, seen_by(dropping, x), strict=True))
+            return [linear(x, seen[linear]) if linear in seen else linear(x) for linear in linears]
         if not all(layer.joins for layer in adapted):
             return [linear(x) for linear in linears]
         return lora_linears(x, [
@@ -122,6 +128,14 @@ class LoRALinear(nn.Module):
     def unmerge(self):
         if self.merged:
             self.linear.weight, self.base_weight = self.base_weight, None
+
+
+def seen_by(layers, x):
+    """What dropout leaves of x for each of `layers`, which drop the same share."""
+    share, keys, hashes = layers[0].dropout, layers[0].keys, layers[0].hashes
+    if hashes is None:
+        return [dropout(x, share, keys, layer.salt) for layer in layers]
+    return dropouts(x, share, *hashes.of([layer.salt for layer in layers], *size_of(x, keys)))
 
 
 def named_layers(model):
@@ -226,5 +240,7 @@ def scale_by(model, factor):
 
 def use_keys(model, keys):
     """Let dropout follow `keys`, an int32 tensor [1] that the training changes in place from step to step."""
-    for _, layer in named_layers(model):
-        layer.keys = keys
+    layers = [layer for _, layer in named_layers(model)]
+    hashes = Hashes(keys, [layer.salt for layer in layers])
+    for layer in layers:
+        layer.keys, layer.hashes = keys, hashes

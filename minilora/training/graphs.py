@@ -15,7 +15,7 @@ from functools import partial
 import torch
 
 from minilora.training.state import fill
-from minilora.training.step import gradient, move
+from minilora.training.step import gradient, move, total
 
 WARM_UP = 2  # runs of a function before it is recorded: libraries are loaded and set up at the first
 
@@ -89,7 +89,7 @@ class Replayed:
                     tensor.copy_(kept)
 
     def __call__(self, micro_batches, rates):
-        totals = sum(batch.weights for batch in micro_batches)
+        totals = total(micro_batches)
         for batch in micro_batches:
             self.passes[self._kind(batch)](*tensors_of(batch, totals))
         return [output.clone() for output in self.end(rates)]  # the next step writes to the same

@@ -30,6 +30,11 @@ def move(optimizer, clips, going, losses, grads, rates):
     return norms
 
 
+def total(micro_batches):
+    """The weights of all rows of a step, [K]."""
+    return sum((batch.weights for batch in micro_batches[1:]), micro_batches[0].weights)
+
+
 def update(population, optimizer, clips, going, micro_batches, rates):
     """One optimiser step of each member that is `going` (bool [K], changed in place): (losses, norms), float32 [K].
 
@@ -39,11 +44,11 @@ def update(population, optimizer, clips, going, micro_batches, rates):
     gradients and losses are summed, and all take the same step.
     """
     population.train()
-    losses, grads = torch.zeros_like(clips), None
-    totals = sum(batch.weights for batch in micro_batches).clamp(min=1.0)
-    for batch in micro_batches:
+    totals = total(micro_batches).clamp(min=1.0)
+    losses, grads = gradient(population, micro_batches[0], totals)
+    for batch in micro_batches[1:]:
         parts, own = gradient(population, batch, totals)
-        grads = own if grads is None else grads.add_(own)
-        losses += parts
+        grads.add_(own)
+        losses = losses + parts
     parallel.all_reduce(grads, losses)
     return losses, move(optimizer, clips, going, losses, grads, rates)

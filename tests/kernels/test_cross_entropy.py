@@ -78,3 +78,20 @@ def test_compiles_without_graph_breaks():
         found, wanted = (outputs(f, *arguments, cap, 5) for f in (compiled, op.linear_cross_entropy))
         for one, other in zip(found, wanted, strict=True):
             torch.testing.assert_close(one, other)
+
+
+def test_members_and_rows_without_a_token():
+    for cap in (None, 0.9):
+        hidden, weight, bias, wanted = inputs(12, 8, 33, torch.float64)
+        wanted[[1, 4, 11]] = -100
+        factors = torch.tensor([1.3, 0.2, -0.7], dtype=torch.float64)
+        leaf = hidden.clone().requires_grad_()
+        losses = op.linear_cross_entropy(leaf, weight, bias, wanted, cap, 5, 3)
+        [found] = torch.autograd.grad(losses @ factors, [leaf])
+        judge = hidden.clone().requires_grad_()
+        parts = zip(judge.chunk(3), wanted.chunk(3), strict=True)
+        right = torch.stack([op.reference(h[y >= 0], weight, bias, y[y >= 0], cap) for h, y in parts])
+        torch.testing.assert_close(losses, right)
+        torch.testing.assert_close(found, *torch.autograd.grad(right @ factors, [judge]))
+    with pytest.raises(ValueError, match="several members"):
+        op.linear_cross_entropy(hidden, weight.requires_grad_(), bias, wanted, None, 5, 3)

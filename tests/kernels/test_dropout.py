@@ -77,3 +77,31 @@ def test_compiles_without_graph_breaks():
     keys, x = torch.tensor([3], dtype=torch.int32), torch.randn(4, 3, 5)
     compiled = torch.compile(op.dropout, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x, 0.25, keys, 2), op.dropout(x, 0.25, keys, 2))
+
+
+def test_modules_of_one_input_drop_what_each_would():
+    """Values and gradients bit for bit; the hashes follow the keys' content, and are made once for it."""
+    keys, salts, share = torch.tensor([3, 9], dtype=torch.int32), [7, 123456789, 5], 0.25
+    hashes = op.Hashes(keys, salts)
+    draw = torch.Generator().manual_seed(0)
+    for shape in ((4, 3, 6), (4, 6)):
+        for _ in range(2):
+            x = torch.randn(shape, generator=draw, dtype=torch.float64).requires_grad_()
+            given = hashes.of([5, 7], *op.size_of(x, keys))
+            assert hashes.of([7], *op.size_of(x, keys))[0].equal(given[0][1:]) and len(hashes.made) == 1
+            found = op.dropouts(x, share, *given)
+            wanted = [op.dropout(x, share, keys, salt) for salt in (5, 7)]
+            assert len(found) == 2 and all(map(torch.equal, found, wanted)) and not torch.equal(*found)
+            together = op.drop(x[None], share, op.least_kept(share), *given)  # as on an accelerator
+            assert all(map(torch.equal, together, wanted))
+            weights = [torch.randn(shape, generator=draw, dtype=torch.float64) for _ in range(2)]
+            gradients = [torch.autograd.grad(ys, x, weights)[0] for ys in (found, wanted)]
+            torch.testing.assert_close(*gradients)
+            keys += 1
+
+
+def test_halves_are_folded_as_whole_numbers():
+    h = torch.randint(-(2**31), 2**31, (5, 100), dtype=torch.int32)
+    halves = h.clone().view(torch.int16).unflatten(-1, (-1, 2))
+    halves[..., 0].bitwise_xor_(halves[..., 1])
+    assert torch.equal(halves.flatten(-2).contiguous().view(torch.int32), op.fold(h.clone()))

@@ -160,6 +160,14 @@ def batch_of(K, lm, drops):
     return (place_completions(batch, K) if lm else batch).to(META)
 
 
+def fused(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    """Attention in one kernel, as a GPU has it; on meta torch takes it through its parts."""
+    if attn_mask is not None:
+        attn_mask = attn_mask.expand(*q.shape[:3], k.shape[2])
+    attend = torch.ops.aten._scaled_dot_product_efficient_attention
+    return attend(q, k, v, attn_mask, torch.is_grad_enabled(), dropout_p, is_causal, scale=scale)[0]
+
+
 def watched(folder, changes, K):
     """The `Watch` of a step and of an evaluation of each of K members."""
     ranks = [{"rank": 2 * k + 2} if changes.get("method", "lora") == "lora" else {} for k in range(K)]
@@ -210,6 +218,24 @@ def test_nothing_waits_for_the_device(name, tmp_path):
             step, evaluation = watched(tmp_path, changes, K)
             assert step.unknown() == [] == evaluation.unknown()
             assert 100 < step.kernels <= limit
+
+
+# {name: (changes, members, the most kernels of a step)} at the default base's shape and 864 tokens a member.
+FULL = {"default": ({}, 1, 380), "dropout": (dict(dropout=0.1), 1, 600)}
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_kernels_of_a_step_of_the_default_base(name, tmp_path, monkeypatch):
+    changes, K, limit = FULL[name]
+    tiny_bert(tmp_path, hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536,
+              max_position_embeddings=512)  # fmt: skip
+    monkeypatch.setattr("test_device.ROWS", 32)
+    monkeypatch.setattr("test_device.WIDTH", 27)
+    monkeypatch.setitem(SEVERAL, "_scaled_dot_product_efficient_attention_backward", 3)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", fused)
+    step, evaluation = watched(tmp_path, changes, K)
+    assert step.unknown() == [] == evaluation.unknown()
+    assert 300 < step.kernels <= limit and 50 < evaluation.kernels <= 110
 
 
 @pytest.mark.parametrize("family, case", zoo.CASES, ids=str)

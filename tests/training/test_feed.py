@@ -164,6 +164,25 @@ def test_collate_is_row_by_row(lengths, data):
 # --- ahead of their step
 
 
+def test_places_of_completions():
+    """Row by row, in Python; parts with fewer are padded, and rows that pad a batch have none."""
+    draw, cases = np.random.default_rng(3), 0
+    for parts, rows, least in ((1, 4, 1), (3, 2, 1), (2, 5, 40), (1, 1, 1)):
+        lengths = draw.integers(2, 9, parts * rows)
+        counts = np.array([draw.integers(1, length) for length in lengths])
+        lengths[-1], counts[-1] = 1, 0
+        ids = torch.zeros(parts * rows, 9, dtype=torch.int64)
+        batch = batches.Batch(ids, torch.from_numpy(lengths), [], torch.from_numpy(counts))
+        found = batches.place_completions(batch, parts, least).answers.view(parts, -1).tolist()
+        wanted = [[] for _ in range(parts)]
+        for row, (length, count) in enumerate(zip(lengths, counts, strict=True)):
+            wanted[row // rows] += [9 * row + place - 1 for place in range(length - count, length)]
+        most = max([least, *map(len, wanted)])
+        assert found == [own + [-100] * (most - len(own)) for own in wanted]
+        cases += 1
+    assert cases == 4
+
+
 def made(step):
     """The batches of a step: none to two."""
     draw = torch.Generator().manual_seed(step)
