@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from minilora import parallel
-from minilora.data.batches import collate, padded_sizes
+from minilora.data.batches import collate, joined, padded_sizes
 from minilora.kernels.dropout import shifted
 from minilora.seeds import number_of
 
@@ -106,6 +106,8 @@ class Feed:
 
     def __init__(self, members, compiled=False):
         self.members = members
+        for member, encoded in zip(members, joined([member.encoded for member in members]), strict=True):
+            member.encoded = encoded
         lengths = np.concatenate([member.lengths for member in members])
         lengths = lengths[lengths > 0]  # the others are never seen
         self.sizes = padded_sizes(lengths) if compiled else np.unique(np.append(lengths, 1))
