@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from zoo import tiny_decoder
 
 import minilora
 from minilora import files
@@ -361,6 +362,21 @@ def test_a_population_without_memory_goes_on_in_halves(cell, monkeypatch, tmp_pa
     monkeypatch.setattr(loop, "update", never)
     with pytest.raises(MemoryError):
         minilora.train_together(cells, [tmp_path / f"n{k}" for k in range(3)], size=3)
+
+
+def test_completions_in_groups_are_what_they_are_alone(reviews, tmp_path):
+    tiny_decoder(tmp_path / "gpt2")
+    cell = Cell(task="lm", model=str(tmp_path / "gpt2"), data=str(reviews), test_rows=31, max_length=60, batch_size=6,
+                lr=0.01, steps=5)  # fmt: skip
+    cells = [cell.replace(rank=rank, seed=rank, dropout=share) for rank, share in ((1, 0.0), (17, 0.2))]
+    minilora.train_together(cells, [tmp_path / f"t{one.rank}" for one in cells], size=2)
+    for one in cells:
+        alone, _ = minilora.train(one, tmp_path / f"a{one.rank}")
+        assert alone["train"]["population"] == 1
+        found, wanted = trained(tmp_path / f"t{one.rank}"), trained(tmp_path / f"a{one.rank}")
+        assert list(found) == list(wanted) and len(found) >= 4
+        for name, tensor in wanted.items():
+            assert (found[name] - tensor).abs().max() <= TOLERANCE * tensor.abs().max()
 
 
 @pytest.mark.parametrize("most", [1, 2, 8])
