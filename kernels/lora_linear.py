@@ -16,13 +16,11 @@ forward only:
 Saved for the backward are x and the factors, and no product: x A^T, [N, R], is formed again. Where A is frozen, x A^T
 is saved instead of x. If nothing below takes a gradient, dx is left out.
 
-In a population K adapters are stacked, A [K, R, in] and B [K, out, R], and the rows of x are K equal parts, one after
-the other: one product with W for all, and batches of K thin ones. Lower ranks are padded with zeros, which is exact
-and stays so: a row of A and the column of B that are both 0 have derivatives that are 0.
+A population has an operator of its own: `lora_groups.py`.
 
 With dropout x~ goes to A instead of x, and takes g A instead of x: `seen`. Where x and the factors differ in
-dtype, thin products are taken in the factors' own: in bfloat16 a small s B A would vanish in W + s B A. So there, with
-dropout and for populations, the side path is the only way.
+dtype, thin products are taken in the factors' own: in bfloat16 a small s B A would vanish in W + s B A. So there, and
+with dropout, the side path is the only way.
 """
 
 import torch
@@ -47,9 +45,9 @@ def lora_linear(x, weight, bias, A, B, scale, seen=None, form="auto"):
 def lora_linears(x, projections, seen=None, form="auto"):
     """The equation for each (weight, bias, A, B, scale) of `projections`; A and B are None where there is no adapter.
 
-    x [..., in], weight [out, in], bias [out] or None, A [R, in], B [out, R], scale a number -> [..., out] each; or for
-    a population x [K n, ..., in], A [K, R, in], B [K, out, R], scale [K]. `form`: one of FORMS, or auto, which takes
-    the one that moves less memory, if it is exact here. Raises ValueError for a form that is not exact here.
+    x [..., in], weight [out, in], bias [out] or None, A [R, in], B [out, R], scale a number -> [..., out] each. `form`:
+    one of FORMS, or auto, which takes the one that moves less memory, if it is exact here. Raises ValueError for a
+    form that is not exact here.
     """
     possible = exact_forms(x, projections, seen)
     if form == "auto":
@@ -63,7 +61,7 @@ def lora_linears(x, projections, seen=None, form="auto"):
 def exact_forms(x, projections, seen=None):
     """Those of FORMS that are exact for these tensors: both, or only the side path."""
     adapted = [(weight, A) for weight, _, A, _, _ in projections if A is not None]
-    alike = all(x.dtype == weight.dtype == A.dtype and A.ndim == 2 for weight, A in adapted)
+    alike = all(x.dtype == weight.dtype == A.dtype for weight, A in adapted)
     return FORMS if alike and seen is None and x.dtype in (torch.float32, torch.float64) else FORMS[:1]
 
 
@@ -77,9 +75,9 @@ def merging_moves_less(x, projections):
     return merged <= side
 
 
-def by_member(x, A):
-    """The rows of x [..., in], as many matrices as A has: [N, in], or [K, N / K, in] for a population's."""
-    return x.reshape(-1, x.shape[-1]) if A.ndim == 2 else x.reshape(len(A), -1, x.shape[-1])
+def rows_of(x):
+    """The rows of x [..., in], [N, in]."""
+    return x.reshape(-1, x.shape[-1])
 
 
 def add_product(y, left, right):
@@ -87,11 +85,6 @@ def add_product(y, left, right):
     if left.dtype != y.dtype:
         return y.add_(left @ right)
     return y.addmm_(left, right) if y.ndim == 2 else y.baddbmm_(left, right)
-
-
-def times(scale, matrix):
-    """matrix [N, R] by a number, or [K, N, R] by a tensor [K]."""
-    return matrix * (scale[:, None, None] if torch.is_tensor(scale) else scale)
 
 
 class Projections(torch.autograd.Function):
@@ -119,11 +112,11 @@ class Projections(torch.autograd.Function):
             wide = None
             for number, A in enumerate(As):
                 if A is not None:
-                    wide = by_member(source.to(A.dtype), A) if wide is None else wide
+                    wide = rows_of(source.to(A.dtype)) if wide is None else wide
                     lows[number] = wide @ A.mT
             for y, low, B, scale in zip(ys, lows, Bs, scales, strict=True):
                 if low is not None:
-                    add_product(y if B.ndim == 2 else y.unflatten(0, (len(B), -1)), times(scale, low), B.mT)
+                    add_product(y, scale * low, B.mT)
         ctx.set_materialize_grads(False)
         ctx.scales, ctx.shape, ctx.dtype, ctx.apart = scales, x.shape, x.dtype, seen is not None
         ctx.saves_source = any(ctx.needs_input_grad[6::4])
@@ -150,15 +143,15 @@ class Projections(torch.autograd.Function):
             if A is None or dy is None:
                 continue
             needs_A, needs_B = ctx.needs_input_grad[6 + 4 * number : 8 + 4 * number]
-            dy = by_member(dy.to(A.dtype), A)
-            g = times(scale, dy @ B) if needs_A or below else None
+            dy = rows_of(dy.to(A.dtype))
+            g = scale * (dy @ B) if needs_A or below else None
             if ctx.saves_source and wide is None:
-                wide = by_member(kept[0].to(A.dtype), A)
+                wide = rows_of(kept[0].to(A.dtype))
             if needs_A:
                 gradients[4 * number + 2] = g.mT @ wide
             if needs_B:
                 low = wide @ A.mT if ctx.saves_source else kept[number]
-                gradients[4 * number + 3] = dy.mT @ times(scale, low)
+                gradients[4 * number + 3] = dy.mT @ (scale * low)
             if below:
                 inner.append((g, A))
         dseen = torch.zeros(ctx.shape, dtype=ctx.dtype, device=weights[0].device) if needs_seen else None
@@ -167,5 +160,5 @@ class Projections(torch.autograd.Function):
             if len(inner) > 1:
                 g, A = (torch.cat(parts, dim) for parts, dim in zip(zip(*inner), (-1, -2)))
             target = dseen.view(-1, ctx.shape[-1]) if ctx.apart else dx
-            add_product(target if A.ndim == 2 else target.unflatten(0, (len(A), -1)), g, A)
+            add_product(target, g, A)
         return None, None, None if dx is None else dx.view(ctx.shape), dseen, *gradients

@@ -90,10 +90,22 @@ def padded_sizes(lengths, most=SIZES):
     return np.array(sizes[::-1])
 
 
+def joined(encoded):
+    """The rows of each of several `Encoded`, all with one array of ids: what `collate` takes."""
+    if len(encoded) == 1:
+        return encoded
+    parts = [own.ids[own.offsets[0] : own.offsets[-1]] for own in encoded]
+    starts = np.cumsum([0, *map(len, parts)])
+    ids = np.concatenate(parts)
+    return [replace(own, ids=ids, offsets=own.offsets - own.offsets[0] + start)
+            for own, start in zip(encoded, starts)]  # fmt: skip
+
+
 def collate(parts, sizes, pad_id, filler=IGNORED, rows=1):
     """One `Batch` of K parts, each (encoded, index, answers), padded once, to one of `sizes`.
 
-    encoded  `ids` flat and `offsets` [rows + 1]; a part without rows is (None, an empty array, another)
+    encoded  `ids` flat and `offsets` [rows + 1]; a part without rows is (None, an empty array, another);
+             the `ids` of all parts are one array (`joined`), from which all tokens are taken at once
     index    int64 [at most B], the rows of `encoded` that are taken
     answers  int64 [rows], of all rows of `encoded`, or None where the batch is to have none
 
@@ -102,17 +114,17 @@ def collate(parts, sizes, pad_id, filler=IGNORED, rows=1):
     lengths = [encoded.offsets[at + 1] - encoded.offsets[at] if len(at) else at for encoded, at, _ in parts]
     B = max(rows, *map(len, lengths))
     T = int(sizes[np.searchsorted(sizes, max(int(length.max()) if len(length) else 1 for length in lengths))])
-    ids, widths = np.full((len(parts), B, T), pad_id, dtype=np.int64), np.ones((len(parts), B), dtype=np.int64)
-    answers = np.full((len(parts), B), filler, dtype=np.int64)
-    for k, ((encoded, index, wanted), length) in enumerate(zip(parts, lengths, strict=True)):
-        if not len(index):
-            continue
-        real = np.arange(T) < length[:, None]  # [rows, T]
-        ids[k, : len(index)][real] = encoded.ids[(encoded.offsets[index][:, None] + np.arange(T))[real]]
-        widths[k, : len(index)] = length
-        if wanted is not None:
-            answers[k, : len(index)] = wanted[index]
-    answered = any(wanted is not None for *_, wanted in parts)
+    here = np.arange(B) < np.array([len(at) for at in lengths])[:, None]  # [K, B]
+    widths, answers = np.ones(here.shape, dtype=np.int64), np.full(here.shape, filler, dtype=np.int64)
+    widths[here] = taken = np.concatenate(lengths)
+    if answered := any(wanted is not None for *_, wanted in parts):
+        answers[here] = np.concatenate([wanted[at] for _, at, wanted in parts if len(at)] or [taken])
+    ids = np.full((*here.shape, T), pad_id, dtype=np.int64)
+    if len(taken):
+        [source] = {id(encoded.ids): encoded.ids for encoded, at, _ in parts if len(at)}.values()
+        starts = np.concatenate([encoded.offsets[at] for encoded, at, _ in parts if len(at)])
+        places = np.repeat(starts - (taken.cumsum() - taken), taken) + np.arange(taken.sum())
+        ids[np.arange(T) < (widths * here)[..., None]] = source[places]
     alike = bool((ids == ids[0]).all() and (widths == widths[0]).all())
     ids, widths, answers = (torch.from_numpy(array).flatten(0, 1) for array in (ids, widths, answers))
     return Batch(ids, widths, [at for _, at, _ in parts], answers if answered else None, alike=alike)

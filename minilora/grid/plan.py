@@ -126,7 +126,8 @@ def settle(entries, size, settings):
     for group in groups.values():
         most = size or measured(group, settings)
         order = sorted(group, key=lambda entry: [
-            getattr(entry.cell, name) or 0 for name in ("steps", "epochs", "train_rows")
+            *(getattr(entry.cell, name) or 0 for name in ("steps", "epochs", "train_rows")),
+            entry.cell.seed_for("order"),
         ])  # fmt: skip
         chunks += [order[i : i + most] for i in range(0, len(order), most)]
     places = {entry.name: number for number, entry in enumerate(entries)}

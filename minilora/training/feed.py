@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from minilora import parallel
-from minilora.data.batches import collate, padded_sizes, place_completions
+from minilora.data.batches import collate, joined, padded_sizes, place_completions
 from minilora.kernels.dropout import shifted
 from minilora.seeds import number_of
 
@@ -111,6 +111,8 @@ class Feed:
 
     def __init__(self, members, how="eager", steps=0):
         self.members, self.setting, self.task = members, members[0].setting, members[0].task
+        for member, encoded in zip(members, joined([member.encoded for member in members]), strict=True):
+            member.encoded = encoded
         lengths = np.concatenate([member.lengths for member in members])
         lengths = lengths[lengths > 0]  # the others are never seen
         self.sizes, self.rows, self.terms = np.unique(np.append(lengths, 1)), 1, 1

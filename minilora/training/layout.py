@@ -46,8 +46,7 @@ def groups_of(members):
 
 
 def saved(sizes, classes):
-    """How many numbers less members of `sizes` take when each is padded to the next of `classes`, and not to the last.
-    """
+    """How many numbers it saves to pad each of `sizes` to the next of `classes` instead of the last."""
     return int((classes[-1] - classes[np.searchsorted(classes, sizes)]).sum())
 
 

@@ -1,7 +1,8 @@
 """A population: K members trained in one pass through one frozen base, each with the result it would have by itself.
 
 The rows of all members go through the base one member after the other, as one batch; each projection that any member
-adapts is one product with the frozen weight and K thin ones (`kernels/lora_linear.py`). Members may differ in all that
+adapts is one product with the frozen weight and thin ones for each group of like rank (`kernels/lora_groups.py`,
+`layout.py`). Members may differ in all that
 they train with (fields marked `free`): ranks, targets, data, rates, seeds. Padding is exact: zeros in the factors stay
 zeros, rows that pad a batch are not predicted, and dropout does not see either. A population of one has no stacks and
 no such rows: it is the plain model.

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minilora import parallel
+from minilora.base.tokenizer import Encoded
 from minilora.cell import Cell
 from minilora.data import batches
 from minilora.training import feed
@@ -159,6 +160,35 @@ def test_collate_is_row_by_row(lengths, data):
     moved = batch.to("cpu")
     assert torch.equal(moved.ids, batch.ids) and torch.equal(moved.lengths, batch.lengths)
     assert moved.index is batch.index
+
+
+@settings(deadline=None)
+@given(st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=6), min_size=1, max_size=5), st.data())
+def test_all_parts_are_collated_at_once(lengths, data):
+    """K parts from one array of ids, some without rows, against row by row."""
+    rows = [[[1000 * k + 10 * i + t + 1 for t in range(n)] for i, n in enumerate(own)] for k, own in enumerate(lengths)]
+    encoded = [
+        Encoded(np.array(sum(own, []), dtype=np.int32), np.cumsum([0, *map(len, own)]), np.zeros(len(own)))
+        for own in rows
+    ]
+    for again in (batches.joined(encoded), batches.joined(batches.joined(encoded))):
+        parts, wanted, most = [], [], 1
+        for own, one in zip(rows, again, strict=True):
+            index = np.array(data.draw(st.lists(st.integers(0, len(own) - 1), max_size=4, unique=True)), dtype=np.int64)
+            parts.append((one, index, np.arange(len(own)) + 50) if len(index) else (None, index, None))
+            wanted.append([(own[i], i + 50) for i in index])
+            most = max(most, len(index))
+        sizes = np.arange(1, 12)
+        batch = batches.collate(parts, sizes, pad_id=7, filler=-3)
+        width = max([len(row) for own in wanted for row, _ in own], default=1)
+        filled = [own + [([7], -3)] * (most - len(own)) for own in wanted]
+        flat = [pair for own in filled for pair in own]
+        assert batch.ids.tolist() == [row + [7] * (width - len(row)) for row, _ in flat]
+        assert batch.lengths.tolist() == [len(row) for row, _ in flat]
+        assert (batch.answers is None) == (not any(wanted)) and len(batch.index) == len(rows)
+        if batch.answers is not None:
+            assert batch.answers.tolist() == [answer for _, answer in flat]
+        assert batch.alike == all([row for row, _ in own] == [row for row, _ in filled[0]] for own in filled)
 
 
 # --- ahead of their step

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from zoo import tiny_decoder
 
 import minilora
 from minilora import files
@@ -15,7 +16,7 @@ from minilora.cell import Cell
 from minilora.errors import InputError, TrainingError
 from minilora.lora import peft_config, storage
 from minilora.scripts import train
-from minilora.training import loop, planner
+from minilora.training import layout, loop, planner
 from minilora.training.member import Member
 from minilora.training.population import shared
 from minilora.training.state import Flat
@@ -218,9 +219,9 @@ def test_an_interrupted_member_goes_on_alone(cell, tmp_path, monkeypatch):
 
 
 class Stub:
-    def __init__(self, step, steps):
+    def __init__(self, step, steps, seed=0):
         self.meters, self.schedule = {"step": step}, type("Schedule", (), {"steps": steps})
-        self.parameters = {}
+        self.parameters, self.cell = {}, Cell(seed_order=seed)
 
     def hold(self):
         return contextlib.nullcontext()
@@ -241,6 +242,8 @@ class Stub:
 def test_the_planner_splits_by_where_members_end():
     members = [Stub(0, steps) for steps in (9, 4, 5, 9, 7)]
     assert [[m.schedule.steps for m in chunk] for chunk in planner.split(members, 2)] == [[4, 5], [7, 9], [9]]
+    members = [Stub(0, 9, seed) for seed in (1, 2, 1, 2, 1)]  # those of one order meet
+    assert [[m.cell.seed_order for m in chunk] for chunk in planner.split(members, 3)] == [[1, 1, 1], [2, 2]]
 
 
 def test_members_that_stopped_at_different_steps_begin_again():
@@ -267,7 +270,7 @@ def test_the_planner_takes_what_is_measured_to_be_fastest(monkeypatch):
         monkeypatch.setattr(
             planner, "trial", lambda members, base: (tried.append(len(members)) or rates[len(members)], None)
         )
-        return planner.size([None] * count, None), tried
+        return planner.size([Stub(0, 9)] * count, None), tried
 
     assert found({1: 100, 2: 90}, 9) == (1, [1, 2])
     assert found({1: 100, 2: 190, 4: 300, 8: 310}, 9) == (4, [1, 2, 4, 8])
@@ -359,3 +362,44 @@ def test_a_population_without_memory_goes_on_in_halves(cell, monkeypatch, tmp_pa
     monkeypatch.setattr(loop, "update", never)
     with pytest.raises(MemoryError):
         minilora.train_together(cells, [tmp_path / f"n{k}" for k in range(3)], size=3)
+
+
+def test_completions_in_groups_are_what_they_are_alone(reviews, tmp_path):
+    tiny_decoder(tmp_path / "gpt2")
+    cell = Cell(task="lm", model=str(tmp_path / "gpt2"), data=str(reviews), test_rows=31, max_length=60, batch_size=6,
+                lr=0.01, steps=5)  # fmt: skip
+    cells = [cell.replace(rank=rank, seed=rank, dropout=share) for rank, share in ((1, 0.0), (17, 0.2))]
+    minilora.train_together(cells, [tmp_path / f"t{one.rank}" for one in cells], size=2)
+    for one in cells:
+        alone, _ = minilora.train(one, tmp_path / f"a{one.rank}")
+        assert alone["train"]["population"] == 1
+        found, wanted = trained(tmp_path / f"t{one.rank}"), trained(tmp_path / f"a{one.rank}")
+        assert list(found) == list(wanted) and len(found) >= 4
+        for name, tensor in wanted.items():
+            assert (found[name] - tensor).abs().max() <= TOLERANCE * tensor.abs().max()
+
+
+@pytest.mark.parametrize("most", [1, 2, 8])
+def test_odd_ranks_in_groups_are_what_they_are_alone(cell, tmp_path, monkeypatch, most):
+    """In one group, in the two that a GPU has, and in all that a CPU has: `most` at most."""
+    monkeypatch.setitem(layout.GROUPS, "cpu", most)
+    cells = [
+        cell.replace(rank=17, alpha=5.0, steps=6),
+        cell.replace(rank=23, steps=6, seed=2, targets=("v", "o", "up")),
+        cell.replace(rank=1, steps=6, dropout=0.25, seed_order=3),
+        cell.replace(rank=3, steps=5, scaling="rslora", targets=("q", "down:5")),
+    ]
+    groups, true_init = [], Flat.__init__
+
+    def init(self, members):
+        true_init(self, members)
+        groups.append(len(self.groups))
+
+    monkeypatch.setattr(Flat, "__init__", init)
+    minilora.train_together(cells, [tmp_path / f"t{k}" for k in range(4)], size=4)
+    assert groups == [min(most, 4)]
+    for k, one in enumerate(cells):
+        if most == 1 or k in (1, 2):
+            minilora.train(one, tmp_path / f"a{k}")
+            assert_alike(tmp_path / f"t{k}", tmp_path / f"a{k}")
+    assert sum((tmp_path / f"a{k}").exists() for k in range(4)) == (4 if most == 1 else 2)
