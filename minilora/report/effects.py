@@ -109,7 +109,7 @@ def forest(rows, panels, first=None):
             if first and key in first:
                 panel.axvline(100 * first[key][0], color=GREY, linewidth=1, linestyle="--", zorder=1)
         less = "\nless that of the first" if key.endswith("_change") else ""
-        panel.set_title(sentence(FIGURES[name][0]) + less, fontsize=9)
+        panel.set_title(sentence(FIGURES[name].words) + less, fontsize=9)
         panel.set_xlabel("percentage points" if signed else "%")
         panel.tick_params(axis="y", length=0)
         panel.spines["left"].set_visible(False)

@@ -8,17 +8,18 @@ all cells. These are crossed factors, as a row is met under every seed.
 Let c_j be the weight of cell j, d_j what cell j lies above its setting's mean, and g_k the sum of c_j d_j over the
 cells of seed k, one of S. Then the seeds' part of the variance is S / (S - 1) sum g_k^2: for one setting, the variance
 of its cells over S. The rows' part is the same of the rows' own sums. Both hold the part that is of neither, so it is
-taken off once (two-way random effects: Owen and Eckles 2012, section 3; Cameron, Gelbach and Miller 2011, section 2.2).
-The interval is Student's, with the degrees of freedom of Satterthwaite 1946. With few seeds these are few, and the
-interval is wide, as it must be.
+taken off one of them (two-way random effects: Owen and Eckles 2012, section 3; Cameron, Gelbach and Miller 2011,
+section 2.2). Each part has an interval by Student's t of its own degrees of freedom, and the squares of their halves
+are added (Zou and Donner 2008, section 2). So with few seeds the seeds' part is wide, as it must be, and where seeds
+are all that matters the interval is that of a t-test over seeds.
 
 - Several kinds of seeds that vary by themselves (`seed` and `seed_split`, say) are crossed factors, each with a part
   of its own, and never more replicates of one. Another split has other test rows, so its part holds that of the rows.
 - With one seed nothing is known of seeds, and the interval is over the test rows only.
 - Where nobody knows which rows a cell hits, only how many, the rows' part is an upper bound: for a mean all cells hit
   the same rows, for a difference other ones.
-- A share of n rows that hits all of them, or none, has no variance of its own. So 2 / (n + 4)^2 is added, which is what
-  two hits more and two misses more would give (Agresti and Coull 1998).
+- A share of n rows that hits all of them, or none, has no variance of its own. So it is at least 2 / (n + 4)^2, which
+  is what two hits more and two misses more would give (Agresti and Coull 1998).
 
 `python -m benchmarks coverage` simulates how often the intervals hold the truth, and how often a verdict is false.
 """
@@ -58,28 +59,38 @@ class Sample:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A statistic: its value, standard error, degrees of freedom, and the ends of its 95% interval, within `limits`.
+    """A statistic: its value, and what its interval is made of.
 
-    `seeds` is the least number of levels that a kind of seed has in a setting (1 without any); `seed_variance` is the
-    part of the squared error that more seeds would lower.
+    `by_seeds` and `by_rows` are parts (variance, degrees of freedom); `seeds` is the least number of levels that a kind
+    of seed has in a setting (1 without any); `limits` are those of the statistic.
     """
 
     value: float
-    error: float
-    degrees: float
+    by_seeds: tuple
+    by_rows: tuple
     seeds: int
-    seed_variance: float
     limits: tuple = (-np.inf, np.inf)
+
+    def half(self, share):
+        """Half of the interval that leaves 1 - `share` on either side."""
+        parts = self.by_seeds + self.by_rows
+        return sum(variance * quantile(share, degrees) ** 2 for variance, degrees in parts) ** 0.5
+
+    def p(self, bound):
+        """The one-sided p-value that the statistic is above `bound`: the share beyond the interval that ends there."""
+        away = abs(self.value - bound)
+        low, high = 0.5, 1 - 1e-12
+        if self.half(high) > away:
+            while high - low > 1e-12:
+                middle = (low + high) / 2
+                low, high = (middle, high) if self.half(middle) < away else (low, middle)
+        return 1 - high if self.value > bound else high
 
     @property
     def interval(self):
-        return self.ends(0.975)
-
-    def ends(self, share):
-        """(low, high) of the interval that leaves 1 - `share` on either side."""
-        half = self.error * quantile(share, self.degrees)
+        """(low, high) at 95%, within the limits."""
         low, high = self.limits
-        return max(low, self.value - half), min(high, self.value + half)
+        return max(low, self.value - self.half(0.975)), min(high, self.value + self.half(0.975))
 
     def three(self):
         return self.value, *self.interval
@@ -88,30 +99,27 @@ class Estimate:
 def estimate(sample, weights, signed=False):
     """An `Estimate` for each row of `weights` [V, S]. `signed`: whether the figure itself may be below 0."""
     means = sample.means()
-    return [estimate_one(sample, one, float(one @ means), means, signed) for one in weights]
+    return [estimate_one(sample, one, means, signed) for one in weights]
 
 
-def estimate_one(sample, weights, value, means, signed):
+def estimate_one(sample, weights, means, signed):
     used = weights[sample.settings] != 0
     shares = (weights / np.bincount(sample.settings))[sample.settings][used]  # c [N]
     own = shares * (sample.values - means[sample.settings])[used]
     factors, settings = sample.factors[:, used], sample.settings[used]
     levels = [least_levels(settings, factor) for factor in factors]
-    parts = [part_of(sums_by(factor, own)) for factor in factors]
-    parts = [(variance, degrees, 1) for variance, degrees in parts if degrees]
-    if len(parts) > 1:
-        parts.append(rest_of([sums_by(factor, own) for factor in factors],
-                             sums_by(combined(factors), own), 1 - len(parts)))  # fmt: skip
-    seeds = max([sum(variance * sign for variance, _, sign in parts)] + [v for v, _, sign in parts if sign == 1]
-                + [0.0])  # fmt: skip
-    if sample.over_rows:
-        parts += row_parts(sample, used, shares, combined(factors), weights)
-    variance = max([sum(variance * sign for variance, _, sign in parts)] + [v for v, _, sign in parts if sign == 1])
-    spread = sum((sign * part) ** 2 / degrees for part, degrees, sign in parts)
-    degrees = max(min((d for _, d, sign in parts if sign == 1), default=1), variance**2 / spread) if spread else 1
-    together = float(np.isclose(weights.sum(), 1)) and not signed
-    return Estimate(value, float(variance**0.5), float(degrees), min(levels, default=1), float(seeds),
-                    (0.0, 1.0) if together else (-np.inf, np.inf))  # fmt: skip
+    by_factor = [sums for factor in factors if len(sums := sums_by(factor, own)) > 1]
+    rest = rest_of(by_factor, sums_by(combined(factors), own)) if len(by_factor) > 1 else 0.0
+    by_seeds = sorted(map(part_of, by_factor), key=lambda part: part[1])
+    by_seeds = [(max(0.0, variance - rest * (place > 0)), n) for place, (variance, n) in enumerate(by_seeds)]
+    by_rows = [row_part(sample, used, shares, combined(factors), weights)] if sample.over_rows else []
+    rows = float(sample.rows[used].min())
+    apart = max(weights.sum() ** 2, (weights**2).sum())  # 1 for a mean, whose settings may hit the same rows
+    least = 2 * float(apart) / (rows + 4) ** 2 - sum(variance for variance, _ in by_seeds + by_rows)
+    by_rows += [(least, max(1.0, rows - 1))] if least > 0 else []
+    share = np.isclose(weights.sum(), 1) and not signed
+    return Estimate(float(weights @ means), tuple(by_seeds), tuple(by_rows), min(levels, default=1),
+                    (0.0, 1.0) if share else (-np.inf, np.inf))  # fmt: skip
 
 
 def least_levels(settings, factor):
@@ -135,38 +143,33 @@ def sums_by(numbers, values):
 
 def part_of(sums):
     """(S / (S - 1) of the sum of squares, S - 1)."""
-    count = len(sums)
-    return (count / (count - 1) * float((sums**2).sum()), count - 1) if count > 1 else (0.0, 0)
+    return len(sums) / (len(sums) - 1) * float((sums**2).sum()), len(sums) - 1
 
 
-def rest_of(by_factor, by_cell, sign):
-    """(What the factors hold in common, its degrees, `sign`): the variance that is of no one factor."""
+def rest_of(by_factor, by_cell):
+    """The variance that is of no one factor, which each factor's part holds once."""
     count = len(by_cell)
     degrees = count - 1 - sum(len(sums) - 1 for sums in by_factor)
     left = (by_cell**2).sum() - sum((sums**2).sum() * len(sums) / count for sums in by_factor)
-    return (count * max(0.0, float(left)) / degrees, degrees, sign) if degrees > 0 else (0.0, 1, sign)
+    return count * max(0.0, float(left)) / degrees if degrees > 0 else 0.0
 
 
-def row_parts(sample, used, shares, seeds, weights):
-    """[(variance, degrees, sign)] of the test rows."""
-    rows, count = float(sample.rows[used].min()), seeds.max() + 1
-    apart = max(weights.sum() ** 2, (weights**2).sum())  # 1 for a mean, whose settings may hit the same rows
-    floor = 2 * apart / (rows + 4) ** 2
+def row_part(sample, used, shares, seeds, weights):
+    """(Variance, degrees) of the test rows, less what the seeds' part holds of it."""
+    rows, count = max(2.0, float(sample.rows[used].min())), seeds.max() + 1
     if sample.hits is None:
-        errors = np.bincount(sample.settings[used], (np.abs(shares) * sample.errors[used]), len(weights))  # of settings
+        errors = np.bincount(sample.settings[used], np.abs(shares) * sample.errors[used], len(weights))  # of settings
         bound = errors.sum() ** 2 if np.isclose(weights.sum(), 1) else (errors**2).sum()
-        return [(float(bound) + floor, max(1.0, rows - 1), 1)]
+        return float(bound), rows - 1
     own = shares[:, None] * sample.hits[used]
     by_seed = np.stack([own[seeds == one].sum(axis=0) for one in range(count)])  # [seeds, R]
-    there = (sample.hits[used] != 0).any(axis=0)
     by_row = by_seed.sum(axis=0)
-    total = max(2, int(there.sum()), int(rows))
-    parts = [(total / (total - 1) * float((by_row**2).sum()) + floor, total - 1, 1)]
+    number = max(rows, float((sample.hits[used] != 0).any(axis=0).sum()))
+    variance = number / (number - 1) * float((by_row**2).sum())
     if count > 1:
-        left = float((by_seed**2).sum() - (by_row**2).sum() / count)
-        degrees = (count - 1) * (total - 1)
-        parts.append((count * total * max(0.0, left) / degrees, degrees, -1))
-    return parts
+        left = max(0.0, float((by_seed**2).sum() - (by_row**2).sum() / count))
+        variance -= count * number * left / ((count - 1) * (number - 1))
+    return max(0.0, variance), number - 1
 
 
 # --- for what is no sum of means

@@ -42,7 +42,7 @@ def heat_maps(lines, grid):
         for axis, field, places in ((panel.xaxis, across, xs), (panel.yaxis, down, ys)):
             every = math.ceil(len(places) / MOST_TICKS)
             axis.set_ticks(range(0, len(places), every), [tick(field, value) for value in places[::every]])
-        panel.set_title(f"{sentence(FIGURES[name][0])} ({'points' if signed else '%'})", fontsize=8.5)
+        panel.set_title(f"{sentence(FIGURES[name].words)} ({'points' if signed else '%'})", fontsize=8.5)
         panel.set_xlabel(axis_label(across), fontsize=8.5)
         panel.set_ylabel(axis_label(down), fontsize=8.5)
     others = [name for name in summary.settings_of(grid.varied) if name not in pair]

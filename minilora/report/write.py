@@ -112,7 +112,7 @@ def marginal_table(means):
         before = mean.field
     note = ("Means over all settings with that value, each the mean over its seeds, with 95% intervals over seeds and "
             "test rows. Shares of test rows; attack success is of the rows of other labels.")  # fmt: skip
-    heads = ("field", "value", "cells", *(FIGURES[name][0] for name in MEANS))
+    heads = ("field", "value", "cells", *(FIGURES[name].words for name in MEANS))
     return markup.Table("marginals", "Marginal means", note, heads, lines)
 
 
@@ -194,7 +194,7 @@ def means_text(means):
         first = "all cells" if mean.field is None else f"  {shown(mean.value)}"
         lines.append((first, cells, accuracy, attack, *beside, *others))
         before = mean.field
-    accuracy, attack, *others = (FIGURES[name][0] for name in summary.SHOWN)
+    accuracy, attack, *others = (FIGURES[name].words for name in summary.SHOWN)
     return "\n".join(table(("means", "cells", accuracy, attack, "clean", "placebo", *others), lines))
 
 

@@ -1,6 +1,7 @@
 """Student's t distribution (Student 1908): its tail and its quantiles, from the incomplete beta function."""
 
 import math
+from functools import lru_cache
 
 TINY = 1e-300
 MOST = 10_000  # terms of the continued fraction
@@ -17,6 +18,7 @@ def tail(t, degrees):
     return half if t >= 0 else 1 - half
 
 
+@lru_cache(maxsize=4096)
 def quantile(share, degrees):
     """The t with P(T > t) = 1 - `share`, 0 < share < 1, to 1e-12 of its size: by halving an interval."""
     if share < 0.5:
