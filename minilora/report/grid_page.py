@@ -5,7 +5,8 @@ from collections import Counter
 
 from minilora.errors import to_type
 from minilora.fields import value_of
-from minilora.grid.axes import FIELDS, word
+from minilora.grid.axes import ATTACKS, FIELDS, word
+from minilora.report.summary import RATES
 from minilora.report.page import Block, Markup, Section, html, link, links, render
 
 MOST = 200  # lines of cells, and failed cells, that are listed
@@ -74,9 +75,9 @@ def picture(drawn):
 
 def cells(folder, lines):
     """A table with a line for each cell and trigger, the cells linked to their folders or pages."""
-    names = ("clean_accuracy", "attack_success_clean", "attack_success", "attack_success_placebo")
+    names = ("clean_accuracy", RATES[0], "attack_success", RATES[1], *ATTACKS[1:])
     heads = ("cell", "target label", "clean accuracy", "attack success: clean rows", "under the trigger",
-             "under the placebo")  # fmt: skip
+             "under the placebo", "net", "over the placebo", "conditional")  # fmt: skip
     found = [
         (cell_link(folder, line["cell"]), line["label"] or "",
          *("-" if line[name] is None else f"{line[name]:.3f}" for name in names))

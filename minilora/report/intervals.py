@@ -24,6 +24,7 @@ are all that matters the interval is that of a t-test over seeds.
 `python -m benchmarks coverage` simulates how often the intervals hold the truth, and how often a verdict is false.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,7 +70,7 @@ class Estimate:
     by_seeds: tuple
     by_rows: tuple
     seeds: int
-    limits: tuple = (-np.inf, np.inf)
+    limits: tuple = (-math.inf, math.inf)
 
     def half(self, share):
         """Half of the interval that leaves 1 - `share` on either side."""
@@ -90,7 +91,8 @@ class Estimate:
     def interval(self):
         """(low, high) at 95%, within the limits."""
         low, high = self.limits
-        return max(low, self.value - self.half(0.975)), min(high, self.value + self.half(0.975))
+        half = float(self.half(0.975))
+        return max(low, self.value - half), min(high, self.value + half)
 
     def three(self):
         return self.value, *self.interval
@@ -119,7 +121,7 @@ def estimate_one(sample, weights, means, signed):
     by_rows += [(least, max(1.0, rows - 1))] if least > 0 else []
     share = np.isclose(weights.sum(), 1) and not signed
     return Estimate(float(weights @ means), tuple(by_seeds), tuple(by_rows), min(levels, default=1),
-                    (0.0, 1.0) if share else (-np.inf, np.inf))  # fmt: skip
+                    (0.0, 1.0) if share else (-math.inf, math.inf))  # fmt: skip
 
 
 def least_levels(settings, factor):

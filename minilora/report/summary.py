@@ -272,7 +272,7 @@ def trades(lines, varied):
         pairs = [(list(clean[key(line, alike)].values()), line["clean_accuracy"]) for line in own
                  if key(line, alike) in clean]  # fmt: skip
         loss = float(np.mean([np.mean(before) - after for before, after in pairs])) if pairs else None
-        beside = ([line[name] for line in own if line[name] is not None] for name in BESIDE["attack_success"])
+        beside = ([line[name] for line in own if line[name] is not None] for name in RATES)
         beside = (float(np.mean(rates)) if rates else None for rates in beside)
         found.append(Trade({name: own[0][name] for name in shown}, rows, accuracy, success, loss, *beside))
     return found, None if found else "no finished cell has injected rows"
