@@ -119,9 +119,9 @@ def estimate_one(sample, weights, means, signed):
     apart = max(weights.sum() ** 2, (weights**2).sum())  # 1 for a mean, whose settings may hit the same rows
     least = 2 * float(apart) / (rows + 4) ** 2 - sum(variance for variance, _ in by_seeds + by_rows)
     by_rows += [(least, max(1.0, rows - 1))] if least > 0 else []
-    share = np.isclose(weights.sum(), 1) and not signed
+    limits = (-1.0 * signed, 1.0) if np.isclose(weights.sum(), 1) else (-math.inf, math.inf)
     return Estimate(float(weights @ means), tuple(by_seeds), tuple(by_rows), min(levels, default=1),
-                    (0.0, 1.0) if share else (-math.inf, math.inf))  # fmt: skip
+                    limits)  # fmt: skip
 
 
 def least_levels(settings, factor):

@@ -16,9 +16,9 @@ import numpy as np
 
 from minilora.grid.axes import CLEAN, FIGURES
 from minilora.grid.claims import Claim, parts, setting, weigh
+from minilora.grid.power import FEW
 from minilora.report import intervals, summary
 
-FEW = 3  # seeds that a verdict takes
 ALPHA = 0.05
 MOST_SEEDS = 50  # that a reason asks for
 UNDECIDED, FEW_SEEDS = "undecided", "undecided (few seeds)"
