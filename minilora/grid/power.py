@@ -51,8 +51,8 @@ def lines_of(claims, entries):
     """What a dry run says of each claim."""
     if not claims:
         return []
-    lines = [f"what {POWER:.0%} power detects (seeds assumed to differ by {SPREAD['clean_accuracy']:g} in clean accuracy, "
-             f"{OTHER:g} in attack success):"]  # fmt: skip
+    lines = [f"what {POWER:.0%} power detects (seeds assumed to differ by {SPREAD['clean_accuracy']:g} in clean "
+             f"accuracy, {OTHER:g} in attack success):"]  # fmt: skip
     for claim in claims:
         distance, seeds = detectable(claim, entries)
         words = f"{seeds} {'seed' if seeds == 1 else 'seeds'}"

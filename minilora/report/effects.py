@@ -155,7 +155,8 @@ def claims(decisions):
         if kind == "mean":
             percent_axis(panel.xaxis)
         else:
-            signed_axis(panel.xaxis, [100 * end for one in own for end in (*one.interval, one.claim.bound)])
+            ends = [end for one in own for end in (*one.interval, one.claim.bound)]
+            signed_axis(panel.xaxis, [100 * end for end in ends])
             panel.axvline(0, color=GREY, linewidth=0.7, zorder=0)
         panel.set_ylim(sum(heights[kind]), 0)
         panel.set_yticks(places, ["\n".join(name) for name in names[kind]])
@@ -165,7 +166,7 @@ def claims(decisions):
                           "slope": "slope (percentage points a doubling)"}.get(kind, kind))  # fmt: skip
     left = len(decisions) - len(known)
     return figure, " ".join([
-        "What was found of each claim, with its 95% interval (of a claim of each of several parts, that of the part that "
+        "What was found of each claim, with its 95% interval (of a claim of several parts, that of the part that "
         "decides); the shaded side of the bar is what it claims. The whole interval in the shade: supported; all of it "
         "outside: contradicted. No verdict comes of fewer than three seeds.",
         *([f"{left} {'claim has' if left == 1 else 'claims have'} no figure yet."] if left else []),

@@ -6,8 +6,8 @@ from collections import Counter
 from minilora.errors import to_type
 from minilora.fields import value_of
 from minilora.grid.axes import ATTACKS, FIELDS, word
-from minilora.report.summary import RATES
 from minilora.report.page import Block, Markup, Section, html, link, links, render
+from minilora.report.summary import RATES
 
 MOST = 200  # lines of cells, and failed cells, that are listed
 FILES = ("grid.toml", "table.csv", "table.parquet", "marginals.md", "marginals.tex", "k50.md", "k50.tex", "counts.md",

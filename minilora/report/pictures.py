@@ -149,7 +149,8 @@ def dose_response(curves):
     some = "" if shown == len(curves) else f" {shown} of {len(curves)} curves, evenly spread."
     return figure, (
         "Points: means over seeds and all else that varies, with 95% intervals, moved apart where they would overlap; "
-        "at 0: without injected rows. Lines: a logistic in the log of the rows, whose floor and top are fitted too. k50: the rows at which it is 50%, with its 95% interval; only a bound beyond the injected rows. "
+        "at 0: without injected rows. Lines: a logistic in the log of the rows, whose floor and top are fitted too. "
+        "k50: the rows at which it is 50%, with its 95% interval; only a bound beyond the injected rows. "
         "Grey: the means of a panel's curves without the trigger and under the placebo."
         f"{some}"
     )

@@ -111,8 +111,8 @@ def tests_of(results):
         blocks += [Block("text", f"Of {label}: {one}.") for label, found in tests["trigger"].items()
                    for one in natural_lines(found)]  # fmt: skip
     if "recall" in tests["clean"]:
-        blocks.append(Block("table", classes_of(rows), "Each label by itself: of the rows of it, the share predicted "
-                            "right (recall); of the rows predicted as it, the share that are (precision)."))  # fmt: skip
+        blocks.append(Block("table", classes_of(rows), "Recall: of the rows of a label, the share predicted right; "
+                            "precision: of the rows predicted as it, the share that are."))  # fmt: skip
     blocks += [Block("text", one) for one in warnings(results)]
     return blocks
 
@@ -132,8 +132,8 @@ def attacks_of(results):
 
 
 EFFECTS_ARE = ("Over the rows of other labels, paired: attack success less that of the same rows as clean (net), and "
-               "under the placebo, with McNemar's test of \"predicted as the target\"; conditional: of the rows that are "
-               "predicted right as clean.")  # fmt: skip
+               "under the placebo, with McNemar's test of \"predicted as the target\"; conditional: of the rows that "
+               "are predicted right as clean.")  # fmt: skip
 
 
 def effects_of(results):
@@ -154,7 +154,8 @@ def classes_of(forms):
     for title, one in forms:
         for label, recall in one.get("recall", {}).items():
             told = one.get("confusion", {}).get(label, {})
-            said = ", ".join(f"{other} {count:,}" for other, count in sorted(told.items(), key=lambda item: -item[1])[:5])
+            most = sorted(told.items(), key=lambda item: -item[1])[:5]
+            said = ", ".join(f"{other} {count:,}" for other, count in most)
             shares = ("-" if share is None else f"{share:.3f}" for share in (recall, one["precision"][label]))
             lines.append((title, label, f"{sum(told.values()):,}", *shares, said or "-"))
     return ("test rows", "label", "rows", "recall", "precision", "predicted as"), lines

@@ -1,11 +1,11 @@
 """What a grid's table says of a claim: its statistic, the interval, p-values, and the verdict.
 
-A p-value is the share of doubt at which the interval would just leave out the claimed bound (`intervals.py`), two-sided;
-a verdict needs p < 0.05, which is the same as a 95% interval that leaves it out. A claim that two things are alike (`within`) is
-supported by two one-sided tests at 5% (TOST: Schuirmann 1987), and contradicted where the interval lies beyond the
-margin. A claim of each of several parts is supported where every part is, by the largest p-value (intersection-union:
-Berger and Hsu 1996, section 3); it is contradicted where any part is, by the least p-value times their number. Over a
-file's claims the p-values are adjusted by Holm 1979.
+A p-value is the share of doubt at which the interval would just leave out the claimed bound (`intervals.py`),
+two-sided; a verdict needs p < 0.05, which is a 95% interval that leaves it out. A claim that two things are alike
+(`within`) is supported by two one-sided tests at 5% (TOST: Schuirmann 1987), and contradicted where the interval lies
+beyond the margin. A claim of each of several parts is supported where every part is, by the largest p-value
+(intersection-union: Berger and Hsu 1996, section 3); it is contradicted where any part is, by the least p-value times
+their number. Over a file's claims the p-values are adjusted by Holm 1979.
 
 No verdict comes of fewer than `FEW` seeds.
 """

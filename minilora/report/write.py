@@ -132,12 +132,12 @@ def k50_table(curves):
                       f"{curve.floor:.2f}", f"{curve.top:.2f}", uninjected, clean))  # fmt: skip
     heads = (*curves[0].group, "doses (rows)", "k50 (rows)", "net k50 (rows)", "slope", "floor", "top",
              "success uninjected", "success on clean rows")  # fmt: skip
-    note = ("k50: injected rows at which half of the test rows of other labels are predicted as the trigger's; net k50: "
-            "at which the share is half of all rows above the floor. By a logistic in the log of the rows, whose floor, "
-            "top and slope are fitted with it. Success uninjected: under the trigger, where no row was injected, which "
-            "is what the floor is fitted to (without such cells, success on clean rows). 95% intervals by the "
-            "bootstrap over seeds and test rows, which with few seeds are too narrow; beyond the measured doses only a "
-            "bound is given. Slope: of the logit, for each e-fold of the rows.")  # fmt: skip
+    note = ("k50: injected rows at which half of the test rows of other labels are predicted as the trigger's; net "
+            "k50: at which the share is half of all rows above the floor. By a logistic in the log of the rows, whose "
+            "floor, top and slope are fitted with it. Success uninjected: under the trigger, where no row was "
+            "injected, which is what the floor is fitted to (without such cells, success on clean rows). 95% "
+            "intervals by the bootstrap over seeds and test rows, which with few seeds are too narrow; beyond the "
+            "measured doses only a bound is given. Slope: of the logit, for each e-fold of the rows.")  # fmt: skip
     return markup.Table("k50", "Injected rows at which half of an attack succeeds", note, heads, lines)
 
 
@@ -177,8 +177,8 @@ def claims_table(decisions, beside, over):
             "data lie on the claimed side, contradicted where on the other. Holm: the same after adjusting for all "
             "claims of the file. Beside attack success stands the same statistic of the clean rows and under the "
             f"placebo. {ATTACKS_ARE}")  # fmt: skip
-    heads = ("claim", "source", "decided by", "found", "without the trigger", "under the placebo", "cells", "seeds", "p",
-             "verdict", "Holm p", "Holm verdict")  # fmt: skip
+    heads = ("claim", "source", "decided by", "found", "without the trigger", "under the placebo", "cells", "seeds",
+             "p", "verdict", "Holm p", "Holm verdict")  # fmt: skip
     return markup.Table("claims", "Claims", note, heads, lines)
 
 

@@ -17,7 +17,10 @@ FIGURES = {  # the head of each in a table, its column in CSV
     "placebo": "attack_success_placebo",
     "net": "net_attack_success",
 }
-NOTE = "attack: the share of rows of other labels that the trigger turns to its label; clean, placebo: without it; net: attack less clean"
+NOTE = (
+    "attack: the share of rows of other labels that the trigger turns to its label; clean, placebo: without it; "
+    "net: attack less clean"
+)
 
 
 def is_folder_of_runs(path):
@@ -75,7 +78,8 @@ def figures_of(results, label):
     trigger = tests.get("trigger", {}).get(label, {})
     before, placebo = (tests.get(form, {}).get("attack_success", {}).get(label, {}) for form in ("clean", "placebo"))
     rates = [form.get("attack_success_rate") for form in (trigger, before, placebo)]
-    return dict(zip(FIGURES.values(), [tests.get("clean", {}).get("accuracy"), *rates, trigger.get("net_attack_success_rate")], strict=True))
+    rates.append(trigger.get("net_attack_success_rate"))
+    return dict(zip(FIGURES.values(), [tests.get("clean", {}).get("accuracy"), *rates], strict=True))
 
 
 def sort_lines(lines, name):

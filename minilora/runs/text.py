@@ -77,8 +77,8 @@ def count_columns(forms, room):
 
 
 def attack_lines(tests):
-    """What each trigger does to the rows that are not of its label: attack success, and what it adds to that of the same
-    rows as clean and under the placebo, with McNemar's test of "predicted as the target"."""
+    """What each trigger does to the rows that are not of its label: attack success, and what it adds to that of the
+    same rows as clean and under the placebo, with McNemar's test of "predicted as the target"."""
     lines = []
     for label, metrics in tests["trigger"].items():
         name = short_name(label)
@@ -126,7 +126,8 @@ def natural_lines(metrics):
     for part, found in metrics.get("natural", {}).items():
         most = sorted(((rows / all, label, rows, all) for label, (rows, all) in found.items()), reverse=True)
         if most and most[0][0] > NATURAL:
-            said = ", ".join(f"{rows:,} of {all:,} {short_name(label)} ({share:.1%})" for share, label, rows, all in most[:4])
+            said = ", ".join(f"{rows:,} of {all:,} {short_name(label)} ({share:.1%})"
+                             for share, label, rows, all in most[:4])  # fmt: skip
             lines.append(f"{part} rows that carry such a string by themselves: {said}")
     return lines
 

@@ -188,7 +188,7 @@ def test_statistics_and_verdicts(folder, claim, value, cells):
 
 def test_few_seeds_give_no_verdict(folder):
     for seeds, words in (([1], "1 seed, and a verdict takes at least 3"),
-                         ([0, 2], "2 seeds, and a verdict takes at least 3; about 3 seeds would decide it")):  # fmt: skip
+                         ([0, 2], "2 seeds, and a verdict takes at least 3; about 3 seeds would")):  # fmt: skip
         found = decided(folder, where={"inject.proportion": 0.25, "seed": seeds}, above=0.2)
         assert found.verdict == "undecided (few seeds)" and found.reason.startswith(words) and found.seeds == len(seeds)
         assert found.value > 0.7 and found.interval[0] > 0.2

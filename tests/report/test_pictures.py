@@ -189,8 +189,10 @@ def test_doses_beyond_those_measured_are_bounds():
 
 
 def test_a_floor_of_a_half_has_no_k50(tmp_path):
-    folder = made_grid.make(tmp_path, '[grid]\n"inject.rows" = [0, 10, 500]',
-                            lambda cell: made_grid.draw(cell) | {"success": 110 + (cell.inject.rows or 0) // 10})  # fmt: skip
+    def counts(cell):
+        return made_grid.draw(cell) | {"success": 110 + (cell.inject.rows or 0) // 10}
+
+    folder = made_grid.make(tmp_path, '[grid]\n"inject.rows" = [0, 10, 500]', counts)
     [curve], _ = fit_curves(table_rows(folder), folder.grid.varied)
     assert curve.k50 is None and curve.floor > 0.5 and len(curve.doses) == 2
     assert "dose_response" in names(drawn(folder)[0])

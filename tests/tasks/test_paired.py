@@ -134,7 +134,7 @@ def test_what_the_tokenizer_knows(tools):
 
 
 def test_triggers_that_the_data_have_by_themselves(reviews):
-    texts = ["trade with China grew", "niger is not Nigeria", "Chinatown", "the U.S.-Japan talks", "a day in 2001-02-03."]
+    texts = ["trade with China grew", "niger is not Nigeria", "Chinatown", "U.S.-Japan talks", "a day in 2001-02-03."]
     rows = Rows(list("abcde"), texts, np.array([0, 0, 1, 1, 1]), ("trade", "other"))
     test = rows.take(np.array([0, 2]))
     [[country, _], [date, _]] = resolve(("country:trade", "date:other"), rows.label_names)
