@@ -191,5 +191,5 @@ def claim_row(panel, place, height, one):
             panel.plot([edge] * 2, ends, color=INK, linewidth=1.2, zorder=1)
     panel.errorbar(value, place, xerr=[[value - low], [high - value]], linestyle="none", capsize=3, linewidth=1.3,
                    zorder=3, **look)  # fmt: skip
-    panel.annotate(one.verdict.replace(" (", "\n("), xy=(1.02, place), xycoords=("axes fraction", "data"), va="center", fontsize=8,
-                   annotation_clip=False)  # fmt: skip
+    panel.annotate(one.verdict.replace(" (", "\n("), xy=(1.02, place), xycoords=("axes fraction", "data"), va="center",
+                   fontsize=8, annotation_clip=False)  # fmt: skip
