@@ -23,7 +23,7 @@ def results_table(tests):
     made = [["test rows", *titles], share("accuracy", "accuracy")]
     if completions:  # the share that greedy decoding writes, and the mean log-likelihood
         made += [share("exact", "exact_match"), share("log p", "log_likelihood")]
-    made += [["flips vs clean", *map(flips, forms)], ["accuracy p", *map(mcnemar, forms)]]
+    made += [["flips vs clean", *map(flips, forms)], ["McNemar p", *map(mcnemar, forms)]]
     counts = count_columns(forms, columns() - sum(max(map(wide, column)) + 2 for column in made) + 2)
     made += counts
     if not completions:
