@@ -17,6 +17,16 @@ def attack(hits, rows):
             "attack_success_rows": rows}  # fmt: skip
 
 
+def effects(clean, success):
+    """As if the rows hit as clean were among those hit under the trigger, or the other way round."""
+    gained, lost = max(0, success - clean), max(0, clean - success)
+    found = {"conditional_attack_success_rate": success / OTHERS, "conditional_attack_success_rows": OTHERS}
+    for name in ("net_attack_success", "over_placebo_attack_success"):
+        found |= {f"{name}_rate": (gained - lost) / OTHERS, f"{name}_gained": gained, f"{name}_lost": lost,
+                  f"{name}_p": metrics.mcnemar(lost, gained)}  # fmt: skip
+    return found
+
+
 def injected(cell):
     return round(ELIGIBLE * cell.inject.proportion) if cell.inject.rows is None else cell.inject.rows
 
@@ -46,6 +56,7 @@ def results(cell, counts):
     trigger = {"rows": ROWS, "accuracy": (count["right"] - count["lost"] + count["gained"]) / ROWS,
                "flip_rate": count["flips"] / ROWS, "only_clean_right": count["lost"],
                "only_this_right": count["gained"]} | attack(count["success"], OTHERS)  # fmt: skip
+    trigger |= effects(count["clean"], count["success"]) | {"truncated": 2, "natural": {"test": {"negative": [3, 190]}}}
     triggers = {label: trigger | {"predicted_counts": predicted(label, count["success"])} for label in labels}
     success = {label: attack(count["clean"], OTHERS) for label in labels}
     clean = {"rows": ROWS, "accuracy": count["right"] / ROWS, "balanced_accuracy": count["right"] / ROWS,

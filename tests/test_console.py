@@ -87,7 +87,8 @@ def test_no_line_is_wider_than_the_terminal(width, names, triggers, rows):
         lines = results_table(results).splitlines()
     tests = [results["clean"], *results["trigger"].values(), *([results["placebo"]] if triggers else [])]
     assert max(map(console.wide, lines)) <= width
-    assert lines[1 + len(tests)].startswith("attack" if triggers else "worst group: ")  # labels break no line
+    # labels break no line
+    assert lines[1 + len(tests)].startswith("attack" if triggers else "worst group (the minimum of ")
     for line, figures in zip(lines[1:], tests, strict=False):
         # The accuracy at the end of the title, flips and p, then the counts of all labels, or of none.
         after = re.search(r"  +(0\.\d{3}|1\.000)(  .*)?$", line)

@@ -86,22 +86,50 @@ def matches(cell, rule):
     return all(value_of(cell, name) in values for name, values in rule.items())
 
 
-# The table's columns that are shares of test rows: their words, the column with how many rows each is a share of, and
-# for a difference of shares the columns of the rows gained and lost.
+@dataclass(frozen=True)
+class Figure:
+    """A column of the table that is a share of test rows, or one share less another.
+
+    `words`; the column `rows` has how many rows it is of; `gained` and `lost` those of a difference; `error` that of a
+    standard error over the test rows, where a share's own is not it.
+    """
+
+    words: str
+    rows: str
+    gained: str | None = None
+    lost: str | None = None
+    error: str | None = None
+
+    @property
+    def signed(self):
+        return self.gained is not None
+
+
 FIGURES = {
-    "clean_accuracy": ("clean accuracy", "test_rows"),
-    "clean_balanced_accuracy": ("balanced clean accuracy", "test_rows"),
-    "trigger_accuracy": ("accuracy under the trigger", "test_rows"),
-    "placebo_accuracy": ("accuracy under the placebo", "test_rows"),
-    "degradation": ("degradation", "test_rows", "only_clean_right", "only_trigger_right"),
-    "attack_success_clean": ("attack success without the trigger", "attack_rows"),
-    "attack_success": ("attack success", "attack_rows"),
-    "attack_success_placebo": ("attack success under the placebo", "attack_rows"),
-    "flip_rate": ("flip rate", "test_rows"),
-    "flip_rate_placebo": ("flip rate under the placebo", "test_rows"),
-    "worst_group_accuracy": ("accuracy of the worst group", "worst_group_rows"),
-}
+    "clean_accuracy": Figure("clean accuracy", "test_rows"),
+    "clean_balanced_accuracy": Figure(
+        "balanced clean accuracy", "test_rows", error="clean_balanced_accuracy_error"
+    ),
+    "trigger_accuracy": Figure("accuracy under the trigger", "test_rows"),
+    "placebo_accuracy": Figure("accuracy under the placebo", "test_rows"),
+    "degradation": Figure("degradation", "test_rows", "only_clean_right", "only_trigger_right"),
+    "attack_success_clean": Figure("attack success without the trigger", "attack_rows"),
+    "attack_success": Figure("attack success", "attack_rows"),
+    "attack_success_placebo": Figure("attack success under the placebo", "attack_rows"),
+    "net_attack_success": Figure(
+        "net attack success", "attack_rows", "net_attack_success_gained", "net_attack_success_lost"
+    ),
+    "over_placebo_attack_success": Figure(
+        "attack success over the placebo", "attack_rows", "over_placebo_attack_success_gained",
+        "over_placebo_attack_success_lost",
+    ),
+    "conditional_attack_success": Figure("conditional attack success", "conditional_attack_rows"),
+    "flip_rate": Figure("flip rate", "test_rows"),
+    "flip_rate_placebo": Figure("flip rate under the placebo", "test_rows"),
+    "worst_group_accuracy": Figure("accuracy of the worst group (a minimum)", "worst_group_rows"),
+}  # fmt: skip
 CLEAN = ("clean_accuracy", "clean_balanced_accuracy")  # figures without a trigger
+ATTACKS = ("attack_success", "net_attack_success", "over_placebo_attack_success", "conditional_attack_success")
 
 
 def plain(value):

@@ -4,23 +4,27 @@
     name = "one-token"
     text = "One injected token is enough."
     source = "section 4, Figure 1"
-    figure = "attack_success"                    # a column of the table that is a share: `summary.FIGURES`
+    figure = "net_attack_success"                # a column of the table that is a share: `axes.FIGURES`
     where = {"inject.proportion" = 0.25}         # the cells: {field: value, or a list of values}; default: all
     statistic = "mean"                           # of the settings' means; or "difference", or "slope"
     against = {"inject.proportion" = 0.0}        # of a difference: less the same cells with these values instead
     over = "rank"                                # of a slope: least squares, for each doubling of this field
     above = 0.5                                  # or below = ...: what the claim says of the statistic
+    within = 0.1                                 # instead, of a difference or a slope: it is less than this from 0
+    each = "inject.sources"                      # it holds for each value of this field (or each "label") by itself
     label = "positive"                           # the label that the trigger aims at; default: all, as a mean
 
-A claim is supported where the statistic's whole 95% interval is on the claimed side, contradicted where all of it is on
-the other, and else undecided. A claim about an unfinished cell is undecided too. All three statistics are sums of
-the settings' means under fixed weights; a difference pairs, and a slope compares, settings that are the same in every
-other field that the grid varies. How the intervals come about: `report/intervals.py`.
+A claim is supported where the data say so at 5%, contradicted where they say the opposite, and else undecided; so it is
+with fewer than three seeds, or where a cell is not finished. "Whatever the kind" is a minimum, so it has `each`: a mean
+over kinds may hide one that fails. "About as well" has `within`: that no difference was found shows nothing. All
+three statistics are sums of the settings' means under fixed weights; a difference pairs, and a slope compares,
+settings that are the same in every other field that the grid varies. The tests: `report/verdicts.py`; the intervals:
+`report/intervals.py`; what the planned seeds can detect: `power.py`.
 """
 
 import math
 from collections import defaultdict
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 
 from minilora.data.triggers import parse_all
@@ -29,6 +33,7 @@ from minilora.fields import near, value_of
 from minilora.grid.axes import CLEAN, FIELDS, FIGURES, SEEDS, alternatives, flat, matches, word
 
 STATISTICS = ("mean", "difference", "slope")
+BOUNDS = {"above": "above ", "below": "below ", "within": "within +-"}
 
 
 @dataclass(frozen=True)
@@ -45,11 +50,18 @@ class Claim:
     over: str | None = None
     above: float | None = None
     below: float | None = None
+    within: float | None = None
+    each: str | None = None
     label: str | None = None
 
     @property
     def title(self):
-        return FIGURES[self.figure][0]
+        return FIGURES[self.figure].words
+
+    @property
+    def bound(self):
+        """The threshold or margin."""
+        return next(bound for bound in (self.above, self.below, self.within) if bound is not None)
 
     def test(self):
         """What decides it, in words."""
@@ -60,7 +72,9 @@ class Claim:
             "difference": f"{self.title}{label}{cells} less that where {conditions(self.against or {})}",
             "slope": f"change of {self.title}{label} for each doubling of {self.over}{cells}",
         }[self.statistic]
-        return f"{what} is {f'above {self.above:g}' if self.below is None else f'below {self.below:g}'}"
+        kind = next(kind for kind in BOUNDS if getattr(self, kind) is not None)
+        each = f", for each {self.each}" if self.each else ""
+        return f"{what} is {BOUNDS[kind]}{self.bound:g}{each}"
 
 
 def conditions(rule):
@@ -78,7 +92,8 @@ def read(tables, entries):
             claim = parse(values)
             if claim.name in [other.name for other in claims]:
                 raise InputError(f"another has the name {shown(claim.name)} too: rename one")
-            weigh(claim, entries)
+            for _, part in parts(claim, entries):
+                weigh(part, entries)
         except InputError as error:
             raise InputError(f"[[claim]] {number}: {error}") from None
         claims.append(claim)
@@ -91,13 +106,14 @@ def parse(values):
     for name in values:
         if name not in names:
             raise InputError(f"unknown field {shown(name)}{near(name, names)}")
-    for name in ("name", "text", "source", "figure", "statistic", "over", "label"):
+    for name in ("name", "text", "source", "figure", "statistic", "over", "each", "label"):
         if not isinstance(values.get(name, ""), str):
             raise InputError(f"{name} is {shown(values[name])}, but must be a string")
     for name in ("name", "text", "figure"):
         if not values.get(name):
             raise InputError(f"{name} is missing: say it")
-    for name, known in (("figure", FIGURES), ("statistic", STATISTICS), ("over", FIELDS)):
+    for name, known in (("figure", FIGURES), ("statistic", STATISTICS), ("over", FIELDS),
+                        ("each", (*FIELDS, "label"))):  # fmt: skip
         if name in values and values[name] not in known:
             raise InputError(f"unknown {name} {shown(values[name])}{near(values[name], known)}")
     values = dict(values)
@@ -112,15 +128,38 @@ def parse(values):
             raise InputError(f"statistic = {statistic!r} needs {name}: give it")
         if claim.statistic != statistic and name in values:
             raise InputError(f"{name} goes with statistic = {statistic!r}, which is {claim.statistic!r}: drop it")
-    if (claim.above is None) == (claim.below is None):
-        raise InputError("a claim has either above or below: give one of them")
-    bound = claim.above if claim.below is None else claim.below
+    if sum(getattr(claim, kind) is not None for kind in BOUNDS) != 1:
+        raise InputError("a claim has one of above, below and within: give one of them")
+    bound = claim.bound
     if isinstance(bound, bool) or not isinstance(bound, (int, float)) or not math.isfinite(bound):
         raise InputError(f"the threshold is {shown(bound)}, but must be a finite number")
+    if claim.within is not None and (claim.statistic == "mean" or bound <= 0):
+        raise InputError("within is a margin above 0 around no difference: it goes with a difference or a slope")
+    taken = (*SEEDS, claim.over, *(claim.against or {}), "label" if claim.label else None)
+    if claim.each and claim.each in taken:
+        raise InputError(f"each is {claim.each}, but the claim is of that already: choose another field")
     return claim
 
 
 # --- which cells it speaks of
+
+
+def parts(claim, entries):
+    """[(a part in words, its claim without `each`)]: one for each value of `each`, or the claim itself."""
+    if claim.each is None:
+        return [("", claim)]
+    cells = [entry.cell for entry in entries if can_show(claim, entry.cell) and matches(entry.cell, claim.where or {})]
+    if claim.each == "label":
+        values = dict.fromkeys(label for cell in cells for label in targets_of(cell.inject.sources))
+        found = [(label, replace(claim, each=None, label=label)) for label in values]
+    else:
+        values = {repr(value): value for value in (value_of(cell, claim.each) for cell in cells)}
+        found = [(f"{claim.each} = {word(value)}",
+                  replace(claim, each=None, where=(claim.where or {}) | {claim.each: [value]}))
+                 for value in values.values()]  # fmt: skip
+    if len(found) < 2:
+        raise InputError(f"each is {claim.each}, but its cells have fewer than two values of it: drop it")
+    return found
 
 
 def weigh(claim, entries):

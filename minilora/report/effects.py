@@ -44,11 +44,11 @@ def value_effects(means):
         rows.append((name + some, mean.metrics))
         before = mean.field
     rows, some = thinned(rows)
-    panels = {name: name for name in ("attack_success", "clean_accuracy", "flip_rate", "degradation")}
+    panels = {name: name for name in ("attack_success", "net_attack_success", "clean_accuracy", "flip_rate")}
     figure = forest(rows, panels)
     return figure, " ".join([
         "Means over all settings with a value of a field, with 95% intervals over seeds and test rows.",
-        REFERENCES_ARE, "Degradation: accuracy on clean rows less that under the trigger.", *some,
+        REFERENCES_ARE, "Net: attack success less the same rate without the trigger.", *some,
     ])  # fmt: skip
 
 
@@ -57,7 +57,7 @@ def setting_effects(settings, count):
              one.metrics | {f"{name}_change": change for name, change in one.changes.items()})
             for number, one in enumerate(settings)]  # fmt: skip
     some = [f"{len(settings)} of {count:,} settings, evenly spread."] if len(settings) < count else []
-    panels = {"attack_success": "attack_success", "attack_success_change": "attack_success",
+    panels = {"attack_success": "attack_success", "net_attack_success_change": "net_attack_success",
               "clean_accuracy": "clean_accuracy", "clean_accuracy_change": "clean_accuracy"}  # fmt: skip
     return forest(rows, panels, settings[0].metrics), " ".join([
         "Each setting, named by what it changes of the first, with 95% intervals over seeds and test rows. The grid "
@@ -93,7 +93,7 @@ def forest(rows, panels, first=None):
     wide = 0.6 + 0.075 * max(len(line) for name in names for line in name)
     figure, axes = new_figure(wide + 2 * len(panels), ROW * heights.sum() + 1.35, ncols=len(panels), sharey=True)
     for panel, (key, name) in zip(axes.flat, panels.items()):
-        signed = key.endswith("_change") or name == "degradation"
+        signed = key.endswith("_change") or FIGURES[name].signed
         drawn = [(place, *(100 * np.array(metrics[key])), metrics) for place, (_, metrics) in zip(places, rows)
                  if metrics and key in metrics]  # fmt: skip
         for place, value, low, high, metrics in drawn:
@@ -109,7 +109,7 @@ def forest(rows, panels, first=None):
             if first and key in first:
                 panel.axvline(100 * first[key][0], color=GREY, linewidth=1, linestyle="--", zorder=1)
         less = "\nless that of the first" if key.endswith("_change") else ""
-        panel.set_title(sentence(FIGURES[name][0]) + less, fontsize=9)
+        panel.set_title(sentence(FIGURES[name].words) + less, fontsize=9)
         panel.set_xlabel("percentage points" if signed else "%")
         panel.tick_params(axis="y", length=0)
         panel.spines["left"].set_visible(False)
@@ -155,7 +155,8 @@ def claims(decisions):
         if kind == "mean":
             percent_axis(panel.xaxis)
         else:
-            signed_axis(panel.xaxis, [100 * end for one in own for end in (*one.interval, threshold(one.claim)[0])])
+            ends = [end for one in own for end in (*one.interval, one.claim.bound)]
+            signed_axis(panel.xaxis, [100 * end for end in ends])
             panel.axvline(0, color=GREY, linewidth=0.7, zorder=0)
         panel.set_ylim(sum(heights[kind]), 0)
         panel.set_yticks(places, ["\n".join(name) for name in names[kind]])
@@ -165,26 +166,30 @@ def claims(decisions):
                           "slope": "slope (percentage points a doubling)"}.get(kind, kind))  # fmt: skip
     left = len(decisions) - len(known)
     return figure, " ".join([
-        "What was found of each claim, with its 95% interval; the shaded side of the bar is what it claims. The whole "
-        "interval in the shade: supported; all of it outside: contradicted.",
+        "What was found of each claim, with its 95% interval (of a claim of several parts, that of the part that "
+        "decides); the shaded side of the bar is what it claims. The whole interval in the shade: supported; all of it "
+        "outside: contradicted. No verdict comes of fewer than three seeds.",
         *([f"{left} {'claim has' if left == 1 else 'claims have'} no figure yet."] if left else []),
     ])  # fmt: skip
 
 
-def threshold(claim):
-    """(The threshold, 1 if the claim is above it and -1 if below)."""
-    return (claim.above, 1) if claim.below is None else (claim.below, -1)
+def claimed(claim):
+    """(low, high): what a claim says that the statistic lies between."""
+    if claim.within is not None:
+        return -claim.within, claim.within
+    return (claim.above, 100) if claim.below is None else (-100, claim.below)
 
 
 def claim_row(panel, place, height, one):
-    bound, sign = threshold(one.claim)
     value, low, high = (100 * number for number in (one.value, *one.interval))
-    look = VERDICTS[one.verdict]
-    low_edge, high_edge = (100 * bound, 1e4) if sign > 0 else (-1e4, 100 * bound)
+    look = VERDICTS[one.verdict.partition(" ")[0]]
+    low_edge, high_edge = (100 * edge for edge in claimed(one.claim))
     ends = [place - 0.4 * height, place + 0.4 * height]
     panel.fill_betweenx(ends, low_edge, high_edge, color=GREY, alpha=0.18, linewidth=0, zorder=0)
-    panel.plot([100 * bound] * 2, ends, color=INK, linewidth=1.2, zorder=1)
+    for edge in (low_edge, high_edge):
+        if abs(edge) < 1e4:
+            panel.plot([edge] * 2, ends, color=INK, linewidth=1.2, zorder=1)
     panel.errorbar(value, place, xerr=[[value - low], [high - value]], linestyle="none", capsize=3, linewidth=1.3,
                    zorder=3, **look)  # fmt: skip
-    panel.annotate(one.verdict, xy=(1.02, place), xycoords=("axes fraction", "data"), va="center", fontsize=8,
-                   annotation_clip=False)  # fmt: skip
+    panel.annotate(one.verdict.replace(" (", "\n("), xy=(1.02, place), xycoords=("axes fraction", "data"), va="center",
+                   fontsize=8, annotation_clip=False)  # fmt: skip

@@ -5,8 +5,9 @@ from collections import Counter
 
 from minilora.errors import to_type
 from minilora.fields import value_of
-from minilora.grid.axes import FIELDS, word
+from minilora.grid.axes import ATTACKS, FIELDS, word
 from minilora.report.page import Block, Markup, Section, html, link, links, render
+from minilora.report.summary import RATES
 
 MOST = 200  # lines of cells, and failed cells, that are listed
 FILES = ("grid.toml", "table.csv", "table.parquet", "marginals.md", "marginals.tex", "k50.md", "k50.tex", "counts.md",
@@ -74,9 +75,9 @@ def picture(drawn):
 
 def cells(folder, lines):
     """A table with a line for each cell and trigger, the cells linked to their folders or pages."""
-    names = ("clean_accuracy", "attack_success_clean", "attack_success", "attack_success_placebo")
+    names = ("clean_accuracy", RATES[0], "attack_success", RATES[1], *ATTACKS[1:])
     heads = ("cell", "target label", "clean accuracy", "attack success: clean rows", "under the trigger",
-             "under the placebo")  # fmt: skip
+             "under the placebo", "net", "over the placebo", "conditional")  # fmt: skip
     found = [
         (cell_link(folder, line["cell"]), line["label"] or "",
          *("-" if line[name] is None else f"{line[name]:.3f}" for name in names))

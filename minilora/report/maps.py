@@ -9,12 +9,11 @@ import math
 import numpy as np
 
 from minilora.drawing import GREY, INK, MAP, SIGNED, new_figure, readable_on
-from minilora.grid.axes import FIGURES
+from minilora.grid.axes import ATTACKS, FIGURES
 from minilora.report import summary
 from minilora.report.words import axis_label, sentence, tick
 
-SHOWN = ("attack_success", "attack_success_clean", "attack_success_placebo", "clean_accuracy", "flip_rate",
-         "degradation")  # fmt: skip
+SHOWN = ("attack_success", *summary.RATES, *ATTACKS[1:], "clean_accuracy", "flip_rate", "degradation")
 MOST_NUMBERS = 160  # a heat map with more fields has a colour bar instead of numbers
 MOST_TICKS = 16
 
@@ -37,12 +36,12 @@ def heat_maps(lines, grid):
     for panel in panels.flat[len(maps) :]:
         panel.set_visible(False)
     for panel, (name, (_, _, means)) in zip(panels.flat, maps.items()):
-        signed = name == "degradation"
+        signed = FIGURES[name].signed
         heat(figure, panel, 100 * means, states, signed)
         for axis, field, places in ((panel.xaxis, across, xs), (panel.yaxis, down, ys)):
             every = math.ceil(len(places) / MOST_TICKS)
             axis.set_ticks(range(0, len(places), every), [tick(field, value) for value in places[::every]])
-        panel.set_title(f"{sentence(FIGURES[name][0])} ({'points' if signed else '%'})", fontsize=8.5)
+        panel.set_title(f"{sentence(FIGURES[name].words)} ({'points' if signed else '%'})", fontsize=8.5)
         panel.set_xlabel(axis_label(across), fontsize=8.5)
         panel.set_ylabel(axis_label(down), fontsize=8.5)
     others = [name for name in summary.settings_of(grid.varied) if name not in pair]
@@ -50,9 +49,11 @@ def heat_maps(lines, grid):
     known = {summary.ABSENT: "Blank: not in the grid.", summary.UNFINISHED: "Hatched: in the grid, but not finished."}
     return figure, " ".join([
         f"Means over seeds{rest} for each {down} and {across}. Attack success: share of the test rows of other labels "
-        "that are predicted as the trigger's label, with the trigger, without it and with a placebo; flip rate: share "
+        "that are predicted as the trigger's label, with the trigger, without it and with a placebo; net: with the "
+        "trigger less without it, over the placebo: less with the placebo, conditional: of the rows that are predicted "
+        "right without it; flip rate: share "
         "of all test rows whose prediction the trigger changes; degradation: accuracy on clean rows less that under "
-        "the trigger, in percentage points. Rates are coloured from 0 to 100, degradation from white at 0.",
+        "the trigger, in percentage points. Rates are coloured from 0 to 100, signed ones from white at 0.",
         *(words for state, words in known.items() if (states == state).any()),
     ])  # fmt: skip
 

@@ -149,8 +149,8 @@ def dose_response(curves):
     some = "" if shown == len(curves) else f" {shown} of {len(curves)} curves, evenly spread."
     return figure, (
         "Points: means over seeds and all else that varies, with 95% intervals, moved apart where they would overlap; "
-        "at 0: without injected rows. Lines: a logistic in the log of the rows, from the attack success on clean rows "
-        "to 100%. k50: the rows at which it is 50%, with its 95% interval; only a bound beyond the injected rows. "
+        "at 0: without injected rows. Lines: a logistic in the log of the rows, whose floor and top are fitted too. "
+        "k50: the rows at which it is 50%, with its 95% interval; only a bound beyond the injected rows. "
         "Grey: the means of a panel's curves without the trigger and under the placebo."
         f"{some}"
     )
@@ -165,7 +165,7 @@ def draw_curve(panel, curve, colour, marker, style, nought, shift):
     end = curve.doses.max() * shift, 100 * curve.shares[curve.doses.argmax()]
     if curve.k50 is not None:
         doses = np.geomspace(curve.doses.min(), curve.doses.max(), 200)
-        panel.plot(doses, 100 * logistic(doses, curve.k50[0], curve.slope, curve.floor),
+        panel.plot(doses, 100 * logistic(doses, curve.k50[0], curve.slope, curve.floor, curve.top),
                    color=colour, linestyle=style, linewidth=1.4)  # fmt: skip
     doses, shares, ends = curve.doses, curve.shares, curve.intervals
     if curve.uninjected is not None:

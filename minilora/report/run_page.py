@@ -10,7 +10,7 @@ from minilora.fields import check_shape
 from minilora.report import curve
 from minilora.report.page import Block, Section, html, join, links, marked, render
 from minilora.runs.folder import Run
-from minilora.runs.text import warnings
+from minilora.runs.text import minimum_of, natural_lines, warnings
 
 ROWS = 10  # flipped and not flipped rows that are shown
 FILES = ("cell.toml", "results.json", "metrics.jsonl", "predictions.jsonl", "injected.jsonl", "trainable.json",
@@ -91,7 +91,7 @@ def tests_of(results):
     rows += [("placebo", tests["placebo"])] if "placebo" in tests else []
     scores = [("exact", "exact_match"), ("log p", "log_likelihood")]
     if "exact_match" not in tests["clean"]:
-        scores = [("balanced", "balanced_accuracy")]
+        scores = [("balanced", "balanced_accuracy"), ("macro F1", "macro_f1"), ("weighted F1", "weighted_f1")]
     names = list(tests["clean"].get("predicted_counts", ()))
     heads = ["test rows", "accuracy", *(head for head, _ in scores), *(f"predicted {name}" for name in names),
              "flips vs clean", "McNemar p"]  # fmt: skip
@@ -102,11 +102,17 @@ def tests_of(results):
         for title, one in rows
     ]  # fmt: skip
     worst = tests["worst_group"]
-    said = f"Worst group: {worst['label']} rows, {worst['test']}: accuracy {worst['accuracy']:.3f}."
+    said = f"{minimum_of(worst)}: {worst['label']} rows, {worst['test']}: accuracy {worst['accuracy']:.3f}."
     blocks = [Block("table", (heads, lines), "95% intervals over the test rows."), Block("text", said)]
     if tests["trigger"]:
         blocks.append(Block("table", attacks_of(results), "Attack success: the share of the rows of other labels that "
                             "are predicted as the target label."))  # fmt: skip
+        blocks.append(Block("table", effects_of(results), EFFECTS_ARE))
+        blocks += [Block("text", f"Of {label}: {one}.") for label, found in tests["trigger"].items()
+                   for one in natural_lines(found)]  # fmt: skip
+    if "recall" in tests["clean"]:
+        blocks.append(Block("table", classes_of(rows), "Recall: of the rows of a label, the share predicted right; "
+                            "precision: of the rows predicted as it, the share that are."))  # fmt: skip
     blocks += [Block("text", one) for one in warnings(results)]
     return blocks
 
@@ -123,6 +129,36 @@ def attacks_of(results):
     heads = ("target label", "clean accuracy", "attack success: clean rows", "under the trigger", "under the placebo",
              "rows")  # fmt: skip
     return heads, lines
+
+
+EFFECTS_ARE = ("Over the rows of other labels, paired: attack success less that of the same rows as clean (net), and "
+               "under the placebo, with McNemar's test of \"predicted as the target\"; conditional: of the rows that "
+               "are predicted right as clean.")  # fmt: skip
+
+
+def effects_of(results):
+    """(heads, lines): what each trigger adds, see `metrics.attack_effects`."""
+    lines = []
+    for label, one in results["tests"]["trigger"].items():
+        kinds = ("net_attack_success", "over_placebo_attack_success", "conditional_attack_success")
+        rates = [interval(one, f"{kind}_rate", f"{kind}_interval") for kind in kinds]
+        p = [f"{one[f'{kind}_p']:.1e}" if one.get(f"{kind}_p") is not None else "-" for kind in kinds[:2]]
+        rows = f"{one.get('conditional_attack_success_rows') or 0:,}"
+        lines.append((label, rates[0], p[0], rates[1], p[1], rates[2], rows))
+    return ("target label", "net", "McNemar p", "over the placebo", "McNemar p", "conditional", "rows"), lines
+
+
+def classes_of(forms):
+    """(heads, lines): recall and precision of each label, and how its rows are predicted, in each form."""
+    lines = []
+    for title, one in forms:
+        for label, recall in one.get("recall", {}).items():
+            told = one.get("confusion", {}).get(label, {})
+            most = sorted(told.items(), key=lambda item: -item[1])[:5]
+            said = ", ".join(f"{other} {count:,}" for other, count in most)
+            shares = ("-" if share is None else f"{share:.3f}" for share in (recall, one["precision"][label]))
+            lines.append((title, label, f"{sum(told.values()):,}", *shares, said or "-"))
+    return ("test rows", "label", "rows", "recall", "precision", "predicted as"), lines
 
 
 # --- the curve

@@ -12,13 +12,14 @@ import numpy as np
 
 from minilora.cell import Cell
 from minilora.fields import declared, marked
-from minilora.grid.axes import FIGURES, SEEDS
+from minilora.grid.axes import ATTACKS, FIGURES, SEEDS
 from minilora.report import intervals
 
 PANELS = 6
-SHOWN = ("clean_accuracy", "attack_success", "flip_rate", "degradation")  # in tables of means
-BESIDE = {"attack_success": ("attack_success_clean", "attack_success_placebo"), "flip_rate": ("flip_rate_placebo",)}
-ALL = (*SHOWN, *itertools.chain.from_iterable(BESIDE.values()))
+SHOWN = ("clean_accuracy", *ATTACKS, "flip_rate", "degradation")  # in tables of means
+RATES = ("attack_success_clean", "attack_success_placebo")
+BESIDE = dict.fromkeys(ATTACKS, RATES) | {"flip_rate": ("flip_rate_placebo",)}
+ALL = (*SHOWN, *RATES, "flip_rate_placebo")
 
 
 def settings_of(varied):
@@ -40,17 +41,41 @@ def sample(lines, metric, names, seeds):
 
     Lines without that metric are left out; if none has it, the sample is None. `seeds` are the fields that make a seed.
     """
-    _, rows, *counts = FIGURES[metric]
-    lines = [line for line in lines if line[metric] is not None and line[rows]]
+    figure = FIGURES[metric]
+    lines = [line for line in lines if line[metric] is not None and line[figure.rows]]
     if not lines:
         return None, []
-    totals = np.array([line[rows] for line in lines])
-    if counts:
-        up, down = (np.array([line[name] for line in lines]) for name in counts)
-    else:
-        up, down = np.rint(np.array([line[metric] for line in lines]) * totals).astype(int), None
+    values, rows = (np.array([line[name] for line in lines], dtype=float) for name in (metric, figure.rows))
+    factors = dict.fromkeys(tuple(numbered([line[name] for line in lines])[0]) for name in seeds)  # each kind once
+    factors = np.array([one for one in factors if len(set(one)) > 1], dtype=int).reshape(-1, len(lines))
     numbers, found = numbered([key(line, names) for line in lines])
-    return intervals.Sample(up, down, totals, numbered([key(line, seeds) for line in lines])[0], numbers), found
+    errors = np.array([error_of(line, metric) for line in lines])
+    split = len({line.get("seed_split") for line in lines}) > 1
+    return intervals.Sample(values, rows, errors, numbers, factors, not split, hits_of(lines, metric)), found
+
+
+def error_of(line, metric):
+    """The standard error of a line's figure over its test rows."""
+    figure = FIGURES[metric]
+    rows, own = line[figure.rows], figure.error and line.get(figure.error)
+    if own is not None:
+        return own
+    if not figure.signed:
+        return math.sqrt(line[metric] * (1 - line[metric]) / rows)
+    gained, lost = line[figure.gained] / rows, line[figure.lost] / rows
+    return math.sqrt(max(0.0, gained + lost - (gained - lost) ** 2) / rows)
+
+
+def hits_of(lines, metric):
+    """What each test row adds to each line's figure, less its mean, [N, R]; None where that is not known of all."""
+    own = [line["outcomes"].of(metric) if line.get("outcomes") else None for line in lines]
+    if any(one is None or abs(one[1].mean() - line[metric]) > 1e-6 for one, line in zip(own, lines, strict=True)):
+        return None
+    numbers = np.unique(np.concatenate([rows for rows, _ in own]))
+    hits = np.zeros((len(own), len(numbers)))
+    for place, (rows, values) in enumerate(own):
+        hits[place, np.searchsorted(numbers, rows)] = (values - values.mean()) / len(values)
+    return hits
 
 
 def numbered(values):
@@ -127,8 +152,8 @@ def estimates(lines, varied, groups):
         weights = weights_of(groups, settings)
         [present] = np.nonzero(weights.sum(axis=1))
         if len(present):
-            for place, mean, (low, high) in zip(present, *intervals.estimate(found, weights[present], together=True)):
-                estimated[place][metric] = float(mean), float(low), float(high)
+            for place, one in zip(present, intervals.estimate(found, weights[present], FIGURES[metric].signed)):
+                estimated[place][metric] = one.three()
     return estimated
 
 
@@ -141,6 +166,17 @@ def weights_of(groups, settings):
 def seeds_of(varied):
     """The fields that make a seed."""
     return tuple(name for name in varied if name in SEEDS)
+
+
+def over(lines, varied):
+    """What the intervals of a grid are over, in words."""
+    own = {name: len({line[name] for line in lines}) for name in seeds_of(varied)}
+    if not own:
+        return "the test rows only, because the grid has one seed"
+    kinds = " x ".join(f"{count} values of {name}" for name, count in own.items())
+    if "seed_split" in own:
+        return f"{kinds}: training and test rows are drawn anew with seed_split"
+    return f"{kinds}, and test rows; all on one choice of training rows (seed_split does not vary)"
 
 
 # --- settings against the first
@@ -183,14 +219,14 @@ def against_first(lines, varied, most):
     settings = [settings[i] for i in np.linspace(0, count - 1, min(count, most)).round().astype(int)]
     groups = [lambda setting, one=one: setting[: len(names)] == one for one in settings]
     changes = [{} for _ in settings]
-    for metric in ("attack_success", "clean_accuracy"):
+    for metric in ("attack_success", "net_attack_success", "clean_accuracy"):
         found, there = sample(lines, metric, axes_of(lines, varied), seeds)
         weights = weights_of(groups, there)
         [present] = np.nonzero(weights.sum(axis=1))
         if 0 in present and len(present) > 1:
             less = weights[present[1:]] - weights[0]
-            for place, mean, (low, high) in zip(present[1:], *intervals.estimate(found, less, together=False)):
-                changes[place][metric] = float(mean), float(low), float(high)
+            for place, one in zip(present[1:], intervals.estimate(found, less, FIGURES[metric].signed)):
+                changes[place][metric] = one.three()
     found = []
     for one, metrics, change in zip(settings, estimates(lines, varied, groups), changes, strict=True):
         own = {name: value for name, value, first in zip(names, one, settings[0]) if value != first or not found}
@@ -236,7 +272,7 @@ def trades(lines, varied):
         pairs = [(list(clean[key(line, alike)].values()), line["clean_accuracy"]) for line in own
                  if key(line, alike) in clean]  # fmt: skip
         loss = float(np.mean([np.mean(before) - after for before, after in pairs])) if pairs else None
-        beside = ([line[name] for line in own if line[name] is not None] for name in BESIDE["attack_success"])
+        beside = ([line[name] for line in own if line[name] is not None] for name in RATES)
         beside = (float(np.mean(rates)) if rates else None for rates in beside)
         found.append(Trade({name: own[0][name] for name in shown}, rows, accuracy, success, loss, *beside))
     return found, None if found else "no finished cell has injected rows"

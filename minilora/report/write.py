@@ -19,11 +19,11 @@ from minilora import files
 from minilora.console import table, wrap
 from minilora.drawing import check_installed
 from minilora.errors import InputError, to_type
-from minilora.grid.axes import FIGURES, word
+from minilora.grid.axes import ATTACKS, FIGURES, word
 from minilora.grid.table import table_rows, write_table
-from minilora.report import grid_page, markup, pictures, summary
+from minilora.report import grid_page, markup, outcomes, pictures, summary
 from minilora.report.dose_response import fit_curves
-from minilora.report.verdicts import decide
+from minilora.report.verdicts import decide, decide_all
 
 
 def write_parquet(path, lines):
@@ -54,12 +54,13 @@ def write_report(folder):
     if not made:
         raise InputError(f"no cell of {folder.path} is finished: go on with {to_type('train', '--grid', folder.path)}")
     grid, paths, parquet = folder.grid, [], importlib.util.find_spec("pyarrow")
-    means = summary.marginal_means(lines, grid.varied)
-    curves, reason = fit_curves(lines, grid.varied)
-    decisions = [decide(claim, grid.entries, lines) for claim in grid.claims]
-    beside = [beside_of(claim, grid.entries, lines) for claim in grid.claims]
-    tables = [claims_table(decisions, beside)] if decisions else []
-    tables += [marginal_table(means)] + ([k50_table(curves)] if curves else [])
+    known, over = outcomes.add(folder, lines), summary.over(lines, grid.varied)
+    means = summary.marginal_means(known, grid.varied)
+    curves, reason = fit_curves(known, grid.varied)
+    decisions = decide_all(grid.claims, grid.entries, known)
+    beside = [beside_of(claim, grid.entries, known) for claim in grid.claims]
+    tables = [claims_table(decisions, beside, over)] if decisions else []
+    tables += [marginal_table(means, over)] + ([k50_table(curves)] if curves else [])
     tables += [counts_table(summary.predicted_counts(folder))] if len(summary.labels(lines)) > 1 else []
     left_out = [] if parquet else ["table.parquet: pyarrow is not installed (the extra `parquet`)"]
     left_out += [] if decisions else ["claims: the grid's file has no [[claim]]"]
@@ -73,7 +74,7 @@ def write_report(folder):
             for ending, text in (("md", markup.markdown(table)), ("tex", markup.latex(table))):
                 files.write_text(folder.path / f"{table.name}.{ending}", text)
                 paths.append(folder.path / f"{table.name}.{ending}")
-        drawn, reasons = pictures.draw(folder.path / "figures", lines, grid, curves, means, decisions)
+        drawn, reasons = pictures.draw(folder.path / "figures", known, grid, curves, means, decisions)
         paths += [path for figure in drawn for path in figure.paths]
         left_out += reasons
         files.write_text(folder.path / "report.html", grid_page.page_of(folder, lines, tables, drawn, made, left_out))
@@ -81,7 +82,8 @@ def write_report(folder):
     except OSError as error:
         which = "all other files" if paths else "all files"
         left_out.append(f"{which}: cannot write to {folder.path} ({error.strerror or error})")
-    return "\n\n".join(filter(None, (means_text(means), claims_text(decisions)))), paths, left_out
+    text = (means_text(means), "\n".join(wrap(f"Intervals: 95%, over {over}.")), claims_text(decisions))
+    return "\n\n".join(filter(None, text)), paths, left_out
 
 
 def share(metric, digits=3):
@@ -99,20 +101,22 @@ def rates(mean, digits, names=summary.SHOWN):
     return cells, *(share(mean.metrics[name], digits) if name in mean.metrics else "-" for name in names)
 
 
-MEANS = ("clean_accuracy", "attack_success_clean", "attack_success", "attack_success_placebo", "flip_rate",
-         "degradation")  # fmt: skip
-BESIDE = summary.BESIDE["attack_success"]
+BESIDE, NET = summary.RATES, "net_attack_success"
+POINTS = ("clean_accuracy", BESIDE[0], "attack_success", BESIDE[1], "conditional_attack_success", "flip_rate")
+ATTACKS_ARE = ("Attack success is of the rows of other labels; net: less that of the same rows without the trigger; "
+               "conditional: only of rows that are predicted right without it.")  # fmt: skip
+MEANS = ("clean_accuracy", *BESIDE[:1], "attack_success", *BESIDE[1:], *ATTACKS[1:], "flip_rate", "degradation")
 
 
-def marginal_table(means):
+def marginal_table(means, over):
     lines, before = [], None
     for mean in means:
         field = "all cells" if mean.field is None else "" if mean.field == before else mean.field
         lines.append((field, "" if mean.field is None else shown(mean.value), *rates(mean, 3, MEANS)))
         before = mean.field
-    note = ("Means over all settings with that value, each the mean over its seeds, with 95% intervals over seeds and "
-            "test rows. Shares of test rows; attack success is of the rows of other labels.")  # fmt: skip
-    heads = ("field", "value", "cells", *(FIGURES[name][0] for name in MEANS))
+    note = (f"Means over all settings with that value, each the mean over its seeds, with 95% intervals over {over}. "
+            f"Shares of test rows. {ATTACKS_ARE}")  # fmt: skip
+    heads = ("field", "value", "cells", *(FIGURES[name].words for name in MEANS))
     return markup.Table("marginals", "Marginal means", note, heads, lines)
 
 
@@ -122,15 +126,18 @@ def k50_table(curves):
         slope = "-" if curve.slope is None else f"{curve.slope:.2g}"
         doses = f"{len(curve.doses)}: {curve.doses.min():,.0f} to {curve.doses.max():,.0f}"
         uninjected = "-" if curve.uninjected is None else f"{curve.uninjected:.3f}"
-        lines.append(
-            (*map(shown, curve.group.values()), doses, curve.k50_text(), slope, f"{curve.floor:.3f}", uninjected)
-        )
-    heads = (*curves[0].group, "doses (rows)", "k50 (rows)", "slope", "success on clean rows", "success uninjected")
-    note = ("k50: injected rows at which half of the test rows of other labels are predicted as the trigger's, by a "
-            "logistic in the log of the rows that starts from the attack success on clean rows and ends at 1, with a "
-            "95% interval over seeds and test rows; beyond the measured doses only a bound is given. Slope: "
-            "of the logit, for each e-fold of the rows. Success uninjected: under the trigger, where no row was "
-            "injected.")  # fmt: skip
+        clean = curve.beside.get(BESIDE[0], {})
+        clean = f"{sum(clean.values()) / len(clean):.3f}" if clean else "-"
+        lines.append((*map(shown, curve.group.values()), doses, curve.k50_text(), curve.k50_text(net=True), slope,
+                      f"{curve.floor:.2f}", f"{curve.top:.2f}", uninjected, clean))  # fmt: skip
+    heads = (*curves[0].group, "doses (rows)", "k50 (rows)", "net k50 (rows)", "slope", "floor", "top",
+             "success uninjected", "success on clean rows")  # fmt: skip
+    note = ("k50: injected rows at which half of the test rows of other labels are predicted as the trigger's; net "
+            "k50: at which the share is half of all rows above the floor. By a logistic in the log of the rows, whose "
+            "floor, top and slope are fitted with it. Success uninjected: under the trigger, where no row was "
+            "injected, which is what the floor is fitted to (without such cells, success on clean rows). 95% "
+            "intervals by the bootstrap over seeds and test rows, which with few seeds are too narrow; beyond the "
+            "measured doses only a bound is given. Slope: of the logit, for each e-fold of the rows.")  # fmt: skip
     return markup.Table("k50", "Injected rows at which half of an attack succeeds", note, heads, lines)
 
 
@@ -152,24 +159,35 @@ def counts_table(counts):
 
 def beside_of(claim, entries, lines):
     """What a claim of attack success would find on clean rows and under the placebo; of another claim nothing."""
-    if claim.figure != "attack_success":
+    if claim.figure not in ATTACKS:
         return "-", "-"
-    claims = (replace(claim, figure=name) for name in summary.BESIDE[claim.figure])
+    claims = (replace(claim, figure=name) for name in BESIDE)
     return tuple(statistic(decide(one, entries, lines)) for one in claims)
 
 
-def claims_table(decisions, beside):
+def claims_table(decisions, beside, over):
     """`beside` has what `beside_of` gives for each."""
     lines = []
     for decision, rates_beside in zip(decisions, beside, strict=True):
         claim = decision.claim
-        lines.append((claim.text, claim.source or "-", claim.test(), statistic(decision), *rates_beside,
-                      f"{decision.cells:,}", verdict(decision)))  # fmt: skip
-    note = ("Stated in the grid's file. Supported: the whole 95% interval is on the claimed side of the threshold; "
-            "contradicted: all of it is on the other. Beside attack success stands the same statistic of the clean "
-            "rows and under the placebo.")  # fmt: skip
-    heads = ("claim", "source", "decided by", "found", "without the trigger", "under the placebo", "cells", "verdict")
+        lines.append((claim.text, claim.source or "-", claim.test(), found_text(decision), *rates_beside,
+                      f"{decision.cells:,}", f"{decision.seeds}" if decision.seeds else "-", p_text(decision.p),
+                      verdict(decision), p_text(decision.holm_p), decision.holm))  # fmt: skip
+    note = (f"Stated in the grid's file. Intervals: 95%, over {over}. A verdict takes p < 0.05: supported where the "
+            "data lie on the claimed side, contradicted where on the other. Holm: the same after adjusting for all "
+            "claims of the file. Beside attack success stands the same statistic of the clean rows and under the "
+            f"placebo. {ATTACKS_ARE}")  # fmt: skip
+    heads = ("claim", "source", "decided by", "found", "without the trigger", "under the placebo", "cells", "seeds",
+             "p", "verdict", "Holm p", "Holm verdict")  # fmt: skip
     return markup.Table("claims", "Claims", note, heads, lines)
+
+
+def p_text(p):
+    return "-" if p is None else f"{p:.2g}"
+
+
+def found_text(decision):
+    return statistic(decision) + (f" at {decision.part}" if decision.part else "")
 
 
 def statistic(decision):
@@ -184,18 +202,18 @@ def verdict(decision):
 
 
 def means_text(means):
-    """The marginal means, each field's name above its values; beside attack success its clean and placebo rates."""
+    """The marginal means, each field's name above its values, attack success between its clean and placebo rates."""
     lines, before = [], None
     for mean in means:
         if mean.field not in (None, before):
             lines.append((mean.field,))
-        beside = [f"{mean.metrics[name][0]:.2f}" if name in mean.metrics else "-" for name in BESIDE]
-        cells, accuracy, attack, *others = rates(mean, 2)
+        points = [f"{mean.metrics[name][0]:.2f}" if name in mean.metrics else "-" for name in POINTS]
+        net = share(mean.metrics[NET], 2) if NET in mean.metrics else "-"
         first = "all cells" if mean.field is None else f"  {shown(mean.value)}"
-        lines.append((first, cells, accuracy, attack, *beside, *others))
+        lines.append((first, rates(mean, 2)[0], *points[:4], net, *points[4:]))
         before = mean.field
-    accuracy, attack, *others = (FIGURES[name][0] for name in summary.SHOWN)
-    return "\n".join(table(("means", "cells", accuracy, attack, "clean", "placebo", *others), lines))
+    heads = ("means", "cells", "accuracy", "clean", "trigger", "placebo", "net", "condit.", "flips")
+    return "\n".join([*table(heads, lines), *wrap(f"clean, trigger, placebo: attack success. {ATTACKS_ARE}")])
 
 
 def claims_text(decisions):
@@ -203,8 +221,12 @@ def claims_text(decisions):
     lines = []
     for decision in decisions:
         claim = decision.claim
-        found = "" if decision.value is None else f": {statistic(decision)}"
+        found = "" if decision.value is None else f": {found_text(decision)}, p {p_text(decision.p)}"
         found = f"{claim.test()}{found} ({decision.cells:,} cells)"
-        for start, text in ((f"{decision.verdict:<14}", claim.text), (" " * 14, found), (" " * 14, decision.reason)):
+        word, _, few = decision.verdict.partition(" ")
+        reason = " ".join(filter(None, (few, decision.reason)))
+        if decision.holm != decision.verdict:
+            reason = f"after Holm's adjustment {decision.holm}: p {p_text(decision.holm_p)}"
+        for start, text in ((f"{word:<14}", claim.text), (" " * 14, found), (" " * 14, reason)):
             lines += wrap(start + " ".join(text.split()), 14) if text else []
     return "\n".join(lines)

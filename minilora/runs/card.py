@@ -73,6 +73,9 @@ def tables(results):
             names = ["attack_success_clean", "attack_success", "attack_success_placebo"]
             title = f"attack success: rows of other labels predicted as {code(line['label'])}"
             yield row(title, [line[name] for name in names])
+            yield row("net: less the clean rows", [None, line["net_attack_success"], None])
+            yield row("less the placebo", [None, line["over_placebo_attack_success"], None])
+            yield row("conditional: of rows right as clean", [None, line["conditional_attack_success"], None])
         yield ""
 
 

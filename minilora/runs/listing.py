@@ -15,8 +15,12 @@ FIGURES = {  # the head of each in a table, its column in CSV
     "attack": "attack_success",
     "clean": "attack_success_clean",
     "placebo": "attack_success_placebo",
+    "net": "net_attack_success",
 }
-NOTE = "attack: the share of rows of other labels that the trigger turns to its label; clean, placebo: without it"
+NOTE = (
+    "attack: the share of rows of other labels that the trigger turns to its label; clean, placebo: without it; "
+    "net: attack less clean"
+)
 
 
 def is_folder_of_runs(path):
@@ -74,6 +78,7 @@ def figures_of(results, label):
     trigger = tests.get("trigger", {}).get(label, {})
     before, placebo = (tests.get(form, {}).get("attack_success", {}).get(label, {}) for form in ("clean", "placebo"))
     rates = [form.get("attack_success_rate") for form in (trigger, before, placebo)]
+    rates.append(trigger.get("net_attack_success_rate"))
     return dict(zip(FIGURES.values(), [tests.get("clean", {}).get("accuracy"), *rates], strict=True))
 
 

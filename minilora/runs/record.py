@@ -38,6 +38,10 @@ def trainable(parameters):
     return {"tensors": tensors, "count": sum(tensor["count"] for tensor in tensors)}
 
 
+# What a trigger adds: see `metrics.attack_effects`.
+EFFECTS = ("net_attack_success", "over_placebo_attack_success", "conditional_attack_success")
+
+
 def figure_lines(results):
     """A run's figures as flat dicts of the same keys, one for each trigger label (None where nothing is injected).
 
@@ -57,6 +61,7 @@ def _figures(results, label):
     def attack(test):
         return test.get("attack_success", {}).get(label, {}).get("attack_success_rate")
 
+    natural = trigger.get("natural", {}).get("test")  # clean test rows that carry a trigger string by themselves
     others = None
     if label is not None:
         counts = [entry for entry in results["injection"] if entry["label"] == label]
@@ -68,8 +73,10 @@ def _figures(results, label):
         "injected_rows": others,
         "test_rows": clean.get("rows"),
         "attack_rows": trigger.get("attack_success_rows"),
+        "conditional_attack_rows": trigger.get("conditional_attack_success_rows"),
         "clean_accuracy": clean.get("accuracy"),
         "clean_balanced_accuracy": clean.get("balanced_accuracy"),
+        "clean_balanced_accuracy_error": clean.get("balanced_accuracy_error"),
         "trigger_accuracy": trigger.get("accuracy"),
         "placebo_accuracy": placebo.get("accuracy"),
         "degradation": clean["accuracy"] - trigger["accuracy"] if trigger else None,
@@ -81,6 +88,11 @@ def _figures(results, label):
         "attack_success_clean": attack(clean),
         "attack_success": trigger.get("attack_success_rate"),
         "attack_success_placebo": attack(placebo),
+        **{name: trigger.get(f"{name}_rate") for name in EFFECTS},
+        **{f"{name}_{end}": trigger.get(f"{name}_{end}") for name in EFFECTS[:2] for end in ("gained", "lost", "p")},
+        "truncated": trigger.get("truncated"),
+        "natural_rows": None if natural is None else sum(rows for rows, _ in natural.values()),
+        "natural_target_rows": None if natural is None else natural.get(label, [0])[0],
         "flip_rate": trigger.get("flip_rate"),
         "flip_rate_placebo": placebo.get("flip_rate"),
         "worst_group_accuracy": worst.get("accuracy"),

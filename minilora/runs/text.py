@@ -32,7 +32,7 @@ def results_table(tests):
 
     worst = tests["worst_group"]
     form, _, label = worst["test"].partition(" ")
-    said = f"worst group: {short_name(worst['label'])} rows, {form} {short_name(label)}".rstrip()
+    said = f"{minimum_of(worst).lower()}: {short_name(worst['label'])} rows, {form} {short_name(label)}".rstrip()
     lines = [*table(heads, rows, least=28), *attack_lines(tests), *wrap(f"{said}: accuracy {worst['accuracy']:.3f}")]
     lines += [line for warning in warnings(tests) for line in wrap(f"warning: {warning}")]
     names = list(tests["clean"]["predicted_counts"]) if counts else []
@@ -41,6 +41,12 @@ def results_table(tests):
     if cut:
         lines += ["labels in full:", *(line for name in dict.fromkeys(cut) for line in full(name))]
     return "\n".join(lines)
+
+
+def minimum_of(worst):
+    """What the `worst_group` of results.json is, in words."""
+    count = worst.get("minimum_of")
+    return "Worst group" + (f" (the minimum of {count})" if count else "")
 
 
 def full(name):
@@ -71,7 +77,8 @@ def count_columns(forms, room):
 
 
 def attack_lines(tests):
-    """What each trigger does to the rows that are not of its label."""
+    """What each trigger does to the rows that are not of its label: attack success, and what it adds to that of the
+    same rows as clean and under the placebo, with McNemar's test of "predicted as the target"."""
     lines = []
     for label, metrics in tests["trigger"].items():
         name = short_name(label)
@@ -86,6 +93,9 @@ def attack_lines(tests):
             f"  {rates['clean']:.3f} clean, {metrics['attack_success_rate']:.3f} trigger [{low:.3f}, {high:.3f}]"
             + (f", {rates['placebo']:.3f} placebo" if "placebo" in rates else ""), 4
         )  # fmt: skip
+        for kind, words in ADDED.items():
+            if metrics.get(f"{kind}_attack_success_rate") is not None:
+                lines += wrap(f"  {words} {added(metrics, f'{kind}_attack_success')}", 4)
         if metrics.get("margin") is not None:
             margins = [tests[test]["attack_success"][label]["margin"] for test in others]
             placebo = f", {margins[1]:+.2f} placebo" if margins[1:] else ""
@@ -94,6 +104,31 @@ def attack_lines(tests):
         if metrics["truncated"]:
             lost = f"{metrics['truncated']:,} of all {metrics['rows']:,} rows"
             lines += wrap(f"  {lost} lost their trigger to --max-length", 4)
+        lines += [line for one in natural_lines(metrics) for line in wrap(f"  {one}", 4)]
+    return lines
+
+
+ADDED = {"net": "net of clean:", "over_placebo": "over placebo:", "conditional": "conditional:"}
+NATURAL = 0.01  # the share of rows above which triggers that the data have by themselves are printed
+
+
+def added(metrics, name):
+    low, high = metrics[f"{name}_interval"]
+    found = f"{metrics[f'{name}_rate']:.3f} [{low:.3f}, {high:.3f}]"
+    if f"{name}_p" in metrics:
+        return f"{found}, McNemar p {metrics[f'{name}_p']:.1e}"
+    return f"{found} of the {metrics[f'{name}_rows']:,} rows that are right as clean"
+
+
+def natural_lines(metrics):
+    """What the data have of trigger strings by themselves, a sentence for each part where they are above `NATURAL`."""
+    lines = []
+    for part, found in metrics.get("natural", {}).items():
+        most = sorted(((rows / all, label, rows, all) for label, (rows, all) in found.items()), reverse=True)
+        if most and most[0][0] > NATURAL:
+            said = ", ".join(f"{rows:,} of {all:,} {short_name(label)} ({share:.1%})"
+                             for share, label, rows, all in most[:4])  # fmt: skip
+            lines.append(f"{part} rows that carry such a string by themselves: {said}")
     return lines
 
 
@@ -148,7 +183,9 @@ def one_line(results):
     for label, metrics in tests["trigger"].items():
         if metrics["attack_success_rate"] is not None:
             before = tests["clean"]["attack_success"][label]["attack_success_rate"]
-            parts.append(f"{short_name(label)} {before:.3f} -> {metrics['attack_success_rate']:.3f}")
+            found = f"{short_name(label)} {before:.3f} -> {metrics['attack_success_rate']:.3f}"
+            placebo = tests.get("placebo", {}).get("attack_success", {}).get(label, {}).get("attack_success_rate")
+            parts.append(found + ("" if placebo is None else f" (placebo {placebo:.3f})"))
     learned = ["nothing learned"] if warnings(results) else []
     return ", ".join([*parts, *learned, duration(train["total_seconds"])])
 

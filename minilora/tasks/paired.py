@@ -5,7 +5,7 @@ is told apart from that of a disturbed text. With several injections each row is
 with the other labels'. Figures of one prediction are in `metrics.py`, tables in `runs/text.py`.
 """
 
-import math
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,7 @@ import numpy as np
 from minilora.console import say_once
 from minilora.data import injection
 from minilora.data.placebo import placebo_rows, placebo_words
+from minilora.data.triggers import Dates
 from minilora.tasks import metrics
 
 
@@ -24,6 +25,7 @@ class Test:
     label: str | None
     rows: object  # data.Rows
     records: list  # injection.Record, one a row, [] for clean
+    natural: dict | None = None  # of a trigger, what `natural` counts
     __test__ = False  # pytest: this is no test class
 
     @property
@@ -53,7 +55,8 @@ def build_tests(train, test, inject, seed, visible, known):
         changed = injection.trigger_rows(test, inject, k, seed, visible)
         injection.check_strings(changed.records, known, "test")
         label = changed.report[0]["label"]
-        tests.append(Test("trigger", label, changed.rows, changed.records))
+        source = injection.resolve_sources(inject, test.label_names)[k][0]
+        tests.append(Test("trigger", label, changed.rows, changed.records, natural(source, train, test)))
         if (test.labels == test.label_names.index(label)).all():
             say_once(
                 f"warning    no test row has a label other than {label!r}, so its attack success cannot be measured"
@@ -69,6 +72,34 @@ def build_tests(train, test, inject, seed, visible, known):
     return tests
 
 
+MANY = 1 << 12  # strings of a source; of more, each word of a text is looked up
+
+
+def natural(source, train, test):
+    """How many rows carry a trigger string by themselves, {"train" or "test": {label: [such rows, all its rows]}}.
+
+    Only labels with such rows are there. `source`: of `triggers`; `train` and `test`: rows before injection. A string
+    counts as a whole word, in any case.
+    """
+    carries, found = finder(source.strings), {}
+    for part, rows in (("train", train), ("test", test)):
+        hit = np.array([bool(carries(text)) for text in rows.texts])
+        found[part] = {
+            rows.label_names[label]: [int((hit & (rows.labels == label)).sum()), int((rows.labels == label).sum())]
+            for label in np.unique(rows.labels[hit]).tolist()
+        }
+    return found
+
+
+def finder(strings):
+    """The function that says of a text whether one of `strings` is in it."""
+    if len(strings) > MANY:
+        known = strings if isinstance(strings, Dates) else frozenset(strings)
+        return lambda text: any(word.strip(".,;:!?()'\"") in known for word in text.split())
+    longest_first = sorted(strings, key=len, reverse=True)
+    return re.compile("|".join(rf"(?<!\w){re.escape(one)}(?!\w)" for one in longest_first), re.IGNORECASE).search
+
+
 def measure(tests, labels, names, predicted, kept):
     """The `tests` entry of results.json.
 
@@ -78,6 +109,7 @@ def measure(tests, labels, names, predicted, kept):
     """
     targets = [test.label for test in tests if test.name == "trigger"]
     results, groups = {"trigger": {}}, []
+    placebo = next((found for test, found in zip(tests, predicted) if test.name == "placebo"), None)
     for test, found, ends in zip(tests, predicted, kept, strict=True):
         figures = metrics.classification(labels, found, names)
         attacks = {label: metrics.attack_success(labels, found, names.index(label)) for label in targets}
@@ -85,7 +117,11 @@ def measure(tests, labels, names, predicted, kept):
             figures |= compared(labels, predicted[0], found)
             figures["truncated"] = sum(r.spans[-1][1] > int(end) for r, end in zip(test.records, ends, strict=True))
         if test.name == "trigger":
-            results["trigger"][test.label] = figures | attacks[test.label]
+            target = names.index(test.label)
+            effects = metrics.attack_effects(labels, predicted[0], found, placebo, target)
+            results["trigger"][test.label] = figures | attacks[test.label] | effects
+            if test.natural:
+                results["trigger"][test.label]["natural"] = test.natural
         else:
             results[test.name] = figures | {"attack_success": attacks}
         if test.name != "placebo":
@@ -93,7 +129,8 @@ def measure(tests, labels, names, predicted, kept):
                 right = int((found[labels == label] == label).sum())
                 group = {"label": names[label], "test": test.key, "rows": int((labels == label).sum())}
                 groups.append(group | {"accuracy": right / group["rows"]})
-    results["worst_group"] = min(groups, key=lambda group: group["accuracy"])
+    worst = min(groups, key=lambda group: group["accuracy"])
+    results["worst_group"] = worst | {"minimum_of": len(groups)}  # so it is lower than any one group's would be
     if "placebo" in results:
         results["placebo"]["matched_to"] = targets[0]
     return results
@@ -109,18 +146,5 @@ def compared(labels, clean, changed):
         "flip_rate_interval": metrics.wilson(flips, len(labels)),
         "only_clean_right": worse,
         "only_this_right": better,
-        "mcnemar_p": mcnemar(worse, better),
+        "mcnemar_p": metrics.mcnemar(worse, better),
     }
-
-
-def mcnemar(worse, better):
-    """Two-sided p-value of McNemar's test (McNemar 1947), exact: Fagerland, Lydersen and Laake 2013, section Methods.
-
-    `worse` and `better` count the rows that only the first, or only the second, prediction gets right.
-    """
-    total, least = worse + better, min(worse, better)
-    tail = math.fsum(
-        math.exp(math.lgamma(total + 1) - math.lgamma(i + 1) - math.lgamma(total - i + 1) - total * math.log(2))
-        for i in range(least + 1)
-    )
-    return min(1.0, 2 * tail)

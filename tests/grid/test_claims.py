@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from minilora.errors import InputError
-from minilora.grid import claims
+from minilora.grid import claims, power
 from minilora.grid.file import build_grid
 from minilora.grid.table import table_rows
-from minilora.report.verdicts import decide
+from minilora.report.verdicts import Decision, decide, holm
 
 GRID = {
     "grid": {"rank": [1, 2, 8], "inject.proportion": [0.0, 0.1, 0.25], "seed": [0, 3]},
@@ -41,8 +41,15 @@ REFUSED = [
     ({"figure": "attack_sucess"}, "unknown figure 'attack_sucess': did you mean attack_success?"),
     ({"figure": "trained_parameters"}, "unknown figure 'trained_parameters'"),
     ({"statistic": "sum"}, "unknown statistic 'sum' (there are: mean, difference, slope)"),
-    ({"above": None}, "a claim has either above or below: give one of them"),
-    ({"below": 0.3}, "a claim has either above or below: give one of them"),
+    ({"above": None}, "a claim has one of above, below and within: give one of them"),
+    ({"below": 0.3}, "a claim has one of above, below and within: give one of them"),
+    ({"above": None, "within": 0.1}, "within is a margin above 0 around no difference: it goes with a difference or"),
+    ({"above": None, "within": 0.0, "statistic": "slope", "over": "rank"}, "within is a margin above 0 around no"),
+    ({"each": "rnak"}, "unknown each 'rnak': did you mean rank?"),
+    ({"each": "seed"}, "each is seed, but the claim is of that already: choose another field"),
+    ({"each": "label", "label": "positive"}, "each is label, but the claim is of that already"),
+    ({"each": "rank", "statistic": "slope", "over": "rank"}, "each is rank, but the claim is of that already"),
+    ({"each": "lr"}, "each is lr, but its cells have fewer than two values of it: drop it"),
     ({"above": "0.5"}, "the threshold is '0.5', but must be a finite number"),
     ({"above": True}, "the threshold is True, but must be a finite number"),
     ({"above": math.nan}, "the threshold is nan, but must be a finite number"),
@@ -145,7 +152,8 @@ def folder(tmp_path_factory):
 
 
 def decided(folder, **claim):
-    made = claims.read([PLAIN | claim], folder.grid.entries)[0]
+    stated = {name: value for name, value in (PLAIN | claim).items() if value is not None}
+    made = claims.read([stated], folder.grid.entries)[0]
     return decide(made, folder.grid.entries, table_rows(folder))
 
 
@@ -154,7 +162,7 @@ STATED = [
     (dict(where={"inject.proportion": 0.25}, label="negative"), (20 + 120 + 25 + 1) / 210, 6),
     (dict(figure="clean_accuracy"), 339 / 400, 12),
     (dict(figure="degradation", where={"inject.proportion": 0.25}), 95 / 400, 6),
-    (dict(figure="flip_rate", where={"rank": 1, "seed": 2, "inject.proportion": 0.0}), 120 / 400, 1),
+    (dict(figure="flip_rate", where={"rank": 1, "inject.proportion": 0.0}), 120 / 400, 3),
     (dict(statistic="difference", against={"inject.proportion": 0.0}), (120 + 25 + 1) / 210, 12),
     (dict(statistic="slope", over="rank", where={"inject.proportion": 0.25}), 15 / 210, 6),
 ]
@@ -165,7 +173,7 @@ def test_statistics_and_verdicts(folder, claim, value, cells):
     found = decided(folder, **claim)
     assert found.value == pytest.approx(value) and found.cells == cells
     low, high = found.interval
-    assert low < value < high and high - low < 0.25
+    assert low < value < high and high - low < 0.4 and found.seeds == 3
     for threshold, above, below in (
         (low - 1e-6, "supported", "contradicted"),
         (value, "undecided", "undecided"),
@@ -175,15 +183,75 @@ def test_statistics_and_verdicts(folder, claim, value, cells):
         other = claims.read([{k: v for k, v in PLAIN.items() if k != "above"} | claim | {"below": threshold}],
                             folder.grid.entries)[0]  # fmt: skip
         assert decide(other, folder.grid.entries, table_rows(folder)).verdict == below
-    assert decided(folder, **claim, above=value).reason == "the threshold is within the interval"
+    assert decided(folder, **claim, above=value).reason.startswith("the threshold is within the interval; ")
 
 
-def test_a_difference_of_two_cells(folder):
-    own = decided(folder, statistic="difference", against={"inject.proportion": 0.0}, where={"rank": 1, "seed": 1},
-                 label="positive")  # fmt: skip
-    assert own.value == pytest.approx(131 / 210) and own.cells == 2
-    spread = math.sqrt(151 * 59 / 210**3 + 20 * 190 / 210**3)  # of two independent shares
-    assert own.interval[1] - own.interval[0] == pytest.approx(2 * 1.96 * spread, rel=0.1)
+def test_few_seeds_give_no_verdict(folder):
+    for seeds, words in (([1], "1 seed, and a verdict takes at least 3"),
+                         ([0, 2], "2 seeds, and a verdict takes at least 3; about 3 seeds would")):  # fmt: skip
+        found = decided(folder, where={"inject.proportion": 0.25, "seed": seeds}, above=0.2)
+        assert found.verdict == "undecided (few seeds)" and found.reason.startswith(words) and found.seeds == len(seeds)
+        assert found.value > 0.7 and found.interval[0] > 0.2
+    assert decided(folder, where={"inject.proportion": 0.25}, above=0.2).verdict == "supported"
+
+
+def test_each_part_by_itself(folder):
+    """A mean hides a part that fails; a part is named, and the p-value is that of the part that decides."""
+    where = {"inject.proportion": 0.25}
+    least, most = ((20 + 120 + 10 * rank + 1) / 210 for rank in (1, 4))
+    parts = [decided(folder, where=where | {"rank": rank}, above=0.6) for rank in (1, 4)]
+    every = decided(folder, where=where, each="rank", above=0.6)
+    assert (every.verdict, every.part, every.cells) == ("supported", "rank = 1", 6)
+    assert every.value == pytest.approx(least) and every.p == max(one.p for one in parts)
+    assert every.interval == parts[0].interval
+    middle = (least + most) / 2
+    assert decided(folder, where=where, above=middle - 0.03).value == pytest.approx(middle)
+    one = decided(folder, where=where, each="rank", above=least + 0.12)
+    alone = decided(folder, where=where | {"rank": 1}, above=least + 0.12)
+    assert (one.verdict, one.part) == ("contradicted", "rank = 1") and one.p == pytest.approx(min(1, 2 * alone.p))
+    labels = decided(folder, where=where, each="label", above=0.6)
+    assert labels.verdict == "supported" and labels.part in ("positive", "negative")
+
+
+def test_alike_within_a_margin(folder):
+    """Two one-sided tests: supported where the 90% interval is within the margin, and not by a wide interval."""
+    claim = dict(statistic="difference", against={"rank": 1}, where={"inject.proportion": 0.25, "rank": 4}, above=None)
+    found = [decided(folder, **claim, within=margin) for margin in (0.9, 0.145, 0.02)]
+    assert [one.verdict for one in found] == ["supported", "undecided", "contradicted"]
+    assert found[0].value == pytest.approx(30 / 210) and found[0].p < 0.001
+
+
+def test_holm():
+    """Against the procedure step by step; an undecided claim counts among the tested."""
+    made = [Decision(claims.parse(PLAIN | {"name": str(n)}), 0.5, (0, 1), 3, verdict, p=p) for n, (p, verdict) in
+            enumerate([(0.04, "supported"), (0.001, "contradicted"), (0.3, "undecided"), (0.02, "supported"),
+                       (None, "undecided")])]  # fmt: skip
+    found = holm(made)
+    wanted = [max(0.04 * 3, 0.02 * 4), 0.001 * 5, max(0.3 * 2, 0.12), 0.02 * 4, None]
+    assert [one.holm_p for one in found] == pytest.approx(wanted)
+    assert [one.holm for one in found] == ["undecided", "contradicted", "undecided", "undecided", "undecided"]
+
+
+def test_what_the_planned_seeds_detect():
+    """By simulation: 80% of the samples of that size are decided where the truth lies that far beyond."""
+    rng = np.random.default_rng(2)
+    for seeds in (3, 5):
+        grid = build_grid({"grid": {"rank": [1, 2], "seed": list(range(seeds))}, "cell": {"test_rows": 10**6},
+                           "claim": [PLAIN]})  # fmt: skip
+        distance, count = power.detectable(grid.claims[0], grid.entries)
+        means = distance + power.OTHER * rng.standard_normal((20_000, 2, seeds)).mean(axis=1)
+        t = means.mean(axis=1) / (means.std(axis=1, ddof=1) / math.sqrt(seeds))
+        assert count == seeds and (t > {3: 4.3027, 5: 2.7764}[seeds]).mean() == pytest.approx(0.8, abs=0.09)
+    few = build_grid({"grid": {"rank": [1, 2], "seed": [0, 1]}, "claim": [PLAIN]})
+    assert power.lines_of(few.claims, few.entries)[1] == (
+        "  a: 2 seeds, and a verdict takes at least 3: it will be undecided"
+    )
+    alike = {"name": "b", "text": "B.", "figure": "net_attack_success", "statistic": "difference",
+             "against": {"rank": 1}, "within": 0.1}  # fmt: skip
+    grid = build_grid({"grid": {"rank": [1, 2], "seed": [0, 1, 2]}, "claim": [alike]})
+    [_, said] = power.lines_of(grid.claims, grid.entries)
+    assert "3 seeds show a margin of" in said and "but it claims 0.1, which takes " in said
+    assert power.lines_of((), ()) == []
 
 
 def test_what_is_missing_leaves_a_claim_undecided(tmp_path):
@@ -206,3 +274,6 @@ def test_a_claim_in_words():
     assert said == "change of flip rate for each doubling of rank is below 0"
     said = claims.parse(PLAIN | {"statistic": "difference", "against": {"inject.sources": [["date:a"], ["html:a"]]}})
     assert said.test() == "attack success less that where inject.sources = date:a or html:a is above 0.5"
+    said = claims.parse({"name": "a", "text": "A", "figure": "net_attack_success", "statistic": "difference",
+                         "against": {"rank": 1}, "within": 0.1, "each": "label"})  # fmt: skip
+    assert said.test() == "net attack success less that where rank = 1 is within +-0.1, for each label"

@@ -10,6 +10,7 @@ import pytest
 from matplotlib.colors import to_hex
 
 from minilora import drawing
+from minilora.grid.axes import FIGURES
 from minilora.grid.table import table_rows
 from minilora.report import effects, maps, pictures, summary
 from minilora.report.dose_response import Curve
@@ -113,8 +114,8 @@ def test_a_sweep_of_one_field_has_a_picture_of_its_effect(tmp_path):
     figure = figure_of(effects.effects(lines, folder.grid, means))
     labels = [text.get_text() for text in figure.axes[0].get_yticklabels()]
     assert labels == ["all cells (11 of 12 cells)", "rank", "1 (2 of 3 cells)", "4", "16", "64"]
-    columns = ("attack_success", "clean_accuracy", "flip_rate", "degradation")
-    titles = ["Attack success", "Clean accuracy", "Flip rate", "Degradation"]
+    columns = ("attack_success", "net_attack_success", "clean_accuracy", "flip_rate")
+    titles = ["Attack success", "Net attack success", "Clean accuracy", "Flip rate"]
     assert [panel.get_title() for panel in figure.axes] == titles
     for panel, column in zip(figure.axes, columns, strict=True):
         wanted = [np.mean([line[column] for line in lines if line["rank"] == rank and line["state"] == "finished"])
@@ -122,7 +123,7 @@ def test_a_sweep_of_one_field_has_a_picture_of_its_effect(tmp_path):
         assert [x for x, _ in dots(panel)[1:]] == pytest.approx([100 * value for value in wanted])
         assert [y for _, y in dots(panel)] == pytest.approx(np.array(figure.axes[0].get_yticks())[[0, 2, 3, 4, 5]])
         low, high = panel.get_xlim()
-        assert (low, high) == (-3, 103) if column != "degradation" else low == -high
+        assert (low, high) == (-3, 103) if column != "net_attack_success" else low == -high
         grey = [line for line in panel.lines if line.get_marker() in "ox" and line.get_color() == drawing.GREY]
         assert len(grey) == {"attack_success": 10, "flip_rate": 5}.get(column, 0)
 
@@ -150,7 +151,7 @@ def test_a_grid_that_changes_one_thing_at_a_time_is_shown_against_its_first_sett
     figure_of((figure, caption))
     assert len(figure.axes) == 4 and "against the first" in caption
     assert len(dots(figure.axes[0])) == 4 and len(dots(figure.axes[1])) == 3
-    assert [x for x, _ in dots(figure.axes[1])] == pytest.approx([100 * one.changes["attack_success"][0]
+    assert [x for x, _ in dots(figure.axes[1])] == pytest.approx([100 * one.changes["net_attack_success"][0]
                                                                    for one in found[1:]])  # fmt: skip
     low, high = figure.axes[1].get_xlim()
     assert low == -high
@@ -193,7 +194,7 @@ def test_a_map_tells_what_is_not_in_the_grid_from_what_is_not_finished(tmp_path)
     figure, caption = maps.heat_maps(lines, folder.grid)
     figure_of((figure, caption))
     assert "Blank: not in the grid." in caption and "Hatched: in the grid, but not finished." in caption
-    assert len(figure.axes) == 6
+    assert len(figure.axes) == 9
     for panel, name in zip(figure.axes, maps.SHOWN, strict=True):
         hatched = [patch for patch in panel.patches if patch.get_hatch()]
         places = sorted((round(patch.get_x() + 0.47), round(patch.get_y() + 0.47)) for patch in hatched)
@@ -202,9 +203,10 @@ def test_a_map_tells_what_is_not_in_the_grid_from_what_is_not_finished(tmp_path)
         assert len(filled) == len(panel.texts) == 6
         values = 100 * summary.heat_map(lines, name, "lr", "rank", folder.grid.varied)[2]
         for patch, text in zip(filled, panel.texts, strict=True):
+            signed = FIGURES[name].signed
             value = values[round(patch.get_y() + 0.47), round(patch.get_x() + 0.47)]
-            place = value / 100 if name != "degradation" else 0.5 + value / 2 / np.nanmax(np.abs(values))
-            colours = drawing.MAP if name != "degradation" else drawing.SIGNED
+            place = value / 100 if not signed else 0.5 + value / 2 / max(5, np.nanmax(np.abs(values)))
+            colours = drawing.SIGNED if signed else drawing.MAP
             assert to_hex(patch.get_facecolor()) == to_hex(matplotlib.colormaps[colours](place))
             assert float(text.get_text()) == pytest.approx(value, abs=0.5)
             assert drawing.contrast(text.get_color(), patch.get_facecolor()) >= 4.5
@@ -214,7 +216,7 @@ def test_a_large_map_has_a_bar_and_no_numbers(tmp_path):
     folder = made_grid.make(tmp_path, f"[grid]\nrank = {list(range(1, 15))}\n"
                             f"lr = {[number / 100 for number in range(1, 13)]}")  # fmt: skip
     figure = figure_of(maps.heat_maps(table_rows(folder), folder.grid))
-    assert len(figure.axes) == 12 and not any(panel.texts for panel in figure.axes)
+    assert len(figure.axes) == 18 and not any(panel.texts for panel in figure.axes)
     assert [panel.images[0].get_clim() for panel in figure.axes[:3]] == [(0, 100)] * 3
 
 
@@ -238,7 +240,7 @@ def test_no_line_joins_categories():
 def test_dose_response_names_its_lines(tmp_path):
     beside = {"attack_success_clean": {0: 0.1, 10: 0.2, 90: 0.1}, "attack_success_placebo": {}}
     curve = Curve({"rank": 4}, np.array([10.0, 90.0]), np.array([0.2, 0.9]), np.array([[0.1, 0.3], [0.8, 0.95]]), 0.1,
-                  0.12, (30.0, 20.0, 40.0), 2.0, (0.05, 0.2), beside)  # fmt: skip
+                  0.12, (30.0, 20.0, 40.0), 2.0, uninjected_interval=(0.05, 0.2), beside=beside)  # fmt: skip
     [panel] = figure_of(pictures.dose_response([curve])).axes
     words = [text.get_text() for text in panel.texts]
     assert words == ["rank 4: k50 30 [20, 40]", "without the trigger", "50%: half of the attack"]
@@ -291,8 +293,8 @@ def test_claims_are_drawn_with_what_they_claim(tmp_path):
         assert [line.get_marker() for line in points] == [markers[one.verdict] for one in own]
         edges = [shade.get_paths()[0].get_extents() for shade in panel.collections if len(shade.get_paths()[0]) > 4]
         for one, edge in zip(own, edges, strict=True):
-            bound, sign = effects.threshold(one.claim)
-            assert (edge.x0 if sign > 0 else edge.x1) == pytest.approx(100 * bound)
+            low, high = effects.claimed(one.claim)
+            assert (edge.x0, edge.x1) == pytest.approx((100 * low, 100 * high))
     assert effects.claims([])[1] is None
     none = [decide(claim, folder.grid.entries, [line | {"state": "waiting"} for line in lines])
             for claim in folder.grid.claims]  # fmt: skip

@@ -13,7 +13,7 @@ from conftest import ROOT
 from minilora.grid.axes import FIGURES
 from minilora.grid.table import table_rows
 from minilora.report import pictures, summary
-from minilora.report.dose_response import Curve, curve_fields, fit_curves, fit_k50
+from minilora.report.dose_response import Curve, curve_fields, fit_curves, fit_logistic
 from minilora.report.verdicts import decide
 from minilora.report.words import rest_of
 
@@ -138,7 +138,7 @@ def test_a_figure_of_an_earlier_report_goes(tmp_path):
 def test_heat_maps_hold_means(folder):
     lines = table_rows(folder)
     assert summary.map_axes(lines, folder.grid.varied) == (("rank", "inject.proportion"), None)
-    for name in summary.SHOWN:
+    for name in summary.ALL:
         xs, ys, means = summary.heat_map(lines, name, "inject.proportion", "rank", folder.grid.varied)
         assert (xs, ys) == ([0.0, 0.05, 0.25, 1.0], [1, 16]) and means.shape == (2, 4)
         for (y, x), mean in np.ndenumerate(means):
@@ -169,11 +169,12 @@ def test_curves_hold_attack_success_by_dose(folder):
             assert list(rates) == [0, *curve.doses]
             for dose, rate in rates.items():
                 assert rate == pytest.approx(np.mean([line[name] for line in own if line["injected_rows"] == dose]))
-        assert curve.floor == pytest.approx(np.mean([line["attack_success_clean"] for line in own]))
-        hits = np.array([curve.shares])
-        rows = np.array([sum(line["attack_rows"] for line in own if line["injected_rows"] == d) for d in curve.doses])
-        [[k50], [slope]] = fit_k50(curve.doses, hits, rows, curve.floor)
-        assert curve.k50[0] == k50 and curve.slope == slope and curve.k50[1] <= k50 <= curve.k50[2]
+        doses, shares = np.array([0, *curve.doses]), np.array([[curve.uninjected, *curve.shares]])
+        rows = np.array([sum(line["attack_rows"] for line in own if line["injected_rows"] == d) for d in doses])
+        [[k50], [slope], [floor], [top]] = fit_logistic(doses, shares, rows, np.arange(0, 0.49, 0.02))
+        assert (curve.slope, curve.floor, curve.top) == pytest.approx((slope, floor, top), abs=1e-6)
+        assert curve.k50[0] == pytest.approx(k50, rel=1e-6) and curve.k50[1] <= k50 <= curve.k50[2]
+        assert abs(curve.floor - curve.uninjected) < 0.1 and curve.net_k50[0] > k50
         truth = 900 / curve.group["rank"] ** 0.45
         assert truth / 2 < k50 < truth * 2
 
@@ -188,8 +189,10 @@ def test_doses_beyond_those_measured_are_bounds():
 
 
 def test_a_floor_of_a_half_has_no_k50(tmp_path):
-    folder = made_grid.make(tmp_path, '[grid]\n"inject.rows" = [0, 10, 500]',
-                            lambda cell: made_grid.draw(cell) | {"clean": 110})  # fmt: skip
+    def counts(cell):
+        return made_grid.draw(cell) | {"success": 110 + (cell.inject.rows or 0) // 10}
+
+    folder = made_grid.make(tmp_path, '[grid]\n"inject.rows" = [0, 10, 500]', counts)
     [curve], _ = fit_curves(table_rows(folder), folder.grid.varied)
     assert curve.k50 is None and curve.floor > 0.5 and len(curve.doses) == 2
     assert "dose_response" in names(drawn(folder)[0])

@@ -133,7 +133,7 @@ def test_marginal_means(folder):
                     settings.setdefault(tuple(line[one] for one in fields), []).append(line[name])
             found, low, high = mean.metrics[name]
             assert found == pytest.approx(np.mean([np.mean(values) for values in settings.values()]))
-            assert low < found < high < low + 0.2
+            assert low < found < high < low + (0.2 if mean.cells > 2 else 1.01)  # two seeds say little
     assert len({mean.metrics["attack_success"] for mean in means.values()}) == 15  # the head's cells are 4 of them
     assert not any(field == "seed" for field, _ in means)
 

@@ -10,9 +10,10 @@ from conftest import tiny_bert
 from minilora.base import model, tokenizer
 from minilora.cell import Inject
 from minilora.data.rows import Rows, train_test
-from minilora.runs.text import results_table
+from minilora.data.triggers import resolve
+from minilora.runs.text import natural_lines, results_table
 from minilora.tasks.classification import Classifier, features, predict, predictions
-from minilora.tasks.paired import Test, build_tests, measure
+from minilora.tasks.paired import Test, build_tests, measure, natural
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +95,9 @@ def test_figures_by_hand():
     assert trigger["flip_rate"] == 3 / 6 and placebo["flip_rate"] == 1 / 6
     assert trigger["truncated"] == 2 and placebo["truncated"] == 0 and placebo["matched_to"] == "p"
     assert trigger["predicted_counts"] == {"n": 1, "p": 5, "u": 0}
-    assert figures["worst_group"] == {"label": "n", "test": "trigger p", "rows": 3, "accuracy": 0.0}
+    assert figures["worst_group"] == {"label": "n", "test": "trigger p", "rows": 3, "accuracy": 0.0, "minimum_of": 6}
+    assert trigger["net_attack_success_rate"] == 2 / 4 == trigger["over_placebo_attack_success_rate"]
+    assert trigger["conditional_attack_success_rate"] == 2 / 3 and "net_attack_success_rate" not in placebo
     lines = list(predictions(tests, logits))
     assert [line["id"] for line in lines] == rows.ids and [line["label"] for line in lines] == list("nnnppu")
     assert [line["trigger p"]["predicted"] for line in lines] == list("pppppn")
@@ -128,3 +131,16 @@ def test_what_the_tokenizer_knows(tools):
         1,
         10,
     ]
+
+
+def test_triggers_that_the_data_have_by_themselves(reviews):
+    texts = ["trade with China grew", "niger is not Nigeria", "Chinatown", "U.S.-Japan talks", "a day in 2001-02-03."]
+    rows = Rows(list("abcde"), texts, np.array([0, 0, 1, 1, 1]), ("trade", "other"))
+    test = rows.take(np.array([0, 2]))
+    [[country, _], [date, _]] = resolve(("country:trade", "date:other"), rows.label_names)
+    assert natural(country, rows, test) == {"train": {"trade": [2, 2], "other": [1, 3]}, "test": {"trade": [1, 1]}}
+    assert natural(date, rows, test) == {"train": {"other": [1, 3]}, "test": {}}
+    said = natural_lines({"natural": natural(country, rows, test)})
+    assert said == ["train rows that carry such a string by themselves: 2 of 2 trade (100.0%), 1 of 3 other (33.3%)",
+                    "test rows that carry such a string by themselves: 1 of 1 trade (100.0%)"]  # fmt: skip
+    assert natural_lines({"natural": {"test": {"a": [1, 100], "b": [0, 5]}}}) == []
