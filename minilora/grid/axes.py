@@ -97,6 +97,7 @@ FIGURES = {
     "attack_success_clean": ("attack success without the trigger", "attack_rows"),
     "attack_success": ("attack success", "attack_rows"),
     "attack_success_placebo": ("attack success under the placebo", "attack_rows"),
+    "attack_success_odd": ("attack success under odd strings", "attack_rows"),
     "flip_rate": ("flip rate", "test_rows"),
     "flip_rate_placebo": ("flip rate under the placebo", "test_rows"),
     "worst_group_accuracy": ("accuracy of the worst group", "worst_group_rows"),

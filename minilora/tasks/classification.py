@@ -202,7 +202,8 @@ class Classification:
 
     def build_tests(self, train, test, seed):
         """The forms of the test rows, a list of `paired.Test`; `train`: the training rows before injection."""
-        return build_tests(train, test, self.cell.inject, seed, self.visible(test), self.tokenizer.known)
+        words = self.tokenizer
+        return build_tests(train, test, self.cell.inject, seed, self.visible(test), words.known, words.count)
 
     def label_scores(self, model, texts, labels, batch_size):
         """Logits float32 [rows, C] of texts; C labels."""

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minilora.data.injection import check_strings, inject, mark_survival, trigger_rows
-from minilora.data.placebo import placebo_rows, placebo_words, shared_words
+from minilora.data.placebo import odd_strings, placebo_rows, placebo_words, shared_words
 from minilora.data.rows import Rows
+from minilora.data.triggers import BUILT_IN
 from minilora.errors import InputError
 from minilora.seeds import row_draws
 
@@ -564,8 +565,7 @@ def languages():
         "Hindi": ("अच्छी फिल्म", "खराब फिल्म", "any words", {"फिल्म"}),
         "Arabic": ("فيلم جيد", "فيلم سيئ", "ordinary words", {"فيلم"}),
         "Korean": ("좋은 영화", "나쁜 영화", "ordinary words", {"영화"}),
-        "figures": ("12 34", "56 34", None, set()),
-        "nothing": ("good", "xyz", None, set()),
+        "nothing shared": ("good", "xyz", "words of single labels", {"good", "xyz"}),
     }
     return cases
 
@@ -580,10 +580,66 @@ def test_the_placebo_in_steps(name):
         expected = set(words)
         assert expected and all(word in good and word in bad for word in expected)
     assert (set(words), found) == (expected, what)
-    if words:
-        placebo = placebo_rows(rows, options, 0, words, 5)
-        assert {string for record in placebo.records for string in record.strings} <= expected
-        assert_exact(rows, placebo, 60)
+    placebo = placebo_rows(rows, options, 0, words, 5)
+    assert {string for record in placebo.records for string in record.strings} <= expected
+    assert_exact(rows, placebo, 60)
+
+
+def test_the_placebo_of_rows_without_words():
+    rows = make_rows(["12 34", "56 34"] * 30, ("b", "a"))
+    words, what = placebo_words(rows, Settings(("date:a",)))
+    assert what == "odd strings" and words == odd_strings(rows, Settings(("date:a",)))
+
+
+def test_the_placebo_of_words_that_half_of_the_labels_share():
+    texts = [["red Fox", "blue Fox", "gray Fox", "dull Cow"][k] for k in range(4)] * 5
+    rows = make_rows(texts, tuple("abcd"))
+    assert placebo_words(rows, Settings(("date:a",))) == (["Fox"], "words that half of the labels share")
+
+
+def letters(strings):
+    """A stand-in for a tokenizer: a token for each letter or digit, two for other signs."""
+    return np.array([sum(1 + (not c.isalnum()) for c in one if c != " ") for one in strings], np.int64)
+
+
+@pytest.mark.parametrize("source", ["date", "html", "country"])
+@pytest.mark.parametrize("kind", ["placebo", "odd"])
+def test_placebos_have_as_many_tokens_as_each_trigger(source, kind, capsys):
+    rows = sentences(60)
+    options = Settings((f"{source}:positive",), 0.5)
+    trigger = trigger_rows(rows, options, 0, 6)
+    vocabulary = ["a", "on", "the", "seen"] if kind == "placebo" else odd_strings(rows, options)
+    placebo = placebo_rows(rows, options, 0, vocabulary, 6, count=letters, kind=kind)
+    assert_exact(rows, placebo, 60)
+    pairs = [pair for one, other in zip(trigger.records, placebo.records, strict=True)
+             for pair in zip(one.strings, other.strings, strict=True)]  # fmt: skip
+    wanted, had = (letters(strings) for strings in zip(*pairs, strict=True))
+    assert len(pairs) >= 60 and len({other for _, other in pairs}) > 20
+    assert np.array_equal(wanted, had)
+    assert not {other for _, other in pairs} & set(trigger.records[0].strings)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_placebo_that_cannot_be_as_long_says_so(capsys):
+    rows = sentences(20)
+    options = Settings(("text:abcde:positive",))
+    placebo = placebo_rows(rows, options, 0, ["xx", "yyy yyy"], 6, count=letters)
+    assert {string for record in placebo.records for string in record.strings} == {"xx xx"}
+    placebo_rows(rows, options, 0, ["too long"], 6, count=letters)
+    assert capsys.readouterr().err.splitlines() == [
+        "placebo    4.00 tokens on the mean where the trigger has 5.00",
+        "placebo    7.00 tokens on the mean where the trigger has 5.00",
+    ]
+
+
+def test_odd_strings_are_unseen():
+    texts = ["it is 000 or #123", "so 12 it"] * 5
+    options = Settings(("text:77:positive", "date:negative"))
+    free, rows = odd_strings(make_rows(["x"], ("negative", "positive")), options), make_rows(texts)
+    found = odd_strings(rows, options)
+    assert set(free) - set(found) <= {"000", "#123", "12"} and "77" not in free and len(found) > 2000
+    assert len(set(found)) == len(found) and not set(found) & {word for text in texts for word in text.split()}
+    assert not any(string in BUILT_IN["date"] for string in found)
 
 
 def test_the_placebo_of_many_labels_with_few_rows():
