@@ -142,11 +142,21 @@ def mark_survival(injected, kept_chars):
 def all_rows(rows, settings, k, seed, visible, part, reword, draw=None):
     source, label = resolve_sources(settings, rows.label_names)[k]
     split, parts = split_strings(source, label, settings.split, seed)
-    index = np.arange(len(rows))
-    seed = seed if draw is None else draw
-    inserts = _inserts(rows, index, source, label, parts[part], settings, seed, "test", visible)
-    texts, records = _render(rows, index, label, reword(inserts, label))
     report = [_entry(source, label, len(rows), len(rows), split, parts)]
+    seed = seed if draw is None else draw
+    return _every_row(rows, source, label, parts[part], settings, seed, visible, reword, report)
+
+
+def rows_with(rows, source, label, settings, seed, visible=None):
+    """As `trigger_rows`, with strings of another `source` at the places of the trigger of `label`: `Injected`."""
+    pool = np.arange(len(source))
+    return _every_row(rows, source, label, pool, settings, seed, visible, lambda inserts, label: inserts, [])
+
+
+def _every_row(rows, source, label, pool, settings, seed, visible, reword, report):
+    index = np.arange(len(rows))
+    inserts = _inserts(rows, index, source, label, pool, settings, seed, "test", visible)
+    texts, records = _render(rows, index, label, reword(inserts, label))
     return Injected(replace(rows, texts=texts), records, index, report)
 
 

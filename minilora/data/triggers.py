@@ -161,6 +161,17 @@ class Lines(Source):
         return tuple(strings.values())
 
 
+@dataclass(frozen=True)
+class Listed(Source):
+    """Strings that are given as they are."""
+
+    given: tuple[str, ...]
+
+    @property
+    def strings(self):
+        return self.given
+
+
 def closing(tag):
     return "</" + tag[1:]
 
