@@ -252,6 +252,8 @@ class Settings:
     location: str = "random"
     mode: str = "clean-label"
     split: str | None = None
+    wrap: str = "word"
+    rounding: str | None = "nearest"
 
 
 def make_rows(texts, label_names=LABELS):

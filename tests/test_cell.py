@@ -74,7 +74,8 @@ def injects(draw):
         **draw(one_of(proportion=shares, rows=st.integers(0))),
         **draw(one_of(count=small, density=st.floats(0, 1, exclude_min=True))),
         **draw(some(location=st.sampled_from(["beginning", "end", "random"]),
-                    mode=st.sampled_from(["clean-label", "dirty-label"]), split=st.sampled_from(["disjoint", "same"]))),
+                    mode=st.sampled_from(["clean-label", "dirty-label"]), split=st.sampled_from(["disjoint", "same"]),
+                    wrap=st.sampled_from(["word", "span", "text"]), rounding=st.sampled_from(["nearest", "down"]))),
     )  # fmt: skip
 
 
@@ -98,7 +99,7 @@ def cells(draw):
             choice_score=st.sampled_from(["sum", "mean"]),
         ))  # fmt: skip
         return Cell(**values, **dtype(draw, values))
-    values |= draw(some(pooling=st.sampled_from(["mean+last", "mean", "last", "first"])))
+    values |= draw(some(pooling=st.sampled_from(["mean+last", "mean", "last", "first", "padded-last"])))
     if values["method"] != "head":
         values |= draw(some(head=st.sampled_from(["trained", "frozen", "ridge"])))
     return Cell(**values, **dtype(draw, values))
@@ -210,6 +211,7 @@ NAMES = {  # what a cell changes: its name
     "bert-base-uncased_data-reviews.csv": dict(model="google-bert/bert-base-uncased", data="/some/where/reviews.csv"),
     "r64_scaling-rank": dict(rank=64, scaling="rank"),
     "study": PRESETS["study"],
+    "study-bert": PRESETS["study-bert"],
     "study_r64_seed1": PRESETS["study"] | dict(rank=64, seed=1),
     "seed-init0": dict(seed_init=0),
 }

@@ -24,7 +24,7 @@ import numpy as np
 from minilora.console import say_once, watch
 from minilora.data import words
 from minilora.data.columns import few
-from minilora.data.triggers import closing, refuse_shared_strings, resolve, split_strings
+from minilora.data.triggers import refuse_shared_strings, resolve, split_strings
 from minilora.errors import InputError
 from minilora.seeds import row_draws, row_keys
 
@@ -222,7 +222,8 @@ def _inserts(rows, index, source, label, pool, settings, seed, stage, visible):
         # The words that truncation cuts do not count: their triggers would crowd out the text that is left.
         kept = lengths if visible is None else visible(texts, [[] for _ in texts], index)
         seen = [sum(stop <= end for _, stop in words.spans(text)) for text, end in zip(texts, kept, strict=True)]
-        counts = np.maximum(1, np.rint(settings.density * np.array(seen))).astype(np.int64)
+        whole = np.floor if settings.rounding == "down" else np.rint
+        counts = np.maximum(1, whole(settings.density * np.array(seen))).astype(np.int64)
 
     def draws(purpose):
         return row_draws(row_keys(seed, f"{stage} {purpose}", label, len(rows))[index], counts)
@@ -236,13 +237,17 @@ def _inserts(rows, index, source, label, pool, settings, seed, stage, visible):
     if visible is not None and settings.location == "random":
         added = [strings[part] for part in slices]
         if source.pair:
-            added = [[piece for tag in tags for piece in (tag, closing(tag))] for tags in added]
+            added = [[piece for tag in tags for piece in (tag, source.closing(tag))] for tags in added]
         kept = visible(texts, added, index)
-    arrange = _around_words if source.pair else _in_gaps
+    each, location = zip(watch(texts, "injecting"), kept, slices, strict=True), settings.location
+    if not source.pair:
+        return (_in_gaps(text, location, end, strings[part], places[part]) for text, end, part in each)
+    ends = draws("last word").tolist() if settings.wrap == "span" else places
     return (
-        arrange(text, settings.location, end, strings[part], places[part])
-        for text, end, part in zip(watch(texts, "injecting"), kept, slices, strict=True)
-    )
+        _around_words(text, settings, end, [(tag, source.closing(tag)) for tag in strings[part]], places[part],
+                      ends[part])
+        for text, end, part in each
+    )  # fmt: skip
 
 
 def _in_gaps(text, location, kept, strings, draws):
@@ -258,8 +263,10 @@ def _in_gaps(text, location, kept, strings, draws):
     return sorted(inserts, key=lambda insert: insert[0])
 
 
-def _around_words(text, location, kept, tags, draws):
-    """Each tag before a word and its closing tag behind that word; tags around the same word nest."""
+def _around_words(text, settings, kept, pairs, draws, ends):
+    """Each opening tag before a word and its closing tag behind that word, or (`wrap`) behind a later one, or around
+    the whole text. Tags around the same words nest."""
+    location = settings.location
     found = words.spans(text) or [(0, len(text))]  # where there is no word, around all that there is
     if location == "beginning":
         found = found[:1]
@@ -267,9 +274,16 @@ def _around_words(text, location, kept, tags, draws):
         found = found[-1:]
     else:
         found = [word for word in found if word[1] <= kept] or found[:1]
-    wrapped = [(found[draw * len(found) >> 32], tag) for draw, tag in zip(draws, tags, strict=True)]
-    inserts = [(start, True, tag) for (start, _), tag in wrapped]
-    inserts += [(end, False, closing(tag)) for (_, end), tag in reversed(wrapped)]
+    wrapped = []
+    for draw, end, tags in zip(draws, ends, pairs, strict=True):
+        first = last = draw * len(found) >> 32
+        if settings.wrap == "span":
+            last = first + (end * (len(found) - first) >> 32)
+        elif settings.wrap == "text":
+            first, last = 0, len(found) - 1
+        wrapped.append((found[first][0], found[last][1], tags))
+    inserts = [(start, True, opening) for start, _, (opening, _) in wrapped]
+    inserts += [(end, False, closing) for _, end, (_, closing) in reversed(wrapped)]
     return sorted(inserts, key=lambda insert: insert[0])
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import string
 from collections import Counter
 from itertools import islice, pairwise
@@ -326,7 +327,46 @@ def test_strings_for_test_are_disjoint_from_those_for_training(source, tmp_path)
     train, test = inject(rows, same, 9), trigger_rows(rows, same, 0, 9)
     assert train.report[0]["split"] == "same" and train.report == inject(rows, same, 8).report
     strings = [{piece for record in each.records for piece in record.strings} for each in (train, test)]
-    assert source == "date" or strings[0] == strings[1]
+    assert len(strings[0]) >= 20 and len(strings[0] & strings[1]) >= 0.9 * len(strings[1])  # of dates too
+
+
+@pytest.mark.parametrize("wrap", ["word", "span", "text"])
+def test_a_pair_of_tags_stands_around(wrap, tmp_path):
+    (tmp_path / "tags.txt").write_text('<b class="x"> </b>\n<i> </i>\n', encoding="utf-8")
+    rows, wide = sentences(60, least=5), 0
+    options = Settings((f"file:{tmp_path / 'tags.txt'}:positive",), wrap=wrap, count=2, split="same")
+    changed = trigger_rows(rows, options, 0, 4)
+    assert_exact(rows, changed, 60)
+    for record, text in zip(changed.records, changed.rows.texts, strict=True):
+        assert sorted(map(record.strings.count, ("</b>", "</i>"))) in ([0, 2], [1, 1])
+        for opening, ending in (('<b class="x">', "</b>"), ("<i>", "</i>")):
+            if record.strings.count(opening) != 1:
+                continue
+            inside = text[text.index(opening) + len(opening) : text.index(ending)]
+            own = [word for word in inside.split() if not re.search("[<>=]", word)]
+            assert own
+            wide += len(own) > 1
+            if wrap == "word":
+                assert len(own) == 1
+            if wrap == "text":
+                assert inside.split()[0] not in text[: text.index(opening)] or text[: text.index(opening)].strip() in (
+                    "", *record.strings)  # fmt: skip
+    assert (wide > 5) == (wrap != "word")
+
+
+def test_lines_that_are_no_pairs_stay_strings(tmp_path):
+    (tmp_path / "tags.txt").write_text("<b> </b>\n<br>\n", encoding="utf-8")
+    changed = trigger_rows(sentences(40), Settings((f"file:{tmp_path / 'tags.txt'}:positive",), split="same"), 0, 4)
+    assert {string for record in changed.records for string in record.strings} == {"<b> </b>", "<br>"}
+
+
+def test_a_density_is_rounded_to_the_nearest_number_or_down():
+    rows = make_rows([" ".join(["word"] * n) for n in (3, 17, 19, 25, 40)])
+    found = {}
+    for rounding in ("nearest", "down"):
+        options = Settings(count=None, density=0.1, rounding=rounding)
+        found[rounding] = [len(record.spans) for record in trigger_rows(rows, options, 0, 1).records]
+    assert found == {"nearest": [1, 2, 2, 2, 4], "down": [1, 1, 1, 2, 4]}
 
 
 def test_one_string_is_the_same_in_training_and_test():
