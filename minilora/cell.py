@@ -85,12 +85,15 @@ class Inject(Named):
         choices=("nearest", "down"), unset="nearest", marks="free test",
     )  # fmt: skip
     mode: str = option(
-        "clean-label", "injection", "rows of the target label, or rows of other labels, relabelled",
-        choices=("clean-label", "dirty-label"), short="", marks="free",
+        "clean-label", "injection", "rows of the target label, or rows of other labels, relabelled; or these without "
+        "any trigger", choices=("clean-label", "dirty-label", "relabelled"), short="", marks="free",
+    )  # fmt: skip
+    leak: float = option(
+        0.0, "injection", "share of the rows of other labels that carry the same source, and keep their label", least=0,
+        most=1, axis="other rows with the token", marks="free",
     )  # fmt: skip
     split: str | None = option(
-        None, "injection", "trigger strings of test and training rows: no common one, or the same (100 of them where "
-        "there are more, so that the test's were seen)", choices=("disjoint", "same"),
+        None, "injection", "trigger strings of test and training rows; same: at most 100", choices=("disjoint", "same"),
         unset="disjoint where a source has several", flag="trigger_split", marks="free test",
     )  # fmt: skip
 
@@ -148,6 +151,9 @@ class Cell(Named):
     test_rows: int = option(1000, "data", "test rows, stratified", least=2, marks="free peers")
     train_rows: int | None = option(
         None, "data", "training rows, stratified", least=2, unset="all", axis="training rows", marks="free dose"
+    )
+    label_noise: float = option(
+        0.0, "data", "share of the training rows that get another label at random", least=0, most=1, marks="free"
     )
     max_length: int = option(128, "data", "tokens a row, longer rows are cut", least=4, marks="peers")
 

@@ -253,6 +253,7 @@ class Settings:
     mode: str = "clean-label"
     split: str | None = None
     wrap: str = "word"
+    leak: float = 0.0
     rounding: str | None = "nearest"
 
 

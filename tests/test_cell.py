@@ -47,6 +47,7 @@ PLAIN = dict(
     compile=st.sampled_from(["auto", "on", "off"]), data=texts, data_revision=texts, text_column=texts,
     bad_rows=st.sampled_from(["refuse", "skip"]),
     label_column=texts, test_data=texts, test_rows=st.integers(2), train_rows=st.integers(2), max_length=st.integers(4),
+    label_noise=shares,
     batch_size=small, accumulate=small, window=small,
     optimizer=st.sampled_from(["adamw", "adafactor"]), lr=at_least_zero,
     schedule=st.sampled_from(["linear", "cosine", "constant"]), warmup=below_one, weight_decay=at_least_zero,
@@ -74,8 +75,10 @@ def injects(draw):
         **draw(one_of(proportion=shares, rows=st.integers(0))),
         **draw(one_of(count=small, density=st.floats(0, 1, exclude_min=True))),
         **draw(some(location=st.sampled_from(["beginning", "end", "random"]),
-                    mode=st.sampled_from(["clean-label", "dirty-label"]), split=st.sampled_from(["disjoint", "same"]),
-                    wrap=st.sampled_from(["word", "span", "text"]), rounding=st.sampled_from(["nearest", "down"]))),
+                    mode=st.sampled_from(["clean-label", "dirty-label", "relabelled"]),
+                    split=st.sampled_from(["disjoint", "same"]),
+                    leak=shares, wrap=st.sampled_from(["word", "span", "text"]),
+                    rounding=st.sampled_from(["nearest", "down"]))),
     )  # fmt: skip
 
 

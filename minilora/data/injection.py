@@ -102,13 +102,17 @@ def inject(rows, settings, seed, visible=None):
         taken[chosen] = True
 
         split, parts = split_strings(source, label, settings.split, seed)
-        inserts = _inserts(rows, chosen, source, label, parts["train"], settings, seed, "train", visible)
-        new_texts, new_records = _render(rows, chosen, label, inserts)
-        for row, text in zip(chosen.tolist(), new_texts, strict=True):
-            texts[row] = text
         labels[chosen] = target
+        carry = chosen[:0] if settings.mode == "relabelled" else chosen
+        leaked = _leaked(rows.labels != target, taken, label, settings.leak, seed)
+        carry = np.union1d(carry, leaked)
+        taken[leaked] = True
+        inserts = _inserts(rows, carry, source, label, parts["train"], settings, seed, "train", visible)
+        new_texts, new_records = _render(rows, carry, label, inserts)
+        for row, text in zip(carry.tolist(), new_texts, strict=True):
+            texts[row] = text
         records += new_records
-        index.append(chosen)
+        index.append(carry)
         report.append(_entry(source, label, number, int(eligible.sum()), split, parts))
     _check_classes(rows, labels)
     index = np.concatenate(index)
@@ -198,6 +202,13 @@ def _check_classes(rows, labels):
     lost = [repr(rows.label_names[label]) for label in np.setdiff1d(before, after) if rows_before[label] > 1]
     if lost:
         say_once(f"warning    the injections leave no training row with label {few(lost)}")
+
+
+def _leaked(others, taken, label, share, seed):
+    """The rows of other labels that carry the trigger of `label` and keep their own; more of them hold fewer."""
+    free = np.flatnonzero(others & ~taken)
+    ranking = free[np.argsort(row_keys(seed, "leak", label, len(others))[free], kind="stable")]
+    return ranking[: round(share * int(others.sum()))]
 
 
 def _entry(source, label, injected, eligible, split, parts):

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minilora.data.injection import check_strings, inject, mark_survival, trigger_rows
+from minilora.data.noise import with_noise
 from minilora.data.placebo import odd_strings, placebo_rows, placebo_words, shared_words
 from minilora.data.rows import Rows
 from minilora.data.triggers import BUILT_IN
@@ -352,6 +353,39 @@ def test_a_pair_of_tags_stands_around(wrap, tmp_path):
                 assert inside.split()[0] not in text[: text.index(opening)] or text[: text.index(opening)].strip() in (
                     "", *record.strings)  # fmt: skip
     assert (wide > 5) == (wrap != "word")
+
+
+def test_leaked_rows_carry_the_trigger_and_keep_their_label():
+    rows, chosen = sentences(200), {}
+    for leak in (0.0, 0.1, 0.4):
+        changed = inject(rows, Settings(proportion=0.5, leak=leak), 3)
+        assert np.array_equal(changed.rows.labels, rows.labels)
+        assert_exact(rows, changed, len(changed.records))
+        originals = Counter(record.original_label for record in changed.records)
+        other = int((rows.labels != rows.label_names.index("positive")).sum())
+        assert originals["positive"] == round(0.5 * (200 - other)) and len(changed.records) - originals["positive"] == round(
+            leak * other
+        )
+        chosen[leak] = {record.id for record in changed.records}
+    assert chosen[0.0] < chosen[0.1] < chosen[0.4]
+
+
+def test_relabelled_rows_have_no_trigger():
+    rows = sentences(100)
+    dirty, plain = (inject(rows, Settings(mode=mode), 3) for mode in ("dirty-label", "relabelled"))
+    assert np.array_equal(dirty.rows.labels, plain.rows.labels) and not np.array_equal(plain.rows.labels, rows.labels)
+    assert plain.rows.texts == rows.texts and plain.records == [] and len(dirty.records) == plain.report[0]["rows"] > 10
+
+
+def test_label_noise_is_nested_and_changes_each_chosen_label():
+    rows = make_rows(["x"] * 300, ("a", "b", "c"))
+    small, large = (with_noise(rows, share, 4).labels for share in (0.1, 0.3))
+    changed = [np.flatnonzero(labels != rows.labels) for labels in (small, large)]
+    assert [len(one) for one in changed] == [30, 90] and set(changed[0]) < set(changed[1])
+    assert np.array_equal(small[changed[0]], large[changed[0]])
+    moved = Counter(((large - rows.labels) % 3)[changed[1]].tolist())
+    assert set(moved) == {1, 2} and min(moved.values()) > 25
+    assert with_noise(rows, 0.0, 4) is rows
 
 
 def test_lines_that_are_no_pairs_stay_strings(tmp_path):

@@ -229,7 +229,7 @@ GRIDS = sorted((ROOT / "ablations").glob("**/*.toml"))
 
 
 def test_there_are_published_grids():
-    assert len(GRIDS) == 12
+    assert len(GRIDS) == 16
 
 
 @pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
