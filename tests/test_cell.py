@@ -174,7 +174,7 @@ def test_id_depends_on_every_field_but_run_options():
     changes = dict(
         model="x", revision="x", dtype="bfloat16", device="cpu", compile="on", data="x", data_revision="x",
         text_column="x", label_column="x", bad_rows="skip", test_data="x", test_rows=7, train_rows=7, max_length=7,
-        method="full", rank=7, alpha=7, scaling="rslora", dropout=0.7, targets=("q",), layers="0",
+        label_noise=0.7, method="full", rank=7, alpha=7, scaling="rslora", dropout=0.7, targets=("q",), layers="0",
         variant="dora", init="gaussian", start="x", lr_ratio=7, tokenizer="x", task="lm", prompt="x {text}",
         completion="{label}", choice_score="mean", head="ridge", pooling="first", form="side",
         epochs=7, steps=7, batch_size=7, accumulate=7, window=7, optimizer="adafactor",
@@ -183,7 +183,7 @@ def test_id_depends_on_every_field_but_run_options():
         seed_split=7,
     )  # fmt: skip
     inner = dict(sources=("html:negative",), proportion=0.7, rows=7, count=7, density=0.7, location="end",
-                 mode="dirty-label", split="same")  # fmt: skip
+                 mode="dirty-label", split="same", leak=0.7, wrap="span", rounding="down")  # fmt: skip
     assert {*changes, "inject"} == {f.name for f in dataclasses.fields(Cell)}
     assert {*inner} == {f.name for f in dataclasses.fields(Inject)}
     own = {name: {"task": "lm"} for name in of(COMPLETION)}
