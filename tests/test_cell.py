@@ -193,7 +193,7 @@ def test_id_depends_on_every_field_but_run_options():
     changed = [Cell(**{name: value}, **own.get(name, {})) for name, value in changes.items()]
     changed += [Cell(inject={name: value}) for name, value in inner.items()]
     ids = {cell.id for cell in [Cell(), *changed]}
-    assert len(ids) == len({cell.name for cell in [Cell(), *changed]}) == len(set([Cell(), *changed])) == 1 + 48 + 8
+    assert len(ids) == len({cell.name for cell in [Cell(), *changed]}) == len(set([Cell(), *changed])) == 1 + 49 + 11
 
 
 NAMES = {  # what a cell changes: its name
