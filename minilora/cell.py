@@ -230,7 +230,7 @@ class Cell(Named):
     )  # fmt: skip
     pooling: str | None = option(
         None, "head", "what the head sees of a row's hidden states; padded: of its padding too, as published",
-        of=CLASSIFIER, choices=("mean+last", "mean", "last", "first", "padded-mean+last", "padded-mean", "padded-last"),
+        of=CLASSIFIER, choices=("mean+last", "mean", "last", "first", "padded-mean+last"),
         unset="mean", marks="peers",
     )  # fmt: skip
 

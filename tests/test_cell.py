@@ -102,7 +102,7 @@ def cells(draw):
             choice_score=st.sampled_from(["sum", "mean"]),
         ))  # fmt: skip
         return Cell(**values, **dtype(draw, values))
-    values |= draw(some(pooling=st.sampled_from(["mean+last", "mean", "last", "first", "padded-last"])))
+    values |= draw(some(pooling=st.sampled_from(["mean+last", "mean", "last", "first", "padded-mean+last"])))
     if values["method"] != "head":
         values |= draw(some(head=st.sampled_from(["trained", "frozen", "ridge"])))
     return Cell(**values, **dtype(draw, values))
