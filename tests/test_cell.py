@@ -266,7 +266,7 @@ def test_toml_is_what_a_person_would_write():
     table = tomllib.loads(text)
     assert table["rank"] == 2 and table["lr"] == 1e-5 and table["targets"] == ["q", "k", "v"] and "steps" not in table
     assert table["inject"] == {"sources": ["date:a", 'text:é "b":c'], "rows": 3, "count": 1, "location": "random",
-                               "mode": "clean-label"}  # fmt: skip
+                               "mode": "clean-label", "leak": 0.0, "rounding": "nearest", "wrap": "word"}  # fmt: skip
     assert 'sources = ["date:a", "text:é \\"b\\":c"]\n' in text and "\n\n[inject]\n" in text
 
 
@@ -418,7 +418,8 @@ FLAGS = """
 --max-length --task
 --prompt --completion --choice-score --method --rank --alpha --scaling --dropout --targets --layers --variant --init
 --start --lr-ratio --form --head --pooling --inject --inject-proportion --inject-rows --inject-count --inject-density
---inject-location --inject-mode --trigger-split --epochs --steps --batch-size --accumulate --window --optimizer --lr
+--inject-location --inject-mode --inject-wrap --inject-rounding --inject-leak --label-noise --trigger-split
+--epochs --steps --batch-size --accumulate --window --optimizer --lr
 --schedule --warmup --weight-decay --clip --seed --seed-init --seed-head --seed-order --seed-inject --seed-dropout
 --seed-split
 """.split()
@@ -478,9 +479,9 @@ def test_help_states_every_flag_and_default_once(capsys):
 def test_evaluate_help(capsys):
     found, _ = help_of(evaluate.main, capsys)
     given = {"--help", "--version", "--data", "--batch-size", "--scale", "--add", "--merge-to", "--out", "--sort",
-             "--csv", "--text", "--seed", "--json", "--quiet", "--traceback"}  # fmt: skip
+             "--csv", "--panel", "--text", "--seed", "--json", "--quiet", "--traceback"}  # fmt: skip
     changes = {"--model", "--tokenizer", "--device", "--text-column", "--label-column", "--bad-rows", "--inject",
-               "--inject-count", "--inject-density", "--inject-location", "--trigger-split",
+               "--inject-count", "--inject-density", "--inject-location", "--inject-wrap", "--inject-rounding", "--trigger-split",
                "--seed-inject"}  # fmt: skip
     assert set(found) == given | changes
     assert all(re.findall(r"\(default: (.*?)\)$", found[flag]) == ["the run's"] for flag in changes)
