@@ -415,10 +415,10 @@ FLAGS = """
 --grid --size --dry-run --status --only --retry-failed --ray --ray-cpus --model --revision --tokenizer
 --dtype --device
 --compile --data --data-revision --text-column --label-column --test-data --bad-rows --test-rows --train-rows
---max-length --task
+--label-noise --max-length --task
 --prompt --completion --choice-score --method --rank --alpha --scaling --dropout --targets --layers --variant --init
 --start --lr-ratio --form --head --pooling --inject --inject-proportion --inject-rows --inject-count --inject-density
---inject-location --inject-mode --inject-wrap --inject-rounding --inject-leak --label-noise --trigger-split
+--inject-location --inject-wrap --inject-rounding --inject-mode --inject-leak --trigger-split
 --epochs --steps --batch-size --accumulate --window --optimizer --lr
 --schedule --warmup --weight-decay --clip --seed --seed-init --seed-head --seed-order --seed-inject --seed-dropout
 --seed-split
