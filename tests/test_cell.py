@@ -472,7 +472,7 @@ def test_help_states_every_flag_and_default_once(capsys):
         else:
             assert len(default) == 1
         checked, stated = checked + 1, stated + len(default)
-    assert checked == len(FLAGS) - 22 == 51 + 8 and stated == checked - 4
+    assert checked == len(FLAGS) - 22 == 52 + 11 and stated == checked - 4
     assert found["--save-every"].endswith(f"(default: {train.SAVE_EVERY})")
 
 
@@ -481,7 +481,8 @@ def test_evaluate_help(capsys):
     given = {"--help", "--version", "--data", "--batch-size", "--scale", "--add", "--merge-to", "--out", "--sort",
              "--csv", "--panel", "--text", "--seed", "--json", "--quiet", "--traceback"}  # fmt: skip
     changes = {"--model", "--tokenizer", "--device", "--text-column", "--label-column", "--bad-rows", "--inject",
-               "--inject-count", "--inject-density", "--inject-location", "--inject-wrap", "--inject-rounding", "--trigger-split",
+               "--inject-count", "--inject-density", "--inject-location", "--inject-wrap",
+               "--inject-rounding", "--trigger-split",
                "--seed-inject"}  # fmt: skip
     assert set(found) == given | changes
     assert all(re.findall(r"\(default: (.*?)\)$", found[flag]) == ["the run's"] for flag in changes)
