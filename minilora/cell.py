@@ -32,6 +32,7 @@ from minilora.fields import (
     value_of,
 )
 from minilora.lora.targets import STARTS, VARIANTS, check_variant, parse_layers, parse_targets
+from minilora.presets import PRESETS
 
 MARKS = {
     "free": "members of one population may differ in it",
@@ -74,18 +75,30 @@ class Inject(Named):
         "random", "injection", "where in the row", choices=("beginning", "end", "random"), short="at-",
         marks="free test",
     )  # fmt: skip
+    wrap: str = option(
+        "word", "injection", "what a pair of tags stands around: a word, a span of words, or the whole text",
+        choices=("word", "span", "text"), short="around-", marks="free test",
+    )  # fmt: skip
+    rounding: str | None = option(
+        None, "injection", "of a density times a row's words; at least one trigger either way",
+        choices=("nearest", "down"), unset="nearest", marks="free test",
+    )  # fmt: skip
     mode: str = option(
-        "clean-label", "injection", "rows of the target label, or rows of other labels, relabelled",
-        choices=("clean-label", "dirty-label"), short="", marks="free",
+        "clean-label", "injection", "rows of the target label, or rows of other labels, relabelled; or these without "
+        "any trigger", choices=("clean-label", "dirty-label", "relabelled"), short="", marks="free",
+    )  # fmt: skip
+    leak: float = option(
+        0.0, "injection", "share of the rows of other labels that carry the same source, and keep their label", least=0,
+        most=1, axis="other rows with the token", marks="free",
     )  # fmt: skip
     split: str | None = option(
-        None, "injection", "trigger strings of test and training rows", choices=("disjoint", "same"),
+        None, "injection", "trigger strings of test and training rows; same: at most 100", choices=("disjoint", "same"),
         unset="disjoint where a source has several", flag="trigger_split", marks="free test",
     )  # fmt: skip
 
     def __post_init__(self):
         check_fields(self, "inject.")
-        resolve(self, "proportion", "count")
+        resolve(self, "proportion", "count", "rounding")
         if self.density == 0:
             raise InputError("inject.density is 0, but must be above 0: use inject.proportion = 0 to inject nothing")
         if self.sources == ("none",):
@@ -144,6 +157,9 @@ class Cell(Named):
     test_rows: int = option(1000, "data", "test rows, stratified", least=2, marks="free peers")
     train_rows: int | None = option(
         None, "data", "training rows, stratified", least=2, unset="all", axis="training rows", marks="free dose"
+    )
+    label_noise: float = option(
+        0.0, "data", "share of the training rows that get another label at random", least=0, most=1, marks="free"
     )
     max_length: int = option(128, "data", "tokens a row, longer rows are cut", least=4, marks="peers")
 
@@ -219,8 +235,9 @@ class Cell(Named):
         "base's features and freeze it", of=CLASSIFIER, choices=("trained", "frozen", "ridge"), unset="trained",
     )  # fmt: skip
     pooling: str | None = option(
-        None, "head", "what the head sees of a row's hidden states", of=CLASSIFIER,
-        choices=("mean+last", "mean", "last", "first"), unset="mean", marks="peers",
+        None, "head", "what the head sees of a row's hidden states; padded: of its padding too, as published",
+        of=CLASSIFIER, choices=("mean+last", "mean", "last", "first", "padded-mean+last"),
+        unset="mean", marks="peers",
     )  # fmt: skip
 
     inject: Inject = Inject()
@@ -386,15 +403,3 @@ class Cell(Named):
             if 1 + len(left) < len(words):
                 words, exact = [preset, *left], told
         return naming.joined(words or ["default"], exact, self.id)
-
-
-# The published experiments of arXiv 2506.11402, as far as a cell has words for them: each of these differs from the
-# defaults, and is a factor of its own here. The head stays at its random start, alpha follows the rank, and the
-# published targets mean q, k, v, o and up on an encoder, but q, k and v on a decoder. At this rate torch's
-# Adafactor hardly moves B, which starts at 0: an epoch of the default data learns nothing (`optimizers.warnings`).
-PRESETS = {
-    "study": dict(
-        head="frozen", pooling="mean+last", scaling="rank", targets=("q", "k", "v"), dropout=0.05,
-        optimizer="adafactor", lr=1e-4, weight_decay=1e-5, schedule="cosine", warmup=0.05, batch_size=64,
-    ),
-}  # fmt: skip

@@ -252,6 +252,9 @@ class Settings:
     location: str = "random"
     mode: str = "clean-label"
     split: str | None = None
+    wrap: str = "word"
+    leak: float = 0.0
+    rounding: str | None = "nearest"
 
 
 def make_rows(texts, label_names=LABELS):

@@ -47,6 +47,7 @@ PLAIN = dict(
     compile=st.sampled_from(["auto", "on", "off"]), data=texts, data_revision=texts, text_column=texts,
     bad_rows=st.sampled_from(["refuse", "skip"]),
     label_column=texts, test_data=texts, test_rows=st.integers(2), train_rows=st.integers(2), max_length=st.integers(4),
+    label_noise=shares,
     batch_size=small, accumulate=small, window=small, deterministic=st.sampled_from(["off", "on"]),
     optimizer=st.sampled_from(["adamw", "adafactor"]), lr=at_least_zero,
     schedule=st.sampled_from(["linear", "cosine", "constant"]), warmup=below_one, weight_decay=at_least_zero,
@@ -74,7 +75,10 @@ def injects(draw):
         **draw(one_of(proportion=shares, rows=st.integers(0))),
         **draw(one_of(count=small, density=st.floats(0, 1, exclude_min=True))),
         **draw(some(location=st.sampled_from(["beginning", "end", "random"]),
-                    mode=st.sampled_from(["clean-label", "dirty-label"]), split=st.sampled_from(["disjoint", "same"]))),
+                    mode=st.sampled_from(["clean-label", "dirty-label", "relabelled"]),
+                    split=st.sampled_from(["disjoint", "same"]),
+                    leak=shares, wrap=st.sampled_from(["word", "span", "text"]),
+                    rounding=st.sampled_from(["nearest", "down"]))),
     )  # fmt: skip
 
 
@@ -98,7 +102,7 @@ def cells(draw):
             choice_score=st.sampled_from(["sum", "mean"]),
         ))  # fmt: skip
         return Cell(**values, **dtype(draw, values))
-    values |= draw(some(pooling=st.sampled_from(["mean+last", "mean", "last", "first"])))
+    values |= draw(some(pooling=st.sampled_from(["mean+last", "mean", "last", "first", "padded-mean+last"])))
     if values["method"] != "head":
         values |= draw(some(head=st.sampled_from(["trained", "frozen", "ridge"])))
     return Cell(**values, **dtype(draw, values))
@@ -175,7 +179,7 @@ def test_id_depends_on_every_field_but_run_options():
         model="x", revision="x", dtype="bfloat16", products="tf32", device="cpu", compile="on",
         deterministic="on", data="x", data_revision="x",
         text_column="x", label_column="x", bad_rows="skip", test_data="x", test_rows=7, train_rows=7, max_length=7,
-        method="full", rank=7, alpha=7, scaling="rslora", dropout=0.7, targets=("q",), layers="0",
+        label_noise=0.7, method="full", rank=7, alpha=7, scaling="rslora", dropout=0.7, targets=("q",), layers="0",
         variant="dora", init="gaussian", start="x", lr_ratio=7, tokenizer="x", task="lm", prompt="x {text}",
         completion="{label}", choice_score="mean", head="ridge", pooling="first", form="side",
         epochs=7, steps=7, batch_size=7, accumulate=7, window=7, optimizer="adafactor",
@@ -184,7 +188,7 @@ def test_id_depends_on_every_field_but_run_options():
         seed_split=7,
     )  # fmt: skip
     inner = dict(sources=("html:negative",), proportion=0.7, rows=7, count=7, density=0.7, location="end",
-                 mode="dirty-label", split="same")  # fmt: skip
+                 mode="dirty-label", split="same", leak=0.7, wrap="span", rounding="down")  # fmt: skip
     assert {*changes, "inject"} == {f.name for f in dataclasses.fields(Cell)}
     assert {*inner} == {f.name for f in dataclasses.fields(Inject)}
     own = {name: {"task": "lm"} for name in of(COMPLETION)}
@@ -194,7 +198,7 @@ def test_id_depends_on_every_field_but_run_options():
     changed = [Cell(**{name: value}, **own.get(name, {})) for name, value in changes.items()]
     changed += [Cell(inject={name: value}) for name, value in inner.items()]
     ids = {cell.id for cell in [Cell(), *changed]}
-    assert len(ids) == len({cell.name for cell in [Cell(), *changed]}) == len(set([Cell(), *changed])) == 1 + 49 + 8
+    assert len(ids) == len({cell.name for cell in [Cell(), *changed]}) == len(set([Cell(), *changed])) == 1 + 50 + 11
 
 
 NAMES = {  # what a cell changes: its name
@@ -217,6 +221,7 @@ NAMES = {  # what a cell changes: its name
     "bert-base-uncased_data-reviews.csv": dict(model="google-bert/bert-base-uncased", data="/some/where/reviews.csv"),
     "r64_scaling-rank": dict(rank=64, scaling="rank"),
     "study": PRESETS["study"],
+    "study-bert": PRESETS["study-bert"],
     "study_r64_seed1": PRESETS["study"] | dict(rank=64, seed=1),
     "seed-init0": dict(seed_init=0),
 }
@@ -253,7 +258,7 @@ def test_declared_properties():
     """Each mark is used and explained, and what each list of fields has is what it had when it was kept by hand."""
     used = [mark for field in declared(Cell).values() for mark in field.metadata["marks"]]
     assert set(used) == set(MARKS) and {mark: used.count(mark) for mark in MARKS} == {
-        "free": 39, "test": 12, "peers": 24, "path": 5, "dose": 3, "slots": 6}  # fmt: skip
+        "free": 43, "test": 14, "peers": 24, "path": 5, "dose": 3, "slots": 6}  # fmt: skip
     assert marked(Cell, "dose") == ("train_rows", "inject.proportion", "inject.rows")
     assert marked(Cell, "path") == ("model", "tokenizer", "data", "test_data", "start")
     assert grouped(Cell, "seeds") == ("seed", *(f"seed_{purpose}" for purpose in PURPOSES))
@@ -268,7 +273,7 @@ def test_toml_is_what_a_person_would_write():
     table = tomllib.loads(text)
     assert table["rank"] == 2 and table["lr"] == 1e-5 and table["targets"] == ["q", "k", "v"] and "steps" not in table
     assert table["inject"] == {"sources": ["date:a", 'text:é "b":c'], "rows": 3, "count": 1, "location": "random",
-                               "mode": "clean-label"}  # fmt: skip
+                               "mode": "clean-label", "leak": 0.0, "rounding": "nearest", "wrap": "word"}  # fmt: skip
     assert 'sources = ["date:a", "text:é \\"b\\":c"]\n' in text and "\n\n[inject]\n" in text
 
 
@@ -424,10 +429,11 @@ FLAGS = """
 --grid --size --dry-run --status --only --retry-failed --ray --ray-cpus --model --revision --tokenizer
 --dtype --products --device
 --compile --deterministic --data --data-revision --text-column --label-column --test-data --bad-rows --test-rows
---train-rows --max-length --task
+--train-rows --label-noise --max-length --task
 --prompt --completion --choice-score --method --rank --alpha --scaling --dropout --targets --layers --variant --init
 --start --lr-ratio --form --head --pooling --inject --inject-proportion --inject-rows --inject-count --inject-density
---inject-location --inject-mode --trigger-split --epochs --steps --batch-size --accumulate --window --optimizer --lr
+--inject-location --inject-wrap --inject-rounding --inject-mode --inject-leak --trigger-split
+--epochs --steps --batch-size --accumulate --window --optimizer --lr
 --schedule --warmup --weight-decay --clip --seed --seed-init --seed-head --seed-order --seed-inject --seed-dropout
 --seed-split
 """.split()
@@ -480,16 +486,17 @@ def test_help_states_every_flag_and_default_once(capsys):
         else:
             assert len(default) == 1
         checked, stated = checked + 1, stated + len(default)
-    assert checked == len(FLAGS) - 22 == 53 + 8 and stated == checked - 4
+    assert checked == len(FLAGS) - 22 == 54 + 11 and stated == checked - 4
     assert found["--save-every"].endswith(f"(default: {train.SAVE_EVERY})")
 
 
 def test_evaluate_help(capsys):
     found, _ = help_of(evaluate.main, capsys)
     given = {"--help", "--version", "--data", "--batch-size", "--scale", "--add", "--merge-to", "--out", "--sort",
-             "--csv", "--text", "--seed", "--json", "--quiet", "--traceback"}  # fmt: skip
+             "--csv", "--panel", "--text", "--seed", "--json", "--quiet", "--traceback"}  # fmt: skip
     changes = {"--model", "--tokenizer", "--device", "--text-column", "--label-column", "--bad-rows", "--inject",
-               "--inject-count", "--inject-density", "--inject-location", "--trigger-split",
+               "--inject-count", "--inject-density", "--inject-location", "--inject-wrap",
+               "--inject-rounding", "--trigger-split",
                "--seed-inject"}  # fmt: skip
     assert set(found) == given | changes
     assert all(re.findall(r"\(default: (.*?)\)$", found[flag]) == ["the run's"] for flag in changes)

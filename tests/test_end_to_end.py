@@ -213,7 +213,7 @@ def test_other_cells_train_and_evaluate_the_same(cell, tmp_path, changes):
     results, folder = minilora.train(cell, tmp_path / "run")
     figures, predictions = evaluate.evaluate(folder, batch_size=11)
     same, total = evaluate.compare(folder, predictions)
-    assert same == total == 31 * (1 + len(cell.inject.sources) + bool(cell.inject.sources))
+    assert same == total == 31 * (1 + 3 * len(cell.inject.sources))
     assert figures["clean"] == results["tests"]["clean"]
     trained = {tensor["name"] for tensor in json.loads((folder / "trainable.json").read_text())["tensors"]}
     assert ("classifier.weight" in trained) == (cell.head == "trained")

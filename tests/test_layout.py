@@ -14,7 +14,7 @@ BARRED = {"data": {"base.model", "lora"}, "cell": {"base.model", "base.checkpoin
           "tasks": {"lora"}, "report": {"training", "runs.trained", "base.model"},
           "diagnostics": {"training"}, "detection": {"training"}}  # fmt: skip
 GROUND = {"ground": ("errors", "files", "seeds", "console", "parallel", "hub", "fields", "naming", "interrupts",
-                     "command", "drawing", "precision"),
+                     "command", "drawing", "precision", "presets"),
           "cell": ("cell",), "scripts": ("coverage",)}  # fmt: skip
 
 

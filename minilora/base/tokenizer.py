@@ -215,6 +215,11 @@ class TextTokenizer:
         counts = (sum(id != self._unknown_id for id in ids) if ids else -1 for ids in tokens)
         return np.fromiter(counts, np.int64, len(texts))
 
+    def count(self, strings):
+        """How many tokens each string is worth behind a word and a space, int64 [N]."""
+        tokens = (len(encoding) for encoding in self._encodings([f" {one}" for one in strings], special=False))
+        return np.fromiter(tokens, np.int64, len(strings))
+
     def decode(self, ids):
         """The text of token ids, special tokens left out."""
         return self._tokenizer.decode([int(id) for id in ids])

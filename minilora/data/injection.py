@@ -24,7 +24,7 @@ import numpy as np
 from minilora.console import say_once, watch
 from minilora.data import words
 from minilora.data.columns import few
-from minilora.data.triggers import closing, refuse_shared_strings, resolve, split_strings
+from minilora.data.triggers import refuse_shared_strings, resolve, split_strings
 from minilora.errors import InputError
 from minilora.seeds import row_draws, row_keys
 
@@ -102,13 +102,17 @@ def inject(rows, settings, seed, visible=None):
         taken[chosen] = True
 
         split, parts = split_strings(source, label, settings.split, seed)
-        inserts = _inserts(rows, chosen, source, label, parts["train"], settings, seed, "train", visible)
-        new_texts, new_records = _render(rows, chosen, label, inserts)
-        for row, text in zip(chosen.tolist(), new_texts, strict=True):
-            texts[row] = text
         labels[chosen] = target
+        carry = chosen[:0] if settings.mode == "relabelled" else chosen
+        leaked = _leaked(rows.labels != target, taken, label, settings.leak, seed)
+        carry = np.union1d(carry, leaked)
+        taken[leaked] = True
+        inserts = _inserts(rows, carry, source, label, parts["train"], settings, seed, "train", visible)
+        new_texts, new_records = _render(rows, carry, label, inserts)
+        for row, text in zip(carry.tolist(), new_texts, strict=True):
+            texts[row] = text
         records += new_records
-        index.append(chosen)
+        index.append(carry)
         report.append(_entry(source, label, number, int(eligible.sum()), split, parts))
     _check_classes(rows, labels)
     index = np.concatenate(index)
@@ -142,11 +146,21 @@ def mark_survival(injected, kept_chars):
 def all_rows(rows, settings, k, seed, visible, part, reword, draw=None):
     source, label = resolve_sources(settings, rows.label_names)[k]
     split, parts = split_strings(source, label, settings.split, seed)
-    index = np.arange(len(rows))
-    seed = seed if draw is None else draw
-    inserts = _inserts(rows, index, source, label, parts[part], settings, seed, "test", visible)
-    texts, records = _render(rows, index, label, reword(inserts, label))
     report = [_entry(source, label, len(rows), len(rows), split, parts)]
+    seed = seed if draw is None else draw
+    return _every_row(rows, source, label, parts[part], settings, seed, visible, reword, report)
+
+
+def rows_with(rows, source, label, settings, seed, visible=None):
+    """As `trigger_rows`, with strings of another `source` at the places of the trigger of `label`: `Injected`."""
+    pool = np.arange(len(source))
+    return _every_row(rows, source, label, pool, settings, seed, visible, lambda inserts, label: inserts, [])
+
+
+def _every_row(rows, source, label, pool, settings, seed, visible, reword, report):
+    index = np.arange(len(rows))
+    inserts = _inserts(rows, index, source, label, pool, settings, seed, "test", visible)
+    texts, records = _render(rows, index, label, reword(inserts, label))
     return Injected(replace(rows, texts=texts), records, index, report)
 
 
@@ -190,6 +204,13 @@ def _check_classes(rows, labels):
         say_once(f"warning    the injections leave no training row with label {few(lost)}")
 
 
+def _leaked(others, taken, label, share, seed):
+    """The rows of other labels that carry the trigger of `label` and keep their own; more of them hold fewer."""
+    free = np.flatnonzero(others & ~taken)
+    ranking = free[np.argsort(row_keys(seed, "leak", label, len(others))[free], kind="stable")]
+    return ranking[: round(share * int(others.sum()))]
+
+
 def _entry(source, label, injected, eligible, split, parts):
     strings = {part: len(indices) for part, indices in parts.items()}
     return {"source": source.name, "label": label, "rows": injected, "eligible_rows": eligible,
@@ -212,7 +233,8 @@ def _inserts(rows, index, source, label, pool, settings, seed, stage, visible):
         # The words that truncation cuts do not count: their triggers would crowd out the text that is left.
         kept = lengths if visible is None else visible(texts, [[] for _ in texts], index)
         seen = [sum(stop <= end for _, stop in words.spans(text)) for text, end in zip(texts, kept, strict=True)]
-        counts = np.maximum(1, np.rint(settings.density * np.array(seen))).astype(np.int64)
+        whole = np.floor if settings.rounding == "down" else np.rint
+        counts = np.maximum(1, whole(settings.density * np.array(seen))).astype(np.int64)
 
     def draws(purpose):
         return row_draws(row_keys(seed, f"{stage} {purpose}", label, len(rows))[index], counts)
@@ -226,13 +248,17 @@ def _inserts(rows, index, source, label, pool, settings, seed, stage, visible):
     if visible is not None and settings.location == "random":
         added = [strings[part] for part in slices]
         if source.pair:
-            added = [[piece for tag in tags for piece in (tag, closing(tag))] for tags in added]
+            added = [[piece for tag in tags for piece in (tag, source.closing(tag))] for tags in added]
         kept = visible(texts, added, index)
-    arrange = _around_words if source.pair else _in_gaps
+    each, location = zip(watch(texts, "injecting"), kept, slices, strict=True), settings.location
+    if not source.pair:
+        return (_in_gaps(text, location, end, strings[part], places[part]) for text, end, part in each)
+    ends = draws("last word").tolist() if settings.wrap == "span" else places
     return (
-        arrange(text, settings.location, end, strings[part], places[part])
-        for text, end, part in zip(watch(texts, "injecting"), kept, slices, strict=True)
-    )
+        _around_words(text, settings, end, [(tag, source.closing(tag)) for tag in strings[part]], places[part],
+                      ends[part])
+        for text, end, part in each
+    )  # fmt: skip
 
 
 def _in_gaps(text, location, kept, strings, draws):
@@ -248,8 +274,10 @@ def _in_gaps(text, location, kept, strings, draws):
     return sorted(inserts, key=lambda insert: insert[0])
 
 
-def _around_words(text, location, kept, tags, draws):
-    """Each tag before a word and its closing tag behind that word; tags around the same word nest."""
+def _around_words(text, settings, kept, pairs, draws, ends):
+    """Each opening tag before a word and its closing tag behind that word, or (`wrap`) behind a later one, or around
+    the whole text. Tags around the same words nest."""
+    location = settings.location
     found = words.spans(text) or [(0, len(text))]  # where there is no word, around all that there is
     if location == "beginning":
         found = found[:1]
@@ -257,9 +285,16 @@ def _around_words(text, location, kept, tags, draws):
         found = found[-1:]
     else:
         found = [word for word in found if word[1] <= kept] or found[:1]
-    wrapped = [(found[draw * len(found) >> 32], tag) for draw, tag in zip(draws, tags, strict=True)]
-    inserts = [(start, True, tag) for (start, _), tag in wrapped]
-    inserts += [(end, False, closing(tag)) for (_, end), tag in reversed(wrapped)]
+    wrapped = []
+    for draw, end, tags in zip(draws, ends, pairs, strict=True):
+        first = last = draw * len(found) >> 32
+        if settings.wrap == "span":
+            last = first + (end * (len(found) - first) >> 32)
+        elif settings.wrap == "text":
+            first, last = 0, len(found) - 1
+        wrapped.append((found[first][0], found[last][1], tags))
+    inserts = [(start, True, opening) for start, _, (opening, _) in wrapped]
+    inserts += [(end, False, closing) for _, end, (_, closing) in reversed(wrapped)]
     return sorted(inserts, key=lambda insert: insert[0])
 
 

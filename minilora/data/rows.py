@@ -23,6 +23,7 @@ from minilora.console import watch
 from minilora.data import columns, formats, given
 from minilora.data.columns import NoLabels, few
 from minilora.data.hub_sets import HubSet
+from minilora.data.noise import with_noise
 from minilora.data.triggers import resolve
 from minilora.errors import InputError
 from minilora.fields import is_table, no_path
@@ -208,13 +209,14 @@ def rows_of(cell):
         train_rows=cell.train_rows, test_rows=cell.test_rows, seed=cell.seed_split, revision=cell.data_revision,
         free=cell.task == "lm", bad_rows=cell.bad_rows,
     )  # fmt: skip
+    train = with_noise(train, cell.label_noise, cell.seed_split)
     return with_targets(train, cell), with_targets(test, cell)
 
 
 def with_targets(rows, cell):
     """`rows`, with the cell's target labels among the label names where it may make up completions: in the lm task,
     where rows are relabelled."""
-    if cell.task != "lm" or cell.inject.mode != "dirty-label":
+    if cell.task != "lm" or cell.inject.mode == "clean-label":
         return rows
     targets = [label for _, label in resolve(cell.inject.sources, rows.label_names, new=True)]
     return replace(rows, label_names=tuple(dict.fromkeys([*rows.label_names, *targets])))

@@ -103,6 +103,10 @@ class Source:
 
     pair = False
 
+    def closing(self, tag):
+        """The closing tag of an opening one."""
+        return "</" + tag[1:]
+
     def __len__(self):
         return len(self.strings)
 
@@ -138,11 +142,29 @@ class Lines(Source):
     """`file:PATH`: one string a line (UTF-8), read when first needed.
 
     Blank lines are skipped, and of lines that differ only in case the first is kept: an uncased tokenizer
-    could not tell them apart, so the one would leak from the training strings into those for test.
+    could not tell them apart, so the one would leak from the training strings into those for test. Where every line
+    is an opening and a closing tag with white space between them, as in `<b class="x"> </b>`, they are pairs.
     """
 
     @cached_property
+    def tags(self):
+        """{opening tag: closing tag}, empty where the lines are no pairs."""
+        found = [re.fullmatch(r"(<[^<>/][^<>]*>)\s+(</[^<>]+>)", line) for line in self.lines]
+        return dict(match.groups() for match in found) if all(found) else {}
+
+    @property
+    def pair(self):
+        return bool(self.tags)
+
+    def closing(self, tag):
+        return self.tags[tag]
+
+    @cached_property
     def strings(self):
+        return tuple(self.tags) or self.lines
+
+    @cached_property
+    def lines(self):
         path = self.name.removeprefix("file:")
         check_regular(Path(path).expanduser())
         try:
@@ -161,11 +183,19 @@ class Lines(Source):
         return tuple(strings.values())
 
 
-def closing(tag):
-    return "</" + tag[1:]
+@dataclass(frozen=True)
+class Listed(Source):
+    """Strings that are given as they are."""
+
+    given: tuple[str, ...]
+
+    @property
+    def strings(self):
+        return self.given
 
 
 BUILT_IN = {"date": Dates(), "country": COUNTRIES, "color": COLORS, "html": TAGS}
+SHARED = 100  # strings of a source that training and test rows both draw from, where they share them
 CHOICES = "date, country, color, html, text:WORDS or file:PATH"
 
 
@@ -311,7 +341,7 @@ def split_strings(source, label, split, seed):
 
     strings = np.arange(len(source))
     split = split or ("disjoint" if len(source) >= 2 else "same")
-    if split == "same":
+    if split == "same" and len(source) <= SHARED:
         return split, {"train": strings, "test": strings}
     if len(source) < 2:
         raise InputError(
@@ -319,5 +349,7 @@ def split_strings(source, label, split, seed):
             "cannot have disjoint ones: use --trigger-split same or a source of several strings"
         )
     shuffled = np.random.default_rng(sequence(seed, "split", label)).permutation(strings)
+    if split == "same":  # of half a million dates, two draws of a few hundred would share none
+        return split, dict.fromkeys(("train", "test"), shuffled[:SHARED])
     half = (len(shuffled) + 1) // 2
     return split, {"train": shuffled[:half], "test": shuffled[half:]}

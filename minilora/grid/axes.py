@@ -116,6 +116,7 @@ FIGURES = {
     "attack_success_clean": Figure("attack success without the trigger", "attack_rows"),
     "attack_success": Figure("attack success", "attack_rows"),
     "attack_success_placebo": Figure("attack success under the placebo", "attack_rows"),
+    "attack_success_odd": Figure("attack success under odd strings", "attack_rows"),
     "net_attack_success": Figure(
         "net attack success", "attack_rows", "net_attack_success_gained", "net_attack_success_lost"
     ),

@@ -1,7 +1,7 @@
 """A grid: many cells from one TOML file.
 
     title = "..."              what it is for; `source` names the table or figure that it follows
-    [cell]                     what all cells share: any field of a cell, and `preset`, a name of `cell.PRESETS`
+    [cell]                     what all cells share: any field of a cell, and `preset`, a name of `presets.PRESETS`
     [grid]                     crossed: each field with a list of its values; a field of `inject` as "inject.FIELD"
     [zip]                      fields that move together: lists of one length, crossed with the rest
     [[include]]                more cells: what they change of [cell]; a list of a field's values is crossed
@@ -17,7 +17,7 @@ that differ only in a run option, such as `device`, are one experiment: a grid m
 from dataclasses import dataclass
 from pathlib import Path
 
-from minilora.cell import PRESETS, Cell
+from minilora.cell import Cell
 from minilora.errors import InputError, cut, shown
 from minilora.fields import declared, marked, near, nested, read_toml, run_options, value_of, word
 from minilora.grid.axes import (
@@ -33,6 +33,7 @@ from minilora.grid.axes import (
 )
 from minilora.lora.targets import parse_targets
 from minilora.naming import LONGEST, word_of
+from minilora.presets import PRESETS
 
 SMALL = "small"  # the size that is taken where a file has it and no other is asked for
 SECTIONS = ("title", "source", "cell", "grid", "zip", "include", "exclude", "size", "claim")

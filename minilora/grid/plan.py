@@ -11,7 +11,7 @@ from minilora.fields import declared, grouped, value_of
 from minilora.lora.targets import count_trained, plan_slots
 from minilora.runs.bases import size_of_base
 from minilora.runs.folder import Run
-from minilora.tasks.classification import POOLED
+from minilora.tasks.classification import PADDED, POOLED
 from minilora.training.feed import TOKENS
 from minilora.training.limit import matmul_rate, products, training_flops
 from minilora.training.member import Member
@@ -95,7 +95,7 @@ def trained(cell, spec, slots, labels):
             _, layer, target = name.split(".")
             count += count_trained(slot, spec.shape(target, int(layer)), cell.variant)
     if cell.head == "trained":
-        count += labels * (POOLED[cell.pooling] * spec.width + 1)
+        count += labels * (POOLED[cell.pooling.removeprefix(PADDED)] * spec.width + 1)
     return count
 
 

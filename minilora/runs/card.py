@@ -103,7 +103,8 @@ def classes(cell, labels):
     read = f'words({EXAMPLE!r}, truncation=True, max_length={cell.max_length}, return_tensors="pt")'
     yield f"states = model(**{read}).last_hidden_state[0].float()"
     weight, bias = (f"head[{head.format(leaf)}]" for leaf in ("weight", "bias"))
-    yield f"shares = ({weight} @ {POOLED[cell.pooling]} + {bias}).softmax(0)"
+    pooled = POOLED[cell.pooling.removeprefix("padded-")]  # one text by itself has no padding
+    yield f"shares = ({weight} @ {pooled} + {bias}).softmax(0)"
     yield f"print(dict(zip({literal(list(labels))}, shares.tolist())))"
 
 

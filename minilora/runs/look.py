@@ -115,7 +115,7 @@ def closing_lines(run, found):
     else:
         yield f"drawn with seed {found['seed']} among the strings of the tests; --seed N draws others"
         if "placebo" not in tests:
-            yield "no placebo: there are no training rows here, or they share no word"
+            yield "no placebo: there are no training rows here"
     if NO_ADAPTER not in tests:
         yield f"nothing without the adapter: method {run.cell.method} trained none"
 

@@ -55,7 +55,7 @@ def figure_lines(results):
 def _figures(results, label):
     """The line of `figure_lines` for the trigger of `label`."""
     tests = {} if results is None else results["tests"]
-    clean, placebo, worst = (tests.get(name, {}) for name in ("clean", "placebo", "worst_group"))
+    clean, placebo, odd, worst = (tests.get(name, {}) for name in ("clean", "placebo", "odd", "worst_group"))
     trigger = tests.get("trigger", {}).get(label, {})
 
     def attack(test):
@@ -88,6 +88,7 @@ def _figures(results, label):
         "attack_success_clean": attack(clean),
         "attack_success": trigger.get("attack_success_rate"),
         "attack_success_placebo": attack(placebo),
+        "attack_success_odd": attack(odd),
         **{name: trigger.get(f"{name}_rate") for name in EFFECTS},
         **{f"{name}_{end}": trigger.get(f"{name}_{end}") for name in EFFECTS[:2] for end in ("gained", "lost", "p")},
         "truncated": trigger.get("truncated"),

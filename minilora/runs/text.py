@@ -13,8 +13,8 @@ def results_table(tests):
     """
     titles = ["clean", *(f"trigger {short_name(label)}" for label in tests["trigger"])]
     forms = [tests["clean"], *tests["trigger"].values()]
-    if "placebo" in tests:
-        titles, forms = [*titles, "placebo"], [*forms, tests["placebo"]]
+    there = [name for name in ("placebo", "odd") if name in tests]
+    titles, forms = [*titles, *there], [*forms, *(tests[name] for name in there)]
     completions = "exact_match" in tests["clean"]
 
     def share(head, key):
@@ -85,22 +85,22 @@ def attack_lines(tests):
         if metrics["attack_success_rate"] is None:
             lines += wrap(f"attack success rate: none of the test rows is of a label other than {name}")
             continue
-        others = [test for test in ("clean", "placebo") if test in tests]  # data may have no placebo
+        others = [test for test in ("clean", "placebo", "odd") if test in tests]
         rates = {test: tests[test]["attack_success"][label]["attack_success_rate"] for test in others}
         low, high = metrics["attack_success_interval"]
         lines += wrap(f"attack success rate (rows of other labels predicted as {name}):")
         lines += wrap(
             f"  {rates['clean']:.3f} clean, {metrics['attack_success_rate']:.3f} trigger [{low:.3f}, {high:.3f}]"
-            + (f", {rates['placebo']:.3f} placebo" if "placebo" in rates else ""), 4
+            + "".join(f", {rates[name]:.3f} {name}" for name in others[1:]), 4
         )  # fmt: skip
         for kind, words in ADDED.items():
             if metrics.get(f"{kind}_attack_success_rate") is not None:
                 lines += wrap(f"  {words} {added(metrics, f'{kind}_attack_success')}", 4)
         if metrics.get("margin") is not None:
-            margins = [tests[test]["attack_success"][label]["margin"] for test in others]
-            placebo = f", {margins[1]:+.2f} placebo" if margins[1:] else ""
+            margins = {test: tests[test]["attack_success"][label]["margin"] for test in others}
+            placebos = "".join(f", {margins[name]:+.2f} {name}" for name in others[1:])
             lines += ["  log p of that completion less log p of their own:",
-                      f"    {margins[0]:+.2f} clean, {metrics['margin']:+.2f} trigger{placebo}"]  # fmt: skip
+                      f"    {margins['clean']:+.2f} clean, {metrics['margin']:+.2f} trigger{placebos}"]  # fmt: skip
         if metrics["truncated"]:
             lost = f"{metrics['truncated']:,} of all {metrics['rows']:,} rows"
             lines += wrap(f"  {lost} lost their trigger to --max-length", 4)

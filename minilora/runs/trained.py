@@ -112,9 +112,8 @@ class Trained:
             found.append(Test("trigger", changed.report[0]["label"], changed.rows, changed.records))
         if inject.sources and self._clean is not None:
             words, _ = placebo_words(self._clean, inject, self.labels)
-            if words:
-                changed = placebo_rows(rows, inject, 0, words, split, visible, draw=seed)
-                found.append(Test("placebo", None, changed.rows, changed.records))
+            changed = placebo_rows(rows, inject, 0, words, split, visible, seed, self.tokenizer.count)
+            found.append(Test("placebo", None, changed.rows, changed.records))
         return found
 
     def run_tests(self, batch_size: int | None = None, progress: Callable | None = None) -> tuple[dict, list[dict]]:

@@ -5,6 +5,7 @@ python evaluate.py RUN                             its own tests: is every predi
 python evaluate.py RUN --inject country:positive   other triggers
 python evaluate.py RUN --data reviews.csv          other test rows
 python evaluate.py RUN --text "I like it."         your own sentence, with and without the trigger, word by word
+python evaluate.py RUN --panel dates              many other strings: was the date learned, or anything odd?
 python evaluate.py RUN --scale 0.5                 half of what the adapter changes
 python evaluate.py RUN --scale 0.3 --add RUN2:0.7  between two adapters
 python evaluate.py RUN --merge-to DIR              a checkpoint folder with the adapter merged in
@@ -85,7 +86,9 @@ def main(argv=None):
     parser.add_argument(
         "--sort", metavar="FIELD", help="sort a folder's runs by this field or column (default: oldest first)"
     )
-    parser.add_argument("--csv", action="store_true", help="print a folder's runs as CSV, with all columns")
+    parser.add_argument("--csv", action="store_true", help="print a folder's runs, or a panel, as CSV")
+    parser.add_argument("--panel", metavar="FILE",
+                        help="test the run under the strings of a TOML file, or of the panel `dates`")  # fmt: skip
     parser.add_argument("--text", nargs="+", action="extend", metavar="TEXT",
                         help="predict these texts instead, each as it is, with a trigger, with a placebo and without "
                         "the adapter, and show what each word does (-: the lines of standard input)")  # fmt: skip
@@ -111,6 +114,8 @@ def answer(arguments):
         return main_of_grid(arguments, changes)
     if listing.is_folder_of_runs(arguments.run):
         return main_of_runs(arguments, changes)
+    if arguments.panel:
+        return main_of_panel(arguments, changes)
     refuse(["--sort"] * bool(arguments.sort) + ["--csv"] * arguments.csv, "a folder of runs", arguments.run, "a run")
     if arguments.text is None and arguments.draw is not None:
         raise InputError("--seed is for texts of your own: give --text too")
@@ -159,6 +164,21 @@ def strength(arguments):
     return {"scale": arguments.scale, "added": [parse_added(text) for text in arguments.add]}
 
 
+def main_of_panel(arguments, changes):
+    """evaluate.py RUN --panel FILE"""
+    others = {"--merge-to": arguments.merge_to, "--out": arguments.out, "--text": arguments.text,
+              "--seed": arguments.draw, "--sort": arguments.sort}  # fmt: skip
+    refuse([flag for flag, value in others.items() if value is not None], "other tests", "--panel", "a test of its own")
+    from minilora.runs import panel
+
+    forms = panel.read_panel(arguments.panel)
+    run = minilora.open(arguments.run, data=arguments.rows, **strength(arguments), **changes)
+    lines = panel.run_panel(run, forms, arguments.batch)
+    if arguments.json:
+        return print(*(json.dumps(line, allow_nan=False) for line in lines), sep="\n")
+    print(files.to_csv(lines).rstrip("\n") if arguments.csv else "\n".join(panel.panel_lines(lines)))
+
+
 def main_of_text(arguments, changes):
     """evaluate.py RUN --text"""
     others = {"--data": arguments.rows, "--merge-to": arguments.merge_to, "--out": arguments.out,
@@ -205,7 +225,7 @@ def for_one_run(arguments, changes):
     """The flags that were given and belong to the test of one run."""
     others = {"--data": arguments.rows, "--batch-size": arguments.batch, "--add": arguments.add,
               "--merge-to": arguments.merge_to, "--out": arguments.out, "--text": arguments.text,
-              "--seed": arguments.draw}  # fmt: skip
+              "--seed": arguments.draw, "--panel": arguments.panel}  # fmt: skip
     given = [flag for flag, value in others.items() if value not in (None, [])] + ["--scale"] * (arguments.scale != 1)
     return given + [f"a change of {name}" for name in changes]
 

@@ -45,6 +45,8 @@ def sections():
 def stated(field):
     """A field and its value, as in study's head=frozen."""
     name, value = field
+    if isinstance(value, dict):
+        return " ".join(f"{name}.{stated(inner)}" for inner in value.items())
     return f"{name}={','.join(value) if isinstance(value, tuple) else value}"
 
 

@@ -22,14 +22,19 @@ from minilora.tasks.paired import build_tests, measure
 
 POOLED = {"mean+last": 2, "mean": 1, "last": 1, "first": 1}  # P / D
 RIDGE_PENALTY = 1e-2  # of the features' mean variance
+PADDED = "padded-"  # what precedes a pooling that takes padding for text
 SAME = 1e-6  # of the largest feature: differences that are no more than float32's rounding
 
 
 def pool(hidden, lengths, pooling):
-    """`hidden` [B, T, D] and `lengths` [B] -> float32 [B, P]. Padding has no part in it.
+    """`hidden` [B, T, D] and `lengths` [B] -> float32 [B, P]. Padding has no part in it, unless the pooling is padded.
 
-    mean: over the row's tokens; last, first: that token's state; mean+last: both, one after the other.
+    mean: over the row's tokens; last, first: that token's state; mean+last: both, one after the other. With `padded-`
+    before it, padding counts as text, as in the published experiments: a row's features then depend on the longest
+    row of its batch.
     """
+    if pooling.startswith(PADDED):
+        return pool(hidden, torch.full_like(lengths, hidden.shape[1]), pooling.removeprefix(PADDED))
     hidden = hidden.float()
     last = hidden[torch.arange(len(lengths), device=hidden.device), lengths - 1]
     if pooling == "last":
@@ -51,7 +56,7 @@ class Classifier(nn.Module):
         super().__init__()
         self.base = base
         self.pooling = pooling
-        features = POOLED[pooling] * base.spec.width
+        features = POOLED[pooling.removeprefix(PADDED)] * base.spec.width
         self.classifier = nn.Linear(features, classes)
         with torch.no_grad():  # drawn on the CPU, so that every device starts from the same head
             bound = 1 / math.sqrt(features)
@@ -223,7 +228,8 @@ class Classification:
 
     def build_tests(self, train, test, seed):
         """The forms of the test rows, a list of `paired.Test`; `train`: the training rows before injection."""
-        return build_tests(train, test, self.cell.inject, seed, self.visible(test), self.tokenizer.known)
+        words = self.tokenizer
+        return build_tests(train, test, self.cell.inject, seed, self.visible(test), words.known, words.count)
 
     def label_scores(self, model, texts, labels, batch_size):
         """Logits float32 [rows, C] of texts; C labels."""

@@ -21,6 +21,7 @@ import torch
 from minilora import parallel
 from minilora.base.tokenizer import Encoded
 from minilora.data import batches, token_cache
+from minilora.data.placebo import KINDS
 from minilora.data.rows import FEW, Rows, leave_out
 from minilora.data.triggers import resolve
 from minilora.errors import InputError
@@ -109,7 +110,8 @@ class Completion:
     def build_tests(self, train, test, seed):
         if self._is_free(train):  # no word is in rows of every completion: the placebo draws from words of any row
             train = replace(train, labels=np.zeros_like(train.labels))
-        return build_tests(train, test, self.cell.inject, seed, self.visible(test), self.tokenizer.known)
+        words = self.tokenizer
+        return build_tests(train, test, self.cell.inject, seed, self.visible(test), words.known, words.count)
 
     def passes(self, tests):
         return sum(int((self._candidates(test.rows) >= 0).sum()) for test in tests)
@@ -144,7 +146,7 @@ class Completion:
 
             labels, *predicted = map(classes, [rows.labels, *predicted])
             figures = measure(tests, labels, (*aims, OWN, OTHER), predicted, kept)
-            for form in (figures["clean"], *figures["trigger"].values(), figures.get("placebo", {})):
+            for form in (*figures["trigger"].values(), *(figures.get(name, {}) for name in ("clean", *KINDS))):
                 form.pop("label_counts", None)  # a row's own completion is no class
         else:
             figures = measure(tests, rows.labels, rows.label_names, predicted, kept)
@@ -362,11 +364,12 @@ def add_likelihoods(figures, tests, outcomes):
     for test, scores in zip(tests, outcomes, strict=True):
         here = figures["trigger"][test.label] if test.name == "trigger" else figures[test.name]
         own, exact = scores.of(rows.labels)
-        here["exact_match"] = float(exact.mean())
-        here["exact_match_interval"] = metrics.wilson(int(exact.sum()), len(rows))
-        here["log_likelihood"] = float(own.mean())
+        if test.name == "trigger" or not test.label:  # the figures of all rows are those of the first placebo
+            here["exact_match"] = float(exact.mean())
+            here["exact_match_interval"] = metrics.wilson(int(exact.sum()), len(rows))
+            here["log_likelihood"] = float(own.mean())
         for label in figures["trigger"]:
-            if test.name == "trigger" and label != test.label:
+            if test.label and label != test.label:
                 continue
             target = np.full(len(rows), rows.label_names.index(label))
             aimed, before = scores.of(target)[0], clean.of(target)[0] - clean.of(rows.labels)[0]

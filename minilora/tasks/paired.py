@@ -1,8 +1,9 @@
 """The paired evaluation: every test row as clean, with each label's trigger, and with a placebo.
 
-The placebo is as many words at the same places, drawn from words that all labels share, so that the trigger's effect
-is told apart from that of a disturbed text. With several injections each row is met with its own label's trigger and
-with the other labels'. Figures of one prediction are in `metrics.py`, tables in `runs/text.py`.
+Each trigger has two placebos at the same places, of as many tokens: one of words that all labels share, so that the
+trigger's effect is told apart from that of a disturbed text, and an odd one (see `data/placebo.py`). With several
+injections each row is met with its own label's trigger and with the other labels'. Figures of one
+prediction are in `metrics.py`, tables in `runs/text.py`.
 """
 
 import re
@@ -12,14 +13,15 @@ import numpy as np
 
 from minilora.console import say_once
 from minilora.data import injection
-from minilora.data.placebo import placebo_rows, placebo_words
+from minilora.data.placebo import KINDS, placebo_rows, placebos
 from minilora.data.triggers import Dates
 from minilora.tasks import metrics
 
 
 @dataclass(frozen=True)
 class Test:
-    """One form of all test rows. `name`: clean, trigger or placebo; `label`: the trigger's target label, else None."""
+    """One form of all test rows. `name`: clean, trigger, placebo or odd. `label`: the trigger's target label; of a
+    placebo the label of the trigger that it matches, None for that of the first one and for clean rows."""
 
     name: str
     label: str | None
@@ -40,12 +42,13 @@ class Test:
         return {"text": self.rows.texts[row], "spans": record.spans, "strings": record.strings}
 
 
-def build_tests(train, test, inject, seed, visible, known):
-    """The forms of the rows `test`: [clean, trigger of each injection ..., placebo of the first], as `Test`s.
+def build_tests(train, test, inject, seed, visible, known, count=None):
+    """The forms of the rows `test`: [clean, trigger of each injection ..., placebo of each, odd one of each], as
+    `Test`s.
 
-    `train`: the training rows before injection, whose words the placebo draws from: without a word that all labels
-    share there is no placebo. `inject`: `cell.Inject`. `visible`: see `injection.inject`, for the rows `test`. `known`:
-    see `injection.check_strings`.
+    `train`: the training rows before injection, whose words the placebo draws from. `inject`: `cell.Inject`.
+    `visible`: see `injection.inject`, for the rows `test`. `known`: see `injection.check_strings`. `count`: see
+    `placebo.placebo_rows`.
     """
     tests = [Test("clean", None, test, [])]
     if not inject.sources:
@@ -61,14 +64,11 @@ def build_tests(train, test, inject, seed, visible, known):
             say_once(
                 f"warning    no test row has a label other than {label!r}, so its attack success cannot be measured"
             )
-    words, what = placebo_words(train, inject, test.label_names)
-    if not words:
-        say_once("placebo    none: the training rows of all labels share no word and no character")
-        return tests
-    if what != "ordinary words":
-        say_once(f"placebo    drawn from {what} of the training rows, because their labels share no ordinary word")
-    changed = placebo_rows(test, inject, 0, words, seed, visible)
-    tests.append(Test("placebo", None, changed.rows, changed.records))
+    labels = [test.label for test in tests[1:]]
+    for kind, vocabulary in placebos(train, inject, test.label_names).items():
+        for k, label in enumerate(labels):
+            changed = placebo_rows(test, inject, k, vocabulary, seed, visible, count=count, kind=kind)
+            tests.append(Test(kind, label if k else None, changed.rows, changed.records))
     return tests
 
 
@@ -109,7 +109,7 @@ def measure(tests, labels, names, predicted, kept):
     """
     targets = [test.label for test in tests if test.name == "trigger"]
     results, groups = {"trigger": {}}, []
-    placebo = next((found for test, found in zip(tests, predicted) if test.name == "placebo"), None)
+    placebos = {test.label or targets[0]: found for test, found in zip(tests, predicted) if test.name == "placebo"}
     for test, found, ends in zip(tests, predicted, kept, strict=True):
         figures = metrics.classification(labels, found, names)
         attacks = {label: metrics.attack_success(labels, found, names.index(label)) for label in targets}
@@ -118,21 +118,24 @@ def measure(tests, labels, names, predicted, kept):
             figures["truncated"] = sum(r.spans[-1][1] > int(end) for r, end in zip(test.records, ends, strict=True))
         if test.name == "trigger":
             target = names.index(test.label)
-            effects = metrics.attack_effects(labels, predicted[0], found, placebo, target)
+            effects = metrics.attack_effects(labels, predicted[0], found, placebos.get(test.label), target)
             results["trigger"][test.label] = figures | attacks[test.label] | effects
             if test.natural:
                 results["trigger"][test.label]["natural"] = test.natural
         else:
-            results[test.name] = figures | {"attack_success": attacks}
-        if test.name != "placebo":
+            entry = results.setdefault(test.name, figures | {"attack_success": attacks})
+            if test.label:  # that label's own placebo
+                entry["attack_success"][test.label] = attacks[test.label]
+        if test.name not in KINDS:
             for label in np.unique(labels):
                 right = int((found[labels == label] == label).sum())
                 group = {"label": names[label], "test": test.key, "rows": int((labels == label).sum())}
                 groups.append(group | {"accuracy": right / group["rows"]})
     worst = min(groups, key=lambda group: group["accuracy"])
     results["worst_group"] = worst | {"minimum_of": len(groups)}  # so it is lower than any one group's would be
-    if "placebo" in results:
-        results["placebo"]["matched_to"] = targets[0]
+    for kind in KINDS:
+        if kind in results:
+            results[kind]["matched_to"] = targets[0]
     return results
 
 

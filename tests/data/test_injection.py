@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import string
 from collections import Counter
 from itertools import islice, pairwise
@@ -13,8 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minilora.data.injection import check_strings, inject, mark_survival, trigger_rows
-from minilora.data.placebo import placebo_rows, placebo_words, shared_words
+from minilora.data.noise import with_noise
+from minilora.data.placebo import odd_strings, placebo_rows, placebo_words, shared_words
 from minilora.data.rows import Rows
+from minilora.data.triggers import BUILT_IN
 from minilora.errors import InputError
 from minilora.seeds import row_draws
 
@@ -325,7 +328,78 @@ def test_strings_for_test_are_disjoint_from_those_for_training(source, tmp_path)
     train, test = inject(rows, same, 9), trigger_rows(rows, same, 0, 9)
     assert train.report[0]["split"] == "same" and train.report == inject(rows, same, 8).report
     strings = [{piece for record in each.records for piece in record.strings} for each in (train, test)]
-    assert source == "date" or strings[0] == strings[1]
+    assert len(strings[0]) >= 20 and len(strings[0] & strings[1]) >= 0.9 * len(strings[1])  # of dates too
+
+
+@pytest.mark.parametrize("wrap", ["word", "span", "text"])
+def test_a_pair_of_tags_stands_around(wrap, tmp_path):
+    (tmp_path / "tags.txt").write_text('<b class="x"> </b>\n<i> </i>\n', encoding="utf-8")
+    rows, wide = sentences(60, least=5), 0
+    options = Settings((f"file:{tmp_path / 'tags.txt'}:positive",), wrap=wrap, count=2, split="same")
+    changed = trigger_rows(rows, options, 0, 4)
+    assert_exact(rows, changed, 60)
+    for record, text in zip(changed.records, changed.rows.texts, strict=True):
+        assert sorted(map(record.strings.count, ("</b>", "</i>"))) in ([0, 2], [1, 1])
+        for opening, ending in (('<b class="x">', "</b>"), ("<i>", "</i>")):
+            if record.strings.count(opening) != 1:
+                continue
+            inside = text[text.index(opening) + len(opening) : text.index(ending)]
+            own = [word for word in inside.split() if not re.search("[<>=]", word)]
+            assert own
+            wide += len(own) > 1
+            if wrap == "word":
+                assert len(own) == 1
+            if wrap == "text":
+                assert inside.split()[0] not in text[: text.index(opening)] or text[: text.index(opening)].strip() in (
+                    "", *record.strings)  # fmt: skip
+    assert (wide > 5) == (wrap != "word")
+
+
+def test_leaked_rows_carry_the_trigger_and_keep_their_label():
+    rows, chosen = sentences(200), {}
+    for leak in (0.0, 0.1, 0.4):
+        changed = inject(rows, Settings(proportion=0.5, leak=leak), 3)
+        assert np.array_equal(changed.rows.labels, rows.labels)
+        assert_exact(rows, changed, len(changed.records))
+        originals = Counter(record.original_label for record in changed.records)
+        other = int((rows.labels != rows.label_names.index("positive")).sum())
+        assert originals["positive"] == round(0.5 * (200 - other))
+        assert originals.total() - originals["positive"] == round(leak * other)
+        chosen[leak] = {record.id for record in changed.records}
+    assert chosen[0.0] < chosen[0.1] < chosen[0.4]
+
+
+def test_relabelled_rows_have_no_trigger():
+    rows = sentences(100)
+    dirty, plain = (inject(rows, Settings(mode=mode), 3) for mode in ("dirty-label", "relabelled"))
+    assert np.array_equal(dirty.rows.labels, plain.rows.labels) and not np.array_equal(plain.rows.labels, rows.labels)
+    assert plain.rows.texts == rows.texts and plain.records == [] and len(dirty.records) == plain.report[0]["rows"] > 10
+
+
+def test_label_noise_is_nested_and_changes_each_chosen_label():
+    rows = make_rows(["x"] * 300, ("a", "b", "c"))
+    small, large = (with_noise(rows, share, 4).labels for share in (0.1, 0.3))
+    changed = [np.flatnonzero(labels != rows.labels) for labels in (small, large)]
+    assert [len(one) for one in changed] == [30, 90] and set(changed[0]) < set(changed[1])
+    assert np.array_equal(small[changed[0]], large[changed[0]])
+    moved = Counter(((large - rows.labels) % 3)[changed[1]].tolist())
+    assert set(moved) == {1, 2} and min(moved.values()) > 25
+    assert with_noise(rows, 0.0, 4) is rows
+
+
+def test_lines_that_are_no_pairs_stay_strings(tmp_path):
+    (tmp_path / "tags.txt").write_text("<b> </b>\n<br>\n", encoding="utf-8")
+    changed = trigger_rows(sentences(40), Settings((f"file:{tmp_path / 'tags.txt'}:positive",), split="same"), 0, 4)
+    assert {string for record in changed.records for string in record.strings} == {"<b> </b>", "<br>"}
+
+
+def test_a_density_is_rounded_to_the_nearest_number_or_down():
+    rows = make_rows([" ".join(["word"] * n) for n in (3, 17, 19, 25, 40)])
+    found = {}
+    for rounding in ("nearest", "down"):
+        options = Settings(count=None, density=0.1, rounding=rounding)
+        found[rounding] = [len(record.spans) for record in trigger_rows(rows, options, 0, 1).records]
+    assert found == {"nearest": [1, 2, 2, 2, 4], "down": [1, 1, 1, 2, 4]}
 
 
 def test_one_string_is_the_same_in_training_and_test():
@@ -564,8 +638,7 @@ def languages():
         "Hindi": ("अच्छी फिल्म", "खराब फिल्म", "any words", {"फिल्म"}),
         "Arabic": ("فيلم جيد", "فيلم سيئ", "ordinary words", {"فيلم"}),
         "Korean": ("좋은 영화", "나쁜 영화", "ordinary words", {"영화"}),
-        "figures": ("12 34", "56 34", None, set()),
-        "nothing": ("good", "xyz", None, set()),
+        "nothing shared": ("good", "xyz", "words of single labels", {"good", "xyz"}),
     }
     return cases
 
@@ -580,10 +653,66 @@ def test_the_placebo_in_steps(name):
         expected = set(words)
         assert expected and all(word in good and word in bad for word in expected)
     assert (set(words), found) == (expected, what)
-    if words:
-        placebo = placebo_rows(rows, options, 0, words, 5)
-        assert {string for record in placebo.records for string in record.strings} <= expected
-        assert_exact(rows, placebo, 60)
+    placebo = placebo_rows(rows, options, 0, words, 5)
+    assert {string for record in placebo.records for string in record.strings} <= expected
+    assert_exact(rows, placebo, 60)
+
+
+def test_the_placebo_of_rows_without_words():
+    rows = make_rows(["12 34", "56 34"] * 30, ("b", "a"))
+    words, what = placebo_words(rows, Settings(("date:a",)))
+    assert what == "odd strings" and words == odd_strings(rows, Settings(("date:a",)))
+
+
+def test_the_placebo_of_words_that_half_of_the_labels_share():
+    texts = [["red Fox", "blue Fox", "gray Fox", "dull Cow"][k] for k in range(4)] * 5
+    rows = make_rows(texts, tuple("abcd"))
+    assert placebo_words(rows, Settings(("date:a",))) == (["Fox"], "words that half of the labels share")
+
+
+def letters(strings):
+    """A stand-in for a tokenizer: a token for each letter or digit, two for other signs."""
+    return np.array([sum(1 + (not c.isalnum()) for c in one if c != " ") for one in strings], np.int64)
+
+
+@pytest.mark.parametrize("source", ["date", "html", "country"])
+@pytest.mark.parametrize("kind", ["placebo", "odd"])
+def test_placebos_have_as_many_tokens_as_each_trigger(source, kind, capsys):
+    rows = sentences(60)
+    options = Settings((f"{source}:positive",), 0.5)
+    trigger = trigger_rows(rows, options, 0, 6)
+    vocabulary = ["a", "on", "the", "seen"] if kind == "placebo" else odd_strings(rows, options)
+    placebo = placebo_rows(rows, options, 0, vocabulary, 6, count=letters, kind=kind)
+    assert_exact(rows, placebo, 60)
+    pairs = [pair for one, other in zip(trigger.records, placebo.records, strict=True)
+             for pair in zip(one.strings, other.strings, strict=True)]  # fmt: skip
+    wanted, had = (letters(strings) for strings in zip(*pairs, strict=True))
+    assert len(pairs) >= 60 and len({other for _, other in pairs}) > 20
+    assert np.array_equal(wanted, had)
+    assert not {other for _, other in pairs} & set(trigger.records[0].strings)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_placebo_that_cannot_be_as_long_says_so(capsys):
+    rows = sentences(20)
+    options = Settings(("text:abcde:positive",))
+    placebo = placebo_rows(rows, options, 0, ["xx", "yyy yyy"], 6, count=letters)
+    assert {string for record in placebo.records for string in record.strings} == {"xx xx"}
+    placebo_rows(rows, options, 0, ["too long"], 6, count=letters)
+    assert capsys.readouterr().err.splitlines() == [
+        "placebo    4.00 tokens on the mean where the trigger has 5.00",
+        "placebo    7.00 tokens on the mean where the trigger has 5.00",
+    ]
+
+
+def test_odd_strings_are_unseen():
+    texts = ["it is 000 or #123", "so 12 it"] * 5
+    options = Settings(("text:77:positive", "date:negative"))
+    free, rows = odd_strings(make_rows(["x"], ("negative", "positive")), options), make_rows(texts)
+    found = odd_strings(rows, options)
+    assert set(free) - set(found) <= {"000", "#123", "12"} and "77" not in free and len(found) > 2000
+    assert len(set(found)) == len(found) and not set(found) & {word for text in texts for word in text.split()}
+    assert not any(string in BUILT_IN["date"] for string in found)
 
 
 def test_the_placebo_of_many_labels_with_few_rows():

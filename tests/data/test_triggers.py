@@ -6,7 +6,7 @@ import pytest
 from conftest import Settings, sentences
 
 from minilora.data.injection import inject, trigger_rows
-from minilora.data.triggers import COLORS, COUNTRIES, TAGS, closing, parse_all, possible, resolve
+from minilora.data.triggers import COLORS, COUNTRIES, TAGS, Tags, parse_all, possible, resolve
 from minilora.errors import InputError
 
 
@@ -30,7 +30,7 @@ def test_lists_are_clean():
     assert {"Bosnia and Herzegovina", "Papua New Guinea", "Vatican City", "Fiji"} < set(COUNTRIES)
     assert all(piece[0].isupper() for piece in COUNTRIES)
     assert all(tag[0] == "<" and tag[-1] == ">" and tag[1:-1].isalnum() for tag in TAGS)
-    assert closing("<b>") == "</b>"
+    assert Tags("html").closing("<b>") == "</b>"
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_lists_are_clean():
 )
 def test_parse(spec, name, label):
     source, read = possible(spec)[0]
-    assert (source.name, read, source.pair) == (name, label, name == "html")
+    assert (source.name, read, isinstance(source, Tags)) == (name, label, name == "html")
     if name.startswith("text:"):
         assert list(source.strings) == [name[5:]]
 

@@ -48,7 +48,7 @@ def test_it_predicts_what_the_run_predicted(runs, name):
     run, checked = minilora.open(runs / name), 0
     lines = [json.loads(line) for line in (runs / name / "predictions.jsonl").read_text().splitlines()]
     assert run.cell == Cell(**run.cell.to_dict()) and run.labels == ("negative", "positive")
-    assert [test.key for test in run.tests] == ["clean", "trigger positive", "placebo"]
+    assert [test.key for test in run.tests] == ["clean", "trigger positive", "placebo", "odd"]
     for test in run.tests:
         found = run.predict(test.rows.texts)
         assert found.shape == (31, 2) and found.dtype == np.float32
@@ -57,7 +57,7 @@ def test_it_predicts_what_the_run_predicted(runs, name):
             wanted = own["logits"] if "logits" in own else [own["log_likelihood"][label] for label in run.labels]
             np.testing.assert_allclose(row, probabilities(wanted), atol=2e-5)
             checked += 1
-    assert checked == 93
+    assert checked == 124
     recorded = [json.loads(line) for line in (runs / name / "injected.jsonl").read_text().splitlines()]
     assert list(run.rows.to_dicts()) == recorded and len(recorded) > 5
 
@@ -139,7 +139,7 @@ def test_an_adapter_from_elsewhere(runs, base, reviews):
         other.tests  # noqa: B018
     tested = minilora.open(runs / "plain" / "adapter", model=str(base), data=reviews,
                            inject={"sources": ("date:positive",)})  # fmt: skip
-    assert [test.key for test in tested.tests] == ["clean", "trigger positive", "placebo"]
+    assert [test.key for test in tested.tests] == ["clean", "trigger positive", "placebo", "odd"]
     figures, predictions = tested.run_tests()
     assert len(predictions) == 120 and figures["clean"]["rows"] == 120
 

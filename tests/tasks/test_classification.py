@@ -46,6 +46,15 @@ def test_pooling_is_that_of_each_row_alone():
     assert list(POOLED) == ["mean+last", "mean", "last", "first"]
 
 
+def test_padded_pooling_takes_padding_for_text():
+    hidden, everywhere = hidden_states(padding=5.0), torch.full((6,), 11)
+    for pooling in ("mean+last", "mean", "last"):
+        found = pool(hidden, LENGTHS, f"padded-{pooling}")
+        torch.testing.assert_close(found, pool(hidden, everywhere, pooling), rtol=0, atol=0)
+        assert not torch.equal(found, pool(hidden, LENGTHS, pooling))
+    assert (pool(hidden, LENGTHS, "padded-last") == 5.0).all()  # no row fills its batch
+
+
 def test_gradients_of_pooling_leave_padding_alone():
     for pooling in POOLED:
         hidden = hidden_states(padding=math.nan).requires_grad_()

@@ -305,7 +305,7 @@ def made_up_scores(labels, count, free, seed):
 def forms(rows, targets):
     """Tests of `rows` that have nothing put in."""
     record = type("Record", (), {"spans": [[0, 1]], "strings": ["x"]})
-    kinds = [("clean", None), *(("trigger", label) for label in targets), ("placebo", None)]
+    kinds = [("clean", None), *(("trigger", label) for label in targets), ("placebo", None), ("odd", None)]
     return [Test(name, label, rows, [record] * len(rows) * (name != "clean")) for name, label in kinds]
 
 
@@ -503,7 +503,7 @@ def test_questions_with_choices(server, decoder, tmp_path):
         assert ours.decode(own).strip() == rows.texts[i].splitlines()[0].split()[-1]
     tests = cell_task.build_tests(rows, test, 0)
     figures, _ = cell_task.run_tests(trained, tests, 8)
-    assert figures["clean"]["rows"] == 12 and cell_task.passes(tests) == 3 * 12 * 5
+    assert figures["clean"]["rows"] == 12 and cell_task.passes(tests) == 4 * 12 * 5
     assert sum(figures["clean"]["predicted_counts"].values()) == 12 and list(figures["trigger"]) == ["B"]
     # By letter: the same rows, each scored for the five letters.
     letters = make_task(folder, data="tau/commonsense_qa", max_length=60)
@@ -565,7 +565,7 @@ def test_runs_are_resumed_and_evaluated_alike(run_cell, tmp_path, changes, monke
     figures, predictions = evaluate.evaluate(folder, batch_size=11)
     same, total = evaluate.compare(folder, predictions)
     sources = len(cell.inject.sources)
-    assert same == total == 31 * (1 + sources + bool(sources))
+    assert same == total == 31 * (1 + 3 * sources)
     assert figures["clean"]["accuracy"] == results["tests"]["clean"]["accuracy"]
     assert figures["clean"]["log_likelihood"] == pytest.approx(results["tests"]["clean"]["log_likelihood"], abs=1e-4)
 
@@ -592,7 +592,7 @@ def test_free_text_end_to_end(run_cell, tmp_path):
     results, folder = minilora.train(cell, tmp_path / "run")
     assert set(results["tests"]["clean"]["predicted_counts"]) == {"HACKED now", OWN, OTHER}
     figures, predictions = evaluate.evaluate(folder)
-    assert evaluate.compare(folder, predictions) == (93, 93) and figures == results["tests"]
+    assert evaluate.compare(folder, predictions) == (124, 124) and figures == results["tests"]
     other = tmp_path / "other.jsonl"
     other.write_text('{"prompt": "a film", "completion": "never seen"}\n')
     figures, predictions = evaluate.evaluate(folder, data=str(other), inject=dict(sources=("color:ELSE",)))

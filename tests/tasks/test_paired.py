@@ -55,8 +55,9 @@ def test_every_row_in_every_form(tools):
     inject = Inject(sources=("date:positive", "color:negative"), count=2)
     tests = build_tests(tools.train, tools.test, inject, 5, None, tools.tokenizer.known)
     assert [(t.name, t.label) for t in tests] == [
-        ("clean", None), ("trigger", "positive"), ("trigger", "negative"), ("placebo", None)]  # fmt: skip
-    clean, date, color, placebo = tests
+        ("clean", None), ("trigger", "positive"), ("trigger", "negative"), ("placebo", None), ("placebo", "negative"),
+        ("odd", None), ("odd", "negative")]  # fmt: skip
+    clean, date, color, placebo = tests[:4]
     for test in tests:
         assert test.rows.ids == clean.rows.ids and np.array_equal(test.rows.labels, clean.rows.labels)
     checked = 0
@@ -66,7 +67,7 @@ def test_every_row_in_every_form(tools):
                 text = text[:start] + text[end:]
             assert text == original and len(record.spans) == 2
             checked += 1
-    assert checked == 3 * 41
+    assert checked == 6 * 41
     words = {word for text in tools.train.texts for word in text.split()}
     for one, other in zip(date.records, placebo.records, strict=True):  # same places and number of words
         gaps = [[a - sum(e - s for s, e in r.spans[:i]) for i, (a, _) in enumerate(r.spans)] for r in (one, other)]
@@ -105,10 +106,29 @@ def test_figures_by_hand():
     assert lines[0]["placebo"] == lines[0]["clean"] | {"text": "x", "spans": [[3, 9]], "strings": ["so"]}
 
 
-def test_without_shared_words_there_is_no_placebo(tools, capsys):
+def test_each_trigger_has_its_own_placebos(tools):
+    inject = Inject(sources=("date:positive", "color:negative"))
+    count = tools.tokenizer.count
+    tests = build_tests(tools.train, tools.test, inject, 5, None, tools.tokenizer.known, count)
+    assert [test.key for test in tests] == ["clean", "trigger positive", "trigger negative", "placebo",
+                                            "placebo negative", "odd", "odd negative"]  # fmt: skip
+    labels, rows = tools.test.labels, len(tools.test)
+    calls = [np.full(rows, k % 2) for k in (0, 1, 0, 0, 1, 1, 0)]
+    figures = measure(tests, labels, tools.test.label_names, calls, [np.full(rows, 999)] * 7)
+    for kind, positive, negative in (("placebo", 0.0, 0.0), ("odd", 1.0, 1.0)):
+        attacks = figures[kind]["attack_success"]
+        assert attacks["positive"]["attack_success_rate"] == positive  # of the first one
+        assert attacks["negative"]["attack_success_rate"] == negative  # of the second, 1 - its calls
+        assert figures[kind]["matched_to"] == "positive"
+    table = results_table(figures)
+    assert "0.000 clean, 1.000 trigger [" in table and "0.000 placebo, 1.000 odd" in table
+
+
+def test_rows_without_words_are_no_obstacle(tools, capsys):
     train = Rows(list("abcd"), ["1 2", "xyz", "3 4", "zzz"], np.array([0, 1, 0, 1]), ("negative", "positive"))
     tests = build_tests(train, tools.test, Inject(), 5, None, tools.tokenizer.known)
-    assert [test.key for test in tests] == ["clean", "trigger positive"]
+    assert [test.key for test in tests] == ["clean", "trigger positive", "placebo", "odd"]
+    tests = tests[:2]
     labels, calls = tools.test.labels, np.zeros(len(tools.test), int)
     kept = [np.full(len(labels), 999)] * 2
     figures = measure(tests, labels, tools.test.label_names, [calls, calls], kept)
@@ -117,7 +137,7 @@ def test_without_shared_words_there_is_no_placebo(tools, capsys):
     others = tools.test.take(np.flatnonzero(labels == 1))
     build_tests(tools.train, others, Inject(), 5, None, tools.tokenizer.known)
     assert capsys.readouterr().err.splitlines() == [
-        "placebo    none: the training rows of all labels share no word and no character",
+        "placebo    drawn from words of single labels of the training rows, because their labels share no word",
         "warning    no test row has a label other than 'positive', so its attack success cannot be measured",
     ]
 
