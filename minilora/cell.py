@@ -236,16 +236,13 @@ class Cell(Named):
     )  # fmt: skip
     pooling: str | None = option(
         None, "head", "what the head sees of a row's hidden states; padded: of its padding too, as published",
-        of=CLASSIFIER, choices=("mean+last", "mean", "last", "first", "padded-mean+last"),
-        unset="mean", marks="peers",
+        of=CLASSIFIER, choices=("mean+last", "mean", "last", "first", "padded-mean+last"), unset="mean", marks="peers",
     )  # fmt: skip
 
     inject: Inject = Inject()
 
     epochs: int | None = option(None, "training", "passes over the training rows", least=1, unset=1, marks="free peers")
-    steps: int | None = option(
-        None, "training", "optimiser steps, instead of epochs", least=1, instead="epochs", marks="free"
-    )
+    steps: int | None = option(None, "training", "optimiser steps, not epochs", least=1, instead="epochs", marks="free")
     batch_size: int = option(32, "training", "rows a batch", least=1, short="batch", marks="peers")
     accumulate: int = option(1, "training", "batches an optimiser step", least=1)
     window: int = option(
@@ -255,9 +252,8 @@ class Cell(Named):
     optimizer: str = option("adamw", "training", "torch's", choices=("adamw", "adafactor"), short="")
     lr: float = option(2e-3, "training", "peak learning rate", least=0, axis="peak learning rate", marks="free peers")
     schedule: str = option(
-        "linear", "training", "after warm-up", choices=("linear", "cosine", "constant"), short="",
-        marks="free peers",
-    )  # fmt: skip
+        "linear", "training", "after warm-up", choices=("linear", "cosine", "constant"), short="", marks="free peers"
+    )
     warmup: float = option(
         0.06, "training", "of the steps, over which the learning rate rises from 0", least=0, below=1,
         marks="free peers",
@@ -274,9 +270,8 @@ class Cell(Named):
     )
     seed_dropout: int | None = option(None, "seeds", "of the dropped inputs", least=0, unset="--seed", marks="free")
     seed_split: int = option(
-        0, "seeds", "of the choice of rows; apart from --seed, so that seeds are compared on the same test rows",
-        least=0, marks="free",
-    )  # fmt: skip
+        0, "seeds", "of the choice of rows; apart: seeds are compared on the same rows", least=0, marks="free"
+    )
 
     def __post_init__(self):
         if isinstance(self.inject, dict):

@@ -145,7 +145,8 @@ def test_loss_and_gradients_are_those_of_transformers(decoder, most, monkeypatch
     ours, optimizer = population_of_one(ours, cell := Cell(task="lm", method="full", clip=0.0))
     gradients = {}
     flat = ours.flat
-    optimizer.step = lambda grads, *_: gradients.update({n: flat.part(grads, 0, n).clone() for n in flat.groups[0].places})
+    names = flat.groups[0].places
+    optimizer.step = lambda grads, *_: gradients.update({name: flat.part(grads, 0, name).clone() for name in names})
     loss, norm = one_step(ours, optimizer, groups, answers, cell, 1.0)
 
     judge = type(judge).from_pretrained(folder).eval()

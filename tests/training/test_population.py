@@ -50,7 +50,8 @@ def assert_alike(together, alone):
     assert list(found) == list(right)
     for name, tensor in right.items():
         assert tensor.shape == found[name].shape
-        assert (found[name] - tensor).abs().max() <= TOLERANCE * tensor.abs().max()
+        # No norm of a single number: AdamW makes a step of a gradient that is nothing but rounding.
+        assert (found[name] - tensor).norm() <= TOLERANCE * tensor.norm()
     same = [(json.loads(a), json.loads(b)) for a, b in zip(
         (together / "predictions.jsonl").read_text().splitlines(), (alone /
         "predictions.jsonl").read_text().splitlines(), strict=True,
@@ -376,7 +377,7 @@ def test_completions_in_groups_are_what_they_are_alone(reviews, tmp_path):
         found, wanted = trained(tmp_path / f"t{one.rank}"), trained(tmp_path / f"a{one.rank}")
         assert list(found) == list(wanted) and len(found) >= 4
         for name, tensor in wanted.items():
-            assert (found[name] - tensor).abs().max() <= TOLERANCE * tensor.abs().max()
+            assert (found[name] - tensor).norm() <= TOLERANCE * tensor.norm()
 
 
 @pytest.mark.parametrize("most", [1, 2, 8])
