@@ -56,7 +56,7 @@ class Gated(torch.autograd.Function):
     def forward(ctx, gate, up, activation):
         ctx.save_for_backward(gate, up)
         ctx.activation = activation
-        return activation.forward(gate).mul_(up)
+        return activation.forward(gate).mul_(up).view_as(up)  # see `norms.py`
 
     @staticmethod
     def backward(ctx, dh):

@@ -42,7 +42,8 @@ class RMSNorm(torch.autograd.Function):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         r = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, r)
-        return (wide * r).mul_(weight.to(r.dtype)).to(x.dtype)
+        # A view, because torch 2.11 compiles a wrong gradient where what an in-place operation gives is returned.
+        return (wide * r).mul_(weight.to(r.dtype)).to(x.dtype).view_as(x)
 
     @staticmethod
     def backward(ctx, dy):
