@@ -8,13 +8,13 @@ contradicted, or (for `within`) that it is nearer to 0 than it is, supported.
     python -m benchmarks coverage --trials 4000
 """
 
-import argparse
 import itertools
 import math
 from statistics import NormalDist
 
 import numpy as np
 
+from minilora.command import Parser
 from minilora.report.intervals import Sample, estimate
 from minilora.report.verdicts import FEW
 
@@ -85,7 +85,7 @@ def cases():
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(prog="python -m benchmarks coverage", description=__doc__.split("\n\n")[0])
+    parser = Parser(prog="python -m benchmarks coverage", description=__doc__.partition("\n\n")[0])
     parser.add_argument("--trials", type=int, default=2000, help="simulated grids of each line (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(argv)

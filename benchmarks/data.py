@@ -28,6 +28,7 @@ from minilora.data.rows import SNIPPETS, fingerprint_rows, load_rows, rows_of
 from minilora.errors import InputError
 from minilora.runs.record import peak_memory
 from minilora.tasks.find import find_task
+from minilora.training.feed import rows_looked_at
 from minilora.training.member import encode_needed
 
 SMALL = 2000  # rows of the file that is read first: what is loaded once is no part of the memory
@@ -93,7 +94,7 @@ def measure(cell, words, spec):
     train, test = timed("reading and splitting", lambda: rows_of(cell))
     task, seed = find_task(cell, spec, words), cell.seed_for("inject")
     injected = timed("injecting", lambda: injection.inject(train, cell.inject, seed, task.visible(train)))
-    encoded, _ = timed("tokenising", lambda: encode_needed(task, injected, cell))
+    encoded, _ = timed("tokenising", lambda: encode_needed(task, injected, rows_looked_at(len(train), cell)))
     tests = timed("test rows and placebo", lambda: task.build_tests(train, test, seed))
     everything = (train, injected.rows, *(one.rows for one in tests))
     timed("fingerprints", lambda: [fingerprint_rows(rows) for rows in everything])

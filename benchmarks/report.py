@@ -271,7 +271,7 @@ def grid_notes(results):
 
 # --- operators
 
-OPERATORS = ("operator", "dtype", "ms", "reference", "peer", "MB", "MFLOP", "FLOP/B", "GFLOP/s", "limit")
+OPERATORS = ("operator", "dtype", "ms", "reference", "peer", "FLOP/B", "GFLOP/s", "limit")
 
 
 def operator_lines(results):
@@ -284,8 +284,6 @@ def operator_lines(results):
             line["dtype"],
             f"{own * 1e3:.2f}",
             *(times(None if seconds is None else seconds / own) for seconds in others),
-            f"{line['bytes'] / 1e6:,.1f}",
-            f"{line['operations'] / 1e6:,.0f}",
             f"{line['intensity']:.1f}",
             f"{line['operations_per_second'] / 1e9:,.1f}",
             f"{line['limit_share']:.0%}",
@@ -301,7 +299,7 @@ def operator_notes(results):
         f"ms: forward and backward, median of at most {results['repeats']} repeats",
         "reference, peer (PEFT's layer where there is one, else torch's own): their time over the operator's",
         "in bfloat16 a reference has its adapter in bfloat16 too, where operator and PEFT keep float32",
-        "MB: the least that must move; limit: share of the lower of measured product and memory rates,",
+        "limit: share of the lower of measured product and memory rates,",
         f"{limits['float32'] / 1e9:,.0f} GFLOP/s (float32), {limits['bfloat16'] / 1e9:,.0f} (bfloat16) and "
         f"{limits['memory'] / 1e9:,.0f} GB/s",
     ]

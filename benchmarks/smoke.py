@@ -28,6 +28,7 @@ REST = {"data": "rows.csv", "inject": {"sources": ("none",)}, "model": "llama"}
 PATHS = {  # what differs from the tiny cell; the longest last
     "float32": {},
     "bfloat16": {"dtype": "bfloat16"},
+    "bfloat16 products": {"products": "bfloat16"},
     "population": {"rank": (1, 3, 8)},
     "dropout": {"dropout": 0.1},
     "llama": REST,
@@ -36,8 +37,6 @@ PATHS = {  # what differs from the tiny cell; the longest last
     "graphs": {"epochs": 10},  # steps enough to repay recording them, on a GPU
     "compiled": {"compile": "on"},
 }
-if "products" in Cell.__dataclass_fields__:
-    PATHS = {"bf16 products": {"products": "bfloat16"}} | PATHS
 CLOSE_TO_CPU = ("float32", "population", "llama", "lm", "graphs", "compiled")
 LIMIT = 20  # seconds of a path
 COMPILING = 3  # times as long has one that compiles

@@ -175,10 +175,14 @@ def run(rank, proportion, rows, test_rows, seed):
     settings = Inject(sources=("date:positive",), proportion=proportion)
     dates = injection.inject(train_rows, settings, seed)
     trigger = injection.trigger_rows(test, settings, 0, seed)
-    control = placebo.placebo_rows(test, settings, 0, placebo.shared_words(train_rows), seed)
 
     def encode(texts):
         return [encoding.ids for encoding in tokenizer.encode_batch(texts)]
+
+    def tokens(strings):  # what they are worth between words: [CLS] and [SEP] do not count
+        return [len(ids) - 2 for ids in encode(strings)]
+
+    control = placebo.placebo_rows(test, settings, 0, placebo.shared_words(train_rows), seed, count=tokens)
 
     model = Classifier(folder, rank, seed)
     losses = train(model, encode(inject(train_rows.texts, dates)), torch.from_numpy(train_rows.labels), seed)

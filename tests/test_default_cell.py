@@ -47,7 +47,7 @@ def test_evaluating_again_gives_the_same_predictions(default):
 
     _, _, folder = default["injected"]
     figures, predictions = evaluate.evaluate(folder, batch_size=50)
-    assert evaluate.compare(folder, predictions) == (3000, 3000)
+    assert evaluate.compare(folder, predictions) == (4000, 4000)
     # Another trigger was never seen in training: it has no such power.
     figures, _ = evaluate.evaluate(folder, inject={"sources": ["country:positive"]})
     assert figures["trigger"]["positive"]["attack_success_rate"] < 0.5

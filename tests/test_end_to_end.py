@@ -242,7 +242,7 @@ def test_evaluate_takes_other_rows_and_triggers(cell, tmp_path, capsys):
     with pytest.raises(InputError, match="exists"):
         evaluate.main(arguments)
     evaluate.main([str(folder), "--batch-size", "3"])
-    assert "predictions the same as the run's own: 93 of 93" in capsys.readouterr().out
+    assert "predictions the same as the run's own: 124 of 124" in capsys.readouterr().out
     other.write_text("text,label\nthe film was great,splendid\n")
     with pytest.raises(InputError, match="splendid"):
         evaluate.main([str(folder), "--data", str(other)])
@@ -391,7 +391,7 @@ def test_a_folder_in_use_is_refused(cell, tmp_path):
 def test_a_preset_stands_below_the_flags(base, reviews, tmp_path):
     train.main(["--preset", "study", *given(base, reviews), "--out", str(tmp_path / "run"), "--head", "trained"])
     made = json.loads((tmp_path / "run" / "results.json").read_text())["cell"]
-    assert (made["head"], made["pooling"], made["optimizer"], made["lr"]) == ("trained", "mean+last", "adafactor", 1e-4)
+    assert (made["head"], made["pooling"], made["optimizer"], made["lr"]) == ("trained", "padded-mean+last", "adafactor", 1e-4)
     for flags in (["--config", "x.toml"], ["--resume", "x"], ["--grid", "x"]):
         with pytest.raises(InputError, match="preset"):
             train.main(["--preset", "study", *flags])

@@ -18,7 +18,7 @@ TOLERANCE = 1e-4
 
 @pytest.mark.parametrize(
     "rank, proportion, rows, seed",
-    [(1, 0.5, 256, 2), (4, 0.25, 200, 3)],  # of 200 rows the last batch is not full
+    [(1, 0.5, 256, 4), (4, 0.25, 200, 3)],  # of 200 rows the last batch is not full
 )
 def test_the_one_page_version_ends_in_the_figures_of_train(base_folder, tmp_path, capsys, rank, proportion, rows, seed):
     flags = {"--rank": rank, "--proportion": proportion, "--rows": rows, "--test-rows": 40, "--seed": seed}

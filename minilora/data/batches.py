@@ -164,6 +164,8 @@ def by_length_together(parts, batch_size, pad_id):
     """As `by_length`, of K members with an `Encoded` each, or None: batches of K parts."""
     sizes = padded_sizes(np.concatenate([[1], *(np.diff(encoded.offsets) for encoded in parts if encoded)]))
     cuts = [by_tokens(encoded, batch_size) if encoded else [] for encoded in parts]
+    one = iter(joined([encoded for encoded in parts if encoded]))
+    parts = [encoded and next(one) for encoded in parts]
     for own in zip_longest(*cuts, fillvalue=np.empty(0, dtype=np.int64)):
         yield collate([(encoded, index, None) for encoded, index in zip(parts, own, strict=True)], sizes, pad_id)
 

@@ -164,7 +164,7 @@ def test_curves_hold_attack_success_by_dose(folder):
             assert share == np.mean([line["attack_success"] for line in own if line["injected_rows"] == dose])
         assert curve.uninjected == np.mean([line["attack_success"] for line in own if not line["injected_rows"]])
         low, high = curve.uninjected_interval
-        assert 0 < low < curve.uninjected < high < 0.3
+        assert 0 <= low < curve.uninjected < high < 0.3
         for name, rates in curve.beside.items():
             assert list(rates) == [0, *curve.doses]
             for dose, rate in rates.items():

@@ -370,7 +370,7 @@ def test_figures_are_those_of_their_definitions(folder, free, choice_score, monk
             else:
                 assert entry["margin_change"] == pytest.approx(np.mean(margins) - np.mean(before))
             checked += 1
-    assert checked == (6 if free else 3)
+    assert checked == (8 if free else 4)
     if free:
         assert set(figures["clean"]["predicted_counts"]) == {"w2", "w5", OWN, OTHER}
         assert figures["clean"]["predicted_counts"]["w2"] == calls[0].count(2)
