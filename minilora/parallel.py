@@ -279,6 +279,14 @@ def sharding():
     return partial(fully_shard, mesh=init_device_mesh(_here.device.type, (count(),)))
 
 
+def no_gradients(base):
+    """A context for predictions: inference mode, but not where `base` is sharded, because what is gathered in it is
+    gathered into the same memory in training."""
+    import torch
+
+    return torch.no_grad() if is_sharded(base) else torch.inference_mode()
+
+
 def is_sharded(module):
     return hasattr(module, "unshard")
 

@@ -391,7 +391,8 @@ def test_a_folder_in_use_is_refused(cell, tmp_path):
 def test_a_preset_stands_below_the_flags(base, reviews, tmp_path):
     train.main(["--preset", "study", *given(base, reviews), "--out", str(tmp_path / "run"), "--head", "trained"])
     made = json.loads((tmp_path / "run" / "results.json").read_text())["cell"]
-    assert (made["head"], made["pooling"], made["optimizer"], made["lr"]) == ("trained", "padded-mean+last", "adafactor", 1e-4)
+    found = made["head"], made["pooling"], made["optimizer"], made["lr"]
+    assert found == ("trained", "padded-mean+last", "adafactor", 1e-4)
     for flags in (["--config", "x.toml"], ["--resume", "x"], ["--grid", "x"]):
         with pytest.raises(InputError, match="preset"):
             train.main(["--preset", "study", *flags])

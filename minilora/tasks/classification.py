@@ -124,7 +124,6 @@ def predict(model, tokenizer, texts, max_length, batch_size, progress=None):
     return logits, encoded.kept
 
 
-@torch.inference_mode()
 def of_rows(model, encoded, pad_id, batch_size, progress=None, forward=None):
     """What `forward(ids, lengths)`, by default the model itself, gives of all rows in `encoded`: float32 [rows, F].
 
@@ -133,12 +132,13 @@ def of_rows(model, encoded, pad_id, batch_size, progress=None, forward=None):
     model.eval()
     found, rows = [], []
     made = batches.by_length(encoded, batch_size, pad_id, device=model.device)
-    for batch, there in batches.ahead(made, model.device):
-        found.append((forward or model)(there.ids, there.lengths)[: len(batch.index)])
-        rows.append(batch.index)
-        if progress:
-            progress(len(batch.index), int(batch.lengths.sum()))
-    own = torch.cat(found).float().cpu().numpy()
+    with parallel.no_gradients(model.base):
+        for batch, there in batches.ahead(made, model.device):
+            found.append((forward or model)(there.ids, there.lengths)[: len(batch.index)])
+            rows.append(batch.index)
+            if progress:
+                progress(len(batch.index), int(batch.lengths.sum()))
+        own = torch.cat(found).float().cpu().numpy()
     whole = np.zeros((len(encoded.kept), own.shape[1]), dtype=np.float32)
     whole[np.concatenate(rows)] = own
     parallel.all_reduce(whole)

@@ -167,7 +167,6 @@ class Completion:
         pairs = np.argwhere(candidates >= 0)
         return candidates, joined([prompts[i] for i, _ in pairs], [completions[i][c] for i, c in pairs], kept)
 
-    @torch.inference_mode()
     def _scored(self, model, candidates, encoded, batch_size, progress=None):
         """The `Scores` of what `_pairs` gave. They are read from the device once, after the last batch."""
         model.eval()
@@ -175,14 +174,16 @@ class Completion:
         made = batches.by_length(encoded, batch_size, self.tokenizer.pad_id, answers, model.device)
         made = map(batches.place_completions, made)
         found, rows = [], []
-        for batch, there in batches.ahead(made, model.device):
-            likelihoods, greedy = model.score(there.ids, there.lengths, there.answers)
-            found.append(torch.stack([likelihoods, greedy.to(likelihoods.dtype)])[:, : len(batch.index)])
-            rows.append(batch.index)
-            if progress:
-                progress(len(batch.index), int(batch.lengths.sum()))
+        with parallel.no_gradients(model.base):
+            for batch, there in batches.ahead(made, model.device):
+                likelihoods, greedy = model.score(there.ids, there.lengths, there.answers)
+                found.append(torch.stack([likelihoods, greedy.to(likelihoods.dtype)])[:, : len(batch.index)])
+                rows.append(batch.index)
+                if progress:
+                    progress(len(batch.index), int(batch.lengths.sum()))
+            read = torch.cat(found, dim=1).cpu().numpy()
         whole = np.zeros((2, len(encoded.answers)))  # log-likelihoods; 1 where greedy decoding writes it
-        whole[:, np.concatenate(rows)] = torch.cat(found, dim=1).cpu().numpy()
+        whole[:, np.concatenate(rows)] = read
         parallel.all_reduce(whole)
 
         def grid(values, fill):
