@@ -15,19 +15,12 @@ benchmarks operators` has a line).
 
 In bfloat16 torch goes through oneDNN anyway, but copies the bias to every row first: asked by name, oneDNN adds it
 inside, in 3% to 7% less time at those widths.
-
-oneDNN makes code for each number of rows, and by default keeps that of 1,024 products: `CODE` of them take 90 MB less
-for 31 numbers of rows, and the time was the same.
 """
 
-import os
 from contextlib import contextmanager
 
-CODE = 64
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(CODE))  # read at its first product; there is no call
-
-import torch  # noqa: E402
-from torch.nn import functional as F  # noqa: E402
+import torch
+from torch.nn import functional as F
 
 WAYS = ("onednn", "mkl")
 HAS_ONEDNN = (

@@ -89,7 +89,7 @@ def together(parts, dim):
 def add_product(y, left, right, scale=1.0):
     """y += scale left right, for matrices or batches of them; the product in its own dtype."""
     if left.dtype != y.dtype:
-        return y.add_(left @ right, alpha=scale)
+        return y.add_((left if scale == 1 else scale * left) @ right)  # left is the thin one
     return y.addmm_(left, right, alpha=scale) if y.ndim == 2 else y.baddbmm_(left, right, alpha=scale)
 
 
