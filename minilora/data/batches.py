@@ -184,7 +184,7 @@ def by_tokens(encoded, batch_size, most=math.inf):
 
 
 def ahead(made, device):
-    """Yield (batch, the same on `device`) of an iterator of batches, of which a thread makes the next few meanwhile.
+    """Yield (batch, the same on `device`) of an iterator of batches. A thread makes the next few meanwhile.
 
     For a GPU it pins them, and copying does not wait. What making them raises is raised here, at its batch.
     """

@@ -30,7 +30,7 @@ def placebo_rows(rows, settings, k, vocabulary, seed, visible=None, draw=None, c
     """`trigger_rows` with each trigger string replaced by strings of `vocabulary` that have as many tokens.
 
     count  function of N strings: int64 [N], how many tokens each is worth between words (default: its words)
-    kind   "placebo": any strings that fit, of which several make up the number; "odd": the longest that fit, so that
+    kind   "placebo": any strings that fit, several where one is too short; "odd": the longest that fit, so that
            one string stands for one trigger where it can
 
     Where no strings have exactly as many tokens, they have the nearest smaller number, and a line says so.

@@ -187,7 +187,8 @@ def bootstrap(sample, draws=DRAWS):
     """Draws [draws, S] of the settings' means of shares; the same at each call.
 
     Seeds: S - 1 of S are drawn with replacement, which gives a mean of S its own variance (Rao and Wu 1988, section 2);
-    a setting of which a draw has no seed keeps all of its own. Rows: a share of k in n from Beta(k + 1/2, n - k + 1/2),
+    where a draw has no seed of a setting, that setting keeps all of its own.
+    Rows: a share of k in n from Beta(k + 1/2, n - k + 1/2),
     whose percentiles are Jeffreys' interval (Brown, Cai and DasGupta 2001, section 3.1.3).
     """
     rng = np.random.default_rng(0)
