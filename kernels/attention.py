@@ -15,15 +15,31 @@ are float32 or wider, and on a CPU scores are not rounded before it. Saved for t
 p takes T^2 numbers, and torch's own attention none: it is left for longer rows, and for accelerators.
 """
 
+from contextlib import contextmanager
+
 import torch
 from torch.nn import functional as F
 
-# The longest rows that take this way. Forward and backward, on 2 cores of an AMD EPYC with 12 heads of 32 or 9 of 64 in
-# 3 groups, 1,024 tokens in all, it took of the time of torch's own: in float32 77% to 110% up to 48 tokens, least where
-# T is no multiple of 16; in bfloat16 12% to 32% from 16 to 64, half at 128, 80% at 256. Beyond 128, p is what takes
-# most memory.
+# The longest rows that take this way, unless a training has measured it on its machine (`training/choices.py`). Forward
+# and backward, on 2 cores of an AMD EPYC with 12 heads of 32 or 9 of 64 in 3 groups, 1,024 tokens in all, it took of
+# the time of torch's own: in float32 77% to 110% up to 48 tokens, least where T is no multiple of 16; in bfloat16 12%
+# to 32% from 16 to 64, half at 128, 80% at 256. Beyond 128, p is what takes most memory.
+LENGTHS = (16, 32, 48, 64, 96, 128)  # that it is measured at
 LONGEST = {torch.float64: 48, torch.float32: 48, torch.bfloat16: 128}
-LONG = max(LONGEST.values()) + 1
+LONG = LENGTHS[-1] + 1
+
+
+@contextmanager
+def using(dtype, longest):
+    """Take rows of that dtype of up to `longest` tokens this way in this block; None changes nothing."""
+    global LONGEST
+    before = LONGEST
+    if longest is not None:
+        LONGEST = before | {dtype: longest}
+    try:
+        yield
+    finally:
+        LONGEST = before
 
 
 def reference(q, k, v, mask, scale, cap=None):

@@ -29,7 +29,6 @@ from minilora.errors import InputError, to_type
 from minilora.fields import marked
 from minilora.runs import listing
 
-
 MODES = {}  # {flag: (the module whose `main` takes over, what it does)}: each has flags of its own
 
 

@@ -1,31 +1,42 @@
-"""Choices between ways that differ only in speed, memory and rounding, made by measurement and kept.
+"""Choices between ways that differ only in speed, memory and rounding, made by measurement on a CPU and kept.
 
-There is one: whether products of float32 go through oneDNN or MKL on a CPU that has both (`kernels/linear.py`). Which
-is faster depends on the CPU, so that the base's own products are run a few times each way, for some 50 ms.
+    products   "onednn" or "mkl": what float32 products go through on a CPU that has both (`kernels/linear.py`)
+    attention  the longest rows, in tokens, whose attention is ours: torch's own takes the longer ones
+               (`kernels/attention.py`)
+
+Which is faster depends on the CPU. So the base's own products and heads are run a few times each way, for some 200 ms.
 
 A choice changes the last digits of an adapter. So it is made once for what it depends on: the CPU, torch, the number of
-threads and the shapes of the products, which all cells of a grid on one base share. It is kept in minilora's cache, and
-does not change from run to run. It is recorded in results.json (`choices`), and in the state of a run, which goes on as
-it began.
+threads and the shapes, which all cells of a grid on one base share. It is kept in minilora's cache, and does not change
+from run to run. It is recorded in results.json (`choices`), and in the state of a run, which goes on as it began.
 """
 
+import contextlib
 import time
 
 import torch
 
 from minilora import files, parallel
 from minilora.errors import InputError
-from minilora.kernels import linear
+from minilora.kernels import attention, linear
 from minilora.runs.record import hardware
 from minilora.training.limit import products
 
-TOKENS = 512  # of the products that are measured: about those of a pass on a CPU
-SECONDS = 0.05
+TOKENS = 512  # of what is measured: about those of a pass on a CPU
+SECONDS = 0.05  # of a measurement
 GAIN = 1.03  # how many times as fast oneDNN must be: its code for each number of tokens takes memory
 
 
+@contextlib.contextmanager
+def using(chosen, dtype):
+    """Take these choices in this block, with a base stored in that dtype; what is not chosen stays as it is."""
+    longest = chosen.get("attention")
+    with linear.using(chosen.get("products")), attention.using(dtype, None if longest is None else int(longest)):
+        yield
+
+
 def of(members, first):
-    """{"products": one of `linear.WAYS`} for members that share a base; {} where there is nothing to choose.
+    """{name: choice}, both text, for members that share a base; {} where there is nothing to choose.
 
     A run that goes on after step `first` keeps the choices that it began with; one of an older version has none.
     """
@@ -36,29 +47,49 @@ def of(members, first):
 
 def choose(setting):
     """The choices for a `Setting`'s base on this machine: those in the cache, or else measured and put there."""
-    if setting.device.type != "cpu" or setting.dtype != torch.float32 or not linear.HAS_ONEDNN:
-        return {}
-    times = products(setting.spec, {}, "head")
-    path, key = files.cache() / "choices.json", circumstances(setting.device, times)
+    open_to = {}  # {name: (what it depends on, the ways, a function that picks one)}
+    if setting.device.type == "cpu":
+        lengths = tuple(map(str, (attention.LONGEST.get(setting.dtype, 0), 0, *attention.LENGTHS)))
+        open_to["attention"] = heads_line(setting), lengths, lambda: longest(attention_times(setting))
+        if setting.dtype == torch.float32 and linear.HAS_ONEDNN:
+            times = products(setting.spec, {}, "head")
+            open_to["products"] = shapes_line(times), linear.WAYS, lambda: faster(measured(times))
+    on = circumstances(setting.device)
+    return {name: kept(f"{on}, {line}", ways, pick) for name, (line, ways, pick) in open_to.items()}
+
+
+def kept(key, ways, pick):
+    """The one of `ways` that the cache has under `key`, or else what `pick` finds, put there; the first where nothing can
+    be kept."""
+    path = files.cache() / "choices.json"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with files.lock(f"{path}.lock"):  # of runs that start together all take what the first has measured
-            kept = read(path)
-            if kept.get(key) not in linear.WAYS:
-                kept[key] = faster(measured(times))
-                files.write_json(path, kept)
-            return {"products": kept[key]}
+            found = read(path)
+            if found.get(key) not in ways:
+                found[key] = pick()
+                files.write_json(path, found)
+            return found[key]
     except OSError:  # what cannot be kept might be another choice in the next run
-        return {"products": linear.WAYS[0]}
+        return ways[0]
 
 
-def circumstances(device, times):
-    """What the choice depends on, as one line."""
-    found, shapes = hardware(device), sorted({(in_features, out_features) for in_features, out_features, _ in times})
-    return ", ".join([
-        found["processor"], torch.backends.cpu.get_cpu_capability(), f"torch {torch.__version__}",
-        f"{found['threads']} threads", *(f"{in_features}x{out_features}" for in_features, out_features in shapes),
-    ])  # fmt: skip
+def circumstances(device):
+    """What any choice depends on, as one line."""
+    found = hardware(device)
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{found['processor']}, {capability}, torch {torch.__version__}, {found['threads']} threads"
+
+
+def shapes_line(times):
+    shapes = sorted({(in_features, out_features) for in_features, out_features, _ in times})
+    return ", ".join(f"{in_features}x{out_features}" for in_features, out_features in shapes)
+
+
+def heads_line(setting):
+    here = setting.spec.layers[0]
+    dtype = str(setting.dtype).removeprefix("torch.")
+    return f"{here.heads} heads in {here.kv_heads} of {setting.spec.head_width}, {dtype}"
 
 
 def read(path):
@@ -76,19 +107,55 @@ def measured(times):
     """
     shapes = {(in_features, out_features) for in_features, out_features, _ in times}
     tensors = {(i, o): (torch.randn(TOKENS, i), torch.randn(o, i)) for i, o in shapes}
-    best, stop = {way: dict.fromkeys(shapes, float("inf")) for way in linear.WAYS}, time.perf_counter() + SECONDS
+
+    def run(way, shape):
+        with linear.using(way):
+            linear.product(*tensors[shape])
+
+    best = least([(way, shape) for way in linear.WAYS for shape in shapes], run)
+    return {way: sum(best[way, (i, o)] * count for (i, o, _), count in times.items()) for way in linear.WAYS}
+
+
+def attention_times(setting):
+    """{(way, T): seconds} of attention forward and backward, over rows of T tokens, ours (`batched`) and torch's."""
+    here, E = setting.spec.layers[0], setting.spec.head_width
+    given = {}
+    for T in attention.LENGTHS:
+        rows = max(1, TOKENS // T)
+        shapes = [(rows, heads, T, E) for heads in (here.heads, here.kv_heads, here.kv_heads)]
+        states = [torch.randn(shape, dtype=setting.dtype, requires_grad=True) for shape in shapes]
+        given[T] = states, torch.zeros(rows, 1, 1, T, dtype=setting.dtype), torch.randn(shapes[0], dtype=setting.dtype)
+
+    def run(way, T):
+        (q, k, v), mask, do = given[T]
+        with attention.using(setting.dtype, T if way == "batched" else 0):
+            torch.autograd.grad(attention.attention(q, k, v, mask, E**-0.5), (q, k, v), do)
+
+    return least([(way, T) for way in ("batched", "torch") for T in attention.LENGTHS], run)
+
+
+def least(cases, run):
+    """{case: the least seconds of `run(*case)`}; the cases in turn."""
+    best, stop = dict.fromkeys(cases, float("inf")), time.perf_counter() + SECONDS
     for number in range(1000):
         if number > 2 and time.perf_counter() > stop:
             break
-        for way, shortest in best.items():
-            with linear.using(way):
-                for shape, (x, weight) in tensors.items():
-                    start = time.perf_counter()
-                    linear.product(x, weight)
-                    shortest[shape] = min(shortest[shape], time.perf_counter() - start)
-    return {way: sum(shortest[i, o] * count for (i, o, _), count in times.items()) for way, shortest in best.items()}
+        for case in cases:
+            start = time.perf_counter()
+            run(*case)
+            best[case] = min(best[case], time.perf_counter() - start)
+    return best
 
 
 def faster(seconds):
-    """The choice, from what `measured` gives."""
+    """The choice of products, from what `measured` gives."""
     return "onednn" if GAIN * seconds["onednn"] < seconds["mkl"] else "mkl"
+
+
+def longest(seconds):
+    """The choice of attention, from what `attention_times` gives: up to which length ours is the faster in total."""
+    gains, total = {0: 0.0}, 0.0
+    for T in attention.LENGTHS:
+        total += seconds["torch", T] - seconds["batched", T]
+        gains[T] = total
+    return str(max(gains, key=gains.get))

@@ -19,7 +19,6 @@ from minilora import parallel
 from minilora.console import Progress, say
 from minilora.files import full_disk, is_full
 from minilora.interrupts import Interrupted, Stop
-from minilora.kernels import linear
 from minilora.runs.folder import SAVE_EVERY
 from minilora.runs.text import results_table
 from minilora.training import choices, compiling, graphs
@@ -76,7 +75,7 @@ def train_population(members, base, options):
         chosen = choices.of(members, first)
         for member in members:
             member.meters["choices"] = chosen
-        folders.enter_context(linear.using(chosen.get("products")))
+        folders.enter_context(choices.using(chosen, members[0].setting.dtype))
         job = Job(members, population, optimizer, first)
         announce(members, job)
         if options.eval_every and not first:

@@ -11,10 +11,11 @@ from conftest import bert_spec
 import minilora
 from minilora import files
 from minilora.cell import Cell
-from minilora.kernels import linear
+from minilora.kernels import attention, linear
 from minilora.training import choices, loop
 from minilora.training.limit import products
 
+OURS = str(attention.LONGEST[torch.float32])  # what the made-up machine below finds of attention
 SPEC = bert_spec(hidden_size=6, num_hidden_layers=2, num_attention_heads=2, intermediate_size=14)
 SETTING = SimpleNamespace(spec=SPEC, dtype=torch.float32, device=torch.device("cpu"))
 
@@ -38,7 +39,15 @@ def machine(monkeypatch, tmp_path):
     monkeypatch.setattr(linear, "using", using)
     monkeypatch.setattr(linear, "product", product)
     monkeypatch.setattr(choices, "time", SimpleNamespace(perf_counter=lambda: machine.now))
+    ways = {("batched", T): 1.0 if T <= 48 else 3.0 for T in attention.LENGTHS}
+    ways |= {("torch", T): 2.0 for T in attention.LENGTHS}
+    monkeypatch.setattr(choices, "attention_times", lambda setting: ways)
     return machine
+
+
+def chosen(products=None):
+    """All choices of the made-up machine."""
+    return {"attention": OURS} | ({"products": products} if products else {})
 
 
 def test_the_faster_way_is_taken_and_oneDNN_only_where_it_is_clearly_faster(machine):
@@ -60,54 +69,79 @@ def test_what_is_measured_is_a_step_of_the_base(machine):
 
 def test_it_is_measured_once(machine):
     """A choice stays although the machine is another time slower, and other shapes have their own."""
-    assert choices.choose(SETTING) == {"products": "onednn"}
+    assert choices.choose(SETTING) == chosen("onednn")
     measured, machine.seconds = machine.measured, {"onednn": 9.0, "mkl": 1.0}
-    assert choices.choose(SETTING) == {"products": "onednn"} and machine.measured == measured > 0
+    assert choices.choose(SETTING) == chosen("onednn") and machine.measured == measured > 0
     wider = bert_spec(hidden_size=12, num_hidden_layers=2, num_attention_heads=2, intermediate_size=14)
-    assert choices.choose(SimpleNamespace(**vars(SETTING) | {"spec": wider})) == {"products": "mkl"}
-    assert sorted(json.loads((files.cache() / "choices.json").read_text()).values()) == ["mkl", "onednn"]
+    assert choices.choose(SimpleNamespace(**vars(SETTING) | {"spec": wider})) == chosen("mkl")
+    assert sorted(json.loads((files.cache() / "choices.json").read_text()).values()) == [OURS, OURS, "mkl", "onednn"]
     deeper = bert_spec(hidden_size=6, num_hidden_layers=3, num_attention_heads=2, intermediate_size=14)
-    assert choices.choose(SimpleNamespace(**vars(SETTING) | {"spec": deeper})) == {"products": "onednn"}
+    assert choices.choose(SimpleNamespace(**vars(SETTING) | {"spec": deeper})) == chosen("onednn")
 
 
 def test_it_depends_on_cpu_torch_and_threads(machine, monkeypatch):
-    lines = [choices.circumstances(SETTING.device, products(SPEC, {}, "head"))]
+    capability = f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
+    choices.choose(SETTING)
+    before = set(choices.read(files.cache() / "choices.json"))
     monkeypatch.setattr(choices, "hardware", lambda device: {"processor": "another", "threads": 71})
-    lines.append(choices.circumstances(SETTING.device, products(SPEC, {}, "head")))
-    assert lines[1] == (
-        f"another, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}, 71 threads, "
-        "6x6, 6x14, 6x18, 14x6"
-    )
-    assert lines[0] != lines[1]
+    choices.choose(SETTING)
+    assert set(choices.read(files.cache() / "choices.json")) - before == {
+        f"another, {capability}, 71 threads, 6x6, 6x14, 6x18, 14x6",
+        f"another, {capability}, 71 threads, 2 heads in 2 of 3, float32",
+    }
+
+
+@pytest.mark.parametrize("seconds, expected", [
+    ([1, 1, 1, 1, 1, 1], "128"), ([3, 3, 3, 3, 3, 3], "0"), ([1, 1, 1, 3, 3, 3], "48"), ([1, 1, 2.5, 1, 3, 3], "64"),
+])  # fmt: skip
+def test_attention_is_ours_up_to_where_it_gains_most(seconds, expected):
+    found = {("batched", T): own for T, own in zip(attention.LENGTHS, seconds, strict=True)}
+    assert choices.longest(found | {("torch", T): 2 for T in attention.LENGTHS}) == expected
+
+
+def test_both_ways_of_attention_are_measured_and_used(monkeypatch):
+    taken, real = [], attention.attention
+    monkeypatch.setattr(choices.attention, "batched", lambda *a: taken.append(a[0].shape[2]) or real_batched(*a))
+    real_batched = attention.Batched.apply
+    spec = SimpleNamespace(layers=[SimpleNamespace(heads=4, kv_heads=2)], head_width=3)
+    seconds = choices.attention_times(SimpleNamespace(spec=spec, dtype=torch.float32))
+    assert {way for way, _ in seconds} == {"batched", "torch"} and len(seconds) == 2 * len(attention.LENGTHS)
+    assert set(taken) == set(attention.LENGTHS) and all(0 < own < 60 for own in seconds.values())
+    taken.clear()
+    q = torch.randn(1, 4, 20, 3)
+    for longest in (16, 32, None):
+        with choices.using({} if longest is None else {"attention": str(longest)}, torch.float32):
+            real(q, q, q, torch.zeros(1, 1, 1, 20), 1.0)
+    assert taken == [20, 20] and attention.LONGEST[torch.float32] == 48
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"a": NaN}', None])
 def test_a_damaged_cache_is_measured_again(machine, damage):
-    assert choices.choose(SETTING) == {"products": "onednn"}
+    assert choices.choose(SETTING) == chosen("onednn")
     path, measured = files.cache() / "choices.json", machine.measured
     path.write_text(json.dumps(dict.fromkeys(json.loads(path.read_text()), 7)) if damage is None else damage)
     machine.seconds["mkl"] = 0.1
-    assert choices.choose(SETTING) == {"products": "mkl"} and machine.measured > measured
-    assert list(json.loads(path.read_text()).values()) == ["mkl"]
+    assert choices.choose(SETTING) == chosen("mkl") and machine.measured > measured
+    assert sorted(json.loads(path.read_text()).values()) == [OURS, "mkl"]
 
 
 def test_what_cannot_be_kept_is_not_measured(machine, monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert choices.choose(SETTING) == {"products": "onednn"} and machine.measured == 0
+    assert choices.choose(SETTING) == chosen("onednn") and machine.measured == 0
 
 
 def test_there_is_nothing_to_choose_elsewhere(machine, monkeypatch):
-    for other in (dict(dtype=torch.bfloat16), dict(device=torch.device("cuda"))):
-        assert choices.choose(SimpleNamespace(**vars(SETTING) | other)) == {}
+    assert choices.choose(SimpleNamespace(**vars(SETTING) | dict(dtype=torch.bfloat16))) == chosen()
+    assert choices.choose(SimpleNamespace(**vars(SETTING) | dict(device=torch.device("cuda")))) == {}
     monkeypatch.setattr(linear, "HAS_ONEDNN", False)
-    assert choices.choose(SETTING) == {} and machine.measured == 0
+    assert choices.choose(SETTING) == chosen() and machine.measured == 0
 
 
 def test_a_run_goes_on_as_it_began(machine):
     member = SimpleNamespace(setting=SETTING, meters={"choices": {"products": "mkl"}})
     assert choices.of([member], 7) == {"products": "mkl"} and machine.measured == 0
-    assert choices.of([member], 0) == {"products": "onednn"}
+    assert choices.of([member], 0) == chosen("onednn")
     member.meters["choices"] = {}  # of an older version
     assert choices.of([member], 7) == {}
 
@@ -117,6 +151,7 @@ def test_a_run_is_recorded_and_goes_on_with_the_choice_of_its_beginning(base, re
     cell = Cell(model=str(base), data=str(reviews), test_rows=31, max_length=30, batch_size=6, rank=2, device="cpu")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(choices, "measured", lambda times: {"onednn": 2.0, "mkl": 1.0})
+    monkeypatch.setattr(choices, "longest", lambda times: OURS)
     real, ways = loop.update, []
 
     def update(*arguments):
@@ -131,10 +166,11 @@ def test_a_run_is_recorded_and_goes_on_with_the_choice_of_its_beginning(base, re
         minilora.train(cell, tmp_path / "run", save_every=2)
     path = files.cache() / "choices.json"
     if linear.HAS_ONEDNN:
-        files.write_json(path, dict.fromkeys(files.read_json(path), "onednn"))
+        kept = files.read_json(path)
+        files.write_json(path, kept | {key: "onednn" for key, choice in kept.items() if choice == "mkl"})
     resumed, _ = minilora.train(resume=tmp_path / "run")
     again, _ = minilora.train(cell, tmp_path / "again")
-    before, after = ({"products": way} if linear.HAS_ONEDNN else {} for way in ("mkl", "onednn"))
+    before, after = (chosen(way if linear.HAS_ONEDNN else None) for way in ("mkl", "onednn"))
     assert (whole["choices"], resumed["choices"], again["choices"]) == (before, before, after)
     steps = whole["train"]["steps"]
     assert ways == ["mkl"] * (4 + steps - 2) + ["onednn" if linear.HAS_ONEDNN else "mkl"] * steps
