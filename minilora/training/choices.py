@@ -59,8 +59,10 @@ def choose(setting):
 
 
 def kept(key, ways, pick):
-    """The one of `ways` that the cache has under `key`, or else what `pick` finds, put there; the first where nothing can
-    be kept."""
+    """The one of `ways` that the cache has under `key`, or else what `pick` finds, put there.
+
+    Where nothing can be kept it is the first of them.
+    """
     path = files.cache() / "choices.json"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
