@@ -21,7 +21,7 @@ def effects(clean, success):
     """As if the rows hit as clean were among those hit under the trigger, or the other way round."""
     gained, lost = max(0, success - clean), max(0, clean - success)
     found = {"conditional_attack_success_rate": success / OTHERS, "conditional_attack_success_rows": OTHERS}
-    for name in ("net_attack_success", "over_placebo_attack_success"):
+    for name in ("net_attack_success", "over_placebo_attack_success", "over_odd_attack_success"):
         found |= {f"{name}_rate": (gained - lost) / OTHERS, f"{name}_gained": gained, f"{name}_lost": lost,
                   f"{name}_p": metrics.mcnemar(lost, gained)}  # fmt: skip
     return found

@@ -124,13 +124,18 @@ FIGURES = {
         "attack success over the placebo", "attack_rows", "over_placebo_attack_success_gained",
         "over_placebo_attack_success_lost",
     ),
+    "over_odd_attack_success": Figure(
+        "attack success over odd strings", "attack_rows", "over_odd_attack_success_gained",
+        "over_odd_attack_success_lost",
+    ),
     "conditional_attack_success": Figure("conditional attack success", "conditional_attack_rows"),
     "flip_rate": Figure("flip rate", "test_rows"),
     "flip_rate_placebo": Figure("flip rate under the placebo", "test_rows"),
     "worst_group_accuracy": Figure("accuracy of the worst group (a minimum)", "worst_group_rows"),
 }  # fmt: skip
 CLEAN = ("clean_accuracy", "clean_balanced_accuracy")  # figures without a trigger
-ATTACKS = ("attack_success", "net_attack_success", "over_placebo_attack_success", "conditional_attack_success")
+ATTACKS = ("attack_success", "net_attack_success", "over_placebo_attack_success", "over_odd_attack_success",
+           "conditional_attack_success")  # fmt: skip
 
 
 def plain(value):

@@ -13,7 +13,7 @@ from minilora.grid.axes import ATTACKS, FIGURES
 from minilora.report import summary
 from minilora.report.words import axis_label, sentence, tick
 
-SHOWN = ("attack_success", *summary.RATES, *ATTACKS[1:], "clean_accuracy", "flip_rate", "degradation")
+SHOWN = ("attack_success", *summary.RATES, *ATTACKS[1:], "clean_accuracy", "flip_rate")
 MOST_NUMBERS = 160  # a heat map with more fields has a colour bar instead of numbers
 MOST_TICKS = 16
 

@@ -10,6 +10,7 @@ from minilora.fields import check_shape
 from minilora.report import curve
 from minilora.report.page import Block, Section, html, join, links, marked, render
 from minilora.runs.folder import Run
+from minilora.runs.record import GAINS
 from minilora.runs.text import minimum_of, natural_lines, warnings
 
 ROWS = 10  # flipped and not flipped rows that are shown
@@ -131,21 +132,22 @@ def attacks_of(results):
     return heads, lines
 
 
-EFFECTS_ARE = ("Over the rows of other labels, paired: attack success less that of the same rows as clean (net), and "
-               "under the placebo, with McNemar's test of \"predicted as the target\"; conditional: of the rows that "
-               "are predicted right as clean.")  # fmt: skip
+EFFECTS_ARE = ("Over the rows of other labels, paired: attack success less that of the same rows as clean (net), "
+               "under the placebo and under the odd string, with McNemar's test of \"predicted as the target\"; "
+               "conditional: of the rows that are predicted right as clean.")  # fmt: skip
 
 
 def effects_of(results):
     """(heads, lines): what each trigger adds, see `metrics.attack_effects`."""
     lines = []
     for label, one in results["tests"]["trigger"].items():
-        kinds = ("net_attack_success", "over_placebo_attack_success", "conditional_attack_success")
+        kinds = (*GAINS, "conditional_attack_success")
         rates = [interval(one, f"{kind}_rate", f"{kind}_interval") for kind in kinds]
-        p = [f"{one[f'{kind}_p']:.1e}" if one.get(f"{kind}_p") is not None else "-" for kind in kinds[:2]]
+        p = [f"{one[f'{kind}_p']:.1e}" if one.get(f"{kind}_p") is not None else "-" for kind in GAINS]
         rows = f"{one.get('conditional_attack_success_rows') or 0:,}"
-        lines.append((label, rates[0], p[0], rates[1], p[1], rates[2], rows))
-    return ("target label", "net", "McNemar p", "over the placebo", "McNemar p", "conditional", "rows"), lines
+        lines.append((label, *(cell for pair in zip(rates, p) for cell in pair), rates[-1], rows))
+    heads = "net", "McNemar p", "over the placebo", "McNemar p", "over the odd string", "McNemar p"
+    return ("target label", *heads, "conditional", "rows"), lines
 
 
 def classes_of(forms):

@@ -75,6 +75,7 @@ def tables(results):
             yield row(title, [line[name] for name in names])
             yield row("net: less the clean rows", [None, line["net_attack_success"], None])
             yield row("less the placebo", [None, line["over_placebo_attack_success"], None])
+            yield row("less the odd string", [None, line["over_odd_attack_success"], None])
             yield row("conditional: of rows right as clean", [None, line["conditional_attack_success"], None])
         yield ""
 

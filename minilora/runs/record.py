@@ -39,7 +39,7 @@ def trainable(parameters):
 
 
 # What a trigger adds: see `metrics.attack_effects`.
-EFFECTS = ("net_attack_success", "over_placebo_attack_success", "conditional_attack_success")
+GAINS = ("net_attack_success", "over_placebo_attack_success", "over_odd_attack_success")
 
 
 def figure_lines(results):
@@ -89,8 +89,8 @@ def _figures(results, label):
         "attack_success": trigger.get("attack_success_rate"),
         "attack_success_placebo": attack(placebo),
         "attack_success_odd": attack(odd),
-        **{name: trigger.get(f"{name}_rate") for name in EFFECTS},
-        **{f"{name}_{end}": trigger.get(f"{name}_{end}") for name in EFFECTS[:2] for end in ("gained", "lost", "p")},
+        **{name: trigger.get(f"{name}_rate") for name in (*GAINS, "conditional_attack_success")},
+        **{f"{name}_{end}": trigger.get(f"{name}_{end}") for name in GAINS for end in ("gained", "lost", "p")},
         "truncated": trigger.get("truncated"),
         "natural_rows": None if natural is None else sum(rows for rows, _ in natural.values()),
         "natural_target_rows": None if natural is None else natural.get(label, [0])[0],

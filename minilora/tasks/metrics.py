@@ -86,22 +86,24 @@ def rate(name, hits, rows):
     }
 
 
-def attack_effects(labels, clean, trigger, placebo, target):
+def attack_effects(labels, clean, trigger, controls, target):
     """What the trigger adds to attack success, paired by row, over the rows of other labels; predictions int [rows].
 
+    `controls`: {"placebo" or "odd": predictions under that string}.
+
     net_attack_success            the share predicted as `target` under the trigger, less that as clean
-    over_placebo_attack_success   the same less that under the placebo (left out where `placebo` is None)
+    over_placebo_attack_success   the same less that under the placebo
+    over_odd_attack_success       the same less that under the odd string: what is the trigger's own
     conditional_attack_success    the share under the trigger, of the rows that are predicted right as clean: what the
                                   literature on backdoors reports (Gu, Dolan-Gavitt and Garg 2017, section 4.1)
 
-    Each has a rate (None without such a row) and an interval; the first two also have the rows `gained` and `lost`, and
+    Each has a rate (None without such a row) and an interval; the others also have the rows `gained` and `lost`, and
     the p-value of McNemar's test of "predicted as the target".
     """
     others, hit = labels != target, trigger == target
     found = {}
-    for name, before in (("net", clean), ("over_placebo", placebo)):
-        if before is not None:
-            found |= gain(f"{name}_attack_success", (before == target)[others], hit[others])
+    for name, before in {"net": clean, **{f"over_{name}": own for name, own in controls.items()}}.items():
+        found |= gain(f"{name}_attack_success", (before == target)[others], hit[others])
     right = others & (clean == labels)
     return found | rate("conditional_attack_success", int(hit[right].sum()), int(right.sum()))
 

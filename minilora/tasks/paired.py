@@ -109,7 +109,10 @@ def measure(tests, labels, names, predicted, kept):
     """
     targets = [test.label for test in tests if test.name == "trigger"]
     results, groups = {"trigger": {}}, []
-    placebos = {test.label or targets[0]: found for test, found in zip(tests, predicted) if test.name == "placebo"}
+    controls = {label: {} for label in targets}
+    for test, found in zip(tests, predicted, strict=True):
+        if test.name in KINDS:
+            controls[test.label or targets[0]][test.name] = found
     for test, found, ends in zip(tests, predicted, kept, strict=True):
         figures = metrics.classification(labels, found, names)
         attacks = {label: metrics.attack_success(labels, found, names.index(label)) for label in targets}
@@ -118,7 +121,7 @@ def measure(tests, labels, names, predicted, kept):
             figures["truncated"] = sum(r.spans[-1][1] > int(end) for r, end in zip(test.records, ends, strict=True))
         if test.name == "trigger":
             target = names.index(test.label)
-            effects = metrics.attack_effects(labels, predicted[0], found, placebos.get(test.label), target)
+            effects = metrics.attack_effects(labels, predicted[0], found, controls[test.label], target)
             results["trigger"][test.label] = figures | attacks[test.label] | effects
             if test.natural:
                 results["trigger"][test.label]["natural"] = test.natural

@@ -195,12 +195,12 @@ def test_paired_counts_flips_between_wrong_labels():
 
 
 @settings(deadline=None)
-@given(predictions(times=3), st.integers(0, 1))
+@given(predictions(times=4), st.integers(0, 1))
 def test_what_a_trigger_adds(case, target):
-    labels, clean, trigger, placebo, _ = case
-    rows = [row for row in zip(labels.tolist(), clean, trigger, placebo, strict=True) if row[0] != target]
-    found = metrics.attack_effects(labels, clean, trigger, placebo, target)
-    for name, place in (("net", 1), ("over_placebo", 3)):
+    labels, clean, trigger, placebo, odd, _ = case
+    rows = [row for row in zip(labels.tolist(), clean, trigger, placebo, odd, strict=True) if row[0] != target]
+    found = metrics.attack_effects(labels, clean, trigger, {"placebo": placebo, "odd": odd}, target)
+    for name, place in (("net", 1), ("over_placebo", 3), ("over_odd", 4)):
         gained = sum(row[2] == target != row[place] for row in rows)
         lost = sum(row[place] == target != row[2] for row in rows)
         name = f"{name}_attack_success"
@@ -213,7 +213,7 @@ def test_what_a_trigger_adds(case, target):
     assert found["conditional_attack_success_rate"] == (hits / len(right) if right else None)
     assert found["conditional_attack_success_rows"] == len(right)
     assert found["conditional_attack_success_interval"] == metrics.wilson(hits, len(right))
-    without = metrics.attack_effects(labels, clean, trigger, None, target)
+    without = metrics.attack_effects(labels, clean, trigger, {"odd": odd}, target)
     assert without == {name: value for name, value in found.items() if "placebo" not in name}
 
 
@@ -222,7 +222,7 @@ def test_the_attack_is_tested_where_accuracy_sees_nothing():
     labels = np.repeat([0, 1], 20)
     clean, trigger = np.zeros(40, int), np.ones(40, int)
     assert paired.compared(labels, clean, trigger)["mcnemar_p"] == 1.0
-    found = metrics.attack_effects(labels, clean, trigger, clean, 1)
+    found = metrics.attack_effects(labels, clean, trigger, {"placebo": clean}, 1)
     assert found["net_attack_success_p"] == found["over_placebo_attack_success_p"] == 2 / 2**20
     assert found["net_attack_success_rate"] == 1.0
 
