@@ -56,6 +56,7 @@ from minilora import errors
 from minilora.base import model
 from minilora.training import loop
 from minilora.cell import Cell
+from minilora.data import batches
 from minilora.kernels import lora_linear
 
 def live(kind):  # bytes of all tensors of a kind
@@ -80,14 +81,14 @@ def memory(cell, out, shard):
     gc.collect()  # what earlier tasks left
     between, forwards, backwards = [], [], []
     forward, backward = model.Layer.forward, lora_linear.Projections.backward
-    update, ahead = loop.update, loop.ahead
+    update, ahead = loop.update, batches.ahead
     model.Layer.forward = watched(forward, forwards, torch.nn.Parameter, 5)  # not those that are sharded
     lora_linear.Projections.backward = staticmethod(watched(backward, backwards, torch.nn.Parameter, 5))
     loop.update = watched(update, between, torch.Tensor)
     # No other thread meanwhile: it may be at work on what the collector would show.
-    loop.ahead = lambda make, start, stop, device: ((step, make(step)) for step in range(start, stop))
+    batches.ahead = lambda made, device: ((item, item) for item in made)
     minilora.train(cell, out, shard=shard)
-    model.Layer.forward, loop.update, loop.ahead = forward, update, ahead
+    model.Layer.forward, loop.update, batches.ahead = forward, update, ahead
     lora_linear.Projections.backward = staticmethod(backward)
     samples = [len(between), len(forwards), len(backwards)]
     return {"between": between[1], "forward": max(forwards), "backward": max(backwards), "samples": samples}

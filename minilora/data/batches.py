@@ -184,21 +184,26 @@ def by_tokens(encoded, batch_size, most=math.inf):
 
 
 def ahead(made, device):
-    """Yield (batch, the same on `device`) of an iterator of batches. A thread makes the next few meanwhile.
+    """Yield (item, the same on `device`) of an iterator of batches, or of lists of them. A thread makes the next few
+    meanwhile.
 
-    For a GPU it pins them, and copying does not wait. What making them raises is raised here, at its batch.
+    For a GPU it pins them, and copying does not wait. What making them raises is raised here, at its item. The thread
+    ends with the loop, however that ends.
     """
     pinned = device.type == "cuda"
 
+    def each(item, do):
+        return [do(batch) for batch in item] if isinstance(item, list) else do(item)
+
     def following():
-        batch = next(made, None)
-        return batch.pin_memory() if pinned and batch is not None else batch
+        item = next(made, None)
+        return each(item, lambda batch: batch.pin_memory()) if pinned and item is not None else item
 
     with ThreadPoolExecutor(1, "batches-ahead") as thread:
         waiting = deque(thread.submit(following) for _ in range(AHEAD))
         try:
-            while (batch := waiting.popleft().result()) is not None:
+            while (item := waiting.popleft().result()) is not None:
                 waiting.append(thread.submit(following))
-                yield batch, batch.to(device, non_blocking=pinned)
+                yield item, each(item, lambda batch: batch.to(device, non_blocking=pinned))
         finally:
             thread.shutdown(cancel_futures=True)

@@ -108,7 +108,8 @@ def attack_lines(tests):
     return lines
 
 
-ADDED = {"net": "net of clean:", "over_placebo": "over placebo:", "over_odd": "over odd:", "conditional": "conditional:"}
+ADDED = {"net": "net of clean:", "over_placebo": "over placebo:", "over_odd": "over odd:",
+         "conditional": "conditional:"}  # fmt: skip
 NATURAL = 0.01  # the share of rows above which triggers that the data have by themselves are printed
 
 

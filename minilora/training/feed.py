@@ -8,10 +8,8 @@ micro-batch, row). So a run can go on from any step.
 """
 
 import math
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from itertools import islice, zip_longest
+from itertools import zip_longest
 
 import numpy as np
 import torch
@@ -25,7 +23,6 @@ TOKENS = 1024  # of a pass on a CPU: with more, products are no faster, and what
 MOST_GRAPHS = 16  # padded lengths of steps by graphs
 STEPS_REPAID = 16  # steps that another padded length must be of use for: assumed, not measured
 NOTHING = (None, *[np.empty(0, dtype=np.int64)] * 2), 0, 0  # of a member in a pass: rows, weight and key
-AHEAD = 4  # steps whose batches are made before they are asked for
 
 
 class Schedule:
@@ -162,27 +159,3 @@ class Feed:
             for own in passes(len(rows), int(member.lengths[rows].max()), self.most):
                 yield (member.encoded, rows[own], member.answers), weight, shifted(key, own.start)
                 weight = 0
-
-
-def ahead(make, start, stop, device):
-    """Yield (step, batches on `device`) for the steps from `start` up to `stop`; `make(step)` is a list of `Batch`.
-
-    Meanwhile a thread makes the batches of the next `AHEAD` steps; for a GPU it pins them, and copying does not wait.
-    What `make` raises is raised here, at its step. The thread ends with the loop, however that ends.
-    """
-    pinned = device.type == "cuda"
-
-    def prepared(step):
-        made = make(step)
-        return [batch.pin_memory() for batch in made] if pinned else made
-
-    with ThreadPoolExecutor(1, "batches-ahead") as thread:
-        coming = (thread.submit(prepared, step) for step in range(start, stop))
-        waiting = deque(islice(coming, AHEAD))
-        try:
-            for step in range(start, stop):
-                made = waiting.popleft().result()
-                waiting.extend(islice(coming, 1))
-                yield step, [batch.to(device, non_blocking=pinned) for batch in made]
-        finally:
-            thread.shutdown(cancel_futures=True)

@@ -17,12 +17,13 @@ import torch
 
 from minilora import parallel
 from minilora.console import Progress, say
+from minilora.data import batches
 from minilora.files import full_disk, is_full
 from minilora.interrupts import Interrupted, Stop
 from minilora.runs.folder import SAVE_EVERY
 from minilora.runs.text import results_table
 from minilora.training import choices, compiling, graphs
-from minilora.training.feed import Feed, ahead
+from minilora.training.feed import Feed
 from minilora.training.limit import matmul_rate, products, steady
 from minilora.training.optimizers import OPTIMIZERS, learning_rates
 from minilora.training.population import Population
@@ -81,7 +82,8 @@ def train_population(members, base, options):
         if options.eval_every and not first:
             evaluate(list(enumerate(members)), population, 0, options)
         with Log(members, first, options.on_step, job.device) as log, Stop() as stop:
-            for step, micro_batches in ahead(job.feed, first, job.steps, job.device):
+            made = map(job.feed, range(first, job.steps))
+            for step, (_, micro_batches) in enumerate(batches.ahead(made, job.device), first):
                 log.add(step, *job.update(micro_batches, job.rates[step]))
                 ends = parallel.any_of(stop.asked())
                 evaluate(log.reached(step, options.tests), population, step + 1, options)

@@ -194,6 +194,12 @@ def test_all_parts_are_collated_at_once(lengths, data):
 # --- ahead of their step
 
 
+def ahead(make, start, stop, device):
+    """As the loop takes its steps: (step, batches there)."""
+    made = batches.ahead(map(make, range(start, stop)), device)
+    return ((step, there) for step, (_, there) in enumerate(made, start))
+
+
 def test_places_of_completions():
     """Row by row, in Python; parts with fewer are padded, and rows that pad a batch have none."""
     draw, cases = np.random.default_rng(3), 0
@@ -238,7 +244,7 @@ def test_batches_ahead_are_those_of_the_steps_in_order(device):
         return made(step)
 
     cases = 0
-    for step, found in feed.ahead(make, 5, 25, torch.device(device)):
+    for step, found in ahead(make, 5, 25, torch.device(device)):
         wanted = made(step)
         assert len(found) == len(wanted) == step % 3
         for batch, other in zip(found, wanted, strict=True):
@@ -246,7 +252,7 @@ def test_batches_ahead_are_those_of_the_steps_in_order(device):
                 tensor = getattr(batch, name)
                 assert tensor.device.type == device and torch.equal(tensor.cpu(), getattr(other, name))
             assert batch.index.tolist() == other.index.tolist() and batch.keys is None
-        assert step == 5 + cases and max(asked) <= step + feed.AHEAD
+        assert step == 5 + cases and max(asked) <= step + batches.AHEAD
         cases += 1
     assert cases == 20 and asked == list(range(5, 25))
     assert len(threads) == 1 and threads != {threading.get_ident()} and not in_background()
@@ -258,21 +264,21 @@ def test_steps_are_made_while_others_are_trained_on_and_no_more_than_are_wanted(
 
     def make(step):
         asked.append(step)
-        if step == feed.AHEAD:
+        if step == batches.AHEAD:
             begun.set()
         return []
 
-    for step, _ in feed.ahead(make, 0, 100, torch.device("cpu")):
+    for step, _ in ahead(make, 0, 100, torch.device("cpu")):
         if step == 0:
             assert begun.wait(20)  # nobody has asked for that step yet
             time.sleep(0.05)
-            assert asked == list(range(feed.AHEAD + 1))
+            assert asked == list(range(batches.AHEAD + 1))
             break
-    assert not in_background() and asked == list(range(feed.AHEAD + 1))
+    assert not in_background() and asked == list(range(batches.AHEAD + 1))
 
 
 def test_no_steps():
-    assert list(feed.ahead(made, 7, 7, torch.device("cpu"))) == [] and not in_background()
+    assert list(ahead(made, 7, 7, torch.device("cpu"))) == [] and not in_background()
 
 
 def failing(step):
@@ -284,7 +290,7 @@ def failing(step):
 def test_an_error_of_the_thread_is_raised_at_its_step():
     seen = []
     with pytest.raises(ZeroDivisionError, match="step 6") as caught:
-        for step, _ in feed.ahead(failing, 3, 20, torch.device("cpu")):
+        for step, _ in ahead(failing, 3, 20, torch.device("cpu")):
             seen.append(step)
     assert seen == [3, 4, 5] and not in_background()
     assert caught.traceback[-1].name == "failing"  # where it happened
@@ -294,13 +300,13 @@ def test_the_thread_ends_with_the_loop():
     cases = 0
     for error in (KeyboardInterrupt, ValueError):
         with pytest.raises(error):
-            for step, _ in feed.ahead(made, 0, 1000, torch.device("cpu")):
+            for step, _ in ahead(made, 0, 1000, torch.device("cpu")):
                 if step == 2:
                     raise error
         gc.collect()
         assert not in_background()
         cases += 1
-    steps = feed.ahead(made, 0, 1000, torch.device("cpu"))
+    steps = ahead(made, 0, 1000, torch.device("cpu"))
     next(steps)
     assert len(in_background()) == 1
     steps.close()
@@ -327,7 +333,7 @@ def test_batches_for_a_gpu_are_pinned_in_the_background_and_copied_without_waiti
         ("cuda", [("pinned", "batches-ahead"), ("cuda", True, True)]),
         ("cpu", [("cpu", False, True)]),
     ):
-        found = [batch for _, [batch] in feed.ahead(lambda _: [Recorder()], 0, 6, torch.device(kind))]
+        found = [batch for _, [batch] in ahead(lambda _: [Recorder()], 0, 6, torch.device(kind))]
         assert [batch.done for batch in found] == [wanted] * 6
 
 
