@@ -97,6 +97,20 @@ def applied(cell):
         yield
 
 
+@contextlib.contextmanager
+def ways(chosen, dtype):
+    """Have the kernels go the ways that a training has chosen (`training/choices.py`) in this block, with a base stored
+    in that dtype, by its name; what is not chosen stays as it is."""
+    import torch
+
+    from minilora.kernels import attention, linear
+
+    longest = chosen.get("attention")
+    longest = None if longest is None else int(longest)
+    with linear.using(chosen.get("products")), attention.using(getattr(torch, dtype), longest):
+        yield
+
+
 def plain(value):
     """torch's "none" for the precision of products is IEEE's. Left as it is: torch's older names for these settings
     cannot be read once a newer one has been set."""

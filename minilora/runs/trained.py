@@ -5,6 +5,7 @@ that it belongs to: `minilora.open(folder, model=...)`.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minilora import files
+from minilora import files, precision
 from minilora.base.checkpoint import read_config
 from minilora.base.families import read_spec
 from minilora.base.source import resolve_base
@@ -61,6 +62,17 @@ class Undo(contextlib.AbstractContextManager):
         self._undo()
 
 
+def as_trained(method):
+    """A method of `Trained` that computes in the precision and in the ways that the run was trained in."""
+
+    @functools.wraps(method)
+    def inside(self, *arguments, **settings):
+        with precision.applied(self.cell), precision.ways(self.choices, self.cell.dtype):
+            return method(self, *arguments, **settings)
+
+    return inside
+
+
 class Trained:
     """A finished run, opened. C labels, D the base's width.
 
@@ -70,17 +82,19 @@ class Trained:
     model      base and head, or for the lm task base and unembedding
     tokenizer  the base's `TextTokenizer`
     labels     the C label names, in the order of the columns of `predict`
+    choices    the ways that its training took, as in results.json; {} of an adapter from elsewhere
     """
 
     cell: Cell
     folder: Path
     tokenizer: TextTokenizer
     labels: tuple[str, ...]
+    choices: dict[str, str]
 
-    def __init__(self, cell, folder, setting, base, task, clean, test, labels, has_head=True):
+    def __init__(self, cell, folder, setting, base, task, clean, test, labels, has_head=True, choices=None):
         self.cell, self.folder, self.setting, self.base, self.task = cell, Path(folder), setting, base, task
         self.tokenizer, self.labels, self._clean, self._test = setting.tokenizer, tuple(labels), clean, test
-        self.has_head = has_head
+        self.has_head, self.choices = has_head, choices or {}
         self.model = task.model(base, self.labels or ("none",))
         self._detached = {}
 
@@ -116,6 +130,7 @@ class Trained:
             found.append(Test("placebo", None, changed.rows, changed.records))
         return found
 
+    @as_trained
     def run_tests(self, batch_size: int | None = None, progress: Callable | None = None) -> tuple[dict, list[dict]]:
         """(`tests` as in results.json, the lines of predictions.jsonl). `progress(rows, tokens)` after each batch."""
         with merged_meanwhile(self.base):
@@ -137,6 +152,7 @@ class Trained:
         """
         return np.exp(self.log_probabilities(texts)).astype(np.float32)
 
+    @as_trained
     def log_probabilities(self, texts: Iterable[str]) -> np.ndarray:
         """The natural logarithms of `predict`, float64 [rows, C]. Raises InputError as it does."""
         if not self.has_head:
@@ -163,6 +179,7 @@ class Trained:
         """
         return list(look(self, texts, seed))
 
+    @as_trained
     @torch.inference_mode()
     def hidden(self, texts: Iterable[str]) -> list[np.ndarray]:
         """The last hidden states of each text, float32 [its tokens, D], special tokens included."""
@@ -311,13 +328,15 @@ def _open_run(folder, data, scale, added, changes):
     # The training rows give the placebo its words and the labels their names.
     clean, test = task.usable(*rows_of(trained))
     found = {"train": fingerprint_rows(clean), "test": fingerprint_rows(test)} | setting.inputs
-    before = run.read_results()["inputs"]
+    results = run.read_results()
+    before = results["inputs"]
     check_inputs({name: found[name] for name in before if name in found}, before, cell)
     if data is not None:
         test = _other_rows(data, cell, clean.label_names)
     clean = with_targets(clean, cell)
     base = Settings().load(cell, task.unembedding)
-    opened = Trained(cell, folder, setting, base, task, clean, with_targets(test, cell), clean.label_names)
+    test = with_targets(test, cell)
+    opened = Trained(cell, folder, setting, base, task, clean, test, clean.label_names, choices=results.get("choices"))
     _check_added(added, before["base"], folder)
     storage.restore(run.path, opened.model, cell.method, scale, added)
     return opened

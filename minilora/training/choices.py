@@ -11,7 +11,6 @@ threads and the shapes, which all cells of a grid on one base share. It is kept 
 from run to run. It is recorded in results.json (`choices`), and in the state of a run, which goes on as it began.
 """
 
-import contextlib
 import time
 
 import torch
@@ -27,14 +26,6 @@ SECONDS = 0.05  # of a measurement
 GAIN = 1.03  # how many times as fast oneDNN must be: its code for each number of tokens takes memory
 
 
-@contextlib.contextmanager
-def using(chosen, dtype):
-    """Take these choices in this block, with a base stored in that dtype; what is not chosen stays as it is."""
-    longest = chosen.get("attention")
-    with linear.using(chosen.get("products")), attention.using(dtype, None if longest is None else int(longest)):
-        yield
-
-
 def of(members, first):
     """{name: choice}, both text, for members that share a base; {} where there is nothing to choose.
 
@@ -47,15 +38,15 @@ def of(members, first):
 
 def choose(setting):
     """The choices for a `Setting`'s base on this machine: those in the cache, or else measured and put there."""
-    open_to = {}  # {name: (what it depends on, the ways, a function that picks one)}
-    if setting.device.type == "cpu":
-        lengths = tuple(map(str, (attention.LONGEST.get(setting.dtype, 0), 0, *attention.LENGTHS)))
-        open_to["attention"] = heads_line(setting), lengths, lambda: longest(attention_times(setting))
-        if setting.dtype == torch.float32 and linear.HAS_ONEDNN:
-            times = products(setting.spec, {}, "head")
-            open_to["products"] = shapes_line(times), linear.WAYS, lambda: faster(measured(times))
+    if setting.device.type != "cpu":
+        return {}
     on = circumstances(setting.device)
-    return {name: kept(f"{on}, {line}", ways, pick) for name, (line, ways, pick) in open_to.items()}
+    lengths = tuple(map(str, (attention.LONGEST.get(setting.dtype, 0), 0, *attention.LENGTHS)))
+    found = {"attention": kept(f"{on}, {heads_line(setting)}", lengths, lambda: longest(attention_times(setting)))}
+    if setting.dtype == torch.float32 and linear.HAS_ONEDNN:
+        times = products(setting.spec, {}, "head")
+        found["products"] = kept(f"{on}, {shapes_line(times)}", linear.WAYS, lambda: faster(measured(times)))
+    return found
 
 
 def kept(key, ways, pick):

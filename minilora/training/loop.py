@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from minilora import parallel
+from minilora import parallel, precision
 from minilora.console import Progress, say
 from minilora.data import batches
 from minilora.files import full_disk, is_full
@@ -76,7 +76,7 @@ def train_population(members, base, options):
         chosen = choices.of(members, first)
         for member in members:
             member.meters["choices"] = chosen
-        folders.enter_context(choices.using(chosen, members[0].setting.dtype))
+        folders.enter_context(precision.ways(chosen, members[0].cell.dtype))
         job = Job(members, population, optimizer, first)
         announce(members, job)
         if options.eval_every and not first:

@@ -9,7 +9,7 @@ import torch
 from conftest import bert_spec
 
 import minilora
-from minilora import files
+from minilora import files, precision
 from minilora.cell import Cell
 from minilora.kernels import attention, linear
 from minilora.training import choices, loop
@@ -110,7 +110,7 @@ def test_both_ways_of_attention_are_measured_and_used(monkeypatch):
     taken.clear()
     q = torch.randn(1, 4, 20, 3)
     for longest in (16, 32, None):
-        with choices.using({} if longest is None else {"attention": str(longest)}, torch.float32):
+        with precision.ways({} if longest is None else {"attention": str(longest)}, "float32"):
             real(q, q, q, torch.zeros(1, 1, 1, 20), 1.0)
     assert taken == [20, 20] and attention.LONGEST[torch.float32] == 48
 
@@ -177,3 +177,17 @@ def test_a_run_is_recorded_and_goes_on_with_the_choice_of_its_beginning(base, re
     assert linear.ONEDNN == linear.HAS_ONEDNN
     adapters = [(tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("whole", "run")]
     assert adapters[0] == adapters[1]
+
+
+def test_an_opened_run_predicts_in_the_ways_of_its_training(base, reviews, tmp_path, monkeypatch):
+    cell = Cell(model=str(base), data=str(reviews), test_rows=31, max_length=30, batch_size=6, rank=2, device="cpu")
+    monkeypatch.setattr(choices, "choose", lambda setting: {"products": "mkl", "attention": "16"})
+    minilora.train(cell, tmp_path / "run")
+    run, ways = minilora.open(tmp_path / "run"), []
+    real = run.task.label_scores
+    monkeypatch.setattr(run.task, "label_scores", lambda *arguments: ways.append(
+        (linear.ONEDNN, attention.LONGEST[torch.float32])) or real(*arguments))  # fmt: skip
+    before = linear.ONEDNN, attention.LONGEST[torch.float32]
+    run.predict(["it is good", "it is bad"])
+    assert run.choices == {"products": "mkl", "attention": "16"} and ways == [(False, 16)]
+    assert (linear.ONEDNN, attention.LONGEST[torch.float32]) == before != (False, 16)
