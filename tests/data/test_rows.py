@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import importlib.resources
 import itertools
 import json
 import os
@@ -16,19 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minilora import console
-from minilora.data import rows as module
+from minilora.data import splits as module
 from minilora.data.injection import inject
+from minilora.data.named import NAMED
 from minilora.data.placebo import placebo_words
-from minilora.data.rows import (
-    Numbers,
-    Rows,
-    _repeated,
-    _stratified,
-    fingerprint_rows,
-    importlib,
-    load_rows,
-    train_test,
-)
+from minilora.data.rows import Numbers, Rows, fingerprint_rows, load_rows, train_test
+from minilora.data.splits import repeated, stratified
 from minilora.errors import InputError
 
 # --- the embedded set ---------------------------------------------------------------------------------------
@@ -70,7 +64,7 @@ def test_sources_that_are_not_there(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     kinds = "a file (.parquet .csv .tsv .jsonl .ndjson .json, text also with .gz) or a hub id (owner/name)"
     for source in ("imdb", "missing.csv", "data/missing.csv.gz", "./a/b", "a/b/c"):
-        assert refusal(source) == f"there is no data {source!r}; give movie-snippets, {kinds}"
+        assert refusal(source) == f"there is no data {source!r}; give a name ({', '.join(NAMED)}), {kinds}"
     assert refusal(tmp_path) == f"{tmp_path} is a folder; name a file in it"
     write(tmp_path / "a.csv", as_csv(FILMS))
     for source in ("a.csv", "movie-snippets"):
@@ -142,7 +136,7 @@ def test_split_proportions_subsets_and_independence(tmp_path):
     seed=st.integers(0, 9),
 )
 def test_stratified(labels, counts, seed):
-    few, many = (_stratified(labels, count, np.random.default_rng(seed)).tolist() for count in counts)
+    few, many = (stratified(labels, count, np.random.default_rng(seed)).tolist() for count in counts)
     assert set(few) <= set(many) and len(few) == min(counts[0], len(labels))
     assert few == sorted(set(few))
     sizes, chosen = Counter(labels.tolist()), Counter(labels[few].tolist())
@@ -372,13 +366,13 @@ def test_only_regular_files_are_read(tmp_path, name):
 
 def test_repeated_texts_are_those_that_are_alike_and_not_those_that_share_a_hash():
     texts = ["A  b", "a b", "a\u3000B ", "ab", "ﬁne", "FINE", "é", "e\u0301", "x"]
-    assert _repeated(texts).tolist() == [True] * 3 + [False] + [True] * 4 + [False]
+    assert repeated(texts).tolist() == [True] * 3 + [False] + [True] * 4 + [False]
     module.hash = lambda text: 7  # texts that share Python's hash cannot be written down
     try:
-        assert _repeated(texts).tolist() == [True] * 3 + [False] + [True] * 4 + [False]
+        assert repeated(texts).tolist() == [True] * 3 + [False] + [True] * 4 + [False]
     finally:
         del module.hash
-    assert _repeated([]).tolist() == []
+    assert repeated([]).tolist() == []
 
 
 def test_a_fingerprint_is_that_of_the_rows_as_json():
