@@ -101,6 +101,14 @@ class Cell(Named):
     label_noise: float = option(
         0.0, "data", "share of the training rows that get another label at random", least=0, most=1, marks="free"
     )
+    strip_words: int | None = option(
+        None, "data", "take the words that tell most, so many of each label, out of all rows", least=1, unset="none",
+        axis="telling words taken out", marks="free",
+    )  # fmt: skip
+    validation_rows: int | None = option(
+        None, "data", "rows taken out of the training data, to choose by, such as a learning rate for each rank",
+        least=2, unset="none", marks="free",
+    )  # fmt: skip
     max_length: int = option(128, "data", "tokens a row, longer rows are cut", least=4, marks="peers")
 
     task: str = option(

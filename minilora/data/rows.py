@@ -21,12 +21,13 @@ from minilora.data.hub_sets import HubSet
 from minilora.data.named import NAMED
 from minilora.data.noise import with_noise
 from minilora.data.splits import FEW, split_off, strata, stratified
+from minilora.data.telling import telling_words, without
 from minilora.data.triggers import resolve
 from minilora.errors import InputError
 from minilora.fields import is_table, no_path
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(:[\w.-]+)?")
-TEST_STREAM, TRAIN_STREAM = 1, 2  # keep the two seeded choices of rows independent of each other
+TEST_STREAM, TRAIN_STREAM, VALIDATION_STREAM = 1, 2, 3  # keep the seeded choices of rows independent of each other
 
 
 class Numbers(Sequence):
@@ -68,6 +69,7 @@ class Rows:
     label_names: tuple[str, ...]
     choices: list[dict[str, str]] | None = None  # of a question set: {label: text} of each row
     skipped: tuple[str, ...] = ()  # ids of the rows of the source that cannot be used, and are left out
+    stripped: dict[str, list[str]] | None = None  # {label: its words that were taken out of every text}
 
     def __len__(self):
         return len(self.ids)
@@ -140,12 +142,14 @@ def train_test(
     label_column=None,
     train_rows=None,
     test_rows=1000,
+    validation_rows=None,
     seed=0,
     revision=None,
     free=False,
     bad_rows=None,
 ):
-    """Return (training rows, test rows) with the same `label_names`, each in the order of its source.
+    """Return [training rows, test rows] with the same `label_names`, each in the order of its source; with
+    `validation_rows` also so many validation rows, split off what is left of `data` without the test rows.
 
     Test rows come from `test_data` (a source as in `load_rows`; of one that has a test split that split), else from
     the test split of `data` (in a hub data set its validation split where the test split has no labels), at most
@@ -165,7 +169,7 @@ def train_test(
     """
     data = os.fspath(data)
     how = {"text_column": text_column, "label_column": label_column, "free": free, "bad_rows": bad_rows}
-    for what, count in (("test", test_rows), ("training", train_rows)):
+    for what, count in (("test", test_rows), ("training", train_rows), ("validation", validation_rows)):
         if count is not None and count < 1:
             raise InputError(f"{count} {what} rows were asked for; ask for at least 1")
 
@@ -196,22 +200,30 @@ def train_test(
         test = align(test, train.label_names, test_source, free)
         train = replace(train, label_names=test.label_names)
         test = test.take(stratified(strata(test, free), test_rows, generator))
+    validation = []
+    if validation_rows is not None:
+        generator = np.random.default_rng([seed, VALIDATION_STREAM])
+        train, *validation = split_off(train, validation_rows, generator, data, free, "validation")
     if train_rows is not None:
         if train_rows < classes and not free:
             raise InputError(f"{train_rows} training rows cannot hold all {classes} labels of {data}")
         train = train.take(stratified(strata(train, free), train_rows, np.random.default_rng([seed, TRAIN_STREAM])))
-    return train, test
+    return [train, test, *validation]
 
 
 def rows_of(cell):
-    """The (training rows, test rows) of a `cell.Cell`: `train_test` with its fields."""
-    train, test = train_test(
+    """[Training rows, test rows] of a `cell.Cell`, and its validation rows if it has any: `train_test` with its fields,
+    without the words that it strips. Only training rows get wrong labels."""
+    sides = train_test(
         cell.data, test_data=cell.test_data, text_column=cell.text_column, label_column=cell.label_column,
-        train_rows=cell.train_rows, test_rows=cell.test_rows, seed=cell.seed_split, revision=cell.data_revision,
-        free=cell.task == "lm", bad_rows=cell.bad_rows,
+        train_rows=cell.train_rows, test_rows=cell.test_rows, validation_rows=cell.validation_rows,
+        seed=cell.seed_split, revision=cell.data_revision, free=cell.task == "lm", bad_rows=cell.bad_rows,
     )  # fmt: skip
-    train = with_noise(train, cell.label_noise, cell.seed_split)
-    return with_targets(train, cell), with_targets(test, cell)
+    if cell.strip_words:
+        words = telling_words(sides[0], cell.strip_words)
+        sides = [without(rows, words) for rows in sides]
+    sides[0] = with_noise(sides[0], cell.label_noise, cell.seed_split)
+    return [with_targets(rows, cell) for rows in sides]
 
 
 def with_targets(rows, cell):
@@ -223,28 +235,29 @@ def with_targets(rows, cell):
     return replace(rows, label_names=tuple(dict.fromkeys([*rows.label_names, *targets])))
 
 
-def leave_out(train, test, problems, cell):
-    """(Training, test rows) without those in `problems(rows)`, {index: why}, and without labels that only these had.
+def leave_out(sides, problems, cell):
+    """`sides` (training, test and perhaps validation rows) without those in `problems(rows)`, {index: why}, and without
+    labels that only these had.
 
     Raises InputError with the list of them where they are not to be skipped.
     """
-    found = [{rows.ids[i]: why for i, why in problems(rows).items()} for rows in (train, test)]
-    if cell.test_data is None and not _is_hub_id(cell.data):  # both are of one file
-        together = sorted((found[0] | found[1]).items(), key=lambda item: (len(item[0]), item[0]))
-        listed = [(dict(together), len(train) + len(test), cell.data)]
-    else:
-        listed = zip(found, map(len, (train, test)), (cell.data, cell.test_data or cell.data))
-    for wrong, count, source in listed:
+    found = [{rows.ids[i]: why for i, why in problems(rows).items()} for rows in sides]
+    own_test = cell.test_data is not None or _is_hub_id(cell.data)
+    own = [place for place in range(len(sides)) if not (own_test and place == 1)]  # the sides that are of `data`
+    for group, source in [(own, cell.data)] + ([([1], cell.test_data or cell.data)] if own_test else []):
+        wrong = {id: why for place in group for id, why in found[place].items()}
         if wrong:
-            formats.refuse_or_say(wrong, count, source, skips(source, cell.bad_rows))
+            listed = dict(sorted(wrong.items(), key=lambda item: (len(item[0]), item[0])))
+            count = sum(len(sides[place]) for place in group)
+            formats.refuse_or_say(listed, count, source, skips(source, cell.bad_rows))
     left = []
-    for rows, wrong in zip((train, test), found, strict=True):
+    for rows, wrong in zip(sides, found, strict=True):
         kept = rows.take([i for i, id in enumerate(rows.ids) if id not in wrong]) if wrong else rows
         left.append(replace(kept, skipped=(*rows.skipped, *wrong)))
-    gone = {*train.labels, *test.labels} - {*left[0].labels, *left[1].labels}
-    names = [name for label, name in enumerate(train.label_names) if label not in gone]
-    place = np.array([names.index(name) if name in names else -1 for name in train.label_names])
-    return tuple(replace(rows, labels=place[rows.labels], label_names=tuple(names)) for rows in left) if gone else left
+    gone = {label for rows in sides for label in rows.labels} - {label for rows in left for label in rows.labels}
+    names = [name for label, name in enumerate(sides[0].label_names) if label not in gone]
+    place = np.array([names.index(name) if name in names else -1 for name in sides[0].label_names])
+    return [replace(rows, labels=place[rows.labels], label_names=tuple(names)) for rows in left] if gone else left
 
 
 def fingerprint_rows(rows):

@@ -27,14 +27,16 @@ def stratified(labels, count, generator):
     return np.sort(by_class[np.argsort(share, kind="stable")[:count]])
 
 
-def split_off(rows, test_rows, generator, source, free):
+def split_off(rows, count, generator, source, free, what="test"):
+    """(The rest, `count` rows for tests), both with rows of every label. `what` the rows are for, in an error."""
     single = np.flatnonzero(~repeated(rows.texts))
-    if len(single) < test_rows:
+    advice = " or give test data" if what == "test" else ""
+    if len(single) < count:
         raise InputError(
             f"{source} has {len(rows)} rows, {len(single)} of them with a text of their own: too few for"
-            f" {test_rows} test rows; ask for fewer or give test data"
+            f" {count} {what} rows; ask for fewer{advice}"
         )
-    chosen = single[stratified(strata(rows, free)[single], test_rows, generator)]
+    chosen = single[stratified(strata(rows, free)[single], count, generator)]
     rest = np.setdiff1d(np.arange(len(rows)), chosen)
     train, test = rows.take(rest), replace(rows.take(chosen), skipped=())
     if free:
@@ -42,15 +44,15 @@ def split_off(rows, test_rows, generator, source, free):
     alone = [name for name, count in zip(rows.label_names, np.bincount(rows.labels), strict=True) if count == 1]
     if alone:
         raise InputError(
-            f"{source} has a single row with label {few(map(repr, alone))}, and training and test rows need one each; "
-            "remove it, add rows of that label or give test data"
+            f"{source} has a single row with label {few(map(repr, alone))}, and training and {what} rows need one"
+            f" each; remove it, add rows of that label{advice}"
         )
     counts = (np.bincount(rows.labels[side], minlength=len(rows.label_names)) for side in (rest, chosen))
     for name, trained, tested in zip(rows.label_names, *counts, strict=True):
         if not (trained and tested):
             raise InputError(
-                f"{test_rows} test rows of {source} leave {trained} training and {tested} test rows with label"
-                f" {name!r}, and each side needs one; ask for another number of test rows or give test data"
+                f"{count} {what} rows of {source} leave {trained} training and {tested} {what} rows with label"
+                f" {name!r}, and each side needs one; ask for another number of {what} rows{advice}"
             )
     return train, test
 

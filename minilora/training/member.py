@@ -20,7 +20,7 @@ from minilora.errors import TrainingError
 from minilora.fields import grouped
 from minilora.lora import merging, storage
 from minilora.lora.adapter import adapter_of
-from minilora.lora.layer import attach, detach, named_layers
+from minilora.lora.layer import attach, detach, merged_meanwhile, named_layers
 from minilora.lora.peft import to_peft
 from minilora.lora.targets import describe_slots, plan_slots
 from minilora.runs.bases import Shared
@@ -56,21 +56,24 @@ class Member:
         cell, self.setting, self.shared = self.cell, setting, shared or Shared()
         self.slots = plan_slots(setting.spec, cell)
         self.task = find_task(cell, setting.spec, setting.tokenizer)
-        self.clean, test, inputs = self.shared("rows", cell, ROWS, make=self.read_rows)
+        self.clean, test, validation, inputs = self.shared("rows", cell, ROWS, make=self.read_rows)
         seed, looked_at = cell.seed_for("inject"), rows_looked_at(len(self.clean), cell)
         self.injected, self.encoded, self.answers, injected = self.shared(
             "injected", cell, INJECTED, seed, key_of_rows(looked_at), make=lambda: self.inject(looked_at)
         )
         self.tests = self.shared("tests", cell, TESTS, seed, make=lambda: self.task.build_tests(self.clean, test, seed))
+        made = [self.task.build_tests(self.clean, rows, seed) for rows in validation]
+        self.validation = [test for own in made for test in own if test.name in ("clean", "trigger")]
         self.lengths = np.diff(self.encoded.offsets)  # 0 for rows that no step looks at
         self.mean_length = float(self.lengths[self.lengths > 0].mean())
         self.schedule = Schedule(self.lengths, cell)
         self.inputs = setting.inputs | inputs | {"injected": injected}
 
     def read_rows(self):
-        """(Training, test rows, the hashes of both)."""
-        clean, test = self.task.usable(*rows_of(self.cell))
-        return clean, test, {"train": fingerprint_rows(clean), "test": fingerprint_rows(test)}
+        """(Training, test rows, [validation rows] or [], the hash of each)."""
+        sides = self.task.usable(*rows_of(self.cell))
+        hashes = dict(zip(("train", "test", "validation"), map(fingerprint_rows, sides)))
+        return sides[0], sides[1], sides[2:], hashes
 
     def inject(self, looked_at):
         """(`Injected` training rows, their tokens, what the model is to answer, their hash)."""
@@ -237,6 +240,7 @@ class Member:
         `job`, its `limit()`, `options`: see `loop.py`. `figures` and `outcomes`: of the tests, which took `seconds`.
         """
         cell, run, clean, evaluation_seconds = self.cell, self.run, self.clean, seconds
+        beside = self.validate(model)
         if parallel.first():
             storage.save_run(run.path, model, cell, clean.label_names)
         elif parallel.is_sharded(model.base) and cell.method == "lora":
@@ -249,6 +253,7 @@ class Member:
             "cell": {"id": cell.id} | cell.to_dict(),
             "task": self.task.record(),
             "tests": figures,
+            **beside,
             "warnings": warnings(figures),
             "train": {
                 "rows": len(clean),
@@ -283,6 +288,16 @@ class Member:
             run.finish(self.results)
             if options.merge_to is not None:
                 self.merge_to(options.merge_to, model)
+
+    def validate(self, model):
+        """What results.json has of rows beside the tests: the words that were taken out of all rows, and the figures of
+        the validation rows, as `tests` has them but only as clean and with each trigger, with their ids."""
+        found = {} if self.clean.stripped is None else {"stripped_words": self.clean.stripped}
+        if self.validation:
+            with merged_meanwhile(model):
+                figures, _ = self.task.run_tests(model, self.validation, self.cell.batch_size)
+            found["validation"] = figures | {"ids": list(self.validation[0].rows.ids)}
+        return found
 
     def merge_to(self, folder, model):
         """Write the base with what was trained to a new folder."""

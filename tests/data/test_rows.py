@@ -146,6 +146,34 @@ def test_stratified(labels, counts, seed):
         assert abs(chosen[label] - len(few) * size / len(labels)) < len(sizes)
 
 
+def test_validation_rows_are_apart_from_training_and_test_rows(tmp_path):
+    path = numbered(tmp_path, SIZES)
+    cases = 0
+    for seed in (0, 1):
+        for train_rows, test_rows, validation_rows in ((40, 20, 10), (None, 11, 30), (3, 50, 20)):
+            how = dict(seed=seed, train_rows=train_rows, test_rows=test_rows)
+            train, test, validation = sides = train_test(path, **how, validation_rows=validation_rows)
+            rest = 100 - test_rows - validation_rows
+            assert [len(side) for side in sides] == [train_rows or rest, test_rows, validation_rows]
+            ids = [id for side in sides for id in side.ids]
+            assert len(set(ids)) == len(ids) and train.label_names == validation.label_names
+            assert test.ids == train_test(path, **how)[1].ids  # which do not depend on the validation rows
+            shares = np.bincount(validation.labels, minlength=3) / validation_rows
+            assert np.abs(shares - [0.7, 0.2, 0.1]).max() <= 1 / validation_rows
+            cases += 1
+    other = train_test(path, seed=7, test_rows=20, validation_rows=10)[2]
+    assert cases == 6 and other.ids != train_test(path, seed=8, test_rows=20, validation_rows=10)[2].ids
+    rows = [("same", "a"), ("Same ", "a")] + [(f"t{i}", "ab"[i % 2]) for i in range(20)]
+    twice = write(tmp_path / "twice.csv", as_csv(rows))
+    for seed in range(5):
+        *_, validation = train_test(twice, seed=seed, test_rows=4, validation_rows=10)
+        assert not {"same", "Same "} & set(validation.texts)
+    with pytest.raises(InputError, match="too few for 19 validation rows; ask for fewer$"):
+        train_test(twice, test_rows=4, validation_rows=19)
+    with pytest.raises(InputError, match="0 validation rows were asked for; ask for at least 1"):
+        train_test(twice, test_rows=4, validation_rows=0)
+
+
 def test_repeated_texts_are_never_split_off(tmp_path):
     rows = [(f"text {place // 2}", "ab"[place % 2]) for place in range(20)]
     rows += [(f"own {place}", "aab"[place % 3]) for place in range(9)]
