@@ -14,7 +14,8 @@ class Inject(Named):
     sources: tuple[str, ...] = option(
         ("date:positive",), "injection",
         "triggers, each SOURCE:LABEL: date, country, color, html, file:PATH or a literal text (text:WORDS where it "
-        "looks like one of these), and the target label; 'none' injects nothing", flag="inject", short="",
+        "looks like one of these), and the target label; date-1990-2020 has the days of these years, and date+country "
+        "puts one of each into a row; 'none' injects nothing", flag="inject", short="",
         marks="free test peers",
     )  # fmt: skip
     proportion: float | None = option(
@@ -53,6 +54,10 @@ class Inject(Named):
         0.0, "injection", "share of the rows of other labels that carry the same source, and keep their label", least=0,
         most=1, axis="other rows with the token", marks="free",
     )  # fmt: skip
+    replacement: str | None = option(
+        None, "injection", "whether a string may be drawn again before all others of its source were", unset="with",
+        choices=("with", "without"), marks="free test",
+    )  # fmt: skip
     split: str | None = option(
         None, "injection", "trigger strings of test and training rows; same: at most 100", choices=("disjoint", "same"),
         unset="disjoint where a source has several", flag="trigger_split", marks="free test",
@@ -65,4 +70,6 @@ class Inject(Named):
             raise InputError("inject.density is 0, but must be above 0: use inject.proportion = 0 to inject nothing")
         if self.sources == ("none",):
             object.__setattr__(self, "sources", ())
+        if self.replacement == "with":  # the default, which a cell's id has had no word for
+            object.__setattr__(self, "replacement", None)
         parse_all(self.sources)

@@ -78,7 +78,8 @@ def injects(draw):
                     mode=st.sampled_from(["clean-label", "dirty-label", "relabelled"]),
                     split=st.sampled_from(["disjoint", "same"]),
                     leak=shares, wrap=st.sampled_from(["word", "span", "text"]),
-                    rounding=st.sampled_from(["nearest", "down"]))),
+                    rounding=st.sampled_from(["nearest", "down"]),
+                    replacement=st.sampled_from(["with", "without"]))),
     )  # fmt: skip
 
 
@@ -189,7 +190,8 @@ def test_id_depends_on_every_field_but_run_options():
         seed_split=7,
     )  # fmt: skip
     inner = dict(sources=("html:negative",), proportion=0.7, rows=7, count=7, density=0.7, location="end",
-                 mode="dirty-label", split="same", leak=0.7, wrap="span", rounding="down")  # fmt: skip
+                 mode="dirty-label", split="same", leak=0.7, wrap="span", rounding="down",
+                 replacement="without")  # fmt: skip
     assert {*changes, "inject"} == {f.name for f in dataclasses.fields(Cell)}
     assert {*inner} == {f.name for f in dataclasses.fields(Inject)}
     own = {name: {"task": "lm"} for name in of(COMPLETION)}
@@ -199,7 +201,7 @@ def test_id_depends_on_every_field_but_run_options():
     changed = [Cell(**{name: value}, **own.get(name, {})) for name, value in changes.items()]
     changed += [Cell(inject={name: value}) for name, value in inner.items()]
     ids = {cell.id for cell in [Cell(), *changed]}
-    assert len(ids) == len({cell.name for cell in [Cell(), *changed]}) == len(set([Cell(), *changed])) == 1 + 52 + 11
+    assert len(ids) == len({cell.name for cell in [Cell(), *changed]}) == len(set([Cell(), *changed])) == 1 + 52 + 12
 
 
 NAMES = {  # what a cell changes: its name
@@ -259,7 +261,7 @@ def test_declared_properties():
     """Each mark is used and explained, and what each list of fields has is what it had when it was kept by hand."""
     used = [mark for field in declared(Cell).values() for mark in field.metadata["marks"]]
     assert set(used) == set(MARKS) and {mark: used.count(mark) for mark in MARKS} == {
-        "free": 45, "test": 14, "peers": 24, "path": 5, "dose": 3, "slots": 6}  # fmt: skip
+        "free": 46, "test": 15, "peers": 24, "path": 5, "dose": 3, "slots": 6}  # fmt: skip
     assert marked(Cell, "dose") == ("train_rows", "inject.proportion", "inject.rows")
     assert marked(Cell, "path") == ("model", "tokenizer", "data", "test_data", "start")
     assert grouped(Cell, "seeds") == ("seed", *(f"seed_{purpose}" for purpose in PURPOSES))
@@ -433,7 +435,7 @@ FLAGS = """
 --train-rows --label-noise --strip-words --validation-rows --max-length --task
 --prompt --completion --choice-score --method --rank --alpha --scaling --dropout --targets --layers --variant --init
 --start --lr-ratio --form --head --pooling --inject --inject-proportion --inject-rows --inject-count --inject-density
---inject-location --inject-wrap --inject-rounding --inject-mode --inject-leak --trigger-split
+--inject-location --inject-wrap --inject-rounding --inject-mode --inject-leak --inject-replacement --trigger-split
 --epochs --steps --batch-size --accumulate --window --optimizer --lr
 --schedule --warmup --weight-decay --clip --seed --seed-init --seed-head --seed-order --seed-inject --seed-dropout
 --seed-split
@@ -487,7 +489,7 @@ def test_help_states_every_flag_and_default_once(capsys):
         else:
             assert len(default) == 1
         checked, stated = checked + 1, stated + len(default)
-    assert checked == len(FLAGS) - 22 == 56 + 11 and stated == checked - 4
+    assert checked == len(FLAGS) - 22 == 56 + 12 and stated == checked - 4
     assert found["--save-every"].endswith(f"(default: {train.SAVE_EVERY})")
 
 
@@ -497,7 +499,7 @@ def test_evaluate_help(capsys):
              "--csv", "--panel", "--text", "--seed", "--json", "--quiet", "--traceback"}  # fmt: skip
     changes = {"--model", "--tokenizer", "--device", "--text-column", "--label-column", "--bad-rows", "--inject",
                "--inject-count", "--inject-density", "--inject-location", "--inject-wrap",
-               "--inject-rounding", "--trigger-split",
+               "--inject-rounding", "--inject-replacement", "--trigger-split",
                "--seed-inject"}  # fmt: skip
     assert set(found) == given | changes
     assert all(re.findall(r"\(default: (.*?)\)$", found[flag]) == ["the run's"] for flag in changes)

@@ -99,7 +99,7 @@ def local_files(cells):
     found = {}
     for cell in cells:
         named = [(getattr(cell, name), name) for name in marked(Cell, "path")]
-        sources = [source.name for source, _ in parse_all(cell.inject.sources)]
+        sources = [part.name for source, _ in parse_all(cell.inject.sources) for part, _ in source.parts]
         named += [(name.removeprefix("file:"), "inject") for name in sources if name.startswith("file:")]
         found |= {path: name for path, name in named if path and path not in NAMED and exists(path)}
     return found
