@@ -109,6 +109,10 @@ class Cell(Named):
         None, "data", "rows taken out of the training data, to choose by, such as a learning rate for each rank",
         least=2, unset="none", marks="free",
     )  # fmt: skip
+    panel: str | None = option(
+        None, "data", "other strings to test what was trained under, beside its trigger: a shipped panel (dates) or a "
+        "TOML file", unset="none", marks="free path",
+    )  # fmt: skip
     max_length: int = option(128, "data", "tokens a row, longer rows are cut", least=4, marks="peers")
 
     task: str = option(

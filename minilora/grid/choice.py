@@ -125,6 +125,14 @@ def left(choice, entries, lines=()):
     )  # fmt: skip
 
 
+def counted(folder, lines):
+    """(A `GridFolder` of the cells that count, the lines of the table that are theirs): what a report is of."""
+    entries = left(folder.grid.choice, folder.grid.entries, lines)
+    names = {entry.name for entry in entries}
+    kept = [line for line in lines if line["cell"] in names]
+    return type(folder)(folder.path, replace(folder.grid, entries=entries)), kept
+
+
 def mark(choice, entries, lines):
     """Add to each line whether its cell counts: True, False, or None where nothing is chosen yet."""
     if choice is None:

@@ -22,7 +22,6 @@ from minilora.drawing import check_installed
 from minilora.errors import InputError, to_type
 from minilora.grid import choice
 from minilora.grid.axes import ATTACKS, FIGURES, word
-from minilora.grid.folder import GridFolder
 from minilora.grid.table import table_rows, write_table
 from minilora.report import grid_page, markup, outcomes, pictures, summary
 from minilora.report.dose_response import fit_curves
@@ -57,10 +56,8 @@ def write_report(folder):
     if not made:
         raise InputError(f"no cell of {folder.path} is finished: go on with {to_type('train', '--grid', folder.path)}")
     chosen, paths, parquet = folder.grid.choice, [], importlib.util.find_spec("pyarrow")
-    grid = replace(folder.grid, entries=choice.left(chosen, folder.grid.entries, lines))
-    counted = GridFolder(folder.path, grid)
-    names = {entry.name for entry in grid.entries}
-    known = outcomes.add(counted, [line for line in lines if line["cell"] in names])
+    counted, known = choice.counted(folder, lines)
+    grid, known = counted.grid, outcomes.add(counted, known)
     over = summary.over(known, grid.varied)
     means = summary.marginal_means(known, grid.varied)
     curves, reason = fit_curves(known, grid.varied)

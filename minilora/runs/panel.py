@@ -30,6 +30,18 @@ class Form:
     source: Source
 
 
+@dataclass(frozen=True)
+class Opened:
+    """What a panel needs of a run, which a `Trained` has too."""
+
+    cell: object
+    folder: Path
+    task: object
+    model: object
+    tokenizer: object
+    tests: list  # of `paired.Test`
+
+
 def shipped():
     """{name: path} of the panels that come with the package."""
     folder = importlib.resources.files("minilora.data") / "panels"

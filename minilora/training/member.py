@@ -16,7 +16,7 @@ from minilora import console, files, parallel
 from minilora.cell import Cell
 from minilora.data import given, injection
 from minilora.data.rows import fingerprint_rows, rows_of
-from minilora.errors import TrainingError
+from minilora.errors import InputError, TrainingError
 from minilora.fields import grouped
 from minilora.lora import merging, storage
 from minilora.lora.adapter import adapter_of
@@ -25,6 +25,7 @@ from minilora.lora.peft import to_peft
 from minilora.lora.targets import describe_slots, plan_slots
 from minilora.runs.bases import Shared
 from minilora.runs.card import card
+from minilora.runs.panel import Opened, read_panel, run_panel
 from minilora.runs.record import check_inputs, figure_lines, hardware, peak_memory, trainable, versions
 from minilora.runs.text import injection_lines, warnings
 from minilora.tasks.find import find_task
@@ -62,8 +63,14 @@ class Member:
             "injected", cell, INJECTED, seed, key_of_rows(looked_at), make=lambda: self.inject(looked_at)
         )
         self.tests = self.shared("tests", cell, TESTS, seed, make=lambda: self.task.build_tests(self.clean, test, seed))
-        made = [self.task.build_tests(self.clean, rows, seed) for rows in validation]
-        self.validation = [test for own in made for test in own if test.name in ("clean", "trigger")]
+        self.validation = self.shared(
+            "validation", cell, TESTS, seed,
+            make=lambda: [one for rows in validation for one in self.task.build_tests(self.clean, rows, seed)
+                          if one.name in ("clean", "trigger")],
+        )  # fmt: skip
+        self.forms = read_panel(cell.panel) if cell.panel else []
+        if self.forms and not cell.inject.sources:
+            raise InputError("panel goes with a trigger, but the cell injects nothing: drop it, or give a source")
         self.lengths = np.diff(self.encoded.offsets)  # 0 for rows that no step looks at
         self.mean_length = float(self.lengths[self.lengths > 0].mean())
         self.schedule = Schedule(self.lengths, cell)
@@ -240,7 +247,7 @@ class Member:
         `job`, its `limit()`, `options`: see `loop.py`. `figures` and `outcomes`: of the tests, which took `seconds`.
         """
         cell, run, clean, evaluation_seconds = self.cell, self.run, self.clean, seconds
-        beside = self.validate(model)
+        beside = self.test_beside(model)
         if parallel.first():
             storage.save_run(run.path, model, cell, clean.label_names)
         elif parallel.is_sharded(model.base) and cell.method == "lora":
@@ -289,14 +296,18 @@ class Member:
             if options.merge_to is not None:
                 self.merge_to(options.merge_to, model)
 
-    def validate(self, model):
-        """What results.json has of rows beside the tests: the words that were taken out of all rows, and the figures of
-        the validation rows, as `tests` has them but only as clean and with each trigger, with their ids."""
+    def test_beside(self, model):
+        """What results.json has beside the tests, where the cell asks for it: the words that were taken out of all
+        rows; the figures of the validation rows, as `tests` has them but only as clean and with each trigger, with
+        their ids; and the lines of the panel."""
         found = {} if self.clean.stripped is None else {"stripped_words": self.clean.stripped}
-        if self.validation:
-            with merged_meanwhile(model):
+        with merged_meanwhile(model):
+            if self.validation:
                 figures, _ = self.task.run_tests(model, self.validation, self.cell.batch_size)
-            found["validation"] = figures | {"ids": list(self.validation[0].rows.ids)}
+                found["validation"] = figures | {"ids": list(self.validation[0].rows.ids)}
+            if self.forms:
+                run = Opened(self.cell, self.run.path, self.task, model, self.setting.tokenizer, self.tests)
+                found["panel"] = run_panel(run, self.forms)
         return found
 
     def merge_to(self, folder, model):

@@ -9,6 +9,8 @@ from zoo import tiny_decoder
 import minilora
 from minilora.cell import Cell
 from minilora.data.rows import rows_of
+from minilora.errors import InputError
+from minilora.runs.panel import read_panel, run_panel
 
 CASES = ("classification", "together", "lm")
 
@@ -63,6 +65,27 @@ def test_the_figures_are_those_of_the_rows_by_themselves(runs, reviews, tmp_path
         gone = {word for one in words.values() for word in one}
         assert len(gone) == 2 and gone <= {"good", "great", "bad", "dull"}
         assert not any(gone & set(text.split()) for side in (train, test, validation) for text in side.texts)
+
+
+def test_a_panel_of_the_cell_is_the_one_of_the_finished_run(base, reviews, tmp_path):
+    panel = tmp_path / "panel.toml"
+    panel.write_text(
+        '[digits]\n"pairs" = ["72-34-56", "48-91-77"]\n[other]\ncolors = "color"\nyears = "date-1990-1995"\n'
+    )
+    cell = Cell(
+        model=str(base), data=str(reviews), test_rows=21, max_length=30, batch_size=7, steps=3, panel=str(panel)
+    )
+    results, folder = minilora.train(cell, tmp_path / "run")
+    found = run_panel(minilora.open(folder), read_panel(str(panel)))
+    assert results["panel"] == found == json.loads((folder / "results.json").read_text())["panel"]
+    assert [line["form"] for line in found] == ["no string", "the trigger", "placebo", "odd placebo", "pairs", "colors",
+                                                "years"]  # fmt: skip
+    assert found[-1]["example"][:3] == "199"
+    for changes, words in ((dict(panel="x"), "but must be a .toml file or a panel's name"),
+                           (dict(inject=dict(sources=("none",))), "panel goes with a trigger")):  # fmt: skip
+        with pytest.raises(InputError, match=words):
+            minilora.train(cell.replace(**changes), tmp_path / "no")
+        assert not (tmp_path / "no").exists()
 
 
 def test_metrics_and_lines_have_the_accuracy(runs):
