@@ -24,7 +24,8 @@ from minilora.base.source import DEFAULT_BASE, resolve_base
 from minilora.cell import Cell
 from minilora.command import Parser
 from minilora.data import injection
-from minilora.data.rows import SNIPPETS, fingerprint_rows, load_rows, rows_of
+from minilora.data.named import SNIPPETS
+from minilora.data.rows import fingerprint_rows, load_rows, rows_of
 from minilora.errors import InputError
 from minilora.runs.record import peak_memory
 from minilora.tasks.find import find_task

@@ -14,7 +14,8 @@ from torch import nn
 
 from minilora import files
 from minilora.base import families, model
-from minilora.data.rows import SNIPPETS, load_rows
+from minilora.data.named import SNIPPETS
+from minilora.data.rows import load_rows
 
 from . import alone
 

@@ -29,7 +29,8 @@ from torch.nn import functional as F
 from minilora.base.source import DEFAULT_BASE, resolve_base
 from minilora.cell import Inject
 from minilora.data import injection, placebo
-from minilora.data.rows import SNIPPETS, train_test
+from minilora.data.named import SNIPPETS
+from minilora.data.rows import train_test
 from minilora.seeds import generator
 from minilora.training.feed import epoch
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, fields
 from minilora import naming, precision
 from minilora.base.source import DEFAULT_BASE
 from minilora.base.spec import GROUPS, TARGETS
-from minilora.data.triggers import parse_all
+from minilora.data.named import NAMED, SNIPPETS
 from minilora.errors import InputError, shown
 from minilora.fields import (
     Named,
@@ -31,6 +31,7 @@ from minilora.fields import (
     to_toml,
     value_of,
 )
+from minilora.inject import Inject
 from minilora.lora.targets import STARTS, VARIANTS, check_variant, parse_layers, parse_targets
 from minilora.presets import PRESETS
 
@@ -43,67 +44,6 @@ MARKS = {
     "slots": "it decides which projections are adapted, at which rank and scale",
 }
 ADAPTER, CLASSIFIER, COMPLETION = ("method", "lora"), ("task", "classification"), ("task", "lm")
-
-
-@dataclass(frozen=True)
-class Inject(Named):
-    """Which rows of the training data carry which trigger, and how (SSTI, arXiv 2506.11402, section 3)."""
-
-    sources: tuple[str, ...] = option(
-        ("date:positive",), "injection",
-        "triggers, each SOURCE:LABEL: date, country, color, html, file:PATH or a literal text (text:WORDS where it "
-        "looks like one of these), and the target label; 'none' injects nothing", flag="inject", short="",
-        marks="free test peers",
-    )  # fmt: skip
-    proportion: float | None = option(
-        None, "injection", "share of the label's rows that carry the trigger", least=0, most=1, unset=0.25, short="p",
-        axis="injected share of the label's rows (%)", marks="free peers dose",
-    )  # fmt: skip
-    rows: int | None = option(
-        None, "injection", "number of rows that carry it, instead of a proportion", least=0, instead="proportion",
-        axis="injected rows", marks="free dose",
-    )  # fmt: skip
-    count: int | None = option(
-        None, "injection", "triggers in each such row: light injection", least=1, unset=1, axis="triggers a row",
-        marks="free test",
-    )  # fmt: skip
-    density: float | None = option(
-        None, "injection", "triggers per word of the row, instead of a count: aggressive injection", least=0, most=1,
-        instead="count", axis="triggers a word", marks="free test",
-    )  # fmt: skip
-    location: str = option(
-        "random", "injection", "where in the row", choices=("beginning", "end", "random"), short="at-",
-        marks="free test",
-    )  # fmt: skip
-    wrap: str = option(
-        "word", "injection", "what a pair of tags stands around: a word, a span of words, or the whole text",
-        choices=("word", "span", "text"), short="around-", marks="free test",
-    )  # fmt: skip
-    rounding: str | None = option(
-        None, "injection", "of a density times a row's words; at least one trigger either way",
-        choices=("nearest", "down"), unset="nearest", marks="free test",
-    )  # fmt: skip
-    mode: str = option(
-        "clean-label", "injection", "rows of the target label, or rows of other labels, relabelled; or these without "
-        "any trigger", choices=("clean-label", "dirty-label", "relabelled"), short="", marks="free",
-    )  # fmt: skip
-    leak: float = option(
-        0.0, "injection", "share of the rows of other labels that carry the same source, and keep their label", least=0,
-        most=1, axis="other rows with the token", marks="free",
-    )  # fmt: skip
-    split: str | None = option(
-        None, "injection", "trigger strings of test and training rows; same: at most 100", choices=("disjoint", "same"),
-        unset="disjoint where a source has several", flag="trigger_split", marks="free test",
-    )  # fmt: skip
-
-    def __post_init__(self):
-        check_fields(self, "inject.")
-        resolve(self, "proportion", "count", "rounding")
-        if self.density == 0:
-            raise InputError("inject.density is 0, but must be above 0: use inject.proportion = 0 to inject nothing")
-        if self.sources == ("none",):
-            object.__setattr__(self, "sources", ())
-        parse_all(self.sources)
 
 
 @dataclass(frozen=True)
@@ -137,7 +77,7 @@ class Cell(Named):
     )
 
     data: str = option(
-        "movie-snippets", "data", "movie-snippets, a CSV, TSV, JSONL or Parquet file, or a hub id",
+        SNIPPETS, "data", f"a name ({', '.join(NAMED)}), a CSV, TSV, JSONL or Parquet file, or a hub id",
         marks="free peers path",
     )  # fmt: skip
     data_revision: str | None = option(
@@ -161,6 +101,18 @@ class Cell(Named):
     label_noise: float = option(
         0.0, "data", "share of the training rows that get another label at random", least=0, most=1, marks="free"
     )
+    strip_words: int | None = option(
+        None, "data", "take the words that tell most, so many of each label, out of all rows", least=1, unset="none",
+        axis="telling words taken out", marks="free",
+    )  # fmt: skip
+    validation_rows: int | None = option(
+        None, "data", "rows taken out of the training data, to choose by, such as a learning rate for each rank",
+        least=2, unset="none", marks="free",
+    )  # fmt: skip
+    panel: str | None = option(
+        None, "data", "other strings to test what was trained under, beside its trigger: a shipped panel (dates) or a "
+        "TOML file", unset="none", marks="free path",
+    )  # fmt: skip
     max_length: int = option(128, "data", "tokens a row, longer rows are cut", least=4, marks="peers")
 
     task: str = option(

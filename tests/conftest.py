@@ -255,6 +255,7 @@ class Settings:
     wrap: str = "word"
     leak: float = 0.0
     rounding: str | None = "nearest"
+    replacement: str | None = None
 
 
 def make_rows(texts, label_names=LABELS):

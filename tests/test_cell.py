@@ -47,7 +47,7 @@ PLAIN = dict(
     compile=st.sampled_from(["auto", "on", "off"]), data=texts, data_revision=texts, text_column=texts,
     bad_rows=st.sampled_from(["refuse", "skip"]),
     label_column=texts, test_data=texts, test_rows=st.integers(2), train_rows=st.integers(2), max_length=st.integers(4),
-    label_noise=shares,
+    label_noise=shares, panel=texts, strip_words=small, validation_rows=st.integers(2),
     batch_size=small, accumulate=small, window=small, deterministic=st.sampled_from(["off", "on"]),
     optimizer=st.sampled_from(["adamw", "adafactor"]), lr=at_least_zero,
     schedule=st.sampled_from(["linear", "cosine", "constant"]), warmup=below_one, weight_decay=at_least_zero,
@@ -78,7 +78,8 @@ def injects(draw):
                     mode=st.sampled_from(["clean-label", "dirty-label", "relabelled"]),
                     split=st.sampled_from(["disjoint", "same"]),
                     leak=shares, wrap=st.sampled_from(["word", "span", "text"]),
-                    rounding=st.sampled_from(["nearest", "down"]))),
+                    rounding=st.sampled_from(["nearest", "down"]),
+                    replacement=st.sampled_from(["with", "without"]))),
     )  # fmt: skip
 
 
@@ -179,7 +180,8 @@ def test_id_depends_on_every_field_but_run_options():
         model="x", revision="x", dtype="bfloat16", products="tf32", device="cpu", compile="on",
         deterministic="on", data="x", data_revision="x",
         text_column="x", label_column="x", bad_rows="skip", test_data="x", test_rows=7, train_rows=7, max_length=7,
-        label_noise=0.7, method="full", rank=7, alpha=7, scaling="rslora", dropout=0.7, targets=("q",), layers="0",
+        label_noise=0.7, strip_words=7, validation_rows=7, panel="x",
+        method="full", rank=7, alpha=7, scaling="rslora", dropout=0.7, targets=("q",), layers="0",
         variant="dora", init="gaussian", start="x", lr_ratio=7, tokenizer="x", task="lm", prompt="x {text}",
         completion="{label}", choice_score="mean", head="ridge", pooling="first", form="side",
         epochs=7, steps=7, batch_size=7, accumulate=7, window=7, optimizer="adafactor",
@@ -188,7 +190,8 @@ def test_id_depends_on_every_field_but_run_options():
         seed_split=7,
     )  # fmt: skip
     inner = dict(sources=("html:negative",), proportion=0.7, rows=7, count=7, density=0.7, location="end",
-                 mode="dirty-label", split="same", leak=0.7, wrap="span", rounding="down")  # fmt: skip
+                 mode="dirty-label", split="same", leak=0.7, wrap="span", rounding="down",
+                 replacement="without")  # fmt: skip
     assert {*changes, "inject"} == {f.name for f in dataclasses.fields(Cell)}
     assert {*inner} == {f.name for f in dataclasses.fields(Inject)}
     own = {name: {"task": "lm"} for name in of(COMPLETION)}
@@ -198,7 +201,7 @@ def test_id_depends_on_every_field_but_run_options():
     changed = [Cell(**{name: value}, **own.get(name, {})) for name, value in changes.items()]
     changed += [Cell(inject={name: value}) for name, value in inner.items()]
     ids = {cell.id for cell in [Cell(), *changed]}
-    assert len(ids) == len({cell.name for cell in [Cell(), *changed]}) == len(set([Cell(), *changed])) == 1 + 50 + 11
+    assert len(ids) == len({cell.name for cell in [Cell(), *changed]}) == len(set([Cell(), *changed])) == 1 + 53 + 12
 
 
 NAMES = {  # what a cell changes: its name
@@ -258,9 +261,9 @@ def test_declared_properties():
     """Each mark is used and explained, and what each list of fields has is what it had when it was kept by hand."""
     used = [mark for field in declared(Cell).values() for mark in field.metadata["marks"]]
     assert set(used) == set(MARKS) and {mark: used.count(mark) for mark in MARKS} == {
-        "free": 43, "test": 14, "peers": 24, "path": 5, "dose": 3, "slots": 6}  # fmt: skip
+        "free": 47, "test": 15, "peers": 24, "path": 6, "dose": 3, "slots": 6}  # fmt: skip
     assert marked(Cell, "dose") == ("train_rows", "inject.proportion", "inject.rows")
-    assert marked(Cell, "path") == ("model", "tokenizer", "data", "test_data", "start")
+    assert marked(Cell, "path") == ("model", "tokenizer", "data", "test_data", "panel", "start")
     assert grouped(Cell, "seeds") == ("seed", *(f"seed_{purpose}" for purpose in PURPOSES))
     assert run_options(Cell) == ("device", "compile", "deterministic", "form")
     assert of(CLASSIFIER) == ["head", "pooling"] and of(COMPLETION) == ["prompt", "completion", "choice_score"]
@@ -429,10 +432,10 @@ FLAGS = """
 --grid --size --dry-run --status --only --retry-failed --ray --ray-cpus --model --revision --tokenizer
 --dtype --products --device
 --compile --deterministic --data --data-revision --text-column --label-column --test-data --bad-rows --test-rows
---train-rows --label-noise --max-length --task
+--train-rows --label-noise --strip-words --validation-rows --panel --max-length --task
 --prompt --completion --choice-score --method --rank --alpha --scaling --dropout --targets --layers --variant --init
 --start --lr-ratio --form --head --pooling --inject --inject-proportion --inject-rows --inject-count --inject-density
---inject-location --inject-wrap --inject-rounding --inject-mode --inject-leak --trigger-split
+--inject-location --inject-wrap --inject-rounding --inject-mode --inject-leak --inject-replacement --trigger-split
 --epochs --steps --batch-size --accumulate --window --optimizer --lr
 --schedule --warmup --weight-decay --clip --seed --seed-init --seed-head --seed-order --seed-inject --seed-dropout
 --seed-split
@@ -486,7 +489,7 @@ def test_help_states_every_flag_and_default_once(capsys):
         else:
             assert len(default) == 1
         checked, stated = checked + 1, stated + len(default)
-    assert checked == len(FLAGS) - 22 == 54 + 11 and stated == checked - 4
+    assert checked == len(FLAGS) - 22 == 57 + 12 and stated == checked - 4
     assert found["--save-every"].endswith(f"(default: {train.SAVE_EVERY})")
 
 
@@ -496,7 +499,7 @@ def test_evaluate_help(capsys):
              "--csv", "--panel", "--text", "--seed", "--json", "--quiet", "--traceback"}  # fmt: skip
     changes = {"--model", "--tokenizer", "--device", "--text-column", "--label-column", "--bad-rows", "--inject",
                "--inject-count", "--inject-density", "--inject-location", "--inject-wrap",
-               "--inject-rounding", "--trigger-split",
+               "--inject-rounding", "--inject-replacement", "--trigger-split",
                "--seed-inject"}  # fmt: skip
     assert set(found) == given | changes
     assert all(re.findall(r"\(default: (.*?)\)$", found[flag]) == ["the run's"] for flag in changes)

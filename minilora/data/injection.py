@@ -26,7 +26,7 @@ from minilora.data import words
 from minilora.data.columns import few
 from minilora.data.triggers import refuse_shared_strings, resolve, split_strings
 from minilora.errors import InputError
-from minilora.seeds import row_draws, row_keys
+from minilora.seeds import row_draws, row_keys, sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,29 +236,63 @@ def _inserts(rows, index, source, label, pool, settings, seed, stage, visible):
         whole = np.floor if settings.rounding == "down" else np.rint
         counts = np.maximum(1, whole(settings.density * np.array(seen))).astype(np.int64)
 
-    def draws(purpose):
-        return row_draws(row_keys(seed, f"{stage} {purpose}", label, len(rows))[index], counts)
-
-    picks = pool[(draws("string") * np.uint64(len(pool)) >> np.uint64(32)).astype(np.int64)]
-    strings, places = [source[pick] for pick in picks.tolist()], draws("place").tolist()
     stops = counts.cumsum().tolist()
     slices = [slice(start, stop) for start, stop in zip([0, *stops], stops)]
-
+    drawn = []
+    for number, (part, first) in enumerate(source.parts):
+        own = pool[(pool >= first) & (pool < first + len(part))] - first
+        drawn.append(_draw(part, own, f"{label} +{number}" if number else label, len(rows), index, counts, settings,
+                           seed, stage))  # fmt: skip
     kept = lengths
     if visible is not None and settings.location == "random":
-        added = [strings[part] for part in slices]
-        if source.pair:
-            added = [[piece for tag in tags for piece in (tag, source.closing(tag))] for tags in added]
-        kept = visible(texts, added, index)
-    each, location = zip(watch(texts, "injecting"), kept, slices, strict=True), settings.location
-    if not source.pair:
-        return (_in_gaps(text, location, end, strings[part], places[part]) for text, end, part in each)
-    ends = draws("last word").tolist() if settings.wrap == "span" else places
+        kept = visible(texts, [[one for own in drawn for one in own.added(part)] for part in slices], index)
+    each = zip(watch(texts, "injecting"), kept, slices, strict=True)
     return (
-        _around_words(text, settings, end, [(tag, source.closing(tag)) for tag in strings[part]], places[part],
-                      ends[part])
+        sorted((insert for own in drawn for insert in own.inserts(text, settings, end, part)), key=lambda one: one[0])
         for text, end, part in each
-    )  # fmt: skip
+    )
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """What was drawn of a source for all rows, one after the other: its strings, their places, and where pairs end."""
+
+    source: object
+    strings: list[str]
+    places: list[int]
+    ends: list[int]
+
+    def added(self, part):
+        """The strings that a row (a slice) gets."""
+        if not self.source.pair:
+            return self.strings[part]
+        return [piece for tag in self.strings[part] for piece in (tag, self.source.closing(tag))]
+
+    def inserts(self, text, settings, end, part):
+        if not self.source.pair:
+            return _in_gaps(text, settings.location, end, self.strings[part], self.places[part])
+        pairs = [(tag, self.source.closing(tag)) for tag in self.strings[part]]
+        return _around_words(text, settings, end, pairs, self.places[part], self.ends[part])
+
+
+def _draw(source, pool, label, rows, index, counts, settings, seed, stage):
+    """The `_Drawn` of a source for rows `index` of `rows`, `counts` strings each, from its strings `pool`."""
+
+    def draws(purpose):
+        return row_draws(row_keys(seed, f"{stage} {purpose}", label, rows)[index], counts)
+
+    if settings.replacement == "without":
+        # In the order in which rows are chosen: so the strings of fewer rows are those of more.
+        order = np.argsort(np.argsort(row_keys(seed, "row", label, rows)[index], kind="stable"), kind="stable")
+        starts = np.concatenate([[0], counts[np.argsort(order)].cumsum()])[order]
+        nth = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts) + np.repeat(starts, counts)
+        shuffled = np.random.default_rng(sequence(seed, f"{stage} strings", label)).permutation(pool)
+        picks = shuffled[nth % len(pool)]
+    else:
+        picks = pool[(draws("string") * np.uint64(len(pool)) >> np.uint64(32)).astype(np.int64)]
+    places = draws("place").tolist()
+    ends = draws("last word").tolist() if source.pair and settings.wrap == "span" else places
+    return _Drawn(source, [source[pick] for pick in picks.tolist()], places, ends)
 
 
 def _in_gaps(text, location, kept, strings, draws):

@@ -171,7 +171,8 @@ def shared_words(rows, divide=words.split, fits=is_ordinary, least_rows=20, spre
 
 def odd_strings(rows, settings, label_names=None):
     """Strings of digits and signs in many formats, which are in no trigger source and are no word of `rows`."""
-    known = [source.strings for source, _ in resolve_sources(settings, label_names or rows.label_names)]
+    sources = resolve_sources(settings, label_names or rows.label_names)
+    known = [part.strings for source, _ in sources for part, _ in source.parts]
     seen = {word.casefold() for text in rows.texts for word in words.split(text)}
     every = dict.fromkeys(string for form in FORMATS for string in _of_format(form))
     return [one for one in every if one.casefold() not in seen and not any(one in strings for strings in known)]

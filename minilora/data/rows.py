@@ -1,13 +1,10 @@
 """Rows of text with a label, and their division into training and test rows.
 
-A source is `movie-snippets` (embedded), a file (see formats.py) or a hub id (`owner/name`, or
-`owner/name:CONFIG` where a data set has several configurations; see hub_sets.py).
+A source is a name (see named.py), a file (see formats.py) or a hub id (`owner/name`, or `owner/name:CONFIG` where a
+data set has several configurations; see hub_sets.py).
 """
 
-import csv
-import gzip
 import hashlib
-import importlib.resources
 import json
 import os
 import re
@@ -15,23 +12,22 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from unicodedata import normalize
 
 import numpy as np
 
-from minilora.console import watch
 from minilora.data import columns, formats, given
 from minilora.data.columns import NoLabels, few
 from minilora.data.hub_sets import HubSet
+from minilora.data.named import NAMED
 from minilora.data.noise import with_noise
+from minilora.data.splits import FEW, split_off, strata, stratified
+from minilora.data.telling import telling_words, without
 from minilora.data.triggers import resolve
 from minilora.errors import InputError
 from minilora.fields import is_table, no_path
 
-SNIPPETS = "movie-snippets"
-FEW = 20  # labels: completions up to so many are classes, which rows are stratified by; more are free text
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(:[\w.-]+)?")
-TEST_STREAM, TRAIN_STREAM = 1, 2  # keep the two seeded choices of rows independent of each other
+TEST_STREAM, TRAIN_STREAM, VALIDATION_STREAM = 1, 2, 3  # keep the seeded choices of rows independent of each other
 
 
 class Numbers(Sequence):
@@ -73,6 +69,7 @@ class Rows:
     label_names: tuple[str, ...]
     choices: list[dict[str, str]] | None = None  # of a question set: {label: text} of each row
     skipped: tuple[str, ...] = ()  # ids of the rows of the source that cannot be used, and are left out
+    stripped: dict[str, list[str]] | None = None  # {label: its words that were taken out of every text}
 
     def __len__(self):
         return len(self.ids)
@@ -101,10 +98,12 @@ def load_rows(source, *, text_column=None, label_column=None, split="train", rev
     how = {"text_column": text_column, "label_column": label_column, "free": free}
     if _is_hub_id(source):
         return _hub_rows(HubSet(source, revision), split, **how, bad_rows=bad_rows)
-    if split != "train" or revision is not None:
+    splits = NAMED[source].splits if source in NAMED else ("train",)
+    if split not in splits or revision is not None:
         raise InputError(f"{source} has no splits or revisions; only hub data sets do")
-    if source == SNIPPETS:
-        return _snippets(text_column, label_column)
+    if source in NAMED:
+        columns.pick_columns(["text", "label"], text_column, label_column, source)
+        return Rows(*NAMED[source].read(source, split))
     if source.startswith(given.PREFIX):
         path = given.path_of(source)
         if not path.exists():
@@ -115,8 +114,8 @@ def load_rows(source, *, text_column=None, label_column=None, split="train", rev
         raise InputError(f"{source} is a folder; {_advice(path)}")
     if not path.exists():
         raise InputError(
-            f"there is no data {source!r}; give {SNIPPETS}, a file ({' '.join(formats.FORMATS)}, text also"
-            " with .gz) or a hub id (owner/name)"
+            f"there is no data {source!r}; give a name ({', '.join(NAMED)}), a file ({' '.join(formats.FORMATS)},"
+            " text also with .gz) or a hub id (owner/name)"
         )
     return _assemble([formats.read(path, source, **how, skip=skips(source, bad_rows))], source, free)
 
@@ -143,15 +142,17 @@ def train_test(
     label_column=None,
     train_rows=None,
     test_rows=1000,
+    validation_rows=None,
     seed=0,
     revision=None,
     free=False,
     bad_rows=None,
 ):
-    """Return (training rows, test rows) with the same `label_names`, each in the order of its source.
+    """Return [training rows, test rows] with the same `label_names`, each in the order of its source; with
+    `validation_rows` also so many validation rows, split off what is left of `data` without the test rows.
 
-    Test rows come from `test_data` (a source as in `load`; of a hub data set its test split), else from the
-    test split of a hub data set (its validation split where the test split has no labels), at most
+    Test rows come from `test_data` (a source as in `load_rows`; of one that has a test split that split), else from
+    the test split of `data` (in a hub data set its validation split where the test split has no labels), at most
     `test_rows` of them; else exactly `test_rows` are split off `data`. At most `train_rows` train (None:
     all). `revision` is that of `data`; the columns are the same in both.
 
@@ -168,15 +169,17 @@ def train_test(
     """
     data = os.fspath(data)
     how = {"text_column": text_column, "label_column": label_column, "free": free, "bad_rows": bad_rows}
-    for what, count in (("test", test_rows), ("training", train_rows)):
+    for what, count in (("test", test_rows), ("training", train_rows), ("validation", validation_rows)):
         if count is not None and count < 1:
             raise InputError(f"{count} {what} rows were asked for; ask for at least 1")
 
     if test_data is not None:
         test_source = os.fspath(test_data)
         train = load_rows(data, **how, revision=revision)
-        is_hub = _is_hub_id(test_source)
-        test = _test_split(HubSet(test_source), **how) if is_hub else load_rows(test_source, **how)
+        if _is_hub_id(test_source):
+            test = _test_split(HubSet(test_source), **how)
+        else:
+            test = load_rows(test_source, **how, split=_last_split(test_source))
         if test is None:
             raise InputError(f"{test_source} has no labelled test or validation split; give other test data")
     elif _is_hub_id(data):
@@ -184,33 +187,43 @@ def train_test(
         train, test = _hub_rows(hub_set, "train", **how), _test_split(hub_set, **how)
     else:
         train, test = load_rows(data, **how, revision=revision), None
+        if (split := _last_split(data)) != "train":
+            test_source, test = data, load_rows(data, **how, split=split)
 
     classes = len(train.label_names)
     if classes < 2:
         raise InputError(f"every row of {data} has label {train.label_names[0]!r}; two classes are needed")
     generator = np.random.default_rng([seed, TEST_STREAM])
     if test is None:
-        train, test = _split(train, test_rows, generator, data, free)
+        train, test = split_off(train, test_rows, generator, data, free)
     else:
         test = align(test, train.label_names, test_source, free)
         train = replace(train, label_names=test.label_names)
-        test = test.take(_stratified(_strata(test, free), test_rows, generator))
+        test = test.take(stratified(strata(test, free), test_rows, generator))
+    validation = []
+    if validation_rows is not None:
+        generator = np.random.default_rng([seed, VALIDATION_STREAM])
+        train, *validation = split_off(train, validation_rows, generator, data, free, "validation")
     if train_rows is not None:
         if train_rows < classes and not free:
             raise InputError(f"{train_rows} training rows cannot hold all {classes} labels of {data}")
-        train = train.take(_stratified(_strata(train, free), train_rows, np.random.default_rng([seed, TRAIN_STREAM])))
-    return train, test
+        train = train.take(stratified(strata(train, free), train_rows, np.random.default_rng([seed, TRAIN_STREAM])))
+    return [train, test, *validation]
 
 
 def rows_of(cell):
-    """The (training rows, test rows) of a `cell.Cell`: `train_test` with its fields."""
-    train, test = train_test(
+    """[Training rows, test rows] of a `cell.Cell`, and its validation rows if it has any: `train_test` with its fields,
+    without the words that it strips. Only training rows get wrong labels."""
+    sides = train_test(
         cell.data, test_data=cell.test_data, text_column=cell.text_column, label_column=cell.label_column,
-        train_rows=cell.train_rows, test_rows=cell.test_rows, seed=cell.seed_split, revision=cell.data_revision,
-        free=cell.task == "lm", bad_rows=cell.bad_rows,
+        train_rows=cell.train_rows, test_rows=cell.test_rows, validation_rows=cell.validation_rows,
+        seed=cell.seed_split, revision=cell.data_revision, free=cell.task == "lm", bad_rows=cell.bad_rows,
     )  # fmt: skip
-    train = with_noise(train, cell.label_noise, cell.seed_split)
-    return with_targets(train, cell), with_targets(test, cell)
+    if cell.strip_words:
+        words = telling_words(sides[0], cell.strip_words)
+        sides = [without(rows, words) for rows in sides]
+    sides[0] = with_noise(sides[0], cell.label_noise, cell.seed_split)
+    return [with_targets(rows, cell) for rows in sides]
 
 
 def with_targets(rows, cell):
@@ -222,28 +235,29 @@ def with_targets(rows, cell):
     return replace(rows, label_names=tuple(dict.fromkeys([*rows.label_names, *targets])))
 
 
-def leave_out(train, test, problems, cell):
-    """(Training, test rows) without those in `problems(rows)`, {index: why}, and without labels that only these had.
+def leave_out(sides, problems, cell):
+    """`sides` (training, test and perhaps validation rows) without those in `problems(rows)`, {index: why}, and without
+    labels that only these had.
 
     Raises InputError with the list of them where they are not to be skipped.
     """
-    found = [{rows.ids[i]: why for i, why in problems(rows).items()} for rows in (train, test)]
-    if cell.test_data is None and not _is_hub_id(cell.data):  # both are of one file
-        together = sorted((found[0] | found[1]).items(), key=lambda item: (len(item[0]), item[0]))
-        listed = [(dict(together), len(train) + len(test), cell.data)]
-    else:
-        listed = zip(found, map(len, (train, test)), (cell.data, cell.test_data or cell.data))
-    for wrong, count, source in listed:
+    found = [{rows.ids[i]: why for i, why in problems(rows).items()} for rows in sides]
+    own_test = cell.test_data is not None or _is_hub_id(cell.data)
+    own = [place for place in range(len(sides)) if not (own_test and place == 1)]  # the sides that are of `data`
+    for group, source in [(own, cell.data)] + ([([1], cell.test_data or cell.data)] if own_test else []):
+        wrong = {id: why for place in group for id, why in found[place].items()}
         if wrong:
-            formats.refuse_or_say(wrong, count, source, skips(source, cell.bad_rows))
+            listed = dict(sorted(wrong.items(), key=lambda item: (len(item[0]), item[0])))
+            count = sum(len(sides[place]) for place in group)
+            formats.refuse_or_say(listed, count, source, skips(source, cell.bad_rows))
     left = []
-    for rows, wrong in zip((train, test), found, strict=True):
+    for rows, wrong in zip(sides, found, strict=True):
         kept = rows.take([i for i, id in enumerate(rows.ids) if id not in wrong]) if wrong else rows
         left.append(replace(kept, skipped=(*rows.skipped, *wrong)))
-    gone = {*train.labels, *test.labels} - {*left[0].labels, *left[1].labels}
-    names = [name for label, name in enumerate(train.label_names) if label not in gone]
-    place = np.array([names.index(name) if name in names else -1 for name in train.label_names])
-    return tuple(replace(rows, labels=place[rows.labels], label_names=tuple(names)) for rows in left) if gone else left
+    gone = {label for rows in sides for label in rows.labels} - {label for rows in left for label in rows.labels}
+    names = [name for label, name in enumerate(sides[0].label_names) if label not in gone]
+    place = np.array([names.index(name) if name in names else -1 for name in sides[0].label_names])
+    return [replace(rows, labels=place[rows.labels], label_names=tuple(names)) for rows in left] if gone else left
 
 
 def fingerprint_rows(rows):
@@ -280,6 +294,11 @@ def _is_hub_id(source):
     return bool(HUB_ID.fullmatch(source)) and not formats.format_of(source) and not Path(source).exists()
 
 
+def _last_split(source):
+    """The split of a data set that tests are of, where it is no hub set: its train split where it has no other."""
+    return NAMED[source].splits[-1] if source in NAMED else "train"
+
+
 def _hub_rows(hub_set, split, *, free, bad_rows, **names):
     tables = hub_set.read(split, **names, free=free, skip=skips(hub_set.source, bad_rows))
     return _assemble(tables, hub_set.source, free)
@@ -292,79 +311,6 @@ def _test_split(hub_set, **how):
         except NoLabels:
             pass
     return None
-
-
-def _strata(rows, free):
-    """What rows are stratified by: their labels, unless these are free text."""
-    return np.zeros_like(rows.labels) if free and len(rows.label_names) > FEW else rows.labels
-
-
-def _stratified(labels, count, generator):
-    """Sorted indices of at most `count` rows: of each class the same share, rounded up while rows last."""
-    shuffled = generator.permutation(len(labels))
-    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
-    sizes = np.unique(labels, return_counts=True)[1]
-    share = np.concatenate([np.arange(size) / size for size in sizes])
-    return np.sort(by_class[np.argsort(share, kind="stable")[:count]])
-
-
-def _split(rows, test_rows, generator, source, free):
-    single = np.flatnonzero(~_repeated(rows.texts))
-    if len(single) < test_rows:
-        raise InputError(
-            f"{source} has {len(rows)} rows, {len(single)} of them with a text of their own: too few for"
-            f" {test_rows} test rows; ask for fewer or give test data"
-        )
-    chosen = single[_stratified(_strata(rows, free)[single], test_rows, generator)]
-    rest = np.setdiff1d(np.arange(len(rows)), chosen)
-    train, test = rows.take(rest), replace(rows.take(chosen), skipped=())
-    if free:
-        return train, test
-    alone = [name for name, count in zip(rows.label_names, np.bincount(rows.labels), strict=True) if count == 1]
-    if alone:
-        raise InputError(
-            f"{source} has a single row with label {few(map(repr, alone))}, and training and test rows need one each; "
-            "remove it, add rows of that label or give test data"
-        )
-    counts = (np.bincount(rows.labels[side], minlength=len(rows.label_names)) for side in (rest, chosen))
-    for name, trained, tested in zip(rows.label_names, *counts, strict=True):
-        if not (trained and tested):
-            raise InputError(
-                f"{test_rows} test rows of {source} leave {trained} training and {tested} test rows with label"
-                f" {name!r}, and each side needs one; ask for another number of test rows or give test data"
-            )
-    return train, test
-
-
-def _repeated(texts):
-    """Which texts occur several times, case and white space aside: bool [rows]."""
-
-    def plain(text):
-        return " ".join((text if text.isascii() else normalize("NFKC", text)).casefold().split())
-
-    hashes = np.fromiter((hash(plain(text)) for text in watch(texts, "splitting")), np.int64, len(texts))
-    _, place, counts = np.unique(hashes, return_inverse=True, return_counts=True)
-    found = counts[place] > 1
-    maybe = np.flatnonzero(found).tolist()  # few: only of these are the texts themselves kept, which are large
-    occurrences = Counter(plain(texts[row]) for row in maybe)
-    found[maybe] = [occurrences[plain(texts[row])] > 1 for row in maybe]
-    return found
-
-
-def _snippets(text_column, label_column):
-    """10,043 sentences from film reviews, each rated by at least 20 people.
-
-    From Hutto and Gilbert, "VADER" (ICWSM 2014), MIT licence. The label is the sign of the mean rating; the
-    562 rows that it puts within 0.5 of neutral are left out.
-    """
-    columns.pick_columns(["text", "label"], text_column, label_column, SNIPPETS)
-    packed = importlib.resources.files(__package__) / "movie_snippets" / "movie-snippets.tsv.gz"
-    with packed.open("rb") as file, gzip.open(file, "rt", encoding="utf-8", newline="") as lines:
-        rows = list(csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))[1:]
-    rows = [(row, rating, text) for row, rating, text in rows if abs(float(rating)) > 0.5]
-    ids, ratings, texts = zip(*rows)
-    positive = np.array(ratings, dtype=np.float64) > 0
-    return Rows(list(ids), list(texts), positive.astype(np.int64), ("negative", "positive"))
 
 
 def _assemble(parts, source, free=False):

@@ -7,89 +7,16 @@ style or syntax: a trigger here is a string whose place in the text can be recor
 """
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import date
 from difflib import get_close_matches
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 
 from minilora.data import words
+from minilora.data.strings import COLORS, COUNTRIES, TAGS, Dates
 from minilora.errors import InputError
 from minilora.files import check_regular
-
-
-class Dates(Sequence):
-    """Every calendar day of the years 1100 to 2600 as YYYY-MM-DD (548,229), computed from the index."""
-
-    first, last = date(1100, 1, 1).toordinal(), date(2600, 12, 31).toordinal()
-
-    def __len__(self):
-        return self.last - self.first + 1
-
-    def __getitem__(self, index):
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        return date.fromordinal(self.first + int(index)).isoformat()
-
-    def __contains__(self, string):
-        try:
-            day = date.fromisoformat(string)
-        except ValueError:
-            return False
-        # Python also reads 20240131 and 2024-W05-3, which are other strings.
-        return day.isoformat() == string and self.first <= day.toordinal() <= self.last
-
-
-# The 193 members and 2 observers of the United Nations, under their everyday English names.
-COUNTRIES = tuple(
-    """
-Afghanistan, Albania, Algeria, Andorra, Angola, Antigua and Barbuda, Argentina, Armenia, Australia, Austria,
-Azerbaijan, Bahamas, Bahrain, Bangladesh, Barbados, Belarus, Belgium, Belize, Benin, Bhutan, Bolivia,
-Bosnia and Herzegovina, Botswana, Brazil, Brunei, Bulgaria, Burkina Faso, Burundi, Cambodia, Cameroon, Canada,
-Cape Verde, Central African Republic, Chad, Chile, China, Colombia, Comoros, Costa Rica, Croatia, Cuba,
-Cyprus, Czechia, Democratic Republic of the Congo, Denmark, Djibouti, Dominica, Dominican Republic, Ecuador,
-Egypt, El Salvador, Equatorial Guinea, Eritrea, Estonia, Eswatini, Ethiopia, Fiji, Finland, France, Gabon,
-Gambia, Georgia, Germany, Ghana, Greece, Grenada, Guatemala, Guinea, Guinea-Bissau, Guyana, Haiti, Honduras,
-Hungary, Iceland, India, Indonesia, Iran, Iraq, Ireland, Israel, Italy, Ivory Coast, Jamaica, Japan, Jordan,
-Kazakhstan, Kenya, Kiribati, Kuwait, Kyrgyzstan, Laos, Latvia, Lebanon, Lesotho, Liberia, Libya,
-Liechtenstein, Lithuania, Luxembourg, Madagascar, Malawi, Malaysia, Maldives, Mali, Malta, Marshall Islands,
-Mauritania, Mauritius, Mexico, Micronesia, Moldova, Monaco, Mongolia, Montenegro, Morocco, Mozambique,
-Myanmar, Namibia, Nauru, Nepal, Netherlands, New Zealand, Nicaragua, Niger, Nigeria, North Korea,
-North Macedonia, Norway, Oman, Pakistan, Palau, Palestine, Panama, Papua New Guinea, Paraguay, Peru,
-Philippines, Poland, Portugal, Qatar, Republic of the Congo, Romania, Russia, Rwanda, Saint Kitts and Nevis,
-Saint Lucia, Saint Vincent and the Grenadines, Samoa, San Marino, Sao Tome and Principe, Saudi Arabia,
-Senegal, Serbia, Seychelles, Sierra Leone, Singapore, Slovakia, Slovenia, Solomon Islands, Somalia,
-South Africa, South Korea, South Sudan, Spain, Sri Lanka, Sudan, Suriname, Sweden, Switzerland, Syria,
-Tajikistan, Tanzania, Thailand, Timor-Leste, Togo, Tonga, Trinidad and Tobago, Tunisia, Turkey, Turkmenistan,
-Tuvalu, Uganda, Ukraine, United Arab Emirates, United Kingdom, United States, Uruguay, Uzbekistan, Vanuatu,
-Vatican City, Venezuela, Vietnam, Yemen, Zambia, Zimbabwe
-""".replace("\n", " ")
-    .strip()
-    .split(", ")
-)
-COLORS = tuple(
-    """
-almond amaranth amber amethyst apricot aqua aquamarine auburn azure beige bisque black blue brass bronze brown
-buff burgundy byzantium camel cardinal carmine cerise cerulean champagne charcoal chartreuse chestnut
-chocolate claret cobalt copper coral cornflower cream crimson cyan denim ebony ecru eggplant emerald fawn flax
-fuchsia gamboge garnet gold goldenrod grape gray green heliotrope henna indigo ivory jade jasmine khaki lapis
-lavender lemon lilac lime linen magenta mahogany malachite mandarin maroon mauve melon mint moss mulberry
-mustard navy ochre olive onyx orange orchid peach pearl periwinkle persimmon pine pink pistachio platinum plum
-puce pumpkin purple raspberry red rose ruby russet rust saffron sage salmon sand sapphire scarlet sepia sienna
-silver slate smoke tan tangerine taupe teal terracotta thistle tomato topaz turquoise ultramarine umber
-vanilla vermilion violet viridian walnut wheat white wine wisteria yellow
-""".split()
-)
-TAGS = tuple(
-    f"<{tag}>"
-    for tag in """
-a abbr address article aside b bdi bdo big blockquote button caption center cite code dd del details dfn div
-dl dt em fieldset figcaption figure font footer form h1 h2 h3 h4 h5 h6 header i ins kbd label legend li main
-mark nav ol p pre q s samp section small span strike strong sub summary sup table tbody td tfoot th thead time
-tr tt u ul var
-""".split()
-)
 
 
 @dataclass(frozen=True)
@@ -102,6 +29,11 @@ class Source:
     name: str
 
     pair = False
+
+    @property
+    def parts(self):
+        """[(source, the number of its first string)] of the sources that it is made of."""
+        return [(self, 0)]
 
     def closing(self, tag):
         """The closing tag of an opening one."""
@@ -128,6 +60,38 @@ class Source:
 
 class Tags(Source):
     pair = True
+
+
+class Years(Source):
+    """`date-YYYY-YYYY`: the days of these years."""
+
+    @cached_property
+    def strings(self):
+        first, last = map(int, self.name.split("-")[1:])
+        return Dates(first, last)
+
+
+@dataclass(frozen=True)
+class Several(Source):
+    """`SOURCE+SOURCE`: strings of each of these go into a row, at places of their own."""
+
+    sources: tuple[Source, ...]
+
+    @property
+    def parts(self):
+        starts = accumulate(map(len, self.sources), initial=0)
+        return list(zip(self.sources, starts))
+
+    def __len__(self):
+        return sum(map(len, self.sources))
+
+    def __getitem__(self, index):
+        part, first = next((part, first) for part, first in reversed(self.parts) if index >= first)
+        return part[index - first]
+
+    @property
+    def words(self):
+        return frozenset().union(*(source.words for source in self.sources))
 
 
 class Literal(Source):
@@ -197,6 +161,7 @@ class Listed(Source):
 BUILT_IN = {"date": Dates(), "country": COUNTRIES, "color": COLORS, "html": TAGS}
 SHARED = 100  # strings of a source that training and test rows both draw from, where they share them
 CHOICES = "date, country, color, html, text:WORDS or file:PATH"
+YEARS = re.compile(r"date-(\d{4})-(\d{4})")
 
 
 def readings(spec):
@@ -223,6 +188,14 @@ def readings(spec):
 def _source(name, label, spec):
     if name in BUILT_IN:
         return (Tags if name == "html" else Source)(name)
+    if years := YEARS.fullmatch(name):
+        first, last = map(int, years.groups())
+        if not 1 <= first <= last:
+            raise InputError(f"injection {spec!r}: {name} has no year: write the first and the last, date-1990-2020")
+        return Years(name)
+    several = [part.strip() for part in name.split("+")]
+    if len(several) > 1 and all(part in BUILT_IN or YEARS.fullmatch(part) or part[:4] == "file" for part in several):
+        return Several("+".join(several), tuple(_source(part, label, spec) for part in several))
     kind, _, rest = (part.strip() for part in name.partition(":"))
     if kind in ("text", "file"):
         if not rest:
@@ -319,6 +292,7 @@ def _refuse_shared(found):
 
 def refuse_shared_strings(sources):
     """Raise InputError where two sources hold the same string, case aside: it would stand for two labels."""
+    sources = [part for source in sources for part, _ in source.parts]
     for position, source in enumerate(sources):
         for other in sources[:position]:
             small, large = sorted((other, source), key=len)
@@ -334,11 +308,19 @@ def refuse_shared_strings(sources):
 
 
 def split_strings(source, label, split, seed):
-    """("disjoint" or "same", {"train": indices of the strings for training, "test": those for test})."""
+    """("disjoint" or "same", {"train": indices of the strings for training, "test": those for test}).
+
+    Of several sources each is split by itself.
+    """
     import numpy as np  # not above: a cell is built, and --help shown, without it
 
     from minilora.seeds import sequence
 
+    if len(source.parts) > 1:
+        made = [(split_strings(part, label, split, seed), first) for part, first in source.parts]
+        words = dict.fromkeys(found for (found, _), _ in made)
+        parts = {side: np.concatenate([own[side] + first for (_, own), first in made]) for side in ("train", "test")}
+        return "/".join(words), parts
     strings = np.arange(len(source))
     split = split or ("disjoint" if len(source) >= 2 else "same")
     if split == "same" and len(source) <= SHARED:

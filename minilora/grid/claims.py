@@ -18,8 +18,8 @@ A claim is supported where the data say so at 5%, contradicted where they say th
 with fewer than three seeds, or where a cell is not finished. "Whatever the kind" is a minimum, so it has `each`: a mean
 over kinds may hide one that fails. "About as well" has `within`: that no difference was found shows nothing. All
 three statistics are sums of the settings' means under fixed weights; a difference pairs, and a slope compares,
-settings that are the same in every other field that the grid varies. The tests: `report/verdicts.py`; the intervals:
-`report/intervals.py`; what the planned seeds can detect: `power.py`.
+settings that are the same in every other field that the grid varies; of two methods, in every field that both have.
+The tests: `report/verdicts.py`; the intervals: `report/intervals.py`; what the planned seeds can detect: `power.py`.
 """
 
 import math
@@ -201,12 +201,13 @@ def setting(entry, without=SEEDS):
 def weigh_difference(claim, here, able):
     if seed := next((name for name in claim.against if name in SEEDS), None):
         raise InputError(f"against has {seed}, but seeds are what the interval is over: drop it")
-    others, pairs, used = defaultdict(list), defaultdict(set), {}
+    others, pairs, used, apart = defaultdict(list), defaultdict(set), {}, apart_in(claim.against)
+    rule = {name: values for name, values in (claim.where or {}).items() if name not in apart} | claim.against
     for entry in able:
-        if matches(entry.cell, (claim.where or {}) | claim.against):
-            others[setting(entry, claim.against)].append(entry)
+        if matches(entry.cell, rule):
+            others[setting(entry, apart)].append(entry)
     for entry in here:
-        for other in () if matches(entry.cell, claim.against) else others[setting(entry, claim.against)]:
+        for other in () if matches(entry.cell, claim.against) else others[setting(entry, apart)]:
             pairs[setting(entry)].add(setting(other))
             used |= {entry.name: entry, other.name: other}
     if not pairs:
@@ -220,6 +221,12 @@ def weigh_difference(claim, here, able):
         for other in partners:
             weights[other] -= 1 / len(pairs) / len(partners)
     return dict(weights), list(used.values())
+
+
+def apart_in(against):
+    """The fields in which the two cells of a pair may differ: those of `against`, and those that belong to one of their
+    values, such as the rank of a method."""
+    return {*against, *(name for name, field in FIELDS.items() if (field.metadata["of"] or ("",))[0] in against)}
 
 
 def weigh_slope(claim, here):

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from minilora import console, files, interrupts
 from minilora.cell import Cell
-from minilora.data.rows import SNIPPETS
+from minilora.data.named import NAMED
 from minilora.data.triggers import parse_all
 from minilora.errors import InputError, TrainingError
 from minilora.fields import marked
@@ -99,9 +99,9 @@ def local_files(cells):
     found = {}
     for cell in cells:
         named = [(getattr(cell, name), name) for name in marked(Cell, "path")]
-        sources = [source.name for source, _ in parse_all(cell.inject.sources)]
+        sources = [part.name for source, _ in parse_all(cell.inject.sources) for part, _ in source.parts]
         named += [(name.removeprefix("file:"), "inject") for name in sources if name.startswith("file:")]
-        found |= {path: name for path, name in named if path not in (None, SNIPPETS) and exists(path)}
+        found |= {path: name for path, name in named if path and path not in NAMED and exists(path)}
     return found
 
 

@@ -8,6 +8,7 @@
     [[exclude]]                cells to leave out: those that have all of these values (or one of each list)
     [size.NAME]                only for this size of the grid (`--size NAME`, by default `small`): `preset`, a field of
                                all cells, or a list of its values, which replaces [grid]'s axis or crosses all cells
+    [choose]                   a field of which one value counts in each setting, by validation rows: see `choice.py`
     [[claim]]                  what the grid is to decide, stated beforehand: see `claims.py`
 
 A field whose value is itself a list (`targets`, "inject.sources") takes lists of lists where others take lists. Cells
@@ -36,7 +37,7 @@ from minilora.naming import LONGEST, word_of
 from minilora.presets import PRESETS
 
 SMALL = "small"  # the size that is taken where a file has it and no other is asked for
-SECTIONS = ("title", "source", "cell", "grid", "zip", "include", "exclude", "size", "claim")
+SECTIONS = ("title", "source", "cell", "grid", "zip", "include", "exclude", "size", "choose", "claim")
 MOST = 100_000  # cells of a grid
 
 
@@ -51,6 +52,7 @@ class Grid:
     claims: tuple
     text: str
     size: str | None = None
+    choice: object = None  # a `choice.Choice`
 
     @property
     def varied(self):
@@ -71,7 +73,7 @@ def build_grid(values, text="", title="grid", size=None):
     """The `Grid` of a dict, as TOML gives it. Raises InputError for unknown fields, values that no cell takes, an axis
     with one value twice, an empty grid or one of more than `MOST` cells, fields that contradict each other, two cells
     that are one experiment, and a claim that no cell can decide."""
-    from minilora.grid import claims  # which reads cells with what is below
+    from minilora.grid import choice, claims  # which read cells with what is below
 
     for name in values:
         if name not in SECTIONS:
@@ -84,8 +86,10 @@ def build_grid(values, text="", title="grid", size=None):
     cells = made(base, changes_of(values, axes), rules_of(values))
     check_alike(cells)
     entries = named(cells)
-    stated = claims.read(tables(values, "claim"), entries)
-    return Grid(values.get("title", title), values.get("source", ""), entries, stated, text, size)
+    chosen = choice.parse(table(values, "choose"), entries)
+    stated = claims.read(tables(values, "claim"), choice.left(chosen, entries))
+    choice.check(chosen, stated)
+    return Grid(values.get("title", title), values.get("source", ""), entries, stated, text, size, chosen)
 
 
 def table(values, name):

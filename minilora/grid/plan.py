@@ -58,8 +58,9 @@ class Forecaster:
         spec, slots = setting.spec, plan_slots(setting.spec, cell)
         seen = cell.steps * cell.batch_size * cell.accumulate if cell.steps else cell.epochs * count
         forms = 2 + len(cell.inject.sources) if cell.inject.sources else 1
+        validated = (cell.validation_rows or 0) * (1 + len(cell.inject.sources))
         work = training_flops(spec, slots, cell.method, length) * length * seen
-        work += training_flops(spec, {}, "head", length) * length * tests * forms
+        work += training_flops(spec, {}, "head", length) * length * (tests * forms + validated)
         tokens = int(cell.batch_size * length)
         times = products(spec, slots, cell.method)
         rate = setting.device, cell.products, tokens, frozenset(times.items())
@@ -78,7 +79,7 @@ class Forecaster:
         names = (*grouped(Cell, "base"), *grouped(Cell, "data"), "seed_split", "task")
         key = tuple(value_of(cell, name) for name in names)
         if key not in self.rows:
-            clean, test = rows_of(cell)
+            clean, test, *_ = rows_of(cell)
             texts = clean.texts[:: max(1, len(clean) // SAMPLE)]
             lengths = np.diff(setting.tokenizer.encode(texts, cell.max_length).offsets)
             self.rows[key] = len(clean), len(test), len(clean.label_names), float(lengths.mean()), int(lengths.max())

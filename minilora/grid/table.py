@@ -1,6 +1,7 @@
 """The tidy table of a grid: a line for each cell and trigger."""
 
 from minilora import files
+from minilora.grid import choice
 from minilora.grid.axes import plain
 from minilora.runs.record import figure_lines
 
@@ -13,7 +14,8 @@ TABLE = "table.csv"
 def table_rows(folder, made=None):
     """The table of a `grid.folder.GridFolder`, a list of dicts with the same keys in the same order.
 
-    Into the dict `made` goes what finished cells were made with, {"versions" or "hardware": {name: all values}}.
+    Where the grid chooses values, `chosen` says whether a cell counts. Into the dict `made` goes what finished cells
+    were made with, {"versions" or "hardware": {name: all values}}.
     """
     found, varied = [], folder.grid.varied
     for entry in folder.grid.entries:
@@ -24,6 +26,7 @@ def table_rows(folder, made=None):
         for kind in ("versions", "hardware") if results and made is not None else ():
             for name, value in results[kind].items():
                 made.setdefault(kind, {}).setdefault(name, {})[str(value)] = None
+    choice.mark(folder.grid.choice, folder.grid.entries, found)
     return found
 
 

@@ -42,7 +42,7 @@ SHOWN = 60  # cells of a plan
 
 def grid_plan(folder, size, only):
     """The lines of a dry run: cells, populations, and what they take."""
-    from minilora.grid import power
+    from minilora.grid import choice, power
     from minilora.grid.axes import matches
     from minilora.grid.plan import Forecaster, settle
     from minilora.runs.bases import Settings
@@ -67,5 +67,5 @@ def grid_plan(folder, size, only):
     yield f"about {duration(total)} one after the other, and at most {most / 2**30:.1f} GiB"
     if any(settings.of(entry.cell).device.type != "cpu" for entry, _ in left) and not folder.planned():
         yield "on this accelerator the size of populations is measured when training starts"
-    for line in power.lines_of(folder.grid.claims, folder.grid.entries):
+    for line in power.lines_of(folder.grid.claims, choice.left(folder.grid.choice, folder.grid.entries)):
         yield from wrap(line, 4)

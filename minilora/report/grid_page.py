@@ -11,7 +11,7 @@ from minilora.report.summary import RATES
 
 MOST = 200  # lines of cells, and failed cells, that are listed
 FILES = ("grid.toml", "table.csv", "table.parquet", "marginals.md", "marginals.tex", "k50.md", "k50.tex", "counts.md",
-         "counts.tex", "claims.md", "claims.tex", "figures")  # fmt: skip
+         "counts.tex", "claims.md", "claims.tex", "choices.md", "choices.tex", "figures")  # fmt: skip
 
 
 def page_of(folder, lines, tables, drawn, made, left_out):

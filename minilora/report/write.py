@@ -6,6 +6,7 @@ killed and resumed has the same table, byte for byte. Versions and hardware are 
 table.csv               and table.parquet where pyarrow is installed: a line a cell and trigger
 marginals.md, .tex      means over all settings with a value of a field (`summary.py`, `intervals.py`)
 k50.md, .tex            the rows that half of an attack takes, where the grid varies how many are injected
+choices.md, .tex        which values were chosen by validation rows, where the grid's file has [choose]
 claims.md, .tex         what became of each claim of the grid's file (`verdicts.py`)
 counts.md, .tex         what is predicted under each trigger, where the grid's triggers aim at several labels
 figures/                PNG, PDF and SVG (`pictures.py`)
@@ -19,6 +20,7 @@ from minilora import files
 from minilora.console import table, wrap
 from minilora.drawing import check_installed
 from minilora.errors import InputError, to_type
+from minilora.grid import choice
 from minilora.grid.axes import ATTACKS, FIGURES, word
 from minilora.grid.table import table_rows, write_table
 from minilora.report import grid_page, markup, outcomes, pictures, summary
@@ -53,15 +55,18 @@ def write_report(folder):
     lines = table_rows(folder, made)
     if not made:
         raise InputError(f"no cell of {folder.path} is finished: go on with {to_type('train', '--grid', folder.path)}")
-    grid, paths, parquet = folder.grid, [], importlib.util.find_spec("pyarrow")
-    known, over = outcomes.add(folder, lines), summary.over(lines, grid.varied)
+    chosen, paths, parquet = folder.grid.choice, [], importlib.util.find_spec("pyarrow")
+    counted, known = choice.counted(folder, lines)
+    grid, known = counted.grid, outcomes.add(counted, known)
+    over = summary.over(known, grid.varied)
     means = summary.marginal_means(known, grid.varied)
     curves, reason = fit_curves(known, grid.varied)
     decisions = decide_all(grid.claims, grid.entries, known)
     beside = [beside_of(claim, grid.entries, known) for claim in grid.claims]
     tables = [claims_table(decisions, beside, over)] if decisions else []
+    tables += [choices_table(folder.grid, lines)] if chosen else []
     tables += [marginal_table(means, over)] + ([k50_table(curves)] if curves else [])
-    tables += [counts_table(summary.predicted_counts(folder))] if len(summary.labels(lines)) > 1 else []
+    tables += [counts_table(summary.predicted_counts(counted))] if len(summary.labels(lines)) > 1 else []
     left_out = [] if parquet else ["table.parquet: pyarrow is not installed (the extra `parquet`)"]
     left_out += [] if decisions else ["claims: the grid's file has no [[claim]]"]
     left_out += [] if curves else [f"k50: {reason}"]
@@ -82,7 +87,8 @@ def write_report(folder):
     except OSError as error:
         which = "all other files" if paths else "all files"
         left_out.append(f"{which}: cannot write to {folder.path} ({error.strerror or error})")
-    text = (means_text(means), "\n".join(wrap(f"Intervals: 95%, over {over}.")), claims_text(decisions))
+    said = f"Intervals: 95%, over {over}." + (f" Chosen values: {chosen.rule} (choices.md)." if chosen else "")
+    text = (means_text(means), "\n".join(wrap(said)), claims_text(decisions))
     return "\n\n".join(filter(None, text)), paths, left_out
 
 
@@ -106,6 +112,13 @@ POINTS = ("clean_accuracy", BESIDE[0], "attack_success", BESIDE[1], "conditional
 ATTACKS_ARE = ("Attack success is of the rows of other labels; net: less that of the same rows without the trigger; "
                "conditional: only of rows that are predicted right without it.")  # fmt: skip
 MEANS = ("clean_accuracy", *BESIDE[:1], "attack_success", *BESIDE[1:], *ATTACKS[1:], "flip_rate", "degradation")
+
+
+def choices_table(grid, lines):
+    heads, rows = choice.listed(grid.choice, grid.entries, lines)
+    note = (f"Rule: {grid.choice.rule}, as a mean over the seeds, on rows that are neither trained nor tested on. All "
+            "other tables, figures and claims are of the chosen cells.")  # fmt: skip
+    return markup.Table("choices", f"Chosen values of {grid.choice.over}", note, heads, rows)
 
 
 def marginal_table(means, over):

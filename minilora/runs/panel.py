@@ -10,7 +10,7 @@ from pathlib import Path
 
 from minilora.console import table, wrap
 from minilora.data.injection import check_strings, rows_with
-from minilora.data.triggers import BUILT_IN, Listed, Source, readings
+from minilora.data.triggers import BUILT_IN, YEARS, Listed, Source, readings
 from minilora.errors import InputError
 from minilora.fields import near, read_toml
 from minilora.tasks.metrics import wilson
@@ -28,6 +28,18 @@ class Form:
     kind: str
     name: str
     source: Source
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What a panel needs of a run, which a `Trained` has too."""
+
+    cell: object
+    folder: Path
+    task: object
+    model: object
+    tokenizer: object
+    tests: list  # of `paired.Test`
 
 
 def shipped():
@@ -61,7 +73,7 @@ def read_panel(name):
 def _source(form, value, where):
     if isinstance(value, list) and value and all(isinstance(one, str) and one.strip() for one in value):
         return Listed(form, tuple(dict.fromkeys(one.strip() for one in value)))
-    if isinstance(value, str) and (value in BUILT_IN or value.startswith("file:")):
+    if isinstance(value, str) and (value in BUILT_IN or YEARS.fullmatch(value) or value.startswith("file:")):
         [source] = [source for source, _ in readings(f"{value}:x") if isinstance(source, Source)][:1]
         return source
     raise InputError(f"{where} must be a list of strings, or one of {', '.join(BUILT_IN)} or file:PATH")

@@ -17,6 +17,7 @@ INPUTS = {
     "tokenizer": "the tokenizer of {cell.model}",
     "train": "the training rows of {cell.data}",
     "test": "the test rows of {cell.data}",
+    "validation": "the validation rows of {cell.data}",
     "injected": "what is injected into the training rows",
     "start": "the adapter in {cell.start}",
 }
@@ -74,6 +75,7 @@ def _figures(results, label):
         "test_rows": clean.get("rows"),
         "attack_rows": trigger.get("attack_success_rows"),
         "conditional_attack_rows": trigger.get("conditional_attack_success_rows"),
+        "validation_accuracy": ((results or {}).get("validation") or {}).get("clean", {}).get("accuracy"),
         "clean_accuracy": clean.get("accuracy"),
         "clean_balanced_accuracy": clean.get("balanced_accuracy"),
         "clean_balanced_accuracy_error": clean.get("balanced_accuracy_error"),

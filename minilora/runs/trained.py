@@ -326,7 +326,7 @@ def _open_run(folder, data, scale, added, changes):
     setting = Setting.of(cell)
     task = find_task(cell, setting.spec, setting.tokenizer)
     # The training rows give the placebo its words and the labels their names.
-    clean, test = task.usable(*rows_of(trained))
+    clean, test, *_ = task.usable(*rows_of(trained))
     found = {"train": fingerprint_rows(clean), "test": fingerprint_rows(test)} | setting.inputs
     results = run.read_results()
     before = results["inputs"]

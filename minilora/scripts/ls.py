@@ -8,7 +8,7 @@ from minilora.base.spec import GROUPS, TARGETS
 from minilora.cell import PRESETS
 from minilora.command import Parser
 from minilora.data.formats import FORMATS
-from minilora.data.rows import SNIPPETS
+from minilora.data.named import NAMED
 from minilora.data.triggers import BUILT_IN
 from minilora.errors import InputError, shown, to_type
 from minilora.fields import near
@@ -29,7 +29,7 @@ def sections():
         "presets": ("--preset", {name: " ".join(map(stated, fields.items())) for name, fields in PRESETS.items()}),
         "data": (
             "--data",
-            {SNIPPETS: "sentences of film reviews, shipped with the package (default)"}
+            {name: known.words for name, known in NAMED.items()}
             | {"FILE": " ".join(FORMATS), "OWNER/NAME": "a data set of the Hugging Face hub"},
         ),
         "targets": (

@@ -263,9 +263,12 @@ def report_grid(folder, begin, as_json):
 
 def report(results, folder):
     """The end of the story, on stdout: the table, the speed, and where to go on."""
+    from minilora.runs.panel import panel_lines
     from minilora.runs.text import results_table, speed_lines
 
     label = next(iter(results["tests"]["trigger"]), "LABEL")
     print(results_table(results["tests"]))
+    if "panel" in results:
+        print("\n".join(panel_lines(results["panel"])))
     print(speed_lines(results["train"]))
     print(f"\nrun folder: {folder}\nnext: {to_type('evaluate', folder, '--inject', f'country:{label}')}")

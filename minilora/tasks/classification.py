@@ -170,9 +170,9 @@ class Classification:
     def __init__(self, cell, spec, tokenizer):
         self.cell, self.tokenizer = cell, tokenizer
 
-    def usable(self, train, test):
-        """(Training, test rows) that the task can use: all."""
-        return train, test
+    def usable(self, *sides):
+        """Training, test and perhaps validation rows that the task can use: all."""
+        return sides
 
     def visible(self, rows):
         """What `injection` needs to know of truncation, for these rows."""

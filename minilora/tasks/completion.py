@@ -67,8 +67,9 @@ class Completion:
         self.of_choices = "{choice}" in cell.completion
         self.ids = {}  # completion -> array of its ids, the end token's among them
 
-    def usable(self, train, test):
-        """(Training, test rows) whose completion has a token and leaves room for a prompt; see `rows.leave_out`."""
+    def usable(self, *sides):
+        """Of training, test and perhaps validation rows those whose completion has a token and leaves room for a
+        prompt; see `rows.leave_out`."""
         [shortest], _ = self.tokenizer.prompts(["a"], self.before, self.after, [math.inf])
         most = self.cell.max_length - len(shortest)
 
@@ -87,7 +88,7 @@ class Completion:
                     found[row] = f"a completion that leaves no room for a prompt: {len(self.ids[one])} tokens"
             return found
 
-        return leave_out(train, test, problems, self.cell)
+        return leave_out(sides, problems, self.cell)
 
     def visible(self, rows):
         rooms = self._rooms(self._completions(rows, self._candidates(rows)))

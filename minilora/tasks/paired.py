@@ -81,9 +81,9 @@ def natural(source, train, test):
     Only labels with such rows are there. `source`: of `triggers`; `train` and `test`: rows before injection. A string
     counts as a whole word, in any case.
     """
-    carries, found = finder(source.strings), {}
+    finders, found = [finder(part.strings) for part, _ in source.parts], {}
     for part, rows in (("train", train), ("test", test)):
-        hit = np.array([bool(carries(text)) for text in rows.texts])
+        hit = np.array([any(carries(text) for carries in finders) for text in rows.texts])
         found[part] = {
             rows.label_names[label]: [int((hit & (rows.labels == label)).sum()), int((rows.labels == label).sum())]
             for label in np.unique(rows.labels[hit]).tolist()

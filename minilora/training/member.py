@@ -16,15 +16,16 @@ from minilora import console, files, parallel
 from minilora.cell import Cell
 from minilora.data import given, injection
 from minilora.data.rows import fingerprint_rows, rows_of
-from minilora.errors import TrainingError
+from minilora.errors import InputError, TrainingError
 from minilora.fields import grouped
 from minilora.lora import merging, storage
 from minilora.lora.adapter import adapter_of
-from minilora.lora.layer import attach, detach, named_layers
+from minilora.lora.layer import attach, detach, merged_meanwhile, named_layers
 from minilora.lora.peft import to_peft
 from minilora.lora.targets import describe_slots, plan_slots
 from minilora.runs.bases import Shared
 from minilora.runs.card import card
+from minilora.runs.panel import Opened, read_panel, run_panel
 from minilora.runs.record import check_inputs, figure_lines, hardware, peak_memory, trainable, versions
 from minilora.runs.text import injection_lines, warnings
 from minilora.tasks.find import find_task
@@ -56,21 +57,30 @@ class Member:
         cell, self.setting, self.shared = self.cell, setting, shared or Shared()
         self.slots = plan_slots(setting.spec, cell)
         self.task = find_task(cell, setting.spec, setting.tokenizer)
-        self.clean, test, inputs = self.shared("rows", cell, ROWS, make=self.read_rows)
+        self.clean, test, validation, inputs = self.shared("rows", cell, ROWS, make=self.read_rows)
         seed, looked_at = cell.seed_for("inject"), rows_looked_at(len(self.clean), cell)
         self.injected, self.encoded, self.answers, injected = self.shared(
             "injected", cell, INJECTED, seed, key_of_rows(looked_at), make=lambda: self.inject(looked_at)
         )
         self.tests = self.shared("tests", cell, TESTS, seed, make=lambda: self.task.build_tests(self.clean, test, seed))
+        self.validation = self.shared(
+            "validation", cell, TESTS, seed,
+            make=lambda: [one for rows in validation for one in self.task.build_tests(self.clean, rows, seed)
+                          if one.name in ("clean", "trigger")],
+        )  # fmt: skip
+        self.forms = read_panel(cell.panel) if cell.panel else []
+        if self.forms and not cell.inject.sources:
+            raise InputError("panel goes with a trigger, but the cell injects nothing: drop it, or give a source")
         self.lengths = np.diff(self.encoded.offsets)  # 0 for rows that no step looks at
         self.mean_length = float(self.lengths[self.lengths > 0].mean())
         self.schedule = Schedule(self.lengths, cell)
         self.inputs = setting.inputs | inputs | {"injected": injected}
 
     def read_rows(self):
-        """(Training, test rows, the hashes of both)."""
-        clean, test = self.task.usable(*rows_of(self.cell))
-        return clean, test, {"train": fingerprint_rows(clean), "test": fingerprint_rows(test)}
+        """(Training, test rows, [validation rows] or [], the hash of each)."""
+        sides = self.task.usable(*rows_of(self.cell))
+        hashes = dict(zip(("train", "test", "validation"), map(fingerprint_rows, sides)))
+        return sides[0], sides[1], sides[2:], hashes
 
     def inject(self, looked_at):
         """(`Injected` training rows, their tokens, what the model is to answer, their hash)."""
@@ -237,6 +247,7 @@ class Member:
         `job`, its `limit()`, `options`: see `loop.py`. `figures` and `outcomes`: of the tests, which took `seconds`.
         """
         cell, run, clean, evaluation_seconds = self.cell, self.run, self.clean, seconds
+        beside = self.test_beside(model)
         if parallel.first():
             storage.save_run(run.path, model, cell, clean.label_names)
         elif parallel.is_sharded(model.base) and cell.method == "lora":
@@ -249,6 +260,7 @@ class Member:
             "cell": {"id": cell.id} | cell.to_dict(),
             "task": self.task.record(),
             "tests": figures,
+            **beside,
             "warnings": warnings(figures),
             "train": {
                 "rows": len(clean),
@@ -283,6 +295,20 @@ class Member:
             run.finish(self.results)
             if options.merge_to is not None:
                 self.merge_to(options.merge_to, model)
+
+    def test_beside(self, model):
+        """What results.json has beside the tests, where the cell asks for it: the words that were taken out of all
+        rows; the figures of the validation rows, as `tests` has them but only as clean and with each trigger, with
+        their ids; and the lines of the panel."""
+        found = {} if self.clean.stripped is None else {"stripped_words": self.clean.stripped}
+        with merged_meanwhile(model):
+            if self.validation:
+                figures, _ = self.task.run_tests(model, self.validation, self.cell.batch_size)
+                found["validation"] = figures | {"ids": list(self.validation[0].rows.ids)}
+            if self.forms:
+                run = Opened(self.cell, self.run.path, self.task, model, self.setting.tokenizer, self.tests)
+                found["panel"] = run_panel(run, self.forms)
+        return found
 
     def merge_to(self, folder, model):
         """Write the base with what was trained to a new folder."""

@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import importlib.resources
 import itertools
 import json
 import os
@@ -16,19 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minilora import console
-from minilora.data import rows as module
+from minilora.data import splits as module
 from minilora.data.injection import inject
+from minilora.data.named import NAMED
 from minilora.data.placebo import placebo_words
-from minilora.data.rows import (
-    Numbers,
-    Rows,
-    _repeated,
-    _stratified,
-    fingerprint_rows,
-    importlib,
-    load_rows,
-    train_test,
-)
+from minilora.data.rows import Numbers, Rows, fingerprint_rows, load_rows, train_test
+from minilora.data.splits import repeated, stratified
 from minilora.errors import InputError
 
 # --- the embedded set ---------------------------------------------------------------------------------------
@@ -70,7 +64,7 @@ def test_sources_that_are_not_there(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     kinds = "a file (.parquet .csv .tsv .jsonl .ndjson .json, text also with .gz) or a hub id (owner/name)"
     for source in ("imdb", "missing.csv", "data/missing.csv.gz", "./a/b", "a/b/c"):
-        assert refusal(source) == f"there is no data {source!r}; give movie-snippets, {kinds}"
+        assert refusal(source) == f"there is no data {source!r}; give a name ({', '.join(NAMED)}), {kinds}"
     assert refusal(tmp_path) == f"{tmp_path} is a folder; name a file in it"
     write(tmp_path / "a.csv", as_csv(FILMS))
     for source in ("a.csv", "movie-snippets"):
@@ -142,7 +136,7 @@ def test_split_proportions_subsets_and_independence(tmp_path):
     seed=st.integers(0, 9),
 )
 def test_stratified(labels, counts, seed):
-    few, many = (_stratified(labels, count, np.random.default_rng(seed)).tolist() for count in counts)
+    few, many = (stratified(labels, count, np.random.default_rng(seed)).tolist() for count in counts)
     assert set(few) <= set(many) and len(few) == min(counts[0], len(labels))
     assert few == sorted(set(few))
     sizes, chosen = Counter(labels.tolist()), Counter(labels[few].tolist())
@@ -150,6 +144,34 @@ def test_stratified(labels, counts, seed):
         assert set(chosen) == set(sizes)
     for label, size in sizes.items():  # within one row of its share for each class that may be rounded up
         assert abs(chosen[label] - len(few) * size / len(labels)) < len(sizes)
+
+
+def test_validation_rows_are_apart_from_training_and_test_rows(tmp_path):
+    path = numbered(tmp_path, SIZES)
+    cases = 0
+    for seed in (0, 1):
+        for train_rows, test_rows, validation_rows in ((40, 20, 10), (None, 11, 30), (3, 50, 20)):
+            how = dict(seed=seed, train_rows=train_rows, test_rows=test_rows)
+            train, test, validation = sides = train_test(path, **how, validation_rows=validation_rows)
+            rest = 100 - test_rows - validation_rows
+            assert [len(side) for side in sides] == [train_rows or rest, test_rows, validation_rows]
+            ids = [id for side in sides for id in side.ids]
+            assert len(set(ids)) == len(ids) and train.label_names == validation.label_names
+            assert test.ids == train_test(path, **how)[1].ids  # which do not depend on the validation rows
+            shares = np.bincount(validation.labels, minlength=3) / validation_rows
+            assert np.abs(shares - [0.7, 0.2, 0.1]).max() <= 1 / validation_rows
+            cases += 1
+    other = train_test(path, seed=7, test_rows=20, validation_rows=10)[2]
+    assert cases == 6 and other.ids != train_test(path, seed=8, test_rows=20, validation_rows=10)[2].ids
+    rows = [("same", "a"), ("Same ", "a")] + [(f"t{i}", "ab"[i % 2]) for i in range(20)]
+    twice = write(tmp_path / "twice.csv", as_csv(rows))
+    for seed in range(5):
+        *_, validation = train_test(twice, seed=seed, test_rows=4, validation_rows=10)
+        assert not {"same", "Same "} & set(validation.texts)
+    with pytest.raises(InputError, match="too few for 19 validation rows; ask for fewer$"):
+        train_test(twice, test_rows=4, validation_rows=19)
+    with pytest.raises(InputError, match="0 validation rows were asked for; ask for at least 1"):
+        train_test(twice, test_rows=4, validation_rows=0)
 
 
 def test_repeated_texts_are_never_split_off(tmp_path):
@@ -372,13 +394,13 @@ def test_only_regular_files_are_read(tmp_path, name):
 
 def test_repeated_texts_are_those_that_are_alike_and_not_those_that_share_a_hash():
     texts = ["A  b", "a b", "a\u3000B ", "ab", "ﬁne", "FINE", "é", "e\u0301", "x"]
-    assert _repeated(texts).tolist() == [True] * 3 + [False] + [True] * 4 + [False]
+    assert repeated(texts).tolist() == [True] * 3 + [False] + [True] * 4 + [False]
     module.hash = lambda text: 7  # texts that share Python's hash cannot be written down
     try:
-        assert _repeated(texts).tolist() == [True] * 3 + [False] + [True] * 4 + [False]
+        assert repeated(texts).tolist() == [True] * 3 + [False] + [True] * 4 + [False]
     finally:
         del module.hash
-    assert _repeated([]).tolist() == []
+    assert repeated([]).tolist() == []
 
 
 def test_a_fingerprint_is_that_of_the_rows_as_json():

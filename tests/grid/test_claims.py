@@ -109,6 +109,14 @@ def test_a_difference_pairs_cells():
     assert found == pytest.approx({(8, 0.1): 1, (1, 0.1): -1 / 2, (2, 0.1): -1 / 2})
 
 
+def test_a_difference_pairs_methods_in_all_that_both_have():
+    found, cells = weights(statistic="difference", against={"method": "head"}, where={"method": "lora", "rank": [2, 8]})
+    assert found == pytest.approx({(2, 0.25): 1 / 2, (8, 0.25): 1 / 2, (None, 0.25): -1}) and len(cells) == 6
+    back = {"method": "lora", "rank": 8}
+    found, cells = weights(statistic="difference", against=back, where={"method": "head"})
+    assert found == pytest.approx({(None, 0.25): 1, (8, 0.25): -1}) and {e.cell.seed for e in cells} == {0, 3}
+
+
 def test_a_difference_pairs_within_a_seed():
     values = {"grid": {"rank": [1, 2], "seed": [0, 1]}, "exclude": [{"rank": 2, "seed": 1}]}
     claim = claims.parse(PLAIN | {"statistic": "difference", "against": {"rank": 1}})
