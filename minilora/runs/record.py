@@ -18,6 +18,7 @@ INPUTS = {
     "train": "the training rows of {cell.data}",
     "test": "the test rows of {cell.data}",
     "injected": "what is injected into the training rows",
+    "changed": "what a mitigation makes of the training rows",
     "start": "the adapter in {cell.start}",
 }
 
