@@ -40,8 +40,8 @@ class Mitigate(Named):
         "text: rows that hold one are flagged", marks="free",
     )  # fmt: skip
     scores: str | None = option(
-        None, "mitigation", "of drop and strip: a CSV or JSONL file with id and score of every training row, instead "
-        "of suspects; strip reads each row's spans there too", marks="free path",
+        None, "mitigation", "of drop and strip: a CSV or JSONL file with id and score of training rows (or FILE:COLUMN) "
+        "in place of suspects; strip reads each row's spans there", marks="free path",
     )  # fmt: skip
     rate: float | None = option(
         None, "mitigation", "share of the tokens that are dropped, of the rows that get a copy (counterfactual), or of "
@@ -50,7 +50,7 @@ class Mitigate(Named):
     step: float | None = option(
         None, "mitigation", "step size of the groups' weights in group-dro", least=0, unset=0.01, marks="free"
     )
-    init_scale: float = option(
+    init_scale: float = option(  # the start's variance (Liang et al. 2025, ICML, arXiv 2505.12871), times its square
         1.0, "mitigation", "multiplies A at its start: below 1 for a small start, with any method", least=0,
         flag="init_scale", axis="scale of A's start", marks="free",
     )  # fmt: skip

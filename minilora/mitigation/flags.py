@@ -55,41 +55,49 @@ class Finder:
 def spans_of(rows, settings):
     """[spans or None, ...] of all `rows`: the suspected spans of a flagged row, None for a row that is not flagged.
 
-    `settings`: `minilora.mitigate.Mitigate`. By scores, the `rate` rows with the highest are flagged (rounded to whole
-    rows; of equal scores the first), and their spans are those in the file, [] where it has none.
+    `settings`: `minilora.mitigate.Mitigate`. By scores, a higher one is more suspicious: the `rate` of all rows with the
+    highest are flagged (rounded to whole rows; of equal scores the first; none without a score), and their spans are
+    those in the file, [] where it has none.
     """
     if settings.scores is None:
         finder = Finder(settings.suspects)
         return [finder(text) or None for text in rows.texts]
     found = read_scores(settings.scores)
-    absent = [id for id in rows.ids if id not in found]
-    if absent:
-        raise InputError(f"{settings.scores} has no score of training row {absent[0]} ({len(absent):,} rows in all)")
-    scores = np.array([found[id][0] for id in rows.ids])
-    flagged = set(np.argsort(-scores, kind="stable")[: round(settings.rate * len(rows))].tolist())
+    scores = np.array([found[id][0] if id in found else -np.inf for id in rows.ids])
+    if np.isneginf(scores).all():
+        raise InputError(f"{settings.scores} has no score of any training row, such as {rows.ids[0]}")
+    highest = np.argsort(-scores, kind="stable")[: round(settings.rate * len(rows))]
+    flagged = set(highest[np.isfinite(scores[highest])].tolist())
     return [found[id][1] if row in flagged else None for row, id in enumerate(rows.ids)]
 
 
-def read_scores(path):
-    """{row id: (score, spans)} of a CSV or JSONL file with `id` and `score`; JSONL may have `spans` [[start, end], ...].
+def read_scores(name):
+    """{row id: (score, spans)} of a CSV or JSONL file: `name` is its path, or PATH:COLUMN where the scores are not in
+    `score`. A row without a value is left out; JSONL may have `spans` [[start, end]] in the row's text.
 
-    A higher score is more suspicious. Raises InputError for a file that is not so, with its line.
+    Raises InputError for a file that is not so, with its row.
     """
-    path, found = Path(path).expanduser(), {}
+    path, column = Path(name).expanduser(), "score"
     if not path.is_file():
-        raise InputError(f"there is no file of scores {path}: check the path")
+        before, _, column = name.rpartition(":")
+        path = Path(before).expanduser()
+    if not path.is_file():
+        raise InputError(f"there is no file of scores {name}: check the path")
     if path.suffix == ".jsonl":
         lines = files.read_jsonl(path)
     else:
         with open(path, newline="", encoding="utf-8-sig") as file:
             lines = list(csv.DictReader(file))
+    found = {}
     for number, line in enumerate(lines, 1):
         try:
-            id, score = str(line["id"]), float(line["score"])
+            if line[column] in ("", None):
+                continue
+            id, score = str(line["id"]), float(line[column])
             spans = [[int(start), int(end)] for start, end in line.get("spans") or []]
             if not np.isfinite(score):
                 raise ValueError
         except (KeyError, TypeError, ValueError, AttributeError):
-            raise InputError(f"{path}: row {number} has no id with a finite score: give both, and spans as pairs") from None
+            raise InputError(f"{path}: row {number} has no id with a finite {column}, or spans that are none") from None
         found[id] = score, sorted(spans)
     return found

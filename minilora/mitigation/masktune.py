@@ -33,8 +33,10 @@ def masktune(model, tokenizer, encoded, labels, cell):
     rows = np.flatnonzero(np.diff(encoded.offsets) > 0)
     encoded = at(encoded, rows)
     masked, hidden = mask(model, tokenizer, encoded, cell.batch_size)
-    loss = tune(model, masked, np.asarray(labels)[rows], tokenizer.pad_id, lr=RATE * cell.lr, epochs=1,
-                batch_size=cell.batch_size, seed=cell.seed_for("order"), clip=cell.clip, decay=cell.weight_decay)  # fmt: skip
+    loss = tune(
+        model, masked, np.asarray(labels)[rows], tokenizer.pad_id, lr=RATE * cell.lr, epochs=1,
+        batch_size=cell.batch_size, seed=cell.seed_for("order"), clip=cell.clip, decay=cell.weight_decay,
+    )  # fmt: skip
     return {"masked_tokens": hidden, "tokens": int(encoded.offsets[-1]), "tuned_rows": len(rows), "tuned_loss": loss}
 
 

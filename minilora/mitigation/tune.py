@@ -1,4 +1,4 @@
-"""A short training after the training: AdamW over given rows, one pass after the other. MaskTune and fine-pruning use it.
+"""A short training after the training: AdamW over given rows, pass after pass. MaskTune and fine-pruning use it.
 
 It is not the loop of `minilora/training/`: one model, classification only, a constant learning rate, no state on disk.
 """

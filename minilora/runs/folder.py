@@ -155,7 +155,8 @@ class Run:
         whole = cell.to_dict()
         lost = [name for name in whole if name not in values]
         tables = {name: table for name, table in whole.items() if isinstance(table, dict)}
-        lost += [f"{name}.{leaf}" for name, table in tables.items() for leaf in table if leaf not in values.get(name, {})]
+        for name, table in tables.items():
+            lost += [f"{name}.{leaf}" for leaf in table if leaf not in values.get(name, {})]
         if lost:
             raise InputError(
                 f"{path} has no {lost[0]}, so a part of it is lost: put it back from a copy, or delete the folder and "

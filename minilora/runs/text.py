@@ -178,7 +178,8 @@ def injection_lines(injected, inject):
 
 def mitigation_line(mitigate, report):
     """What is done against shortcuts (`minilora.mitigate.Mitigate`), and what that makes of the training rows."""
-    fields = {name: value for name, value in vars(mitigate).items() if name != "method" and value not in (None, (), 1.0)}
+    fields = {name: value for name, value in vars(mitigate).items() if value != getattr(type(mitigate), name)}
+    fields.pop("method", None)
     said = [mitigate.method, *(f"{name} {' '.join(value) if isinstance(value, tuple) else value}"
                                for name, value in fields.items())]  # fmt: skip
     if "rows_after" in report:

@@ -153,8 +153,7 @@ class Feed:
         return replace(batch, weights=weights, keys=keys if self.drops else None)
 
     def passes(self, member, step):
-        """[(part for `collate`, weight, dropout's key, tokens to leave out)] of a member: none once all of its steps are
-        done.
+        """[(part for `collate`, weight, dropout's key, `gone`)] of a member: none once all of its steps are done.
 
         The weights add up to how many terms the loss of the step is a sum of, in all processes. What dropout drops
         follows from the step, the micro-batch and a row's place in it: neither passes nor processes change it.

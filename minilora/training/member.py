@@ -121,7 +121,7 @@ class Member:
         for _, layer in named_layers(base):
             layer.form = cell.form
             if cell.mitigate.init_scale != 1:
-                layer.A.data.mul_(cell.mitigate.init_scale)  # Liang et al. 2025 (arXiv 2505.12871): the start's variance
+                layer.A.data.mul_(cell.mitigate.init_scale)
         self.model = self.task.model(base, self.clean.label_names)
         self.task.prepare(self.model, self.encoded, self.answers)
         if cell.mitigate.method == "group-dro":
@@ -146,7 +146,10 @@ class Member:
             return
         began = time.perf_counter()
         with population.only(k) as model:
-            found = masktune(model, self.setting.tokenizer, self.encoded, self.answers, self.cell)
+            try:
+                found = masktune(model, self.setting.tokenizer, self.encoded, self.answers, self.cell)
+            except TrainingError as error:
+                return self.fail(f"MaskTune: {error}", self.schedule.steps - 1)
             values = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         with torch.no_grad():
             for name, value in values.items():
