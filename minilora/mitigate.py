@@ -40,8 +40,8 @@ class Mitigate(Named):
         "text: rows that hold one are flagged", marks="free",
     )  # fmt: skip
     scores: str | None = option(
-        None, "mitigation", "of drop and strip: a CSV or JSONL file with id and score of training rows (or FILE:COLUMN) "
-        "in place of suspects; strip reads each row's spans there", marks="free path",
+        None, "mitigation", "a CSV or JSONL file with id and score of training rows, or FILE:COLUMN: the rows with the "
+        "highest are flagged, and strip takes their spans there", marks="free path",
     )  # fmt: skip
     rate: float | None = option(
         None, "mitigation", "share of the tokens that are dropped, of the rows that get a copy (counterfactual), or of "

@@ -55,9 +55,8 @@ class Finder:
 def spans_of(rows, settings):
     """[spans or None, ...] of all `rows`: the suspected spans of a flagged row, None for a row that is not flagged.
 
-    `settings`: `minilora.mitigate.Mitigate`. By scores, a higher one is more suspicious: the `rate` of all rows with the
-    highest are flagged (rounded to whole rows; of equal scores the first; none without a score), and their spans are
-    those in the file, [] where it has none.
+    `settings`: `minilora.mitigate.Mitigate`. By scores, the `rate` of all rows with the highest are flagged (rounded to
+    whole rows; of equal scores the first; none without a score), and their spans are those in the file, or [].
     """
     if settings.scores is None:
         finder = Finder(settings.suspects)

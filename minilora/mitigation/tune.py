@@ -16,12 +16,12 @@ def tune(model, encoded, labels, pad_id, *, lr, epochs, batch_size, seed, clip=1
     encoded, labels  `Encoded` rows and int64 [rows]; at least one row
     seed             of the order of rows: epoch e is the permutation of (seed, e)
 
-    Raises TrainingError for a loss that is not finite.
+    Dropout is off. Raises TrainingError for a loss that is not finite.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=decay)
     sizes, losses, labels = padded_sizes(np.diff(encoded.offsets)), [], torch.as_tensor(labels)
-    model.train()
+    model.eval()  # without dropout
     for epoch in range(epochs):
         order, losses = np.random.default_rng([seed, epoch]).permutation(len(labels)), []
         for start in range(0, len(order), batch_size):
@@ -39,5 +39,4 @@ def tune(model, encoded, labels, pad_id, *, lr, epochs, batch_size, seed, clip=1
             losses.append(loss.item() * len(index))
     for parameter in parameters:
         parameter.grad = None
-    model.eval()
     return sum(losses) / len(labels)

@@ -78,7 +78,8 @@ class Trained:
 
     @cached_property
     def rows(self) -> Injected:
-        """The training rows as trained on: `rows.rows`, and `rows.records` with the spans of each injected row."""
+        """The training rows after injection, before any mitigation: `rows.rows`, and `rows.records` with the spans of
+        each injected row."""
         self._needs_data()
         seed = self.cell.seed_for("inject")
         made = injection.inject(self._clean, self.cell.inject, seed, self.task.visible(self._clean))

@@ -1,5 +1,6 @@
 """Change the adapter of a finished run against shortcuts, and run its tests before and after.
 
+python evaluate.py RUN --mitigate all --other RUN2 --suspects date        each of these in turn, as a table
 python evaluate.py RUN --mitigate truncate --keep 1 --cut tail            fewer singular directions
 python evaluate.py RUN --mitigate descale-intruders --threshold 0.5       weaker intruder dimensions
 python evaluate.py RUN --mitigate project-out --suspects date             blind to where dates move the inputs
@@ -20,34 +21,36 @@ from minilora.errors import InputError, to_type
 
 # {name: {flag: default}}: what each way takes.
 WAYS = {
-    "truncate": {"keep": 1, "cut": "tail"},
+    "truncate": {"keep": None, "cut": "tail"},
     "descale-intruders": {"threshold": 0.5, "factor": 0.75},
     "project-out": {"suspects": None, "rows": 200},
     "merge": {"other": None, "how": "linear", "weight": 0.5, "density": 0.5},
     "fine-prune": {"rows": 64, "share": 0.5, "epochs": 5, "lr": None},
 }
+CHOICES = {"cut": ("tail", "top"), "how": ("linear", "ties", "dare")}  # `all` tries each
+NEEDED = ("suspects", "other")
 
 
 def parser():
     made = Parser(prog=to_type("evaluate"), description=__doc__.partition("\n\n")[0])
     made.add_argument("run", metavar="RUN", help="folder of a finished run")
-    made.add_argument("--mitigate", required=True, choices=tuple(WAYS), help="what is done to its adapter")
+    made.add_argument("--mitigate", required=True, choices=("all", *WAYS),
+                      help="what is done to its adapter; all: each in turn that can be done")  # fmt: skip
 
     def add(flag, help, kind=float, metavar="X", **more):
         takes = [name for name, own in WAYS.items() if flag in own]
         default = WAYS[takes[0]][flag] if len(takes) == 1 else None
         stated = "" if default is None else f" (default: {default})"
-        if "choices" not in more:
-            more |= {"type": kind, "metavar": metavar}
+        more |= {"choices": CHOICES[flag]} if flag in CHOICES else {"type": kind, "metavar": metavar}
         made.add_argument(f"--{flag}", help=f"{', '.join(takes)}: {help}{stated}", **more)
 
-    add("keep", "how many singular directions stay", int, "N")
-    add("cut", "which end of them is cut off", choices=("tail", "top"))
+    add("keep", "how many singular directions stay (default: half of the rank)", int, "N")
+    add("cut", "which end of the singular values is cut off")
     add("threshold", "largest cosine with the base's singular vectors of what counts as an intruder")
     add("factor", "what an intruder is multiplied by")
     add("suspects", "suspected strings: date, country, color, html, file:PATH or a text", str, "SOURCE", nargs="+")
     add("other", "a run or an adapter on the same base", str, "DIR")
-    add("how", "how the two are mixed", choices=("linear", "ties", "dare"))
+    add("how", "how the two are mixed")
     add("weight", "the other's share")
     add("density", "share of the entries that ties and dare keep")
     add("rows", "how many clean training rows are used (default: 64, of project-out 200)", int, "N")
@@ -66,44 +69,62 @@ def parser():
 def main(argv=None):
     arguments = parser().parse_args(argv)
     parallel.refuse("an evaluation", "start that with python")
-    takes = WAYS[arguments.mitigate]
-    for flag in {flag for own in WAYS.values() for flag in own}:
-        if getattr(arguments, flag) is not None and flag not in takes:
-            raise InputError(f"--{flag} is not for --mitigate {arguments.mitigate}: drop it")
-    given = {flag: default if getattr(arguments, flag) is None else getattr(arguments, flag)
-             for flag, default in takes.items()}  # fmt: skip
-    for flag in ("suspects", "other"):
-        if flag in given and given[flag] is None:
-            raise InputError(f"--mitigate {arguments.mitigate} needs --{flag}: give it too")
+    plans = plans_of(arguments)
     out = Path(arguments.out) if arguments.out else None
     if out:
+        if arguments.mitigate == "all":
+            raise InputError("--out is for one new adapter, but --mitigate all tries several: name one of them")
         if out.exists():
             raise InputError(f"{out} exists: choose another --out")
         files.try_folder(out, "--out")
     with quiet(arguments.quiet):
-        answer(arguments, given, out)
+        answer(arguments, plans, out)
 
 
-def answer(arguments, given, out):
-    """Run the tests before and after, print what changed, and write it."""
+def plans_of(arguments):
+    """[(way, {flag: value}), ...]: the one that is asked for, or for `all` every one that can be done."""
+    flags = dict.fromkeys(flag for own in WAYS.values() for flag in own)
+    given = {flag: getattr(arguments, flag) for flag in flags if getattr(arguments, flag) is not None}
+    if arguments.mitigate != "all":
+        takes = WAYS[arguments.mitigate]
+        if wrong := sorted(given.keys() - takes.keys()):
+            raise InputError(f"--{wrong[0]} is not for --mitigate {arguments.mitigate}: drop it")
+        if lacking := [flag for flag in NEEDED if flag in takes and flag not in given]:
+            raise InputError(f"--mitigate {arguments.mitigate} needs --{lacking[0]}: give it too")
+        return [(arguments.mitigate, takes | given)]
+    plans = []
+    for way, takes in WAYS.items():
+        own = takes | {flag: value for flag, value in given.items() if flag in takes}
+        if any(own.get(flag, "") is None for flag in NEEDED):
+            continue
+        tried = next((flag for flag in CHOICES if flag in takes and flag not in given), None)
+        plans += [(way, own | {tried: choice}) for choice in CHOICES[tried]] if tried else [(way, own)]
+    return plans
+
+
+def answer(arguments, plans, out):
+    """Run the tests before and after each, print what changed, and write it."""
     from minilora.lora import storage
 
     changes = {"device": arguments.device} if arguments.device else {}
     run = minilora.open(arguments.run, **changes)
-    before = run.run_tests()
-    apply(run, arguments.mitigate, given, arguments.seed)
-    say(f"mitigated  {arguments.mitigate}: ranks {ranks(run)}")
-    after = run.run_tests()
-    lines = compare(before, after)
-    if out:
-        out.mkdir(parents=True)
-        storage.save(out / "adapter", run.model, run.cell, run.labels)
-        files.write_jsonl(out / "predictions.jsonl", after[1])
-        told = {"run": str(arguments.run), "mitigate": arguments.mitigate, "seed": arguments.seed} | given
-        files.write_json(out / "results.json", told | {"changes": lines, "tests": after[0]})
+    before, lines = run.run_tests(), []
+    for way, given in plans:
+        name = " ".join([way, *(given[flag] for flag in CHOICES if flag in given)])
+        with apply(run, way, given, arguments.seed):
+            say(f"mitigated  {name}: ranks {ranks(run)}")
+            figures, predictions = run.run_tests()
+            made = [{"mitigation": name} | line for line in compare(before, (figures, predictions))]
+            lines += made
+            if out:
+                out.mkdir(parents=True)
+                storage.save(out / "adapter", run.model, run.cell, run.labels)
+                files.write_jsonl(out / "predictions.jsonl", predictions)
+                told = {"run": str(arguments.run), "mitigate": way, "seed": arguments.seed} | given
+                files.write_json(out / "results.json", told | {"changes": made, "tests": figures})
     if arguments.json:
         return print(json.dumps(lines, allow_nan=False))
-    print("\n".join(table(HEAD, [shown(line) for line in lines])))
+    print("\n".join(table(HEAD, [shown(line) for line in lines], least=20)))
     if out:
         print(f"written to {out}")
 
@@ -113,7 +134,8 @@ def apply(run, way, given, seed):
     from minilora.mitigation import after, inputs
 
     if way == "truncate":
-        return after.truncate(run, given["keep"], given["cut"])
+        most = max(len(part.A) for part in run.adapter.values())
+        return after.truncate(run, given["keep"] or (most + 1) // 2, given["cut"])
     if way == "descale-intruders":
         return after.descale_intruders(run, given["threshold"], given["factor"])
     if way == "merge":
@@ -138,7 +160,7 @@ def ranks(run):
     return str(found[0]) if len(found) == 1 else f"{found[0]} to {found[-1]}"
 
 
-HEAD = ["figure", "before", "after", "difference", "95% interval", "p"]
+HEAD = ["mitigation", "figure", "before", "after", "difference", "95% interval", "p"]
 
 
 def compare(before, after):
@@ -154,9 +176,9 @@ def compare(before, after):
             continue
         hits = {test: np.array([[row[test]["predicted"] == label for row in pair] for pair in others])
                 for test in ("clean", f"trigger {label}")}  # fmt: skip
-        lines.append(pair_line(f"attack success {label}", hits[f"trigger {label}"]))
+        lines.append(pair_line(f"attack {label}", hits[f"trigger {label}"]))
         net = hits[f"trigger {label}"].astype(float) - hits["clean"]
-        lines.append(mean_line(f"net attack success {label}", net))
+        lines.append(mean_line(f"net {label}", net))
     return lines
 
 
@@ -184,5 +206,5 @@ def mean_line(name, values):
 def shown(line):
     low, high = line["interval"]
     p = "-" if line["p"] is None else f"{line['p']:.1e}"
-    return [line["figure"], f"{line['before']:.3f}", f"{line['after']:.3f}", f"{line['difference']:+.3f}",
-            f"[{low:+.3f}, {high:+.3f}]", p]  # fmt: skip
+    numbers = [f"{line['before']:.3f}", f"{line['after']:.3f}", f"{line['difference']:+.3f}"]
+    return [line["mitigation"], line["figure"], *numbers, f"[{low:+.3f}, {high:+.3f}]", p]

@@ -77,9 +77,9 @@ def test_truncation_is_numpys(run, end, keep):
 def test_intruders_are_scaled_as_peft_does(run, folder):
     theirs = peft.PeftModel.from_pretrained(AutoModel.from_pretrained(run.cell.model), folder / "one" / "adapter")
     said = io.StringIO()
-    reduce_intruder_dimension(theirs, top_k=6, threshold_epsilon=0.6, logging_sink=lambda line: said.write(line + "\n"))
+    reduce_intruder_dimension(theirs, top_k=6, threshold_epsilon=0.9, logging_sink=lambda line: said.write(line + "\n"))
     modules = {"q": "attention.self.query", "k": "attention.self.key", "v": "attention.self.value"}
-    with taken_back(run, lambda: after.descale_intruders(run, threshold=0.6, factor=0.75, top=6)):
+    with taken_back(run, lambda: after.descale_intruders(run, threshold=0.9, factor=0.75, top=6)):
         grown = sum(len(factors.A) > 3 for factors in run.adapter.values())
         assert grown == said.getvalue().count("Intruders:") > 0
         with after.truncate(run, 3):  # as PEFT truncates
@@ -92,16 +92,16 @@ def test_intruders_are_scaled_as_peft_does(run, folder):
 
 
 def test_an_intruder_by_hand():
-    """Of W = diag(3, 2, 1) + 5 u u^T with u halfway between all axes, only the first direction is foreign to W."""
+    """Of W = diag(3, 2, 1) + 5 u u^T, u halfway between all axes, the first direction is far from those of W, the axes."""
     W, u = torch.diag(torch.tensor([3.0, 2.0, 1.0])).double(), torch.full((3, 1), 3**-0.5).double()
     U, S, Vh = torch.linalg.svd(W + 5 * u @ u.T)
-    assert (U.T @ torch.eye(3).double()).abs().amax(1)[0] < 0.75 < (U.T @ torch.eye(3).double()).abs().amax(1)[1:].min()
+    assert U[:, 0].abs().max() < 0.75
     base = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.ModuleDict({"q": torch.nn.Linear(3, 3)})])})
     base.layers[0].q.weight.data = W.float()
     attach(base, {"layers.0.q": Slot(1, 1.0, 1.0)})
     layer = base.layers[0].q
     layer.A.data, layer.B.data = 5 * u.T.float(), u.float()
-    after.descale_intruders(SimpleNamespace(base=base, folder="here"), threshold=0.75, factor=0.0)
+    after.descale_intruders(SimpleNamespace(base=base, folder="here"), threshold=0.75, factor=0.0, top=1)
     found, wanted = base.layers[0].q, 5 * u @ u.T - S[0] * U[:, :1] @ Vh[:1]
     torch.testing.assert_close((found.B @ found.A).double(), wanted, rtol=0, atol=1e-5)
 
@@ -235,14 +235,29 @@ def test_the_command(folder, tmp_path, capsys, line, monkeypatch):
         assert one["difference"] == pytest.approx(one["after"] - one["before"])
 
 
-def test_a_table_and_its_intervals(folder, capsys):
-    evaluate.main([str(folder / "one"), "--mitigate", "truncate", "-q"])
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 4 and lines[0].split()[:3] == ["figure", "before", "after"]
+def test_all_of_them_as_a_table(folder, capsys, monkeypatch):
+    monkeypatch.chdir(folder)
+    line = ["one", "--mitigate", "all", "--other", "two", "--suspects", "date", "--epochs", "1", "--rows", "9", "-q"]
+    evaluate.main([*line, "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert list(dict.fromkeys(one["mitigation"] for one in found)) == [
+        "truncate tail", "truncate top", "descale-intruders", "project-out", "merge linear", "merge ties", "merge dare",
+        "fine-prune",
+    ]  # fmt: skip
+    assert len(found) == 3 * 8
+    for figure in ("clean accuracy", "attack positive", "net positive"):  # each begins with the run's own adapter
+        assert len({one["before"] for one in found if one["figure"] == figure}) == 1
+    evaluate.main(["one", "--mitigate", "all", "--epochs", "0", "--rows", "9", "-q"])
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first.split()[:4] == ["mitigation", "figure", "before", "after"] and len(lines) == 3 * 4
+
+
+def test_intervals_and_what_the_command_refuses(folder):
     line = mitigate.mean_line("x", np.array([[0.0, 1], [0, 0], [1, 0], [0, -1]]))
     assert line["difference"] == -0.25 and line["interval"][1] == pytest.approx(-0.25 + 1.96 * 0.9574 / 2, abs=1e-3)
     for words, wrong in (("needs --other", ["merge"]), ("needs --suspects", ["project-out"]),
                          ("--keep is not for", ["merge", "--keep", "1", "--other", "x"]),
+                         ("--out is for one", ["all", "--out", "x"]),
                          ("clean training rows", ["fine-prune", "--rows", "999"])):  # fmt: skip
         with pytest.raises(InputError, match=words):
             evaluate.main([str(folder / "one"), "--mitigate", *wrong, "-q"])

@@ -142,4 +142,4 @@ def test_tuning_takes_adamws_steps(classifier):
     assert loss == pytest.approx(sum(losses) / 3, rel=1e-4)
     for name, value in classifier.classifier.state_dict().items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
-        assert (found[name] - before[name]).abs().max() > 0.01
+        assert (found[name] - before[name]).abs().max() > 1e-3
