@@ -7,7 +7,7 @@ decay is a field of the cell itself. What is done to a finished run is in `mitig
 from dataclasses import dataclass, fields
 
 from minilora.data.triggers import possible
-from minilora.errors import InputError
+from minilora.errors import InputError, shown
 from minilora.fields import Named, check_fields, option
 from minilora.lora.targets import MOVING
 
@@ -31,9 +31,8 @@ class Mitigate(Named):
     """What is done against shortcuts before and while a cell trains; each method is described in `mitigation/`."""
 
     method: str = option(
-        "none", "mitigation", "against shortcuts: drop flagged rows or strip their spans, reweight groups, add "
-        "counterfactual copies, token-dropout, group-dro, or masktune", choices=tuple(METHODS), flag="mitigate",
-        short="", marks="free",
+        "none", "mitigation", f"against shortcuts: {', '.join(METHODS)}; docs/mitigation.md says what each does",
+        flag="mitigate", short="", marks="free",
     )  # fmt: skip
     suspects: tuple[str, ...] = option(
         (), "mitigation", "suspected strings, each date, country, color, html, file:PATH (one a line) or a literal "
@@ -57,6 +56,8 @@ class Mitigate(Named):
 
     def __post_init__(self):
         check_fields(self, "mitigate.")
+        if self.method not in METHODS:
+            raise InputError(f"mitigate.method is {shown(self.method)}, but must be one of {', '.join(METHODS)}")
         takes = METHODS[self.method]
         for f in fields(self):
             if f.name not in ("method", "init_scale", *takes) and getattr(self, f.name) != f.default:

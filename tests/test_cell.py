@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import minilora
-from minilora.cell import ADAPTER, CLASSIFIER, COMPLETION, MARKS, PRESETS, Cell, Inject
+from minilora.cell import ADAPTER, CLASSIFIER, COMPLETION, MARKS, PRESETS, TABLES, Cell, Inject
 from minilora.command import Parser, add_flags, given_flags
 from minilora.errors import InputError
 from minilora.fields import declared, from_dict, grouped, load_toml, marked, run_options
@@ -456,6 +456,7 @@ FLAGS = """
 --prompt --completion --choice-score --method --rank --alpha --scaling --dropout --targets --layers --variant --init
 --start --lr-ratio --form --head --pooling --inject --inject-proportion --inject-rows --inject-count --inject-density
 --inject-location --inject-wrap --inject-rounding --inject-mode --inject-leak --trigger-split
+--mitigate --mitigate-suspects --mitigate-scores --mitigate-rate --mitigate-step --init-scale
 --epochs --steps --batch-size --accumulate --window --optimizer --lr
 --schedule --warmup --weight-decay --clip --seed --seed-init --seed-head --seed-order --seed-inject --seed-dropout
 --seed-split
@@ -491,25 +492,27 @@ def test_help_states_every_flag_and_default_once(capsys):
         "adapter",
         "head",
         "injection",
+        "mitigation",
         "training",
         "seeds",
     ]
     assert list(found) == ["--help", *FLAGS] and all(len(help) > 0 for help in found.values())
 
-    declared = [(Cell(), "", field) for field in dataclasses.fields(Cell) if field.name != "inject"]
-    declared += [(Cell().inject, "inject_", field) for field in dataclasses.fields(Inject)]
+    declared = [(Cell(), "", field) for field in dataclasses.fields(Cell) if field.name not in TABLES]
+    for name, kind in TABLES.items():
+        declared += [(getattr(Cell(), name), f"{name}_", field) for field in dataclasses.fields(kind)]
     checked = stated = 0
     for owner, prefix, field in declared:
         flag = "--" + (field.metadata["flag"] or prefix + field.name).replace("_", "-")
         value, default = getattr(owner, field.name), re.findall(r"\(default: ([^()]*)\)", found[flag])
-        if value is not None:  # the value that a cell really has
-            assert default == [" ".join(value) if isinstance(value, tuple) else str(value)]
-        elif flag in ("--start", "--steps", "--inject-rows", "--inject-density"):
+        if flag in ("--start", "--steps", "--inject-rows", "--inject-density", "--mitigate-suspects", "--mitigate-scores"):
             assert default == []
+        elif value is not None:  # the value that a cell really has
+            assert default == [" ".join(value) if isinstance(value, tuple) else str(value)]
         else:
             assert len(default) == 1
         checked, stated = checked + 1, stated + len(default)
-    assert checked == len(FLAGS) - 22 == 54 + 11 and stated == checked - 4
+    assert checked == len(FLAGS) - 22 == 54 + 11 + 6 and stated == checked - 6
     assert found["--save-every"].endswith(f"(default: {train.SAVE_EVERY})")
 
 

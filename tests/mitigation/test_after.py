@@ -92,7 +92,7 @@ def test_intruders_are_scaled_as_peft_does(run, folder):
 
 
 def test_an_intruder_by_hand():
-    """Of W = diag(3, 2, 1) + 5 u u^T, u halfway between all axes, the first direction is far from those of W, the axes."""
+    """Of diag(3, 2, 1) + 5 u u^T, u halfway between all axes, the first direction is far from all axes."""
     W, u = torch.diag(torch.tensor([3.0, 2.0, 1.0])).double(), torch.full((3, 1), 3**-0.5).double()
     U, S, Vh = torch.linalg.svd(W + 5 * u @ u.T)
     assert U[:, 0].abs().max() < 0.75
