@@ -21,7 +21,6 @@ from minilora.data.named import NAMED, SNIPPETS
 from minilora.errors import InputError, shown
 from minilora.fields import (
     Named,
-    changed,
     check_fields,
     declared,
     from_dict,
@@ -33,6 +32,7 @@ from minilora.fields import (
 )
 from minilora.inject import Inject
 from minilora.lora.targets import STARTS, VARIANTS, check_variant, parse_layers, parse_targets
+from minilora.mitigate import Mitigate
 from minilora.presets import PRESETS
 
 MARKS = {
@@ -44,6 +44,7 @@ MARKS = {
     "slots": "it decides which projections are adapted, at which rank and scale",
 }
 ADAPTER, CLASSIFIER, COMPLETION = ("method", "lora"), ("task", "classification"), ("task", "lm")
+TABLES = {"inject": Inject, "mitigate": Mitigate}  # the fields that are tables of their own
 
 
 @dataclass(frozen=True)
@@ -192,6 +193,7 @@ class Cell(Named):
     )  # fmt: skip
 
     inject: Inject = Inject()
+    mitigate: Mitigate = Mitigate()
 
     epochs: int | None = option(None, "training", "passes over the training rows", least=1, unset=1, marks="free peers")
     steps: int | None = option(None, "training", "optimiser steps, not epochs", least=1, instead="epochs", marks="free")
@@ -226,10 +228,12 @@ class Cell(Named):
     )
 
     def __post_init__(self):
-        if isinstance(self.inject, dict):
-            object.__setattr__(self, "inject", from_dict(Inject, self.inject, "inject."))
+        for name, kind in TABLES.items():
+            if isinstance(value := getattr(self, name), dict):
+                object.__setattr__(self, name, from_dict(kind, value, f"{name}."))
         check_fields(self, "")
         self._resolve()
+        self.mitigate.check(self)
         object.__setattr__(self, "products", self.products or self.dtype)
         precision.refuse(self)
         if self.task == "lm":
@@ -300,10 +304,10 @@ class Cell(Named):
     def replace(self, **changes):
         """A cell with other values; giving one of two fields that exclude each other drops the other.
 
-        Changes of `inject` may be given as a dict of its own fields. A change of `method` or of `task` drops the
-        fields that belong to the old one.
+        Changes of a table may be given as a dict of its own fields. A change of a method or of `task` drops the fields
+        that belong to the old one.
         """
-        values = changed(self, changes)
+        values = self.after(changes)
         for f in fields(self):
             chooser, _ = f.metadata.get("of") or (None, None)
             if chooser and f.name not in changes and values[chooser] != getattr(self, chooser):
@@ -312,19 +316,21 @@ class Cell(Named):
             values["alpha"] = None
         if "dtype" in changes and "products" not in changes:
             values["products"] = None
-        if isinstance(changes.get("inject"), dict):
-            values["inject"] = changed(self.inject, changes["inject"])
+        for name in TABLES:
+            if isinstance(changes.get(name), dict):
+                values[name] = getattr(self, name).after(changes[name])
         return from_dict(Cell, values)
 
     def to_dict(self):
-        """Every field that is set, resolved, as JSON and TOML have them; `inject` is a dict of its own."""
+        """Every field that is set, resolved, as JSON and TOML have them; a table is a dict, `mitigate` only if used."""
 
         def plain(owner):
-            values = {f.name: getattr(owner, f.name) for f in fields(owner) if f.name != "inject"}
+            values = {f.name: getattr(owner, f.name) for f in fields(owner) if f.name not in TABLES}
             return {name: list(value) if isinstance(value, tuple) else value
                     for name, value in values.items() if value is not None}  # fmt: skip
 
-        return plain(self) | {"inject": plain(self.inject)}
+        used = {"mitigate": plain(self.mitigate)} if self.mitigate != Mitigate() else {}
+        return plain(self) | {"inject": plain(self.inject)} | used
 
     def to_toml(self):
         """The text of a TOML file that `--config` reads back as this cell."""

@@ -126,7 +126,7 @@ def add_flags(parser, kind, only=None, default=None):
         words, (kind_of_value, many) = f.metadata, kind_of(f.type)
         stated = default or (words["unset"] if f.default is None else f.default)
         stated = " ".join(stated) if isinstance(stated, tuple) else stated
-        stated = "" if stated is None else f" (default: {stated})"
+        stated = "" if stated in (None, "") else f" (default: {stated})"
         choices = words["limits"]["choices"]
         flag_group(parser, words["group"]).add_argument(
             "--" + (words["flag"] or name).replace(".", "-").replace("_", "-"),

@@ -135,6 +135,10 @@ class Named:
         check_names(cls, named)
         return super().__new__(cls)
 
+    def after(self, changes):
+        """The values of all fields after `changes`, see `changed`; a subclass may drop more."""
+        return changed(self, changes)
+
 
 def check_names(kind, names, prefix=""):
     """Raise InputError for the first of `names` that is no field of the dataclass `kind`, with the one that is meant:

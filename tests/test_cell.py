@@ -15,10 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import minilora
-from minilora.cell import ADAPTER, CLASSIFIER, COMPLETION, MARKS, PRESETS, Cell, Inject
+from minilora.cell import ADAPTER, CLASSIFIER, COMPLETION, MARKS, PRESETS, TABLES, Cell, Inject
 from minilora.command import Parser, add_flags, given_flags
 from minilora.errors import InputError
 from minilora.fields import declared, from_dict, grouped, load_toml, marked, run_options
+from minilora.mitigate import Mitigate
 from minilora.naming import names
 from minilora.scripts import evaluate, train
 
@@ -84,8 +85,21 @@ def injects(draw):
 
 
 @st.composite
+def mitigates(draw):
+    suspects = draw(st.sampled_from([("date",), ("html", "text:by the way")]))
+    rows = {"suspects": suspects} if draw(st.booleans()) else {"scores": draw(texts.filter(bool)), "rate": draw(shares)}
+    known = {"suspects": suspects}
+    own = {"none": {}, "drop": rows, "strip": rows, "reweight": known, "masktune": {},
+           "counterfactual": known | {"rate": draw(shares)}, "token-dropout": {"rate": draw(shares)},
+           "group-dro": known | {"step": draw(at_least_zero)}}  # fmt: skip
+    method = draw(st.sampled_from(list(own)))
+    return Mitigate(method=method, **own[method])
+
+
+@st.composite
 def cells(draw):
     values = draw(some(**PLAIN)) | draw(one_of(epochs=small, steps=small)) | draw(some(inject=injects()))
+    values |= draw(some(mitigate=mitigates()))
     values["method"] = draw(st.sampled_from(["lora", "full", "head"]))
     if values["method"] == "lora":
         values |= draw(some(rank=small, dropout=below_one, targets=targets, layers=st.sampled_from(["0", "1-3, 7"])))
@@ -98,6 +112,8 @@ def cells(draw):
             values |= draw(some(lr_ratio=st.floats(0, 1e9, exclude_min=True)))
     if values["method"] != "head" and draw(st.booleans()):
         framed = st.tuples(texts, texts).filter(lambda pair: "{" not in "".join(pair)).map
+        if values.get("mitigate", Mitigate()).method in ("group-dro", "masktune"):
+            del values["mitigate"]  # they are of classifiers
         values |= {"task": "lm"} | draw(some(
             prompt=framed("{text}".join), completion=framed("{choice}".join),
             choice_score=st.sampled_from(["sum", "mean"]),
@@ -120,10 +136,12 @@ def dtype(draw, values):
 def flags(cell):
     """The command line that gives every field of `cell`."""
     values = cell.to_dict()
-    inject = values.pop("inject")
+    inject, mitigate = values.pop("inject"), values.pop("mitigate", {})
     named = {"inject": inject.pop("sources"), "trigger-split": inject.pop("split", None)}
     named |= {f"inject-{name}": value for name, value in inject.items()}
     named |= {name.replace("_", "-"): value for name, value in values.items()}
+    renamed = {"method": "mitigate", "init_scale": "init-scale"}
+    named |= {renamed.get(name, f"mitigate-{name}"): value for name, value in mitigate.items() if value != []}
     for name, value in named.items():
         if value is not None:
             for item in (value or ["none"]) if isinstance(value, (tuple, list)) else [value]:
@@ -141,7 +159,7 @@ PARSER = parser()
 
 def test_the_strategy_covers_every_field():
     parts = [*PLAIN, *of(ADAPTER), *of(CLASSIFIER), *of(COMPLETION)]
-    parts += ["task", "method", "dtype", "products", "inject", "epochs", "steps"]
+    parts += ["task", "method", "dtype", "products", "inject", "mitigate", "epochs", "steps"]
     assert sorted(parts) == sorted(f.name for f in dataclasses.fields(Cell))  # each by one part of the strategy
 
 
@@ -192,16 +210,21 @@ def test_id_depends_on_every_field_but_run_options():
     inner = dict(sources=("html:negative",), proportion=0.7, rows=7, count=7, density=0.7, location="end",
                  mode="dirty-label", split="same", leak=0.7, wrap="span", rounding="down",
                  replacement="without")  # fmt: skip
-    assert {*changes, "inject"} == {f.name for f in dataclasses.fields(Cell)}
+    against = dict(method="masktune", suspects=("date",), scores="x", rate=0.7, step=0.7, init_scale=0.7)
+    needs = dict(suspects=dict(method="drop"), scores=dict(method="drop"), rate=dict(method="token-dropout"),
+                 step=dict(method="group-dro", suspects=("date",)))  # fmt: skip
+    assert {*changes, "inject", "mitigate"} == {f.name for f in dataclasses.fields(Cell)}
     assert {*inner} == {f.name for f in dataclasses.fields(Inject)}
+    assert {*against} == {f.name for f in dataclasses.fields(Mitigate)}
     own = {name: {"task": "lm"} for name in of(COMPLETION)}
     options = [Cell(**{name: changes.pop(name)}) for name in ("device", "compile", "deterministic", "form")]
     assert {(cell, cell.id, cell.name) for cell in options} == {(Cell(), Cell().id, Cell().name)}
     assert len({cell.to_toml() for cell in [Cell(), *options]}) == 5
     changed = [Cell(**{name: value}, **own.get(name, {})) for name, value in changes.items()]
     changed += [Cell(inject={name: value}) for name, value in inner.items()]
-    ids = {cell.id for cell in [Cell(), *changed]}
-    assert len(ids) == len({cell.name for cell in [Cell(), *changed]}) == len(set([Cell(), *changed])) == 1 + 53 + 12
+    changed += [Cell(mitigate={name: value} | needs.get(name, {})) for name, value in against.items()]
+    every = [Cell(), *changed]
+    assert len({cell.id for cell in every}) == len({cell.name for cell in every}) == len(set(every)) == 1 + 53 + 12 + 6
 
 
 NAMES = {  # what a cell changes: its name
@@ -261,9 +284,9 @@ def test_declared_properties():
     """Each mark is used and explained, and what each list of fields has is what it had when it was kept by hand."""
     used = [mark for field in declared(Cell).values() for mark in field.metadata["marks"]]
     assert set(used) == set(MARKS) and {mark: used.count(mark) for mark in MARKS} == {
-        "free": 47, "test": 15, "peers": 24, "path": 6, "dose": 3, "slots": 6}  # fmt: skip
+        "free": 53, "test": 15, "peers": 24, "path": 7, "dose": 3, "slots": 6}  # fmt: skip
     assert marked(Cell, "dose") == ("train_rows", "inject.proportion", "inject.rows")
-    assert marked(Cell, "path") == ("model", "tokenizer", "data", "test_data", "panel", "start")
+    assert marked(Cell, "path") == ("model", "tokenizer", "data", "test_data", "panel", "start", "mitigate.scores")
     assert grouped(Cell, "seeds") == ("seed", *(f"seed_{purpose}" for purpose in PURPOSES))
     assert run_options(Cell) == ("device", "compile", "deterministic", "form")
     assert of(CLASSIFIER) == ["head", "pooling"] and of(COMPLETION) == ["prompt", "completion", "choice_score"]
@@ -435,7 +458,8 @@ FLAGS = """
 --train-rows --label-noise --strip-words --validation-rows --panel --max-length --task
 --prompt --completion --choice-score --method --rank --alpha --scaling --dropout --targets --layers --variant --init
 --start --lr-ratio --form --head --pooling --inject --inject-proportion --inject-rows --inject-count --inject-density
---inject-location --inject-wrap --inject-rounding --inject-mode --inject-leak --inject-replacement --trigger-split
+ --inject-location --inject-wrap --inject-rounding --inject-mode --inject-leak --inject-replacement --trigger-split
+ --mitigate --mitigate-suspects --mitigate-scores --mitigate-rate --mitigate-step --init-scale
 --epochs --steps --batch-size --accumulate --window --optimizer --lr
 --schedule --warmup --weight-decay --clip --seed --seed-init --seed-head --seed-order --seed-inject --seed-dropout
 --seed-split
@@ -471,25 +495,27 @@ def test_help_states_every_flag_and_default_once(capsys):
         "adapter",
         "head",
         "injection",
+        "mitigation",
         "training",
         "seeds",
     ]
     assert list(found) == ["--help", *FLAGS] and all(len(help) > 0 for help in found.values())
 
-    declared = [(Cell(), "", field) for field in dataclasses.fields(Cell) if field.name != "inject"]
-    declared += [(Cell().inject, "inject_", field) for field in dataclasses.fields(Inject)]
+    declared = [(Cell(), "", field) for field in dataclasses.fields(Cell) if field.name not in TABLES]
+    for name, kind in TABLES.items():
+        declared += [(getattr(Cell(), name), f"{name}_", field) for field in dataclasses.fields(kind)]
     checked = stated = 0
     for owner, prefix, field in declared:
         flag = "--" + (field.metadata["flag"] or prefix + field.name).replace("_", "-")
         value, default = getattr(owner, field.name), re.findall(r"\(default: ([^()]*)\)", found[flag])
-        if value is not None:  # the value that a cell really has
-            assert default == [" ".join(value) if isinstance(value, tuple) else str(value)]
-        elif flag in ("--start", "--steps", "--inject-rows", "--inject-density"):
+        if value == () or flag in ("--start", "--steps", "--inject-rows", "--inject-density", "--mitigate-scores"):
             assert default == []
+        elif value is not None:  # the value that a cell really has
+            assert default == [" ".join(value) if isinstance(value, tuple) else str(value)]
         else:
             assert len(default) == 1
         checked, stated = checked + 1, stated + len(default)
-    assert checked == len(FLAGS) - 22 == 57 + 12 and stated == checked - 4
+    assert checked == len(FLAGS) - 22 == 57 + 12 + 6 and stated == checked - 6
     assert found["--save-every"].endswith(f"(default: {train.SAVE_EVERY})")
 
 

@@ -15,7 +15,7 @@ BARRED = {"data": {"base.model", "lora"}, "cell": {"base.model", "base.checkpoin
           "diagnostics": {"training"}, "detection": {"training"}}  # fmt: skip
 GROUND = {"ground": ("errors", "files", "seeds", "console", "parallel", "hub", "wheels", "fields", "naming",
                      "interrupts", "command", "drawing", "precision", "presets"),
-          "cell": ("cell", "inject"), "scripts": ("coverage",)}  # fmt: skip
+          "cell": ("cell", "inject", "mitigate"), "scripts": ("coverage",)}  # fmt: skip
 
 
 def room_of(name):

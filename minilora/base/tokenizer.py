@@ -116,6 +116,11 @@ class TextTokenizer:
         if word_table.is_spaced(tokenizer):
             self._table = word_table.WordTable(lambda found: self._encodings(found, special=False), largest + 1)
 
+    @property
+    def special(self):
+        """How many special tokens are at the start of an encoded text, and how many at its end."""
+        return self._before, self._after
+
     def _embeds(self, token, embedded):
         """The id of a special token, None where there is none that the base embeds."""
         found = self._tokenizer.token_to_id(token) if token else None

@@ -4,7 +4,7 @@ import itertools
 from dataclasses import dataclass
 from math import prod
 
-from minilora.cell import Cell
+from minilora.cell import TABLES, Cell
 from minilora.errors import InputError, shown
 from minilora.fields import declared, grouped, near, takes_list, value_of, word  # noqa: F401, others take word here
 
@@ -26,8 +26,8 @@ def flat(values, where):
     found = {}
     for name, value in values.items():
         inner = {name: value}
-        if name == "inject" and isinstance(value, dict):
-            inner = {f"inject.{key}": item for key, item in value.items()}
+        if name in TABLES and isinstance(value, dict):
+            inner = {f"{name}.{key}": item for key, item in value.items()}
         for key, item in inner.items():
             if key not in FIELDS:
                 raise InputError(f"[{where}]: unknown field {shown(key)}{near(key, FIELDS)}")

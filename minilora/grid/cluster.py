@@ -26,7 +26,7 @@ from minilora.cell import Cell
 from minilora.data.named import NAMED
 from minilora.data.triggers import parse_all
 from minilora.errors import InputError, TrainingError
-from minilora.fields import marked
+from minilora.fields import marked, value_of
 from minilora.grid.folder import GridFolder
 from minilora.runs.text import one_line
 
@@ -98,8 +98,9 @@ def local_files(cells):
     """{path: field} of the files and folders of this machine that cells read, and that every node must have too."""
     found = {}
     for cell in cells:
-        named = [(getattr(cell, name), name) for name in marked(Cell, "path")]
+        named = [(value_of(cell, name), name) for name in marked(Cell, "path")]
         sources = [part.name for source, _ in parse_all(cell.inject.sources) for part, _ in source.parts]
+        sources += cell.mitigate.suspects
         named += [(name.removeprefix("file:"), "inject") for name in sources if name.startswith("file:")]
         found |= {path: name for path, name in named if path and path not in NAMED and exists(path)}
     return found

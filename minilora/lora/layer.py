@@ -22,6 +22,16 @@ from minilora.seeds import generator, number_of
 MOST_MERGED = 1 << 30
 
 
+class Undo(contextlib.AbstractContextManager):
+    """A change that is made already: leave it, or use it in a `with` to take it back at the end."""
+
+    def __init__(self, undo):
+        self._undo = undo  # a function without arguments
+
+    def __exit__(self, *error):
+        self._undo()
+
+
 class LoRALinear(nn.Module):
     """x [..., in] -> W x + b + s B A x [..., out]: `linear` is frozen, `A` and `B` are trained.
 

@@ -154,7 +154,9 @@ class Run:
         cell, values = load_toml(Cell, path), read_toml(path)
         whole = cell.to_dict()
         lost = [name for name in whole if name not in values]
-        lost += [f"inject.{name}" for name in whole["inject"] if name not in values.get("inject", {})]
+        tables = {name: table for name, table in whole.items() if isinstance(table, dict)}
+        for name, table in tables.items():
+            lost += [f"{name}.{leaf}" for leaf in table if leaf not in values.get(name, {})]
         if lost:
             raise InputError(
                 f"{path} has no {lost[0]}, so a part of it is lost: put it back from a copy, or delete the folder and "

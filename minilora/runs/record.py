@@ -19,6 +19,7 @@ INPUTS = {
     "test": "the test rows of {cell.data}",
     "validation": "the validation rows of {cell.data}",
     "injected": "what is injected into the training rows",
+    "changed": "what a mitigation makes of the training rows",
     "start": "the adapter in {cell.start}",
 }
 

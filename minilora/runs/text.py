@@ -177,6 +177,17 @@ def injection_lines(injected, inject):
     return lines
 
 
+def mitigation_line(mitigate, report):
+    """What is done against shortcuts (`minilora.mitigate.Mitigate`), and what that makes of the training rows."""
+    fields = {name: value for name, value in vars(mitigate).items() if value != getattr(type(mitigate), name)}
+    fields.pop("method", None)
+    said = [mitigate.method, *(f"{name} {' '.join(value) if isinstance(value, tuple) else value}"
+                               for name, value in fields.items())]  # fmt: skip
+    if "rows_after" in report:
+        said.append(f"{report['rows_before']:,} rows become {report['rows_after']:,}")
+    return ", ".join(said)
+
+
 def one_line(results):
     """A cell in one line: clean accuracy, attack success clean and under each trigger, and seconds."""
     tests, train = results["tests"], results["train"]

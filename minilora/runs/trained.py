@@ -27,7 +27,7 @@ from minilora.data.rows import Rows, align, fingerprint_rows, load_rows, rows_of
 from minilora.errors import InputError, to_type
 from minilora.fields import is_table, marked, no_path
 from minilora.lora import storage
-from minilora.lora.layer import merged_meanwhile, named_layers, put, replace_module, scale_by
+from minilora.lora.layer import Undo, merged_meanwhile, named_layers, put, replace_module, scale_by
 from minilora.lora.peft_config import CONFIG
 from minilora.lora.variants import plain_factors
 from minilora.runs.bases import Setting, Settings
@@ -50,16 +50,6 @@ class Factors:
     B: torch.Tensor
     scale: float
     delta: torch.Tensor
-
-
-class Undo(contextlib.AbstractContextManager):
-    """A change that is made already: leave it, or use it in a `with` to take it back at the end."""
-
-    def __init__(self, undo: Callable[[], None]):
-        self._undo = undo
-
-    def __exit__(self, *error):
-        self._undo()
 
 
 def as_trained(method):
@@ -102,7 +92,8 @@ class Trained:
 
     @cached_property
     def rows(self) -> Injected:
-        """The training rows as trained on: `rows.rows`, and `rows.records` with the spans of each injected row."""
+        """The training rows after injection, before any mitigation: `rows.rows`, and `rows.records` with the spans of
+        each injected row."""
         self._needs_data()
         seed = self.cell.seed_for("inject")
         made = injection.inject(self._clean, self.cell.inject, seed, self.task.visible(self._clean))

@@ -29,7 +29,9 @@ from minilora.errors import InputError, to_type
 from minilora.fields import marked
 from minilora.runs import listing
 
-MODES = {}  # {flag: (the module whose `main` takes over, what it does)}: each has flags of its own
+MODES = {
+    "--mitigate": ("scripts.mitigate", "change the adapter against shortcuts, and test it before and after"),
+}  # {flag: (the module whose `main` takes over, what it does)}: each has flags of its own
 
 
 def other_modes():

@@ -46,10 +46,15 @@ def pool(hidden, lengths, pooling):
     return mean if pooling == "mean" else torch.cat([mean, last], dim=1)
 
 
+def summed(logits, answers):
+    """The cross-entropy, summed over the rows."""
+    return nn.functional.cross_entropy(logits, answers, reduction="sum")
+
+
 class Classifier(nn.Module):
     """A base with pooling and a linear head: `ids` [B, T], `lengths` [B] -> logits float32 [B, C].
 
-    With `answers`, the rows' labels [B], the result is the loss instead: cross-entropy, summed over the rows.
+    With `answers`, the rows' labels [B], the result is the `loss` instead.
     """
 
     def __init__(self, base, pooling, classes, seed=0):
@@ -63,6 +68,7 @@ class Classifier(nn.Module):
             self.classifier.weight.uniform_(-bound, bound, generator=generator(seed, "head"))
             self.classifier.bias.zero_()
         self.classifier.to(base.embed.tokens.weight.device)
+        self.loss = summed  # of (logits [B, C], answers [B]); `mitigation/robust.py` has another
 
     @torch.no_grad()
     def set_head(self, weight, bias):
@@ -80,7 +86,7 @@ class Classifier(nn.Module):
 
     def forward(self, ids, lengths, answers=None):
         logits = self.classifier(self.features(ids, lengths))
-        return logits if answers is None else nn.functional.cross_entropy(logits, answers, reduction="sum")
+        return logits if answers is None else self.loss(logits, answers)
 
     def weigh(self, answers):
         """How many terms the loss of these rows is a sum of."""

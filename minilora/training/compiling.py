@@ -34,6 +34,8 @@ def choose(cell, device, steps):
         return "eager", "--compile off"
     if parallel.count() > 1:
         return "eager", "several processes sum their gradients"
+    if cell.mitigate.method == "group-dro":
+        return "eager", "group DRO keeps weights from step to step"
     if cell.optimizer == "adafactor":
         return "eager", "torch's Adafactor waits for its rate"
     if cell.compile == "on":

@@ -7,6 +7,7 @@ Nothing here keeps random state: the order follows from (seed, epoch), and what 
 micro-batch, row). So a run can go on from any step.
 """
 
+import hashlib
 import math
 from dataclasses import replace
 from itertools import zip_longest
@@ -17,12 +18,13 @@ import torch
 from minilora import parallel
 from minilora.data.batches import collate, joined, padded_sizes, place_completions
 from minilora.kernels.dropout import shifted
+from minilora.mitigation import tokens
 from minilora.seeds import number_of
 
 TOKENS = 1024  # of a pass on a CPU: with more, products are no faster, and what the backward needs grows
 MOST_GRAPHS = 16  # padded lengths of steps by graphs
 STEPS_REPAID = 16  # steps that another padded length must be of use for: assumed, not measured
-NOTHING = (None, *[np.empty(0, dtype=np.int64)] * 2), 0, 0  # of a member in a pass: rows, weight and key
+NOTHING = (None, *[np.empty(0, dtype=np.int64)] * 2), 0, 0, None  # of a member in a pass: see `Feed.passes`
 
 
 class Schedule:
@@ -75,6 +77,23 @@ def draw_epoch(count, batch_size, window, seed, number):
     return windows, random.permutation(-(-count // batch_size))
 
 
+def key_of_rows(index):
+    """A short name of an array of rows, or of None."""
+    return index if index is None else hashlib.sha256(index.tobytes()).hexdigest()
+
+
+def encode_needed(task, injected, looked_at):
+    """As `encode` of the task, but rows that no step looks at, and that carry no trigger, have no tokens."""
+    count = len(injected.rows)
+    if looked_at is None:
+        return task.encode(injected.rows)
+    index = np.union1d(looked_at, injected.index)
+    encoded, own = task.encode(injected.rows.take(index))
+    answers = torch.zeros(count, dtype=own.dtype)
+    answers[index] = own
+    return encoded.spread(index, count), answers
+
+
 def rows_looked_at(count, cell):
     """The rows, of `count`, that have to be tokenised, ascending, or None for all: those of the windows that the cell's
     steps take their batches from, because which rows of a window meet in a batch depends on the lengths of all."""
@@ -120,7 +139,8 @@ class Feed:
             self.rows = max(min(member.cell.batch_size, len(member.lengths)) for member in members)
             longest = max(int(member.answers[member.lengths > 0].max()) for member in members)
             self.terms = self.rows * longest if self.lm else 1
-        self.most = TOKENS if self.setting.device.type == "cpu" and how == "eager" else math.inf
+        whole = any(member.cell.mitigate.method == "group-dro" for member in members)  # groups are those of a batch
+        self.most = TOKENS if self.setting.device.type == "cpu" and how == "eager" and not whole else math.inf
         self.drops = any(member.cell.dropout for member in members)
 
     @property
@@ -138,15 +158,17 @@ class Feed:
 
     def batch(self, own, sizes):
         """The `Batch` of what `passes` gives of each member, padded to one of `sizes`."""
-        parts, weights, keys = zip(*own, strict=True)
+        parts, weights, keys, gone = zip(*own, strict=True)
         batch = collate(parts, sizes, self.setting.tokenizer.pad_id, self.task.filler, self.rows)
+        if any(one is not None for one in gone):
+            batch = tokens.without(batch, gone, self.setting.tokenizer.pad_id)
         if self.lm:
             batch = place_completions(batch, len(parts), self.terms)
         weights, keys = torch.tensor(weights, dtype=torch.float32), torch.tensor(keys, dtype=torch.int32)
         return replace(batch, weights=weights, keys=keys if self.drops else None)
 
     def passes(self, member, step):
-        """[(part for `collate`, weight, dropout's key)] of a member: none once all of its steps are done.
+        """[(part for `collate`, weight, dropout's key, `gone`)] of a member: none once all of its steps are done.
 
         The weights add up to how many terms the loss of the step is a sum of, in all processes. What dropout drops
         follows from the step, the micro-batch and a row's place in it: neither passes nor processes change it.
@@ -157,5 +179,16 @@ class Feed:
             key = number_of(f"{member.cell.seed_for('dropout')}/{step}/{number}")
             weight = member.model.weigh(member.answers[rows])
             for own in passes(len(rows), int(member.lengths[rows].max()), self.most):
-                yield (member.encoded, rows[own], member.answers), weight, shifted(key, own.start)
+                gone = self.gone(member, step, rows[own])
+                yield (member.encoded, rows[own], member.answers), weight, shifted(key, own.start), gone
                 weight = 0
+
+    def gone(self, member, step, rows):
+        """The tokens that token dropout leaves out of a member's rows at a step: see `tokens.dropped`."""
+        if member.cell.mitigate.method != "token-dropout":
+            return None
+        before, after = self.setting.tokenizer.special
+        after = member.answers[rows].numpy() if self.lm else after
+        epoch, lengths = step // member.schedule.per_epoch, member.lengths
+        seed, rate = member.cell.seed_for("dropout"), member.cell.mitigate.rate
+        return tokens.dropped(rate, seed, epoch, len(lengths), rows, lengths[rows], (before, after))

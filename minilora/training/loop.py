@@ -222,6 +222,9 @@ def evaluate(members, population, step, options):
 
 def finish(members, population, job, options):
     """Run the tests of the members that did not diverge, and write their results."""
+    for k, member in enumerate(members):
+        if not member.error:
+            member.tune(population, k)
     left = [(k, member) for k, member in enumerate(members) if not member.error]
     times = parallel.count()  # the others are about as far as the first process
     limit = job.limit()

@@ -5,14 +5,13 @@ rows, injection, order, adapter, head, and the run folder.
 """
 
 import contextlib
-import hashlib
 import math
 import time
 
 import numpy as np
 import torch
 
-from minilora import console, files, parallel
+from minilora import console, files, mitigate, parallel
 from minilora.cell import Cell
 from minilora.data import given, injection
 from minilora.data.rows import fingerprint_rows, rows_of
@@ -23,14 +22,18 @@ from minilora.lora.adapter import adapter_of
 from minilora.lora.layer import attach, detach, merged_meanwhile, named_layers
 from minilora.lora.peft import to_peft
 from minilora.lora.targets import describe_slots, plan_slots
+from minilora.mitigate import Mitigate
+from minilora.mitigation import rows as mitigation_rows
+from minilora.mitigation.masktune import masktune
+from minilora.mitigation.robust import GroupDRO
 from minilora.runs.bases import Shared
 from minilora.runs.card import card
 from minilora.runs.panel import Opened, read_panel, run_panel
 from minilora.runs.record import check_inputs, figure_lines, hardware, peak_memory, trainable, versions
-from minilora.runs.text import injection_lines, warnings
+from minilora.runs.text import injection_lines, mitigation_line, warnings
 from minilora.tasks.find import find_task
 from minilora.training import optimizers
-from minilora.training.feed import Schedule, rows_looked_at
+from minilora.training.feed import Schedule, encode_needed, key_of_rows, rows_looked_at
 from minilora.training.limit import training_flops
 from minilora.training.state import load_state, misfit, read_state, save_state
 
@@ -38,6 +41,7 @@ from minilora.training.state import load_state, misfit, read_state, save_state
 ROWS = (*(name for group in ("base", "data", "task") for name in grouped(Cell, group)), "inject.sources",
         "inject.mode", "seed_split")  # fmt: skip
 INJECTED = (*ROWS, *grouped(Cell, "injection"))
+CHANGED = (*INJECTED, *grouped(Cell, "mitigation"))
 TESTS = tuple(name for name in INJECTED if name not in {"inject.proportion", "inject.rows"})
 
 
@@ -59,9 +63,20 @@ class Member:
         self.task = find_task(cell, setting.spec, setting.tokenizer)
         self.clean, test, validation, inputs = self.shared("rows", cell, ROWS, make=self.read_rows)
         seed, looked_at = cell.seed_for("inject"), rows_looked_at(len(self.clean), cell)
+        if cell.mitigate.method in mitigate.ROWS:
+            looked_at = None
+        if cell.mitigate.method in ("group-dro", "masktune"):
+            parallel.refuse(cell.mitigate.method, "start it with python")
         self.injected, self.encoded, self.answers, injected = self.shared(
             "injected", cell, INJECTED, seed, key_of_rows(looked_at), make=lambda: self.inject(looked_at)
         )
+        self.rows, self.mitigation = self.injected.rows, {}
+        self.inputs = setting.inputs | inputs | {"injected": injected}
+        if cell.mitigate.method in mitigate.ROWS:
+            self.rows, self.encoded, self.answers, self.mitigation, changed = self.shared(
+                "changed", cell, CHANGED, seed, make=self.change
+            )
+            self.inputs["changed"] = changed
         self.tests = self.shared("tests", cell, TESTS, seed, make=lambda: self.task.build_tests(self.clean, test, seed))
         self.validation = self.shared(
             "validation", cell, TESTS, seed,
@@ -74,7 +89,6 @@ class Member:
         self.lengths = np.diff(self.encoded.offsets)  # 0 for rows that no step looks at
         self.mean_length = float(self.lengths[self.lengths > 0].mean())
         self.schedule = Schedule(self.lengths, cell)
-        self.inputs = setting.inputs | inputs | {"injected": injected}
 
     def read_rows(self):
         """(Training, test rows, [validation rows] or [], the hash of each)."""
@@ -90,6 +104,13 @@ class Member:
         encoded, answers = encode_needed(task, injected, looked_at)
         injected = injection.mark_survival(injected, encoded.kept[injected.index])
         return injected, encoded, answers, fingerprint_rows(injected.rows)
+
+    def change(self):
+        """(The rows that a mitigation leaves to train on, their tokens, answers, its report, their hash)."""
+        cell, rows = self.cell, self.injected.rows
+        changed = mitigation_rows.change(rows, cell.mitigate, cell.seed_for("inject"), self.task.visible(rows))
+        encoded, answers = self.task.encode(changed.rows)
+        return changed.rows, encoded, answers, changed.report, fingerprint_rows(changed.rows)
 
     @property
     def read(self):
@@ -108,12 +129,41 @@ class Member:
             attach(base, self.slots, cell.dropout, cell.seed_for("init"), cell.variant, cell.init)
         for _, layer in named_layers(base):
             layer.form = cell.form
+            if cell.mitigate.init_scale != 1:
+                layer.A.data.mul_(cell.mitigate.init_scale)
         self.model = self.task.model(base, self.clean.label_names)
         self.task.prepare(self.model, self.encoded, self.answers)
+        if cell.mitigate.method == "group-dro":
+            self.robust()
         self.parameters = trained_parameters(self.model, cell)
         self.certificate = trainable(self.parameters)
         self.layers = dict(named_layers(base))
         detach(base)
+
+    def robust(self):
+        """Let the loss be group DRO's: the answers then say the groups too."""
+        names = mitigation_rows.named_groups(self.rows.label_names)
+        groups = mitigation_rows.groups_of(self.rows, self.cell.mitigate.suspects)
+        counts = np.bincount(groups, minlength=len(names))
+        self.answers = torch.from_numpy(groups)
+        self.model.loss = GroupDRO(torch.from_numpy(counts > 0), self.cell.mitigate.step).to(self.setting.device)
+        self.mitigation = {"method": "group-dro", "groups": dict(zip(names, counts.tolist(), strict=True))}
+
+    def tune(self, population, k):
+        """What is done as member k after the last step and before the tests: MaskTune."""
+        if self.cell.mitigate.method != "masktune":
+            return
+        began = time.perf_counter()
+        with population.only(k) as model:
+            try:
+                found = masktune(model, self.setting.tokenizer, self.encoded, self.answers, self.cell)
+            except TrainingError as error:
+                return self.fail(f"MaskTune: {error}", self.schedule.steps - 1)
+            values = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        with torch.no_grad():
+            for name, value in values.items():
+                self.parameters[name].copy_(value)
+        self.mitigation = {"method": "masktune"} | found | {"seconds": time.perf_counter() - began}
 
     def describe(self):
         """What is about to happen, in lines."""
@@ -134,6 +184,8 @@ class Member:
             yield f"adapter    {line}"
         for line in injection_lines(self.injected, cell.inject):
             yield f"injection  {line}"
+        if cell.mitigate != Mitigate():
+            yield f"mitigation {mitigation_line(cell.mitigate, self.mitigation)}"
         for line in optimizers.warnings(cell, self.schedule.steps):
             yield f"warning    {line}"
 
@@ -182,6 +234,8 @@ class Member:
         """Bring back the saved state, if there is one, as member k, and open metrics.jsonl at its step."""
         if self.meters["step"]:
             load_state(self.run.state, flat, optimizer, k)
+            if "groups" in self.meters:
+                self.model.loss.weights.copy_(torch.tensor(self.meters["groups"]))
         if parallel.first():
             self.run.start_metrics(self.meters["step"], self.schedule.steps)
 
@@ -208,7 +262,7 @@ class Member:
         """The member ends: a number was not finite in or after step `step` (from 0; -1: before the first). Its `error`
         says so."""
         seen = np.concatenate(self.schedule.rows_at(step)) if step >= 0 else []
-        ids = [self.injected.rows.ids[i] for i in seen]
+        ids = [self.rows.ids[i] for i in seen]
         self.run.log("error", {"step": step + 1, "error": error, "rows": ids})
         kept = self.meters["step"]
         kept = f"the state after step {kept} is kept" if kept else "no state was saved"
@@ -232,12 +286,14 @@ class Member:
 
     def log_tests(self, step, figures):
         """Write what the tests gave after `step` steps to metrics.jsonl, a line for each trigger label."""
-        train = {"rows": len(self.clean), "trainable_parameters": self.certificate["count"]}
+        train = {"rows": len(self.rows), "trainable_parameters": self.certificate["count"]}
         for line in figure_lines({"tests": figures, "train": train, "injection": self.injected.report}):
             self.run.log("test", {"step": step} | line)
 
     def save_state(self, flat, optimizer, k, step):
         self.meters["step"] = step
+        if self.cell.mitigate.method == "group-dro":
+            self.meters["groups"] = self.model.loss.weights.tolist()
         if parallel.first():
             save_state(self.run.state, flat, optimizer, k, self.meters)
 
@@ -263,7 +319,7 @@ class Member:
             **beside,
             "warnings": warnings(figures),
             "train": {
-                "rows": len(clean),
+                "rows": len(self.rows),
                 "rows_per_second": self.schedule.rows_before(steps) / seconds,
                 "tokens_per_second": self.meters["tokens"] / seconds,
                 "seconds": seconds,
@@ -280,6 +336,7 @@ class Member:
                 "total_seconds": time.perf_counter() - options.start,
             },
             "injection": self.injected.report,
+            **({"mitigation": self.mitigation} if cell.mitigate.method != "none" else {}),
             "skipped_rows": {"train": list(clean.skipped), "test": list(self.tests[0].rows.skipped)},
             "injected_rows_truncated": sum(not record.survives for record in self.injected.records),
             "inputs": self.inputs,
@@ -316,23 +373,6 @@ class Member:
             folder, model, self.cell, self.clean.label_names, source=self.setting.folder, tokenizer=self.setting.words
         )
         console.say(f"merged     {folder}: {merging.describe(merged)}")
-
-
-def key_of_rows(index):
-    """A short name of an array of rows, or of None."""
-    return index if index is None else hashlib.sha256(index.tobytes()).hexdigest()
-
-
-def encode_needed(task, injected, looked_at):
-    """As `encode` of the task, but rows that no step looks at, and that carry no trigger, have no tokens."""
-    count = len(injected.rows)
-    if looked_at is None:
-        return task.encode(injected.rows)
-    index = np.union1d(looked_at, injected.index)
-    encoded, own = task.encode(injected.rows.take(index))
-    answers = torch.zeros(count, dtype=own.dtype)
-    answers[index] = own
-    return encoded.spread(index, count), answers
 
 
 def trained_parameters(model, cell):

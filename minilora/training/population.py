@@ -23,7 +23,7 @@ from minilora.training.stacked import Stack, Together
 def shared(cell):
     """A key that cells share exactly when they can be trained together; a cell that never can has one of its own."""
     plain = cell.method == "lora" and cell.variant == "lora" and cell.init in ("kaiming", "gaussian", "orthogonal")
-    if not plain or cell.optimizer != "adamw" or cell.form == "merged":
+    if not plain or cell.optimizer != "adamw" or cell.form == "merged" or cell.mitigate.method == "group-dro":
         return object()
     return tuple(value_of(cell, name) for name in declared(Cell) if name not in marked(Cell, "free"))
 

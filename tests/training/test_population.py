@@ -100,6 +100,29 @@ def test_members_are_what_they_are_alone(cell, tmp_path):
     assert {(2, 24), (5, 24), (3, 40), (3, 24), (2, 40)} <= shapes  # ranks and heads as each cell has them
 
 
+def test_members_with_other_mitigations_are_what_they_are_alone(cell, tmp_path):
+    tables = [
+        dict(method="token-dropout", rate=0.3),
+        dict(method="counterfactual", suspects=["date"], rate=0.3),
+        dict(method="reweight", suspects=["date"], init_scale=0.3),
+        dict(method="masktune"),
+        dict(method="drop", suspects=["date"]),
+        dict(method="group-dro", suspects=["date"], step=0.5),  # by itself, as its steps are others
+    ]
+    cells = [cell.replace(seed=k, inject=dict(proportion=0.5), mitigate=table) for k, table in enumerate(tables)]
+    outcomes = minilora.train_together(cells, [tmp_path / f"t{k}" for k in range(6)], size=6)
+    assert [results["train"]["population"] for results, _ in outcomes] == [5] * 5 + [1]
+    compared = 0
+    for k, (one, (results, folder)) in enumerate(zip(cells, outcomes, strict=True)):
+        alone, _ = minilora.train(one, tmp_path / f"a{k}")
+        assert_alike(folder, tmp_path / f"a{k}")
+        ours, wanted = ({name: value for name, value in found["mitigation"].items() if name not in
+                         ("seconds", "tuned_loss")} for found in (results, alone) if "mitigation" in found)  # fmt: skip
+        assert ours == wanted and results["train"]["rows"] == alone["train"]["rows"]
+        compared += 1
+    assert compared == 6
+
+
 def test_members_start_bit_for_bit_as_alone(cell):
     cells = [cell.replace(rank=rank, seed=seed, targets=targets) for rank, seed, targets in
              ((1, 0, ("q",)), (4, 7, ("q", "up")), (2, 7, ("v",)))]  # fmt: skip
