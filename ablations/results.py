@@ -86,18 +86,24 @@ def between(text):
     return before, rest.partition(END)[2]
 
 
+def head():
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
+    return found.stdout.strip()
+
+
 def main(argv=None):
     parser = Parser(prog="python ablations/results.py", description=__doc__.partition("\n\n")[0])
     parser.add_argument("grids", nargs="+", metavar="GRID", help="folder of a finished grid")
     parser.add_argument("--name", help="of the folder in ablations/ (default: the name of the grid's file)")
     parser.add_argument("--file", help="the grid's file in ablations/ (default: NAME.toml)")
+    parser.add_argument("--commit", help="that the grids were run at (default: the one that is checked out)")
     arguments = parser.parse_args(argv)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
+    commit = arguments.commit or head()
     today = datetime.now(UTC).date().isoformat()
     before, after = between(RESULTS.read_text(encoding="utf-8"))
     for folder in arguments.grids:
         name = arguments.name or Path(folder).name.removesuffix("-small")
-        record = gather(folder, name, commit.stdout.strip(), today) | {"file": arguments.file or f"{name}.toml"}
+        record = gather(folder, name, commit, today) | {"file": arguments.file or f"{name}.toml"}
         files.write_json(HERE / name / "claims.json", record)
     found = sorted(HERE.glob("*/claims.json"), key=lambda path: path.parent.name)
     sections = [section(path.parent.name, json.loads(path.read_text(encoding="utf-8"))) for path in found]

@@ -149,7 +149,7 @@ def exact(run):
 def test_merging_with_another_adapter(run, folder, how):
     both = [run, minilora.open(folder / "two")]
     both = [SimpleNamespace(adapter=dict(one.adapter)) for one in both]  # as they are before the merge
-    pair = [{name: own.delta for name, own in one.adapter.items()} for one in both]
+    pair = [deltas(one) for one in both]
     names = {*pair[0], *pair[1]}
     zero = {name: torch.zeros_like(next(own[name] for own in pair if name in own)) for name in names}
     with taken_back(run, lambda: after.merge(run, folder / "two", how, density=0.4, seed=3)) as found:
@@ -161,7 +161,7 @@ def test_merging_with_another_adapter(run, folder, how):
             elif how == "ties":
                 # In float64, as ours: of entries that differ by float32's rounding only, the same are kept.
                 own = [exact(one).get(name, zero[name].double()) for one in both]
-                wanted = merge_utils.ties(own, torch.ones(2), density=0.4).float()
+                wanted = merge_utils.ties(own, torch.ones(2), density=0.4)
             else:  # of each entry what DARE can leave, and on the mean what the linear mean has
                 whole = torch.stack([a * own[0] + b * own[1] for a in (0, 1.25) for b in (0, 1.25)])
                 assert ((whole - mixed).abs().amin(0) < 1e-5).all()
