@@ -1,6 +1,6 @@
 """Gather finished grids: `python ablations/results.py GRID [GRID ...]`, from the repository's root.
 
-Of each grid's folder the report is written, and its table.csv, claims.md and figures (PNG) are copied to
+Of each grid's folder the report is written, and its table.csv, claims.md and some figures are copied to
 ablations/NAME/, NAME being the name of the grid's file (`--name` says another, such as one with the base's). Their
 claims then stand between RESULTS.md's two marks, with those of all grids that were gathered before; a grid that is
 given again takes the place of what it was. Nothing else of RESULTS.md changes.
@@ -24,6 +24,7 @@ from minilora.report.write import beside_of, found_text, p_text, verdict, write_
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "RESULTS.md"
 BEGIN, END = "<!-- claims: written by ablations/results.py -->", "<!-- end of claims -->"
+FIGURES = ("effects", "dose_response", "heat_maps", "counts")  # those that are kept here
 HEADS = ("claim", "decided by", "found", "clean", "placebo", "seeds", "verdict", "Holm p", "after Holm")
 
 
@@ -70,7 +71,8 @@ def gather(folder, name, commit, today):
     write_report(folder)
     kept = HERE / name
     kept.mkdir(exist_ok=True)
-    sources = [folder.path / "table.csv", folder.path / "claims.md", *sorted((folder.path / "figures").glob("*.png"))]
+    sources = [folder.path / "table.csv", folder.path / "claims.md"]
+    sources += [folder.path / "figures" / f"{figure}.png" for figure in FIGURES]
     for source in sources:
         if source.is_file():
             with files.replacing(kept / source.name) as temporary:
