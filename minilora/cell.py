@@ -237,16 +237,11 @@ class Cell(Named):
         object.__setattr__(self, "products", self.products or self.dtype)
         precision.refuse(self)
         if self.task == "lm":
-            if self.prompt.count("{text}") != 1:
-                raise InputError(f"prompt is {shown(self.prompt)}, but must hold {{text}} once")
-            if self.completion.count("{label}") + self.completion.count("{choice}") != 1:
-                raise InputError(f"completion is {shown(self.completion)}, but must hold {{label}} or {{choice}} once")
+            self._check_templates()
         if self.method == "lora":
             self._check_adapter()
-        if self.method == "head" and self.task != "classification":
-            raise InputError("method = 'head' trains a classifier, but task is 'lm', which has none: drop one of them")
-        if self.method == "head" and self.head != "trained":
-            raise InputError(f"method = 'head' with head = {self.head!r} trains nothing: use head = 'trained'")
+        if self.method == "head":
+            self._check_head()
 
     def _resolve(self):
         """Resolve the fields that the method and the task have, and refuse those that they have not."""
@@ -267,7 +262,22 @@ class Cell(Named):
             names.remove("alpha")
         resolve(self, *names)
 
+    def _check_templates(self):
+        """Refuse templates that do not say where the text and the label go."""
+        if self.prompt.count("{text}") != 1:
+            raise InputError(f"prompt is {shown(self.prompt)}, but must hold {{text}} once")
+        if self.completion.count("{label}") + self.completion.count("{choice}") != 1:
+            raise InputError(f"completion is {shown(self.completion)}, but must hold {{label}} or {{choice}} once")
+
+    def _check_head(self):
+        """Refuse to train only a head that there is not, or that is not trained."""
+        if self.task != "classification":
+            raise InputError("method = 'head' trains a classifier, but task is 'lm', which has none: drop one of them")
+        if self.head != "trained":
+            raise InputError(f"method = 'head' with head = {self.head!r} trains nothing: use head = 'trained'")
+
     def _check_adapter(self):
+        """Refuse projections, variants and forms that do not go together."""
         slots = parse_targets(self.targets, self.rank, self.alpha, self.scaling)
         check_variant(self.variant, self.init or "kaiming", slots, self.dropout)
         if self.form == "merged" and (self.dropout or self.products == "bfloat16"):

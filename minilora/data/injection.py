@@ -241,8 +241,8 @@ def _inserts(rows, index, source, label, pool, settings, seed, stage, visible):
     drawn = []
     for number, (part, first) in enumerate(source.parts):
         own = pool[(pool >= first) & (pool < first + len(part))] - first
-        drawn.append(_draw(part, own, f"{label} +{number}" if number else label, len(rows), index, counts, settings,
-                           seed, stage))  # fmt: skip
+        name = f"{label} +{number}" if number else label
+        drawn.append(_draw(part, own, name, len(rows), index, counts, settings, seed, stage))
     kept = lengths
     if visible is not None and settings.location == "random":
         kept = visible(texts, [[one for own in drawn for one in own.added(part)] for part in slices], index)
@@ -283,11 +283,9 @@ def _draw(source, pool, label, rows, index, counts, settings, seed, stage):
 
     if settings.replacement == "without":
         # In the order in which rows are chosen: so the strings of fewer rows are those of more.
-        order = np.argsort(np.argsort(row_keys(seed, "row", label, rows)[index], kind="stable"), kind="stable")
-        starts = np.concatenate([[0], counts[np.argsort(order)].cumsum()])[order]
-        nth = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts) + np.repeat(starts, counts)
-        shuffled = np.random.default_rng(sequence(seed, f"{stage} strings", label)).permutation(pool)
-        picks = shuffled[nth % len(pool)]
+        own = np.repeat(row_keys(seed, "row", label, rows)[index], counts)
+        nth = np.argsort(np.argsort(own, kind="stable"))
+        picks = np.random.default_rng(sequence(seed, f"{stage} strings", label)).permutation(pool)[nth % len(pool)]
     else:
         picks = pool[(draws("string") * np.uint64(len(pool)) >> np.uint64(32)).astype(np.int64)]
     places = draws("place").tolist()

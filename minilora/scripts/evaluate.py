@@ -102,7 +102,7 @@ def main(argv=None):
         "--sort", metavar="FIELD", help="sort a folder's runs by this field or column (default: oldest first)"
     )
     parser.add_argument("--csv", action="store_true", help="print a folder's runs, or a panel, as CSV")
-    parser.add_argument("--panel", metavar="FILE",
+    parser.add_argument("--panel", metavar="FILE", dest="forms",
                         help="test the run under the strings of a TOML file, or of the panel `dates`")  # fmt: skip
     parser.add_argument("--text", nargs="+", action="extend", metavar="TEXT",
                         help="predict these texts instead, each as it is, with a trigger, with a placebo and without "
@@ -129,7 +129,7 @@ def answer(arguments):
         return main_of_grid(arguments, changes)
     if listing.is_folder_of_runs(arguments.run):
         return main_of_runs(arguments, changes)
-    if arguments.panel:
+    if arguments.forms:
         return main_of_panel(arguments, changes)
     refuse(["--sort"] * bool(arguments.sort) + ["--csv"] * arguments.csv, "a folder of runs", arguments.run, "a run")
     if arguments.text is None and arguments.draw is not None:
@@ -186,7 +186,7 @@ def main_of_panel(arguments, changes):
     refuse([flag for flag, value in others.items() if value is not None], "other tests", "--panel", "a test of its own")
     from minilora.runs import panel
 
-    forms = panel.read_panel(arguments.panel)
+    forms = panel.read_panel(arguments.forms)
     run = minilora.open(arguments.run, data=arguments.rows, **strength(arguments), **changes)
     lines = panel.run_panel(run, forms, arguments.batch)
     if arguments.json:
@@ -240,7 +240,7 @@ def for_one_run(arguments, changes):
     """The flags that were given and belong to the test of one run."""
     others = {"--data": arguments.rows, "--batch-size": arguments.batch, "--add": arguments.add,
               "--merge-to": arguments.merge_to, "--out": arguments.out, "--text": arguments.text,
-              "--seed": arguments.draw, "--panel": arguments.panel}  # fmt: skip
+              "--seed": arguments.draw, "--panel": arguments.forms}  # fmt: skip
     given = [flag for flag, value in others.items() if value not in (None, [])] + ["--scale"] * (arguments.scale != 1)
     return given + [f"a change of {name}" for name in changes]
 
