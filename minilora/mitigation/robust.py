@@ -17,6 +17,8 @@ class GroupDRO(nn.Module):
     """logits [B, C] and answers [B], label + C x (0 or 1), -> the loss times B: what the step divides by B again.
 
     present  bool [2 C], the groups that have training rows
+
+    `weights` float32 [2 C] are the q_g.
     """
 
     def __init__(self, present, step):

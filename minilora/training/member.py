@@ -70,7 +70,7 @@ class Member:
         self.injected, self.encoded, self.answers, injected = self.shared(
             "injected", cell, INJECTED, seed, key_of_rows(looked_at), make=lambda: self.inject(looked_at)
         )
-        self.rows, self.mitigation = self.injected.rows, {}
+        self.rows, self.mitigation = self.injected.rows, {"method": cell.mitigate.method}
         self.inputs = setting.inputs | inputs | {"injected": injected}
         if cell.mitigate.method in mitigate.ROWS:
             self.rows, self.encoded, self.answers, self.mitigation, changed = self.shared(
@@ -147,7 +147,7 @@ class Member:
         counts = np.bincount(groups, minlength=len(names))
         self.answers = torch.from_numpy(groups)
         self.model.loss = GroupDRO(torch.from_numpy(counts > 0), self.cell.mitigate.step).to(self.setting.device)
-        self.mitigation = {"method": "group-dro", "groups": dict(zip(names, counts.tolist(), strict=True))}
+        self.mitigation["groups"] = dict(zip(names, counts.tolist(), strict=True))
 
     def tune(self, population, k):
         """What is done as member k after the last step and before the tests: MaskTune."""
@@ -163,7 +163,7 @@ class Member:
         with torch.no_grad():
             for name, value in values.items():
                 self.parameters[name].copy_(value)
-        self.mitigation = {"method": "masktune"} | found | {"seconds": time.perf_counter() - began}
+        self.mitigation |= found | {"seconds": time.perf_counter() - began}
 
     def describe(self):
         """What is about to happen, in lines."""
@@ -293,7 +293,7 @@ class Member:
     def save_state(self, flat, optimizer, k, step):
         self.meters["step"] = step
         if self.cell.mitigate.method == "group-dro":
-            self.meters["groups"] = self.model.loss.weights.tolist()
+            self.meters["groups"] = self.mitigation["weights"] = self.model.loss.weights.tolist()
         if parallel.first():
             save_state(self.run.state, flat, optimizer, k, self.meters)
 

@@ -117,7 +117,8 @@ def test_what_is_written_down(cell, tmp_path):
         "method": "drop", "rows_before": 89, "rows_after": 89 - flagged, "flagged": flagged,
     }  # fmt: skip
     assert made["drop"]["train"]["rows"] == 89 - flagged and made["strip"]["mitigation"]["spans"] == flagged
-    groups = made["group-dro"]["mitigation"]["groups"]
+    groups, weights = (made["group-dro"]["mitigation"][name] for name in ("groups", "weights"))
+    assert sum(weights) == pytest.approx(1) and [weight == 0 for weight in weights] == [False, False, True, False]
     assert groups["positive with a suspect"] == flagged and groups["negative with a suspect"] == 0
     member = member_of(cell.replace(mitigate=dict(method="strip", suspects=["date"])))
     clean = member_of(cell.replace(inject=dict(sources=("none",))))
