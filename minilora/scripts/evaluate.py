@@ -29,8 +29,10 @@ from minilora.errors import InputError, to_type
 from minilora.fields import marked
 from minilora.runs import listing
 
-
-MODES = {}  # {flag: (the module whose `main` takes over, what it does)}: each has flags of its own
+# {flag: (the module whose `main` takes over, what it does)}: each has flags of its own.
+MODES = {
+    "--detect": ("detection.command", "which training rows do detectors suspect?"),
+}
 
 
 def other_modes():
