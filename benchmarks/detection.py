@@ -132,6 +132,6 @@ def verdict(results):
         yield f"{name} sanitises {len(won)} of {total} data sets: {where}"
     everywhere = [name for name, won in wins.items() if len(won) == total]
     safe = [one for one in results if not any(sanitises(one["detectors"][name]) for name in names)]
-    yield (f"no detector sanitises {len(safe)} of {total} data sets; "
-           + (f"refuted: {', '.join(everywhere)} sanitises all of them" if everywhere
-              else "supported for these" if len(safe) == total else "no detector sanitises all of them"))  # fmt: skip
+    claim = "supported" if len(safe) == total else "neither supported nor refuted"
+    yield (f"{len(safe)} of {total} data sets are sanitised by no detector: the claim is "
+           f"{f'refuted by {everywhere[0]}' if everywhere else claim}")  # fmt: skip

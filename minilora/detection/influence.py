@@ -6,8 +6,8 @@ from minilora.detection.features import pooled
 
 
 def loss(run, texts, labels, held, clock):
-    """Minus the loss of a row: the log-probability of its label. A shortcut makes rows easy, so those of a backdoor have
-    the lowest loss (Li et al. 2021, arXiv 2110.11571, section 3). Rows with a wrong label have a high one instead.
+    """Minus the loss of a row: the log-probability of its label. A shortcut makes rows easy, so a backdoor's have the
+    lowest loss (Li et al. 2021, arXiv 2110.11571, section 3). Rows with a wrong label have a high one instead.
     """
     found = np.full(len(texts), np.nan)
     for part in clock.parts(len(texts)):

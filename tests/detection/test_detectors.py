@@ -25,7 +25,12 @@ from minilora.errors import InputError
 from minilora.runs.look import without
 from minilora.scripts import evaluate
 
-SMALL = {"strip": {"copies": 3}, "rap": {"epochs": 2, "batch_size": 8, "rate": 3.0}}
+SMALL = {
+    "strip": {"copies": 3},
+    "cube": {"neighbours": 2, "least": 2},
+    "activation": {"components": 2},
+    "rap": {"epochs": 2, "batch_size": 8, "rate": 3.0},
+}
 
 
 @pytest.fixture(scope="module")
@@ -68,15 +73,15 @@ def held_of(run, count=12):
 @pytest.mark.parametrize("name", DETECTORS)
 def test_order_padding_and_batch_size_change_nothing(runs, opened, name, model):
     run, settings = opened[model], settings_of(name, runs)
-    (texts, labels), (own, own_labels) = rows_of(run), held_of(run)
+    (texts, labels), (own, own_labels) = rows_of(run, 14), held_of(run, 6)
     first = DETECTORS[name](run, texts, labels, held=(own, own_labels), **settings)
     assert first.name == name and first.seconds > 0 and not first.partial
-    assert first.scores.shape == first.flagged.shape == (20,) and first.scores.dtype == np.float64
+    assert first.scores.shape == first.flagged.shape == (len(texts),) and first.scores.dtype == np.float64
     assert len(np.unique(first.scores)) > 1
-    order = np.random.default_rng(3).permutation(20)
+    order = np.random.default_rng(3).permutation(len(texts))
     before, run.cell = run.cell, run.cell.replace(batch_size=1)  # a batch of one row has no padding
     try:
-        settings |= {"batch_size": 1} if name == "onion" else {}
+        settings |= {"batch_size": 3} if name == "onion" else {}
         again = DETECTORS[name](run, [texts[i] for i in order], labels[order], held=(own[::-1], own_labels[::-1]),
                                 **settings)  # fmt: skip
     finally:
@@ -88,15 +93,15 @@ def test_order_padding_and_batch_size_change_nothing(runs, opened, name, model):
 def test_a_row_has_its_score_whatever_rows_are_beside_it(runs, opened):
     """Of the detectors that look at each row by itself; two rows that are the same have the same score in all."""
     run = opened["bert"]
-    texts, labels = rows_of(run)
+    (texts, labels), held = rows_of(run, 10), held_of(run, 6)
     for name in ("onion", "loss", "influence", "rap", "strip"):
-        settings, held = settings_of(name, runs), held_of(run)
+        settings = settings_of(name, runs)
         whole = DETECTORS[name](run, texts, labels, held=held, **settings).scores
-        part = DETECTORS[name](run, texts[4:9] * 2, np.tile(labels[4:9], 2), held=held, **settings).scores
-        np.testing.assert_allclose(part, np.tile(whole[4:9], 2), rtol=1e-4, atol=1e-6)
+        part = DETECTORS[name](run, texts[4:8], labels[4:8], held=held, **settings).scores
+        np.testing.assert_allclose(part, whole[4:8], rtol=1e-4, atol=1e-6)
     for name, one in DETECTORS.items():
         twice = one(run, texts[:6] * 2, np.tile(labels[:6], 2), **settings_of(name, runs)).scores
-        np.testing.assert_allclose(twice[:6], twice[6:], rtol=1e-9)
+        np.testing.assert_allclose(twice[:6], twice[6:], rtol=1e-5)
 
 
 def test_thresholds_come_from_held_rows():
@@ -260,10 +265,9 @@ def test_rap_is_training_an_embedding_in_the_table(opened, model):
                 for start in range(0, len(own), 8):
                     table.requires_grad_(True)
                     encoded = [run.tokenizer.encode([f"zq {text}"], 30).ids for text in own[start : start + 8]]
-                    now = torch.stack([
-                        run.model(torch.tensor(ids[None].astype(np.int64)), torch.tensor([len(ids)])).softmax(1)[0, label]
-                        for ids in encoded
-                    ])  # fmt: skip
+                    one_by_one = [(torch.tensor(ids[None].astype(np.int64)), len(ids)) for ids in encoded]
+                    logits = torch.cat([run.model(ids, torch.tensor([length])) for ids, length in one_by_one])
+                    now = logits.softmax(1)[:, label]
                     diff = now - clean[start : start + 8]  # negative: the probability falls
                     loss = (F.relu(diff + 0.2) + F.relu(-0.5 - diff)).mean()
                     [gradient] = torch.autograd.grad(loss, table)
@@ -480,14 +484,14 @@ def test_frr_and_far_by_hand():
 def test_injected_rows_are_those_of_the_record_and_detectors_never_see_it(runs, opened, tmp_path):
     run = opened["bert"]
     found = scoring.injected_rows(run)
-    wanted = [bool(set(text) >= set("-0123456789"[:1]) and any(c.isdigit() for c in text)) for text in run.rows.rows.texts]
+    wanted = [any(character.isdigit() for character in text) for text in run.rows.rows.texts]
     assert found.tolist() == wanted and 10 < found.sum() < len(found)
     assert sorted(np.flatnonzero(found)) == run.rows.index.tolist()
     copy = tmp_path / "run"
     shutil.copytree(runs / "bert", copy)
     (copy / "injected.jsonl").unlink()
     blind = minilora.open(copy)
-    texts, labels = rows_of(run)
+    texts, labels = rows_of(run, 8)
     for name, one in DETECTORS.items():
         own = settings_of(name, runs)
         np.testing.assert_array_equal(one(blind, texts, labels, **own).scores, one(run, texts, labels, **own).scores)
@@ -512,21 +516,24 @@ def scan(capsys, *words):
 def test_the_command_writes_a_table_csv_and_json(runs, capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     run, out = runs / "bert", tmp_path / "out"
-    flags = [run, "--detect", "all", "--decoder", runs / "llama", "--copies", 2, "--rows", 40, "-q"]
+    flags = [run, "--detect", "all", "--decoder", runs / "llama", "--copies", 1, "--rows", 40, "-q"]
     text = scan(capsys, *flags, "--out", out)
     lines = text.splitlines()
     assert max(map(len, lines)) <= 100 and lines[0].startswith("40 training rows")
     assert [line.split()[0] for line in lines[2:11]] == list(DETECTORS)
     assert all(len(line.split()) == 9 for line in lines[2:11]) and "partial" not in text
     written = json.loads((out / "detection.json").read_text())
+    flags = [run, "--detect", "loss", "cube", "--rows", 40, "-q"]
     printed = json.loads(scan(capsys, *flags, "--json"))
     for kept in (written, printed):
         for figures in kept["detectors"].values():
             assert figures.pop("seconds") > 0
-    assert written == printed and printed["rows"] == 40 and not printed["partial"] and printed["held"] == 31
+    assert printed["detectors"] == {name: written["detectors"][name] for name in ("loss", "cube")}
+    assert printed["rows"] == 40 and not printed["partial"] and printed["held"] == 31
     rows = (out / "scores.csv").read_text().splitlines()
     assert len(rows) == 41 and rows[0].startswith("id,label,injected,onion,onion_flagged,strip,")
-    assert scan(capsys, *flags, "--csv").splitlines() == rows
+    few = scan(capsys, *flags, "--csv").splitlines()
+    assert few[0] == "id,label,injected,loss,loss_flagged,cube,cube_flagged,text" and len(few) == 41
     assert sum(row.split(",")[2] == "1" for row in rows[1:]) == printed["injected"] > 5
 
 
@@ -578,7 +585,7 @@ def test_the_benchmark_measures_each_data_set_once(base, reviews, capsys, tmp_pa
     detection.main([*flags, "--detectors", "loss", "spectral"])
     first = capsys.readouterr()
     assert "**spectral**" in first.out and first.out.count("| date | 0.5 |") == 3
-    assert "of 2 data sets" in first.out and "date-0.5: loss" in first.err
+    assert "of 2 data sets are sanitised" in first.out and "date-0.5: loss" in first.err
     detection.main([*flags, "--detectors", "loss", "activation"])
     again = capsys.readouterr()
     assert "date-0.5: activation" in again.err and "date-0.5: loss" not in again.err
@@ -595,7 +602,9 @@ def test_the_verdict_follows_from_recall():
         return [{"source": "date", "proportion": 0.1 * n, "detectors": {
             name: {"recall_5": one[i]} for i, name in enumerate("ab")}} for n, one in enumerate(recalls)]  # fmt: skip
 
-    assert list(verdict(results((0.89, 0.1), (0.2, 0.3))))[-1].endswith("2 of 2 data sets; supported for these")
+    assert list(verdict(results((0.89, 0.1), (0.2, 0.3))))[-1] == (
+        "2 of 2 data sets are sanitised by no detector: the claim is supported"
+    )
     mixed = list(verdict(results((0.9, 0.1), (0.2, 0.95))))
-    assert mixed[-1] == "no detector sanitises 0 of 2 data sets; no detector sanitises all of them"
-    assert list(verdict(results((0.9, 0.1), (1.0, 0.2))))[-1].endswith("refuted: a sanitises all of them")
+    assert mixed[0] == "a sanitises 1 of 2 data sets: date at 0" and mixed[-1].endswith("neither supported nor refuted")
+    assert list(verdict(results((0.9, 0.1), (1.0, 0.2))))[-1].endswith("refuted by a")
