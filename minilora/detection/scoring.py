@@ -60,6 +60,22 @@ class Scan:
             yield line | {"text": text}
 
 
+class Remembering:
+    """The opened `run`, which reads each of `texts` once: the states of these are kept, for all detectors."""
+
+    def __init__(self, run, texts):
+        self._run, self._texts, self._kept = run, set(texts), {}
+
+    def __getattr__(self, name):
+        return getattr(self._run, name)
+
+    def hidden(self, texts):
+        new = [text for text in dict.fromkeys(texts) if text not in self._kept]
+        found = dict(zip(new, self._run.hidden(new), strict=True)) if new else {}
+        self._kept |= {text: found[text] for text in new if text in self._texts}
+        return [found[text] if text in found else self._kept[text] for text in texts]
+
+
 def scan_run(run, detectors, count=None, seconds=None, lenient=False, done=None, **settings):
     """A `Scan` of `count` of the run's own training rows, drawn at random but always the same (None: all).
 
@@ -76,7 +92,7 @@ def scan_run(run, detectors, count=None, seconds=None, lenient=False, done=None,
     held = run.tests[0].rows
     held = held.take(draw(len(held), HELD))
     scan = Scan(rows.take(chosen), injected[chosen], len(held))
-    clock = Clock(seconds)
+    clock, run = Clock(seconds), Remembering(run, scan.rows.texts)
     if not lenient:
         for detector in detectors:
             detector.check(run)

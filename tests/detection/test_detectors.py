@@ -508,6 +508,18 @@ def test_drawn_rows_nest():
     assert scoring.draw(7, 20).tolist() == scoring.draw(7, None).tolist() == list(range(7))
 
 
+def test_states_are_read_once(opened, monkeypatch):
+    run, read = opened["bert"], []
+    texts, _ = rows_of(run, 6)
+    twice = scoring.Remembering(run, texts[:4])
+    hidden = run.hidden
+    monkeypatch.setattr(run, "hidden", lambda texts: read.extend(texts) or hidden(texts))
+    for asked in (texts, texts[::-1], texts[1:2] * 2):
+        for one, other in zip(twice.hidden(asked), hidden(asked), strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-5)
+    assert read == texts + texts[:3:-1] and twice.labels == run.labels
+
+
 def scan(capsys, *words):
     evaluate.main([*map(str, words)])
     return capsys.readouterr().out
