@@ -29,9 +29,15 @@ from minilora.errors import InputError, to_type
 from minilora.fields import marked
 from minilora.runs import listing
 
-MODES = {
+MODES = {  # {flag: (the module whose `main` takes over, what it does)}: each has flags of its own
+    "--explain": ("diagnostics.command", "where the shortcut lives, and what predictions rest on"),
+    "--play": ("diagnostics.play", "a page to play with, the live model behind it"),
+    "--detect": ("detection.command", "which training rows detectors suspect"),
+    "--scan-data": ("detection.scan", "look for triggers in labelled rows, and clean them"),
+    "--rewritten": ("detection.retention", "what a rewritten data set keeps of a run's triggers"),
+    "--scan-adapter": ("detection.adapters", "name the trigger in an adapter, without its data"),
     "--mitigate": ("scripts.mitigate", "change the adapter against shortcuts, and test it before and after"),
-}  # {flag: (the module whose `main` takes over, what it does)}: each has flags of its own
+}
 
 
 def other_modes():

@@ -1,0 +1,137 @@
+"""`python -m benchmarks detection`: every row detector on the same rows, injected from several sources at several
+proportions: does any of them find the injected rows?
+
+For each source and proportion a cell is trained, and its detectors score the same number of its training rows, beside
+the record of which were injected. Runs that are in --out already are used again, and so are the figures of detectors
+that were measured there on as many rows.
+"""
+
+import tempfile
+from pathlib import Path
+
+from minilora.command import Parser, add_flags, given_flags
+from minilora.console import say, short
+from minilora.detection.detectors import find_detectors
+from minilora.errors import InputError
+from minilora.naming import file_safe
+
+SOURCES = ("date", "country", "html", "text:last night")
+PROPORTIONS = (0.05, 0.25)
+TARGET = "positive"
+FIELDS = ("model", "data", "train_rows", "rank", "lr", "epochs", "seed", "test_rows", "max_length")
+FOUND, REJECTED = 0.9, 0.05  # of the injected rows and of the others: what sanitises a data set
+
+
+def main(argv):
+    from minilora.cell import Cell
+
+    parser = Parser(prog="python -m benchmarks detection", description=__doc__.partition("\n\n")[0])
+    group = parser.add_argument_group("measurement")
+    group.add_argument("--sources", nargs="+", default=SOURCES, metavar="SOURCE",
+                       help=f"of what is injected (default: {', '.join(SOURCES)})")  # fmt: skip
+    group.add_argument("--proportions", nargs="+", type=float, default=PROPORTIONS, metavar="X",
+                       help="of the target label's rows (default: 0.05 0.25)")  # fmt: skip
+    group.add_argument("--target", default=TARGET, help="the target label (default: %(default)s)")
+    group.add_argument("--detectors", nargs="+", metavar="NAME", help="default: all")
+    group.add_argument("--rows", type=int, default=400, metavar="N", help="rows that are scored (default: 400)")
+    group.add_argument("--copies", type=int, metavar="N", help="copies of a row that strip mixes (default: 100)")
+    group.add_argument("--decoder", metavar="BASE", help="the language model of onion (default: SmolLM2-135M)")
+    group.add_argument("--out", metavar="DIR", help="folder of the runs and figures (default: one that is deleted)")
+    group.add_argument("--traceback", action="store_true", help="show the full trace of an error")
+    add_flags(parser, Cell, only=FIELDS)
+    given = parser.parse_args(argv)
+    if given.rows < 1:
+        raise InputError(f"--rows is {given.rows}, but must be at least 1")
+    settings = {"onion": {"decoder": given.decoder} if given.decoder else {},
+                "strip": {"copies": given.copies} if given.copies else {}}  # fmt: skip
+    detectors = find_detectors(given.detectors)
+    cell = Cell(train_rows=3000).replace(**given_flags(given, Cell))
+    with tempfile.TemporaryDirectory() as temporary:
+        results = [
+            measure(cell, source, proportion, given.target, detectors, given.rows, settings,
+                    Path(given.out or temporary))
+            for source in given.sources for proportion in given.proportions
+        ]  # fmt: skip
+    print("\n".join(lines(results)))
+
+
+def measure(cell, source, proportion, target, detectors, rows, settings, folder):
+    """The figures of detectors on one injected data set, trained first where `folder` has no such run: a dict."""
+    import minilora
+    from minilora import files
+    from minilora.detection.scoring import scan_run
+    from minilora.runs.folder import Run
+
+    path = folder / file_safe(f"{source}-{proportion:g}")
+    cell = cell.replace(inject={"sources": (f"{source}:{target}",), "proportion": proportion})
+    if not Run(path).finished:
+        minilora.train(cell, path)
+    elif Run(path).read_cell() != cell:
+        raise InputError(f"{path} holds a run of another cell: choose another --out")
+    [success] = [one["net_attack_success_rate"] for one in Run(path).read_results()["tests"]["trigger"].values()]
+    kept = path / f"detection-{rows}.json"
+    before = files.read_json(kept, "delete it") if kept.exists() else {"detectors": {}}
+    own = {one.name: settings.get(one.name, {}) for one in detectors}
+    wanted = [one for one in detectors if before["detectors"].get(one.name, {}).get("settings") != own[one.name]]
+    if wanted:
+        scan = scan_run(minilora.open(path), wanted, rows, done=lambda _, name: say(f"{path.name}: {name}"), **settings)
+        found = scan.to_dict()
+        new = {name: figures | {"settings": own[name]} for name, figures in found["detectors"].items()}
+        before = found | {"detectors": before["detectors"] | new}
+        files.write_json(kept, before)
+    return {"source": source, "proportion": proportion, "net_attack_success": success, "rows": before["rows"],
+            "injected": before["injected"], "detectors": {name: before["detectors"][name] for name in own}}  # fmt: skip
+
+
+HEADS = ("source", "proportion", "injected", "ROC-AUC", "recall at 1%", "recall at 5%", "FRR", "FAR", "seconds")
+
+
+def lines(results):
+    """The tables as Markdown: the data sets, each detector on each of them, and who sanitises what."""
+
+    def row(*cells):
+        return f"| {' | '.join(cells)} |"
+
+    yield row("source", "proportion", "rows", "injected", "net attack success")
+    yield "|---|---|---|---|---|"
+    for one in results:
+        yield row(short(one["source"]), f"{one['proportion']:g}", str(one["rows"]), str(one["injected"]),
+                  f"{one['net_attack_success']:+.2f}")  # fmt: skip
+    for name in results[0]["detectors"]:
+        yield f"\n**{name}**\n"
+        yield row(*HEADS)
+        yield "|---" * len(HEADS) + "|"
+        for one in results:
+            figures = one["detectors"][name]
+            yield row(short(one["source"]), f"{one['proportion']:g}", str(one["injected"]),
+                      *(shown(figures, key) for key in ("auc", "recall_1", "recall_5", "frr", "far")),
+                      f"{figures['seconds']:.1f}")  # fmt: skip
+    yield ""
+    yield from verdict(results)
+
+
+def shown(figures, key):
+    if figures[key] is None:
+        return "-"
+    low, high = figures[f"{key}_interval"]
+    return f"{figures[key]:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def sanitises(figures):
+    """Whether a detector found 90% of the injected rows while it rejected at most 5% of the others: at the threshold
+    that knows which rows are injected, the best that it can do."""
+    return figures["recall_5"] is not None and figures["recall_5"] >= FOUND
+
+
+def verdict(results):
+    """The study's claim, that no checker can sanitise a data set, against the figures: lines of text."""
+    names, total = list(results[0]["detectors"]), len(results)
+    wins = {name: [one for one in results if sanitises(one["detectors"][name])] for name in names}
+    for name, won in wins.items():
+        where = ", ".join(f"{one['source']} at {one['proportion']:g}" for one in won) or "none"
+        yield f"{name} sanitises {len(won)} of {total} data sets: {where}"
+    everywhere = [name for name, won in wins.items() if len(won) == total]
+    safe = [one for one in results if not any(sanitises(one["detectors"][name]) for name in names)]
+    claim = "supported" if len(safe) == total else "neither supported nor refuted"
+    yield (f"{len(safe)} of {total} data sets are sanitised by no detector: the claim is "
+           f"{f'refuted by {everywhere[0]}' if everywhere else claim}")  # fmt: skip
