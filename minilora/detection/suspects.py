@@ -169,11 +169,10 @@ class Fold:
             covers = np.stack([self.of_token[tokens + further] for further in range(length)]).max(axis=0)
             many = np.bincount(covers[covers >= 0], minlength=len(self.listed))
         else:
-            many = np.array([np.isin(index, other.index, assume_unique=True).sum() if len(other.index) <= len(index) / SAME
-                             else 0 for other, _ in self.listed])  # fmt: skip
+            many = [np.isin(index, other.index, assume_unique=True).sum() if len(other.index) * SAME <= len(index) else 0
+                    for other, _ in self.listed]  # fmt: skip
         whole = len(index) if tokens is None else len(tokens)
-        for place in np.argsort(-many)[:1]:
-            other, speaks_for = self.listed[place]
-            if many[place] >= SAME * whole and speaks_for == label:
-                return other
-        return None
+        place = int(np.argmax(many)) if len(many) else None
+        if place is None or many[place] < SAME * whole or self.listed[place][1] != label:
+            return None
+        return self.listed[place][0]

@@ -11,7 +11,7 @@ import functools
 import re
 import time
 from array import array
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from unicodedata import category
 
 import numpy as np
@@ -71,8 +71,12 @@ def shape(form):
     form = form.strip(TRIMMED) or form
     if form.islower() and form.isalpha():
         return "a"
-    masked = "".join("0" if one.isdecimal() else "A" if one.isupper() else "a" if one.isalpha() else one for one in form)
-    return re.sub("A+", "A", re.sub("a+", "a", masked))
+    return re.sub("A+", "A", re.sub("a+", "a", "".join(map(masked, form))))
+
+
+@functools.cache
+def masked(one):
+    return "0" if one.isdecimal() else "A" if one.isupper() else "a" if one.isalpha() else one
 
 
 def marks(form):
@@ -202,7 +206,7 @@ def count_rows(keys, row, labels, classes, least):
 
 def phrases(kind, labels, classes, least, longest):
     """Yield (letters int32 [F, n], counts int64 [F, classes]) of the frequent phrases of n = 1, 2, ... letters."""
-    dense, row = kind.ids.astype(np.int64), kind.row
+    dense, row, alphabet, single, letters = kind.ids.astype(np.int64), kind.row, None, None, None
     for length in range(1, longest + 1):
         if length == 1:
             at, keys = np.arange(len(dense)), dense

@@ -29,8 +29,10 @@ from minilora.errors import InputError, to_type
 from minilora.fields import marked
 from minilora.runs import listing
 
-
-MODES = {}  # {flag: (the module whose `main` takes over, what it does)}: each has flags of its own
+MODES = {  # {flag: (the module whose `main` takes over, what it does)}: each has flags of its own
+    "--scan-data": ("detection.scan", "look for triggers in labelled rows, and clean them"),
+    "--rewritten": ("detection.retention", "what a rewritten data set keeps of a run's triggers"),
+}
 
 
 def other_modes():
