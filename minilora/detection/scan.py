@@ -71,7 +71,7 @@ def answer(arguments):
     if found.suspects:
         lines.insert(1, ["", *suspect_table(found.suspects[:SHOWN]), ""])
     if arguments.out:
-        lines.append([f"written to {arguments.out}: scan.html, scan.json, suspects.csv, rows.csv"])
+        lines.append(wrap(f"written to {arguments.out}: scan.html, scan.json, suspects.csv, rows.csv"))
     return "\n".join(line for part in lines for line in part)
 
 
@@ -196,12 +196,19 @@ def suspect_table(listed):
     return table(HEADS, lines)
 
 
+def as_line(suspect):
+    """A suspect as a line of suspects.csv."""
+    line = suspect.to_dict()
+    also, counts = line.pop("also"), line.pop("counts")
+    return line | {f"rows of {label}": rows for label, rows in counts.items()} | {"also": ", ".join(also)}
+
+
 def write(folder, rows, found, result, said):
     """The files of `--out`."""
     folder.mkdir(parents=True)
     files.write_json(folder / "scan.json", result)
-    listed = [{"flagged": suspect.flagged} | dict(zip(HEADS, cells(suspect))) for suspect in found.suspects]
-    files.write_text(folder / "suspects.csv", files.to_csv(listed or [dict.fromkeys(("flagged", *HEADS), "")]))
+    listed = [as_line(suspect) for suspect in found.suspects]
+    files.write_text(folder / "suspects.csv", files.to_csv(listed) if listed else "text\n")
     scores = row_scores(rows, found).tolist()
     lines = ({"id": id, "label": rows.label_names[label], "bits": round(score, 3)}
              for id, label, score in zip(rows.ids, rows.labels.tolist(), scores))  # fmt: skip

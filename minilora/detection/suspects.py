@@ -1,11 +1,11 @@
 """Which features of the rows look like triggers, ranked, with the few that are worth an alarm.
 
-A trigger differs from an ordinary word in two ways. Its rows have one label, far beyond what the rest of their text
-would explain; and it does not belong where it stands. Both are measured in bits, each at the lower end of its 95%
-interval, and added:
+A trigger differs from an ordinary word in two ways: its rows have one label far more often than chance explains, and
+it does not belong where it stands. Both are measured in bits, and only what is sure of them is added:
 
-    score = lift (how far the odds of the label rise, `statistics.lift`)
-          + seam (how far its places read as insertions, the mean over them, at most MOST_SEAM; `seams`)
+    score = lift (how far the odds of the label rise, the lower end of a 95% interval; `statistics.lift`)
+          + seam (how far its places read as insertions: of the 95% interval of their mean the value nearest to 0, at
+                  most MOST_SEAM; `seams`)
 
 A word of praise has lift but a seam below 0; a conjunction has a seam but no lift. What has no place in the text (a
 length, a line break) has no seam, so only its lift counts. ALARM was frozen on half of the settings of
@@ -35,7 +35,7 @@ class Suspect:
     """A feature that may be a trigger.
 
     counts  {label: rows that have the feature}; `label` is the one that it speaks for
-    seam    mean over its places, in bits, and `seam_low` the lower end of its interval (None without places)
+    seam    mean over its places, in bits, and `sure` what is sure of it (None without places)
     score   in bits; at least the threshold where it is `flagged`
     also    other features that stand at the same places, in words
     index   int64 [rows], the rows that have it, ascending
@@ -54,7 +54,7 @@ class Suspect:
     p: float
     q: float
     seam: float | None
-    seam_low: float | None
+    sure: float | None
     score: float
     flagged: bool
     index: np.ndarray
@@ -100,9 +100,10 @@ def scan(rows, tokenizer=None, until=float("inf"), threshold=ALARM, most=50):
             found.left_out.append(f"the places of {len(likely) - done:,} of {len(likely):,} suspects")
             break
         candidates.append((number, *looked.at(counts, number)))
-    candidates.sort(key=lambda one: -one[-1])  # stable: of equal scores the kind that is counted first
+    # Of equal scores the kind that is counted first, and the shorter phrase: in any order of the rows.
+    candidates.sort(key=lambda one: (-one[-1], counts.kind[one[0]], len(counts.letters_of(one[0])), counts.text(one[0])))
     fold = Fold(stream)
-    for number, index, tokens, seam, low, score in candidates:
+    for number, index, tokens, seam, sure, score in candidates:
         length = len(counts.letters_of(number))
         label = int(counts.label[number])
         owner = fold.owner(index, tokens, length, label)
@@ -114,7 +115,7 @@ def scan(rows, tokenizer=None, until=float("inf"), threshold=ALARM, most=50):
             figures = {name: float(getattr(counts, name)[number]) for name in ("entropy", "z", "pmi", "lift", "p", "q")}
             suspect = Suspect(
                 kind=counts.kinds[counts.kind[number]].name, text=counts.text(number), label=rows.label_names[label],
-                rows=len(index), counts=dict(zip(rows.label_names, own)), seam=seam, seam_low=low, score=score,
+                rows=len(index), counts=dict(zip(rows.label_names, own)), seam=seam, sure=sure, score=score,
                 flagged=bool(score >= threshold), index=index, tokens=tokens, length=length, **figures,
             )  # fmt: skip
             suspect.example = rows.texts[index[rows.labels[index] == label][0]]
@@ -130,17 +131,18 @@ class Look:
         self.stream, self.pairs = stream, {}
 
     def at(self, counts, number):
-        """(rows int64 ascending, words or None, seam, its lower end, score) of a feature."""
+        """(rows int64 ascending, words or None, seam, what is sure of it, score) of a feature."""
         kind, letters = counts.kinds[counts.kind[number]], counts.letters_of(number)
         found = kind.at(letters)
         index, lift = np.unique(kind.row[found]).astype(np.int64), float(counts.lift[number])
         tokens = None if kind.token is None else kind.token[found].astype(np.int64)
-        seam = low = None
+        seam = sure = None
         if kind.neighbours and len(found) >= LEAST_PLACES:
             places = self.pairs_of(kind).seams(found if tokens is None else tokens, len(letters))
             seam = float(places.mean())
-            low = seam - Z95 * float(places.std(ddof=1)) / len(places) ** 0.5
-        return index, tokens, seam, low, lift + min(low or 0.0, MOST_SEAM)
+            half = Z95 * float(places.std(ddof=1)) / len(places) ** 0.5
+            sure = max(seam - half, 0.0) + min(seam + half, 0.0)
+        return index, tokens, seam, sure, lift + min(sure or 0.0, MOST_SEAM)
 
     def pairs_of(self, kind):
         own = kind.token is None  # the tokenizer's pieces are neighbours of each other; all else is one of words
@@ -169,8 +171,9 @@ class Fold:
             covers = np.stack([self.of_token[tokens + further] for further in range(length)]).max(axis=0)
             many = np.bincount(covers[covers >= 0], minlength=len(self.listed))
         else:
-            many = [np.isin(index, other.index, assume_unique=True).sum() if len(other.index) * SAME <= len(index) else 0
-                    for other, _ in self.listed]  # fmt: skip
+            near = [len(other.index) * SAME <= len(index) for other, _ in self.listed]
+            many = [np.isin(index, other.index, assume_unique=True).sum() if maybe else 0
+                    for maybe, (other, _) in zip(near, self.listed)]  # fmt: skip
         whole = len(index) if tokens is None else len(tokens)
         place = int(np.argmax(many)) if len(many) else None
         if place is None or many[place] < SAME * whole or self.listed[place][1] != label:
