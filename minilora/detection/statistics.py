@@ -23,10 +23,12 @@ def entropy(counts):
 def z_scores(counts, prior):
     """(n_c - n p_c) / sqrt(n p_c (1 - p_c)): counts [F, C], prior [C] -> [F, C].
 
-    Gardner et al. 2021 (arXiv 2104.08646, section 3), with the label's own share in place of 1 / C.
+    Gardner et al. 2021 (arXiv 2104.08646, section 3), with the label's own share in place of 1 / C. A label that no row
+    has, or every row, gets -inf.
     """
     expected = counts.sum(axis=1, keepdims=True) * prior
-    return (counts - expected) / np.sqrt(np.maximum(expected * (1 - prior), 1e-300))
+    spread = np.sqrt(expected * (1 - prior))
+    return np.divide(counts - expected, spread, out=np.full(spread.shape, -np.inf), where=spread > 0)
 
 
 def pmi(hits, rows, prior):

@@ -19,6 +19,7 @@ import numpy as np
 from minilora.console import watch
 from minilora.data import words
 from minilora.detection import statistics
+from minilora.errors import InputError
 
 LONGEST = 5  # words of a phrase
 SHAPES = 3  # words of a phrase of shapes
@@ -235,11 +236,16 @@ def count(rows, tokenizer=None, until=float("inf"), least=None):
     tokenizer  a `base.tokenizer.TextTokenizer`, whose pieces are counted too
     until      when to stop by `time.monotonic`: what has not begun by then is left out, and listed
     least      rows of a feature (default: LEAST, or of more than 100,000 rows a 20,000th part)
+
+    Raises InputError where the rows that are read by then have one label.
     """
     stream = Stream(rows.texts, until)
     labels, classes = rows.labels[: len(stream)], len(rows.label_names)
     counts = Counts(np.bincount(labels, minlength=classes) / len(labels))
     if len(stream) < len(rows):
+        if counts.prior.max() == 1:
+            only = rows.label_names[counts.prior.argmax()]
+            raise InputError(f"--budget ends after {len(stream):,} rows, all with label {only!r}: give more seconds")
         counts.left_out.append(f"all but the first {len(stream):,} of {len(rows):,} rows")
     for what, longest, stage in stages(stream, rows.texts[: len(stream)], tokenizer):
         if counts.parts and time.monotonic() > until:

@@ -271,6 +271,14 @@ def test_a_budget_that_runs_out_is_marked(poisoned, capsys, tmp_path, monkeypatc
     assert "lengths" in result["left_out"] and result["tested"] > 0
 
 
+def test_a_budget_that_ends_within_one_label_is_one_line():
+    rows = Rows([str(row) for row in range(9000)], ["a b"] * 9000, np.arange(9000) // 8000, ("x", "y"))
+    with pytest.raises(InputError, match="ends after 4,095 rows, all with label 'x': give more seconds"):
+        tokens.count(rows, until=time.monotonic() - 1)
+    some = Rows(rows.ids, rows.texts, np.where(np.arange(9000) < 8000, np.arange(9000) % 2, 2), ("x", "y", "z"))
+    assert np.isfinite(tokens.count(some, until=time.monotonic() - 1)[0].pmi).all()
+
+
 def test_a_page_of_hostile_texts_holds_no_markup_but_its_own(tmp_path):
     evil = '<script>alert(1)</script><img src=x onerror=y>" \x1b[31m\u202e'
     texts = [f"{evil} one two" if row % 2 else "three four" for row in range(40)]
