@@ -9,18 +9,23 @@ more, rounded up to half a bit. The other half gives the figures.
 import itertools
 import json
 import math
+import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
+import torch
 
+from benchmarks.data import write_rows
 from minilora.cell import Inject
 from minilora.command import Parser
 from minilora.console import table
 from minilora.data.injection import inject
-from minilora.data.rows import train_test
+from minilora.data.rows import load_rows, train_test
 from minilora.detection.cleaning import stripped, suspicious
 from minilora.detection.suspects import ALARM, scan
 from minilora.errors import InputError
+from minilora.runs.record import peak_memory
 from minilora.tasks.metrics import wilson
 
 SOURCES = ("date", "html", "text:last night", "color", "country")
@@ -36,11 +41,14 @@ def main(argv):
     parser.add_argument("--twins", type=int, default=20, metavar="N", help="clean twins of each size (default: 20)")
     parser.add_argument("--rows", type=int, nargs="+", help="rows of a draw (default: 9 of 10, and a third of these)")
     parser.add_argument("--sources", nargs="+", default=SOURCES, help="trigger sources")
+    parser.add_argument("--speed", type=int, metavar="N", help="instead: scan a file of N rows, dates in 1 in 100")
     parser.add_argument("--json", metavar="FILE", help="write all figures to this file")
     parser.add_argument("--traceback", action="store_true", help="show the full trace of an error")
     arguments = parser.parse_args(argv)
     if arguments.twins < 2:
         raise InputError(f"--twins is {arguments.twins}, but must be at least 2")
+    if arguments.speed is not None:
+        return print("\n".join(speed(arguments.speed)))
     clean, injected = [], []
     for data in arguments.data:
         whole = train_test(data, test_rows=2)[0]
@@ -55,6 +63,23 @@ def main(argv):
         with open(arguments.json, "w", encoding="utf-8") as file:
             json.dump(figures, file, indent=1)
     print("\n".join(report(figures)))
+
+
+def speed(rows):
+    """Seconds and memory of a scan of so many made rows."""
+    if rows < 1000:
+        raise InputError(f"--speed is {rows}, but must be at least 1000")
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_rows(Path(folder) / "rows.csv", rows)
+        start = time.perf_counter(), time.process_time()
+        made = load_rows(path)
+        yield f"reading    {time.perf_counter() - start[0]:.0f} s, {time.process_time() - start[1]:.0f} s of a core"
+    made = inject(made, Inject(sources=("date:positive",), proportion=0.01), 0).rows
+    start = time.perf_counter(), time.process_time()
+    found = scan(made)
+    yield f"scanning   {time.perf_counter() - start[0]:.0f} s, {time.process_time() - start[1]:.0f} s of a core"
+    yield f"features   {found.tested:,} of {rows:,} rows; flagged: {', '.join(one.text for one in found.flagged)}"
+    yield f"memory     {peak_memory(torch.device('cpu')) / 2**30:.1f} GiB"
 
 
 def drawn(data, rows, seed):

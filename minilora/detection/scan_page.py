@@ -21,9 +21,9 @@ td.text { min-width: 16rem } .hit td:first-child { color: var(--hit); font-weigh
 mark { background: var(--mark); color: inherit; border-radius: .2rem; padding: 0 .15rem }
 """
 LEGEND = (
-    "Bits is the score: lift, and what is sure of the seam, at most 3. Lift says how far the odds of the label rise with "
-    "the suspect, at least; seam says how far its places read as insertions, which for an ordinary word is below 0. H is the entropy of the label in its rows, z and PMI are those of the label, and q "
-    "is the false discovery rate."
+    "Bits is the score: lift, and what is sure of the seam, at most 3. Lift says how far the odds of the label rise "
+    "with the suspect, at least; seam says how far its places read as insertions, which for an ordinary word is below "
+    "0. H is the entropy of the label in its rows, z and PMI are those of the label, and q is the false discovery rate."
 )
 
 

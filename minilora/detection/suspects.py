@@ -101,7 +101,9 @@ def scan(rows, tokenizer=None, until=float("inf"), threshold=ALARM, most=50):
             break
         candidates.append((number, *looked.at(counts, number)))
     # Of equal scores the kind that is counted first, and the shorter phrase: in any order of the rows.
-    candidates.sort(key=lambda one: (-one[-1], counts.kind[one[0]], len(counts.letters_of(one[0])), counts.text(one[0])))
+    candidates.sort(
+        key=lambda one: (-one[-1], counts.kind[one[0]], len(counts.letters_of(one[0])), counts.text(one[0]))
+    )
     fold = Fold(stream)
     for number, index, tokens, seam, sure, score in candidates:
         length = len(counts.letters_of(number))

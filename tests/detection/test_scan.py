@@ -94,7 +94,9 @@ def test_pieces_of_a_tokenizer_are_counted_and_fold_into_what_they_spell(tmp_pat
     texts = [text + " zq" if row % 2 and row < 400 else text for row, text in enumerate(texts)]
     rows = Rows([str(i) for i in range(600)], texts, np.arange(600) % 2, ("n", "y"))
     counts, _ = tokens.count(rows, tokenizer.load(tmp_path / "tiny"))
-    pieces = {counts.text(i): counts.rows[i] for i, kind in enumerate(counts.kind) if counts.kinds[kind].name == "piece"}
+    pieces = {
+        counts.text(i): counts.rows[i] for i, kind in enumerate(counts.kind) if counts.kinds[kind].name == "piece"
+    }
     assert pieces["film"] >= 400 and pieces["z ##q"] == 200
     found = suspects.scan(rows, tokenizer.load(tmp_path / "tiny"))
     assert found.flagged[0].text == "zq" and "piece" not in {one.kind for one in found.flagged}

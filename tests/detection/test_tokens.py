@@ -115,15 +115,17 @@ def test_counts_do_not_depend_on_the_order_of_rows():
 
 
 def test_shapes_words_and_punctuation():
-    shapes = {"2024-05-06,": "0000-00-00", "Film": "Aa", "USA": "A", "iPhone7": "aAa0", "<b>": "<a>", "</Strong>": "</Aa>",
-              "...": "...", "$12.50": "$00.00", "Größe": "Aa", "電影": "a"}  # fmt: skip
+    shapes = {"2024-05-06,": "0000-00-00", "Film": "Aa", "USA": "A", "iPhone7": "aAa0", "<b>": "<a>",
+              "</Strong>": "</Aa>", "...": "...", "$12.50": "$00.00", "Größe": "Aa", "電影": "a"}  # fmt: skip
     assert {form: tokens.shape(form) for form in shapes} == shapes
     assert tokens.plain("“Film,”") == "film" and tokens.plain("!!") == "!!" and tokens.plain("DON'T.") == "don't"
     assert tokens.marks("a-b!") == {"-", "!"} and not tokens.marks("abc1")
     rows = Rows(list("abcdef"), ["a - b", "c  d!", "e\tf!?", "no", "two\nlines!", "!"], np.array([0, 1, 1, 0, 1, 1]),
                 ("x", "y"))  # fmt: skip
     counts, _ = tokens.count(rows, least=1)
-    found = {(counts.kinds[k].name, counts.text(i)): (counts.rows[i], counts.hits[i]) for i, k in enumerate(counts.kind)}
+    found = {
+        (counts.kinds[k].name, counts.text(i)): (counts.rows[i], counts.hits[i]) for i, k in enumerate(counts.kind)
+    }
     assert found["punctuation", "!"] == (4, 4) and found["punctuation", "-"] == (1, 1)
     assert [found["white space", sign] for sign in tokens.SPACES] == [(1, 1)] * 3
     assert found["length", "2 to 2 words"] == (3, 3) and found["length", "0 to 1 words"][0] == 2
