@@ -123,11 +123,13 @@ def threshold_of(clean):
 def report(figures):
     """The figures of the second half, in tables."""
     own = [one for one in figures["clean"] if one["half"] == 1]
-    alarms = sum(one["score"] >= ALARM for one in own)
-    low, high = wilson(alarms, len(own))
     yield f"threshold  {figures['threshold']:g} bits from the first half; the library's is {ALARM:g}"
-    yield f"alarms     {alarms} of {len(own)} clean twins ({low:.3f} to {high:.3f}), the largest score " + (
-        f"{max(one['score'] for one in own):.1f}")  # fmt: skip
+    for data in dict.fromkeys(one["data"] for one in own):
+        scores = [one["score"] for one in own if one["data"] == data]
+        alarms = sum(score >= ALARM for score in scores)
+        low, high = wilson(alarms, len(scores))
+        yield (f"alarms     {alarms} of {len(scores)} clean twins of {Path(data).name} ({low:.3f} to {high:.3f}), the "
+               f"largest score {max(scores):.1f}")  # fmt: skip
     yield ""
     lines, sources = [], dict.fromkeys(one["source"] for one in figures["injected"])
     for source, proportion in itertools.product(sources, PROPORTIONS):

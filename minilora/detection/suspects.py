@@ -21,7 +21,7 @@ from minilora.detection import seams
 from minilora.detection.tokens import count, plain
 from minilora.tasks.metrics import Z95
 
-ALARM = 5.0  # bits
+ALARM = 5.5  # bits
 MOST_SEAM = 3.0  # bits that insertion adds at most, so that no seam without a label is an alarm
 FALSE_DISCOVERIES = 0.05  # features with a larger q-value are not looked at
 CANDIDATES = 1000  # features whose places are looked at, those with the largest lift

@@ -126,7 +126,7 @@ def test_the_command_writes_a_table_files_and_a_page(poisoned, tmp_path, capsys,
     assert max(map(len, out.splitlines())) <= 100
     lines = out.splitlines()
     assert "flagged:" in lines and lines[lines.index("flagged:") + 1].startswith("0000-00-00 ")
-    assert "alarm      1 suspect is flagged at 5 bits; the first is '0000-00-00' (shape)" in " ".join(out.split("\n  "))
+    assert "alarm      1 suspect is flagged at 5.5 bits; the first is '0000-00-00' (shape)" in " ".join(out.split("\n  "))
     result = json.loads((tmp_path / "out/scan.json").read_text())
     assert result["alarm"] and result["rows"] == 3000 and result["left_out"] == []
     [first, *_] = result["suspects"]
@@ -136,7 +136,7 @@ def test_the_command_writes_a_table_files_and_a_page(poisoned, tmp_path, capsys,
     assert line["text"] == "0000-00-00" and int(line["rows of positive"]) == first["rows"]
     with open(tmp_path / "out/rows.csv", newline="") as file:
         bits = [float(line["bits"]) for line in csv.DictReader(file)]
-    assert len(bits) == 3000 and sum(bit >= 5 for bit in bits) == first["rows"]
+    assert len(bits) == 3000 and sum(bit >= 5.5 for bit in bits) == first["rows"]
     page = (tmp_path / "out/scan.html").read_text()
     assert "prefers-color-scheme: dark" in page and "http" not in page.replace("http-equiv", "")
     assert len(page) < 60_000 and page.count("0000-00-00") >= 2
