@@ -23,7 +23,7 @@ from minilora.tasks.metrics import wilson
 def main(argv=None):
     parser = Parser(prog=to_type("evaluate"), description="What a rewritten data set keeps of a run's triggers.")
     parser.add_argument("run", metavar="RUN", help="folder of the run whose training rows were rewritten")
-    parser.add_argument("--rewritten", required=True, metavar="FILE",
+    parser.add_argument("--rewritten", required=True, nargs="?", metavar="FILE",
                         help="the rows: CSV, TSV or JSONL with a column of texts and, if rows are missing or moved, "
                         "one of ids; or .txt, a text a line")  # fmt: skip
     parser.add_argument("--text-column", metavar="NAME", help="column of the text (default: a usual name)")
@@ -31,6 +31,8 @@ def main(argv=None):
     parser.add_argument("-q", "--quiet", action="store_true", help="print only the result: no progress")
     parser.add_argument("--traceback", action="store_true", help="show the full trace of an error")
     arguments = parser.parse_args(argv)
+    if arguments.rewritten is None:
+        raise InputError("--rewritten names no rows: give the file that your tool wrote")
     parallel.refuse("this", "start that with python")
     with quiet(arguments.quiet):
         figures = retention_of(arguments.run, arguments.rewritten, arguments.text_column)

@@ -20,7 +20,7 @@ SHOWN = 12  # suspects that are printed
 
 def main(argv=None):
     parser = Parser(prog=to_type("evaluate"), description=__doc__.partition("\n")[0])
-    parser.add_argument("--scan-data", required=True, metavar="FILE",
+    parser.add_argument("--scan-data", required=True, nargs="?", metavar="FILE",
                         help="rows: a CSV, TSV, JSONL or Parquet file, movie-snippets, a hub id, or the folder of a "
                         "finished run (the rows that it was trained on)")  # fmt: skip
     parser.add_argument("--text-column", metavar="NAME", help="column of the text (default: a usual name)")
@@ -77,6 +77,8 @@ def answer(arguments):
 
 def check(arguments):
     """Refuse what cannot be, before any row is read."""
+    if arguments.scan_data is None:
+        raise InputError("--scan-data names no rows: give a file, a hub id, or the folder of a run")
     if not arguments.budget > 0:
         raise InputError(f"--budget is {arguments.budget:g}, but must be above 0 seconds")
     if not math.isfinite(arguments.threshold):

@@ -91,7 +91,9 @@ def test_pieces_of_a_tokenizer_are_counted_and_fold_into_what_they_spell(tmp_pat
     tiny_bert(tmp_path / "tiny")
     draw = random.Random(0)
     texts = [" ".join(draw.choices(["the", "film", "story", "is", "very"], k=8)) for _ in range(600)]
-    texts = [text + " zq" if row % 2 and row < 400 else text for row, text in enumerate(texts)]
+    for row in range(1, 400, 2):
+        at = draw.randint(0, 8)
+        texts[row] = " ".join([*texts[row].split()[:at], "zq", *texts[row].split()[at:]])
     rows = Rows([str(i) for i in range(600)], texts, np.arange(600) % 2, ("n", "y"))
     counts, _ = tokens.count(rows, tokenizer.load(tmp_path / "tiny"))
     pieces = {
@@ -126,7 +128,8 @@ def test_the_command_writes_a_table_files_and_a_page(poisoned, tmp_path, capsys,
     assert max(map(len, out.splitlines())) <= 100
     lines = out.splitlines()
     assert "flagged:" in lines and lines[lines.index("flagged:") + 1].startswith("0000-00-00 ")
-    assert "alarm      1 suspect is flagged at 5.5 bits; the first is '0000-00-00' (shape)" in " ".join(out.split("\n  "))
+    said = " ".join(out.split("\n  "))
+    assert "alarm      1 suspect is flagged at 5.5 bits; the first is '0000-00-00' (shape)" in said
     result = json.loads((tmp_path / "out/scan.json").read_text())
     assert result["alarm"] and result["rows"] == 3000 and result["left_out"] == []
     [first, *_] = result["suspects"]
@@ -262,6 +265,16 @@ def test_bad_input_is_one_line(name, content, flags, words, tmp_path, monkeypatc
     with pytest.raises(InputError, match=words) as caught:
         evaluate.main(["--scan-data", str(write(tmp_path / name, content)), *flags])
     assert "\n" not in str(caught.value)
+
+
+def test_a_flag_without_a_file_has_help_and_one_line(capsys):
+    for flag in ("--scan-data", "--rewritten"):
+        with pytest.raises(SystemExit, match="0"):
+            evaluate.main([flag, "--help"])
+        assert f"{flag} [FILE]" in capsys.readouterr().out
+    for words in (["--scan-data"], ["run", "--rewritten"]):
+        with pytest.raises(InputError, match="names no rows"):
+            evaluate.main(words)
 
 
 def test_a_budget_that_runs_out_is_marked(poisoned, capsys, tmp_path, monkeypatch):
