@@ -196,7 +196,7 @@ def _read_csv(stream, where, pick, is_tsv):
         blank += 1
     else:
         raise InputError(f"{where} is empty; its first line must name the columns")
-    how = dict(delimiter="\t", quoting=csv.QUOTE_NONE) if is_tsv else dict(delimiter=_delimiter(first), strict=True)
+    how = dict(delimiter="\t", quoting=csv.QUOTE_NONE) if is_tsv else dict(delimiter=delimiter(first), strict=True)
     reader = csv.reader(chain([first], lines), **how)
     row, ragged = 0, {}
     try:
@@ -230,7 +230,7 @@ def _read_csv(stream, where, pick, is_tsv):
     return columns, ragged
 
 
-def _delimiter(header):
+def delimiter(header):
     """Of a CSV, by its first line: a comma, or where there is none outside quotes a semicolon or a tab."""
     bare = re.sub(r'"[^"]*"', "", header)
     return next((sign for sign in ",;\t" if sign in bare), ",")
