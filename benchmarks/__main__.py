@@ -13,6 +13,7 @@ COMMANDS = {
     "grid": "many cells in one process against the same cells one after the other through PEFT and Trainer",
     "data": "from a file of a million rows to tokens: rows/s of a core, and memory over the file's size",
     "coverage": "how often the intervals of a report hold the truth, and how often a verdict is false, simulated",
+    "scan": "how well `evaluate.py --scan-adapter` finds and names triggers, and how often it alarms falsely",
     "device": "on a GPU within 500 s: each path once, small and large cells, a grid, profiles, tests",
 }
 
