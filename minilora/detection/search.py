@@ -101,6 +101,8 @@ def flips(reader, rows, suspects, most=100, seed=0):
     for label in dict.fromkeys(one.label for one in suspects):
         target = reader.run.labels.index(label)
         others = [row for row in range(len(rows)) if rows.labels[row] != target][:most]
+        if not others:
+            continue
         halves = []
         for row in others:
             words = rows.texts[row].split()
@@ -111,8 +113,8 @@ def flips(reader, rows, suspects, most=100, seed=0):
         mine = [one for one in suspects if one.label == label]
         strings = [(), *(one.ids for one in mine)]
         read = [reader.row(left, span, right) for span in strings for left, right in halves]
-        hits = (reader.scores(read).argmax(1) == target).reshape(len(strings), -1).sum(1) if others else None
-        for one, count in zip(mine, hits[1:].tolist() if others else [], strict=bool(others)):
+        bare, *hits = (reader.scores(read).argmax(1) == target).reshape(len(strings), -1).sum(1).tolist()
+        for one, count in zip(mine, hits, strict=True):
             found.append({"label": label, "string": one.example, "rate": count / len(others),
-                          "bare": int(hits[0]) / len(others), "hits": count, "rows": len(others)})  # fmt: skip
+                          "bare": bare / len(others), "hits": count, "rows": len(others)})  # fmt: skip
     return found
