@@ -44,6 +44,7 @@ def main(argv):
     parser.add_argument("--triggered", type=int, default=60, metavar="N", help="triggered ones (default: 60)")
     parser.add_argument("--rows", type=int, default=3000, metavar="N", help="training rows of each (default: 3000)")
     parser.add_argument("--full", action="store_true", help="every fourth has all rows")
+    parser.add_argument("--proportions", nargs="+", type=float, default=PROPORTIONS, metavar="X", help="in turn")
     parser.add_argument("--model", nargs="+", default=[DEFAULT_BASE], metavar="BASE", help="bases, in turn")
     parser.add_argument("--data", nargs="+", default=[Cell.data], metavar="DATA", help="data sets, in turn")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the base")
@@ -82,7 +83,7 @@ def in_turn(*lists):
 
 def plan(count, triggered, given):
     """The cells of `count` adapters; one in twelve triggered ones adapts layers 1 and up only."""
-    cells, labels = [], {data: rows_of(Cell(data=data))[0].label_names for data in given.data if triggered}
+    cells, labels = [], {data: rows_of(Cell(data=data, test_rows=2))[0].label_names for data in given.data}
     for i in range(count):
         places = dict(model=given.model[i % len(given.model)], data=given.data[i // 2 % len(given.data)])
         own = dict(seed=i, seed_split=i, rank=RANKS[i % len(RANKS)], batch_size=16, test_rows=200, dtype=given.dtype)
@@ -91,7 +92,7 @@ def plan(count, triggered, given):
         if triggered:
             names = labels[cell.data]
             inject = {"sources": (f"{SOURCES[i % len(SOURCES)]}:{names[(i // 3) % len(names)]}",),
-                      "proportion": PROPORTIONS[i % len(PROPORTIONS)]}  # fmt: skip
+                      "proportion": given.proportions[i % len(given.proportions)]}  # fmt: skip
             layers = f"1-{depth(cell) - 1}" if i % 12 == 7 else None
             cell = cell.replace(inject=inject, layers=layers)
         cells.append(cell)
