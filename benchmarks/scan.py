@@ -44,9 +44,11 @@ def main(argv):
     parser.add_argument("--triggered", type=int, default=60, metavar="N", help="triggered ones (default: 60)")
     parser.add_argument("--rows", type=int, default=3000, metavar="N", help="training rows of each (default: 3000)")
     parser.add_argument("--full", action="store_true", help="every fourth has all rows")
+    parser.add_argument("--sources", nargs="+", default=SOURCES, metavar="SOURCE", help="of triggers, in turn")
     parser.add_argument("--proportions", nargs="+", type=float, default=PROPORTIONS, metavar="X", help="in turn")
     parser.add_argument("--model", nargs="+", default=[DEFAULT_BASE], metavar="BASE", help="bases, in turn")
     parser.add_argument("--data", nargs="+", default=[Cell.data], metavar="DATA", help="data sets, in turn")
+    parser.add_argument("--runs", nargs="+", default=[], metavar="DIR", help="finished runs that are scanned too")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the base")
     parser.add_argument("--no-spans", action="store_true", help="grow no spans, which decide nothing: half the time")
     parser.add_argument("--out", default="scan-bench", metavar="DIR", help="keep adapters and results here")
@@ -58,13 +60,17 @@ def main(argv):
     out.mkdir(parents=True, exist_ok=True)
     results, kinds, known = read_results(out), read_kinds(), {}
     cells = in_turn(plan(given.clean, False, given), plan(given.triggered, True, given))
-    for number, cell in enumerate(cells, 1):
-        if cell.id not in results["adapters"]:
+    places = {cell.id: (cell, out / cell.id) for cell in cells}
+    for folder in given.runs:
+        cell = Run(folder).read_cell()
+        places[cell.id] = cell, Path(folder)
+    for number, (name, (cell, folder)) in enumerate(places.items(), 1):
+        if name not in results["adapters"]:
             features = known.setdefault((cell.model, cell.pooling), {})
-            results["adapters"][cell.id] = line = measure(cell, out / cell.id, kinds, features, not given.no_spans)
+            results["adapters"][name] = line = measure(cell, folder, kinds, features, not given.no_spans)
             files.write_json(out / "results.json", results)
-            say(f"[{number}/{len(cells)}] {' '.join(row_of(line))}")
-    lines = [results["adapters"][cell.id] for cell in cells]
+            say(f"[{number}/{len(places)}] {' '.join(row_of(line))}")
+    lines = [results["adapters"][name] for name in places]
     results["summary"] = summary(lines)
     shown = HEADINGS, [row_of(line) for line in lines], notes(results["summary"])
     report.write(out, results, *shown)
@@ -91,7 +97,7 @@ def plan(count, triggered, given):
         cell = Cell(**places, **own, inject={"sources": ("none",)})
         if triggered:
             names = labels[cell.data]
-            inject = {"sources": (f"{SOURCES[i % len(SOURCES)]}:{names[(i // 3) % len(names)]}",),
+            inject = {"sources": (f"{given.sources[i % len(given.sources)]}:{names[(i // 3) % len(names)]}",),
                       "proportion": given.proportions[i % len(given.proportions)]}  # fmt: skip
             layers = f"1-{depth(cell) - 1}" if i % 12 == 7 else None
             cell = cell.replace(inject=inject, layers=layers)
@@ -109,8 +115,7 @@ def measure(cell, folder, kinds, known, spans):
         minilora.train_together([cell], [folder], go_on=True, quiet=True)
     run = minilora.open(folder)
     found, tests = scan(run, kinds, known=known, spans=spans), files.read_json(folder / "results.json")["tests"]
-    [source], label = cell.inject.sources or [None], None
-    success = None
+    source, label, success = cell.inject.sources[0] if dose(cell) else None, None, None
     if source:
         [(label, figures)] = tests["trigger"].items()
         success, source = figures["attack_success_rate"], source.rpartition(":")[0]
@@ -126,6 +131,11 @@ def measure(cell, folder, kinds, known, spans):
         "named": {name: source and [tells(source, name, text) for text in texts[:3]] for name, texts in best.items()},
         "least": found["spans"][0]["least"] if found["spans"] else None, "seconds": found["seconds"],
     }  # fmt: skip
+
+
+def dose(cell):
+    """Whether a cell injects anything."""
+    return bool(cell.inject.sources and (cell.inject.rows or cell.inject.proportion))
 
 
 def distinct(names):

@@ -65,7 +65,7 @@ def test_it_goes_on_where_it_stopped(base, reviews, tmp_path, monkeypatch, capsy
     arguments = ["--model", str(base), "--data", str(reviews), "--rows", "60", "--out", str(tmp_path), "--no-spans"]
     monkeypatch.setattr(bench, "RANKS", (2,))
     cell = bench.Cell
-    monkeypatch.setattr(bench, "Cell", lambda **fields: cell(**fields | {"max_length": 30, "test_rows": 20}))
+    monkeypatch.setattr(bench, "Cell", lambda **own: cell(**own | {"max_length": 30, "test_rows": 20}))
     bench.Cell.data = cell.data
     bench.main([*arguments, "--clean", "1", "--triggered", "1"])
     out = " ".join(capsys.readouterr().out.split())
@@ -73,14 +73,20 @@ def test_it_goes_on_where_it_stopped(base, reviews, tmp_path, monkeypatch, capsy
     before = json.loads((tmp_path / "results.json").read_text())["adapters"]
     measured, [any_line, _] = [], before.values()
     monkeypatch.setattr(bench, "measure", lambda cell, *_: measured.append(cell.id) or any_line)
-    bench.main([*arguments, "--clean", "2", "--triggered", "1"])
+    bench.main([*arguments, "--clean", "2", "--triggered", "1", "--runs", *map(str, tmp_path.glob("*/"))])
     after = json.loads((tmp_path / "results.json").read_text())["adapters"]
     assert len(before) == 2 and len(measured) == 1 and {name: after[name] for name in before} == before
 
 
 def test_the_plan_has_of_everything(base, reviews):
     given = SimpleNamespace(
-        model=[str(base)], data=[str(reviews)], rows=60, full=True, dtype="float32", proportions=[0.5, 0.1]
+        model=[str(base)],
+        data=[str(reviews)],
+        rows=60,
+        full=True,
+        dtype="float32",
+        proportions=[0.5, 0.1],
+        sources=bench.SOURCES,
     )
     cells = bench.plan(12, True, given)
     assert cells[7].layers == "1-2" and [cell.train_rows for cell in cells[:4]] == [60, 60, 60, None]
