@@ -379,6 +379,8 @@ def test_clean_adapters_stand_beside_and_are_kept(runs, small, reviews, capsys, 
     assert len(set(clean["outlier"])) == 4 and found["weights"]["distance"] > 0
     [cell] = null.cells_like(minilora.open(runs / "upper"), 1, reviews)
     assert (cell.rank, cell.layers, cell.targets, cell.inject.sources) == (3, "1-2", ("k", "o"), ())
+    with pytest.raises(probe.Spent):
+        null.clean_figures(minilora.open(runs / "upper"), KINDS, 5, reviews, probe.Budget(1e-9))
     monkeypatch.setattr(minilora, "train_together", None, raising=False)
     again = json.loads(scanned(capsys, *arguments))
     assert again["null"] == clean and again["weights"] == found["weights"]
