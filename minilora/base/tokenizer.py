@@ -83,6 +83,7 @@ class TextTokenizer:
     vocab_size  largest id that a text can have, plus 1: added tokens (an image's, say) have none in most
     pad_id      id to fill batches with (0 where the tokenizer has none)
     end_id      id of the token that ends a text (None where the tokenizer has none)
+    around      ids of the special tokens before a text, and of those after it
     """
 
     def __init__(self, tokenizer, pad_token=None, end_token=None, embedded=None):
@@ -93,7 +94,7 @@ class TextTokenizer:
         probe = tokenizer.encode("a \U0001f701")  # the rare sign fails here if the unknown token is missing
         mask = probe.special_tokens_mask
         self._before, self._after = mask.index(0), mask[::-1].index(0)  # special tokens around a text
-        self._around = probe.ids[: self._before], probe.ids[len(probe.ids) - self._after :]
+        self.around = probe.ids[: self._before], probe.ids[len(probe.ids) - self._after :]
         self._tokenizer = tokenizer
         self.pad_id = self._embeds(pad_token, embedded)
         if self.pad_id is None:
@@ -257,7 +258,7 @@ class TextTokenizer:
             for text, encoding in zip(texts, encodings, strict=True):
                 yield encoding.ids, functools.partial(self._fitting, encoding, len(text), before=len(before))
             return
-        first, last = self._around
+        first, last = self.around
         for start, stop in _chunks(texts):
             try:
                 self._table.learn(texts[start:stop])
