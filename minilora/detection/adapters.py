@@ -133,8 +133,8 @@ def check(arguments):
 def scan_folder(arguments):
     """(What `scan` finds in the folder that was named, its name)."""
     import minilora
-    from minilora.detection.kinds import read_kinds
     from minilora.detection.adapter_scan import scan
+    from minilora.detection.kinds import read_kinds
 
     folder = Path(arguments.scan_adapter)
     if not folder.is_dir():
