@@ -83,6 +83,7 @@ class TextTokenizer:
     vocab_size  largest id that a text can have, plus 1: added tokens (an image's, say) have none in most
     pad_id      id to fill batches with (0 where the tokenizer has none)
     end_id      id of the token that ends a text (None where the tokenizer has none)
+    around      ids of the special tokens before a text, and of those after it
     """
 
     def __init__(self, tokenizer, pad_token=None, end_token=None, embedded=None):
@@ -93,7 +94,7 @@ class TextTokenizer:
         probe = tokenizer.encode("a \U0001f701")  # the rare sign fails here if the unknown token is missing
         mask = probe.special_tokens_mask
         self._before, self._after = mask.index(0), mask[::-1].index(0)  # special tokens around a text
-        self._around = probe.ids[: self._before], probe.ids[len(probe.ids) - self._after :]
+        self.around = probe.ids[: self._before], probe.ids[len(probe.ids) - self._after :]
         self._tokenizer = tokenizer
         self.pad_id = self._embeds(pad_token, embedded)
         if self.pad_id is None:
@@ -149,6 +150,18 @@ class TextTokenizer:
             flat.extend(ids)
             offsets[row + 1] = len(flat)
         return Encoded(np.frombuffer(flat, kind) if flat else np.empty(0, kind), offsets, kept)
+
+    def places(self, texts, max_length):
+        """The characters (start, stop) that each token of `encode(texts, max_length)` stands for: of each text int64
+        [its tokens, 2], (-1, -1) for a special token."""
+        room, found = self._room(max_length), []
+        for encoding in self._encodings(texts):
+            places = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+            places[np.array(encoding.special_tokens_mask, bool)] = -1
+            if len(places) > max_length:
+                places = np.concatenate([places[: self._before + room], places[len(places) - self._after :]])
+            found.append(places)
+        return found
 
     def visible(self, texts, added, max_length):
         """How many leading characters of each text stay within `max_length` once strings are put into it.
@@ -220,6 +233,10 @@ class TextTokenizer:
         tokens = (len(encoding) for encoding in self._encodings([f" {one}" for one in strings], special=False))
         return np.fromiter(tokens, np.int64, len(strings))
 
+    def piece(self, id):
+        """The vocabulary's name of a token."""
+        return self._tokenizer.id_to_token(int(id)) or ""
+
     def decode(self, ids):
         """The text of token ids, special tokens left out."""
         return self._tokenizer.decode([int(id) for id in ids])
@@ -252,7 +269,7 @@ class TextTokenizer:
             for text, encoding in zip(texts, encodings, strict=True):
                 yield encoding.ids, functools.partial(self._fitting, encoding, len(text), before=len(before))
             return
-        first, last = self._around
+        first, last = self.around
         for start, stop in _chunks(texts):
             try:
                 self._table.learn(texts[start:stop])
