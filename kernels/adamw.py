@@ -33,4 +33,4 @@ def adamw(values, grads, m, v, steps, rates, decays, ratios=None, betas=(0.9, 0.
         square.mul_(second).addcmul_(g, g, value=1 - second)
         change = mean / (square.sqrt() / root).add_(eps)
         rate = rates * ratio
-        p.mul_(1 - rate * decays).sub_(change.mul_(rate / bias))
+        p.mul_(1 - rate * decays).addcmul_(change, rate / bias, value=-1)

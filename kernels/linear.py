@@ -12,9 +12,6 @@ dtypes (`WAYS`, `using`). The sums are the same in another order. Which is faste
 measures it (`training/choices.py`). On 2 cores of an AMD EPYC (AVX-512), with 448 to 1,664 rows, oneDNN takes 3% to 12%
 less time at the widths of a small encoder (384, 1,152, 1,536), 5% to 30% at 576, 1,536, 2,048 and 8,192 (`python -m
 benchmarks operators` has a line).
-
-In bfloat16 torch goes through oneDNN anyway, but copies the bias to every row first: asked by name, oneDNN adds it
-inside, in 3% to 7% less time at those widths.
 """
 
 from contextlib import contextmanager
@@ -29,7 +26,6 @@ HAS_ONEDNN = (
     and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 )
 ONEDNN = HAS_ONEDNN  # whether products of float32 go through it now
-HAS_BFLOAT16 = HAS_ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 @contextmanager
@@ -51,11 +47,11 @@ def reference(x, weight, bias=None):
     return y if bias is None else y + bias
 
 
-def by_name(x, weight, bias):
-    """Whether oneDNN is asked for this product by name."""
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype != weight.dtype or not x.numel():
+def by_name(x, weight):
+    """Whether oneDNN is asked for this product by name; for bfloat16 torch takes it anyway."""
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or not x.numel():
         return False
-    return ONEDNN if x.dtype == torch.float32 else HAS_BFLOAT16 and x.dtype == torch.bfloat16 and bias is not None
+    return ONEDNN and x.dtype == weight.dtype == torch.float32
 
 
 def product(x, weight, bias=None, plus=None):
@@ -69,7 +65,7 @@ def product(x, weight, bias=None, plus=None):
         for added in (bias, plus):
             y = y if added is None else y + added
         return y.to(x.dtype)
-    if not by_name(x, weight, bias):
+    if not by_name(x, weight):
         if plus is not None and bias is None and x.ndim == 2:
             return plus.addmm_(x, weight.T)
         y = F.linear(x, weight, bias)

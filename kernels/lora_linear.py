@@ -13,7 +13,8 @@ forward only:
     side      the equation as it stands: the product, and two thin ones
     merged    x (W + s B A)^T, with the sum formed for this call only
 
-Saved for the backward are x and the factors, and no product: x A^T, [N, R], is formed again. Where A is frozen, x A^T
+The factors A under one another, and g side by side, make one product of several. Saved for the backward are x and the
+factors, and no product: x A^T, [N, R], is formed again. Where A is frozen, x A^T
 is saved instead of x. If nothing below takes a gradient, dx is left out.
 
 A population has an operator of its own: `lora_groups.py`.
@@ -80,11 +81,21 @@ def rows_of(x):
     return x.reshape(-1, x.shape[-1])
 
 
+def together(parts, dim):
+    """The matrices side by side (1) or under one another (0): a copy, where there are several."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
 def add_product(y, left, right):
     """y += left right, for matrices or batches of them; the product in its own dtype."""
     if left.dtype != y.dtype:
         return y.add_(left @ right)
     return y.addmm_(left, right) if y.ndim == 2 else y.baddbmm_(left, right)
+
+
+def scaled_product(left, right, scale):
+    """scale left right, in one pass."""
+    return torch.addmm(left.new_empty(len(left), right.shape[1]), left, right, beta=0, alpha=scale)
 
 
 class Projections(torch.autograd.Function):
@@ -109,14 +120,16 @@ class Projections(torch.autograd.Function):
             ys = product(flat, whole, bias).split(sizes, 1)
         else:
             ys = product(flat, whole, bias).split(sizes, 1)
-            wide = None
-            for number, A in enumerate(As):
-                if A is not None:
-                    wide = rows_of(source.to(A.dtype)) if wide is None else wide
-                    lows[number] = wide @ A.mT
-            for y, low, B, scale in zip(ys, lows, Bs, scales, strict=True):
-                if low is not None:
-                    add_product(y, scale * low, B.mT)
+            there = [number for number, A in enumerate(As) if A is not None]
+            if there:
+                A = together([As[number] for number in there], 0)
+                found = (rows_of(source.to(A.dtype)) @ A.mT).split([len(As[number]) for number in there], 1)
+                for number, low in zip(there, found, strict=True):
+                    lows[number], y, B, scale = low, ys[number], Bs[number], scales[number]
+                    if low.dtype == y.dtype:
+                        y.addmm_(low, B.mT, alpha=scale)
+                    else:
+                        y.add_(low @ B.mT, alpha=scale)
         ctx.set_materialize_grads(False)
         ctx.scales, ctx.shape, ctx.dtype, ctx.apart = scales, x.shape, x.dtype, seen is not None
         ctx.saves_source = any(ctx.needs_input_grad[6::4])
@@ -133,32 +146,32 @@ class Projections(torch.autograd.Function):
         needs_x, needs_seen = ctx.needs_input_grad[2], ctx.apart and ctx.needs_input_grad[3]
         below = needs_seen if ctx.apart else needs_x
         dx = None
-        gradients, inner = [None] * (4 * count), []
+        gradients = [None] * (4 * count)
         for dy, weight in zip(dys, weights, strict=True):
             if needs_x and dy is not None:
                 dy = dy.reshape(-1, dy.shape[-1])
                 dx = product(dy, weight.T, plus=dx)
-        wide = None
-        for number, (dy, A, B, scale) in enumerate(zip(dys, As, Bs, ctx.scales, strict=True)):
-            if A is None or dy is None:
-                continue
-            needs_A, needs_B = ctx.needs_input_grad[6 + 4 * number : 8 + 4 * number]
-            dy = rows_of(dy.to(A.dtype))
-            g = scale * (dy @ B) if needs_A or below else None
-            if ctx.saves_source and wide is None:
-                wide = rows_of(kept[0].to(A.dtype))
-            if needs_A:
-                gradients[4 * number + 2] = g.mT @ wide
-            if needs_B:
-                low = wide @ A.mT if ctx.saves_source else kept[number]
-                gradients[4 * number + 3] = dy.mT @ (scale * low)
-            if below:
-                inner.append((g, A))
         dseen = torch.zeros(ctx.shape, dtype=ctx.dtype, device=weights[0].device) if needs_seen else None
-        if inner:
-            g, A = inner[0]
-            if len(inner) > 1:
-                g, A = (torch.cat(parts, dim) for parts, dim in zip(zip(*inner), (-1, -2)))
-            target = dseen.view(-1, ctx.shape[-1]) if ctx.apart else dx
-            add_product(target, g, A)
+        there = [number for number, A in enumerate(As) if A is not None and dys[number] is not None]
+        if not there:
+            return None, None, None if dx is None else dx.view(ctx.shape), dseen, *gradients
+        needs = {number: ctx.needs_input_grad[6 + 4 * number : 8 + 4 * number] for number in there}
+        own = [rows_of(dys[number].to(As[number].dtype)) for number in there]
+        A, ranks = together([As[number] for number in there], 0), [len(As[number]) for number in there]
+        wide = rows_of(kept[0].to(A.dtype)) if ctx.saves_source else None
+        lows = (wide @ A.mT).split(ranks, 1) if ctx.saves_source else [kept[number] for number in there]
+        for number, dy, low in zip(there, own, lows, strict=True):
+            if needs[number][1]:
+                gradients[4 * number + 3] = scaled_product(dy.mT, low, ctx.scales[number])
+        needs_any_A = any(needs_A for needs_A, _ in needs.values())
+        if below or needs_any_A:
+            gs = []
+            for number, dy in zip(there, own, strict=True):
+                gs.append(scaled_product(dy, Bs[number], ctx.scales[number]))
+            g = together(gs, 1)
+        if needs_any_A:
+            for number, dA in zip(there, (g.mT @ wide).split(ranks), strict=True):
+                gradients[4 * number + 2] = dA if needs[number][0] else None
+        if below:
+            add_product(dseen.view(-1, ctx.shape[-1]) if ctx.apart else dx, g, A)
         return None, None, None if dx is None else dx.view(ctx.shape), dseen, *gradients

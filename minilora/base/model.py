@@ -229,18 +229,19 @@ class Base(nn.Module):
         scores is empty. Additive, in the model's dtype: attention's fast CPU path takes no boolean mask.
         """
         T = ids.shape[1]
-        places = torch.arange(T, device=ids.device)
-        away = places[:, None] - places  # [T, T]
         window = window if window is not None and window < T else None
-        if self.spec.causal:
-            if window is None:
-                return None
-            seen = ((away >= 0) & (away < window))[None, None]
-        else:
-            seen = (places < lengths[:, None])[:, None, None]  # [B, 1, 1, T]
-            if window is not None:
-                seen = (seen & (away.abs() < window)) | (away == 0)
-        return torch.zeros(seen.shape, dtype=dtype, device=ids.device).masked_fill_(~seen, -torch.inf)
+        if self.spec.causal and window is None:
+            return None
+        places = torch.arange(T, device=ids.device)
+        if not self.spec.causal:
+            unseen = (places >= lengths[:, None])[:, None, None]  # [B, 1, 1, T]
+        if window is not None:
+            away = places[:, None] - places  # [T, T]
+            if self.spec.causal:
+                unseen = ((away < 0) | (away >= window))[None, None]
+            else:
+                unseen = (unseen | (away.abs() >= window)) & (away != 0)
+        return torch.zeros(unseen.shape, dtype=dtype, device=ids.device).masked_fill_(unseen, -torch.inf)
 
     @property
     def unembedder(self):

@@ -42,7 +42,7 @@ def pool(hidden, lengths, pooling):
     if pooling == "first":
         return hidden[:, 0]
     real = torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]  # [B, T]
-    mean = hidden.masked_fill(~real[..., None], 0).sum(1) / lengths[:, None]
+    mean = hidden.where(real[..., None], 0).sum(1) / lengths[:, None]
     return mean if pooling == "mean" else torch.cat([mean, last], dim=1)
 
 

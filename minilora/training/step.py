@@ -14,7 +14,7 @@ def gradient(population, batch, totals):
     if batch.keys is not None:
         population.keys.copy_(batch.keys)
     parts = population(batch.ids, batch.lengths, batch.answers, batch.alike) / totals
-    (grads,) = torch.autograd.grad(parts.sum(), [population.flat.values])
+    (grads,) = torch.autograd.grad(parts, [population.flat.values], torch.ones_like(parts))
     return parts.detach(), grads
 
 
@@ -23,7 +23,7 @@ def move(optimizer, clips, going, losses, grads, rates):
     """Clip the gradients [M, C] (`state.Flat`), in place, and let the optimiser take its step; returns each member's
     norm [K]."""
     norms, by_line = optimizer.flat.norms(grads), optimizer.flat.by_line
-    going &= losses.isfinite() & norms.isfinite()
+    going &= losses + norms < torch.inf  # neither is infinite or no number: four kernels less than to ask each
     grads.mul_(by_line((clips / (norms + 1e-6)).clamp(max=1.0))[:, None])
     grads.masked_fill_(by_line(~going)[:, None], 0.0)
     optimizer.step(grads, rates, going)
