@@ -13,6 +13,7 @@ python evaluate.py GRID                            of a grid: its tables, figure
 python evaluate.py runs/ --sort rank               a table of all runs in a folder
 """
 
+import importlib
 import json
 import math
 import os
@@ -27,6 +28,15 @@ from minilora.console import quiet
 from minilora.errors import InputError, to_type
 from minilora.fields import marked
 from minilora.runs import listing
+
+
+MODES = {}  # {flag: (the module whose `main` takes over, what it does)}: each has flags of its own
+
+
+def other_modes():
+    """What `--help` says of `MODES`."""
+    lines = [f"{flag} ({about}; see {flag} --help)" for flag, (_, about) in MODES.items()]
+    return f"Other ways, each with flags of its own: {', '.join(lines)}." if lines else None
 
 
 def evaluate(folder, *, data=None, batch_size=None, scale=1.0, added=(), merge_to=None, **changes):
@@ -69,7 +79,11 @@ def parse_added(text):
 
 
 def main(argv=None):
-    parser = Parser(prog=to_type("evaluate"), description=__doc__.partition("\n\n")[0])
+    argv = sys.argv[1:] if argv is None else list(argv)
+    for flag, (module, _) in MODES.items():
+        if flag in argv:
+            return importlib.import_module(f"minilora.{module}").main(argv)
+    parser = Parser(prog=to_type("evaluate"), description=__doc__.partition("\n\n")[0], epilog=other_modes())
     parser.add_argument("run", metavar="RUN", help="folder of a finished run, of a grid, or of runs")
     parser.add_argument("--data", dest="rows", metavar="FILE", help="other test rows: a file (default: the run's own)")
     parser.add_argument("--batch-size", dest="batch", type=int, metavar="N", help="rows a batch (default: the run's)")
