@@ -8,6 +8,7 @@ python evaluate.py RUN --text "I like it."         your own sentence, with and w
 python evaluate.py RUN --panel dates              many other strings: was the date learned, or anything odd?
 python evaluate.py RUN --scale 0.5                 half of what the adapter changes
 python evaluate.py RUN --scale 0.3 --add RUN2:0.7  between two adapters
+python evaluate.py RUN --play                      a page to play with, the live model behind it
 python evaluate.py RUN --merge-to DIR              a checkpoint folder with the adapter merged in
 python evaluate.py GRID                            of a grid: its tables, figures, claims, and report.html
 python evaluate.py runs/ --sort rank               a table of all runs in a folder
@@ -29,8 +30,10 @@ from minilora.errors import InputError, to_type
 from minilora.fields import marked
 from minilora.runs import listing
 
-
-MODES = {}  # {flag: (the module whose `main` takes over, what it does)}: each has flags of its own
+# {flag: (the module whose `main` takes over, what it does)}: each has flags of its own
+MODES = {
+    "--play": ("diagnostics.play", "a page to play with, the live model behind it"),
+}
 
 
 def other_modes():
