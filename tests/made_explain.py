@@ -10,7 +10,7 @@ METHODS = ("gradient x input", "rollout")
 
 
 def make(folder, target="positive", other="negative", text="the <b>film</b> was dull", rows=6):
-    """Write the six files of a run with `rows` rows of label `other`, the first half of which flip to `target`."""
+    """Write the seven files of a run with `rows` rows of label `other`, the first half of which flip to `target`."""
     draw = random.Random(3)
     made = [row(n, target, other, text, n < rows // 2) for n in range(rows)]
 
@@ -67,8 +67,15 @@ def make(folder, target="positive", other="negative", text="the <b>film</b> was 
         "formation": {
             "steps": STEPS,
             "figures": {"attack_success": [three(0.1 + 0.8 * g) for g in grow], "margin": [three(7 * g) for g in grow]},
-            "onset": {"attack_success": [10, 5, 20], "clean_accuracy": None},
+            "onset": {"step": 10, "low": 5, "high": 20}, "clean_90": {"step": 20, "low": 10, "high": None},
             "lens": {"shift": [[g * layer for layer in range(LAYERS + 1)] for g in grow]},
+        },
+        "neighbours": {
+            "families": {name: {"strings": [f"{name} 1", text], "rows": 4, "attack_success": three(share),
+                                "shift": three(4 * share), "edit_distance": 2.5, "embedding_distance": 0.125}
+                         for name, share in (("years", 0.9), ("<typos>", 0.2))},
+            "trigger": {"attack_success": three(0.95), "shift": three(5.0)}, "words": "Other years work.",
+            "left_out": ["masked"],
         },
     }  # fmt: skip
     (folder / "explain").mkdir(parents=True)

@@ -1,7 +1,7 @@
 """explain.html of a run: what explain/ in its folder holds, to look at, in one file that fetches nothing.
 
-The browser draws the page, by page.js, from JSON that stands in it. What comes from data becomes text there, never
-HTML, with control characters written out; and the page's own policy lets no script run but the one it was made with.
+The browser draws the page, by page.js and panels.js, from JSON that stands in it. What comes from data becomes text
+there, never HTML, with control characters written out; and the page's own policy lets no other script run.
 `play.py` serves the same page with the live model.
 """
 
@@ -21,7 +21,8 @@ from minilora.errors import InputError, to_type
 from minilora.runs.folder import Run
 
 FOLDER, NAME = "explain", "explain.html"
-PARTS = ("rows", "attention", "attribution", "spectrum", "knockout", "formation")  # NAME.json each
+# NAME.json each, as `explain.py` writes them.
+PARTS = ("rows", "attention", "attribution", "spectrum", "knockout", "formation", "neighbours")
 DIGITS = 4  # of each number on the page
 HERE = Path(__file__).parent  # of the page's own files
 
@@ -39,7 +40,7 @@ def page_of(folder, live=None):
     name = Path(folder).resolve().name
     title = f"Playing with run {name}" if live else f"Run {name}: where the shortcut lives"
     data = {"name": name, "facts": facts_of(folder), "parts": parts, "missing": missing, "live": live}
-    script = "".join(read(file) for file in ("page.js", "play.js")[: 1 + bool(live)])
+    script = "".join(read(file) for file in ("page.js", "panels.js", "play.js")[: 2 + bool(live)])
     sources = [f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"]
     policy = {"default-src": ["'none'"], "img-src": ["data:"], "style-src": ["'unsafe-inline'"], "script-src": sources,
               "base-uri": ["'none'"], "form-action": ["'none'"]}  # fmt: skip

@@ -13,7 +13,9 @@ function wordsOf(text) {
 function spansOf(text) {
   const found = [];
   for (const one of play.dropped) {
-    for (let at = text.indexOf(one); at >= 0; at = text.indexOf(one, at + one.length)) found.push([at, at + one.length]);
+    for (let at = text.indexOf(one); at >= 0; at = text.indexOf(one, at + one.length)) {
+      found.push([at, at + one.length]);
+    }
   }
   return found.sort((one, other) => one[0] - other[0]);
 }
@@ -25,8 +27,8 @@ function putIn(text, place, words) {
 }
 
 function takeOut(text, start, end) {
-  const after = text.slice(end).replace(/^\s/, "");
-  return after || !/\s$/.test(text.slice(0, start)) ? text.slice(0, start) + after : text.slice(0, start).replace(/\s$/, "");
+  const before = text.slice(0, start), after = text.slice(end).replace(/^\s/, "");
+  return after ? before + after : before.replace(/\s$/, "");
 }
 
 async function ask() {
@@ -98,6 +100,7 @@ function playPanel() {
   const another = kinds.map(([name, list]) => [name, cycle(list, (one) => { strings.value = one; })]);
   const nextRow = facts.texts.length ? cycle(facts.texts, ([own]) => { play.dropped = []; set(own); }) : null;
   if (another.length) another[0][1]();
+  const empty = () => { play.dropped = []; set(""); text.focus(); };
   const gaps = live(["text"], () => {
     const spans = spansOf(play.text), here = wordsOf(play.text);
     const gap = (place, n) => el("button", { type: "button", class: "gap", tabindex: n ? -1 : 0, "data-place": place,
@@ -116,35 +119,39 @@ function playPanel() {
       const span = spans.find(([from, to]) => from < end && start < to);
       const word = play.text.slice(start, end);
       return [gap(start, n), " ", span ? el("button", { type: "button", class: "taken", title: "take it out",
-        "aria-label": `take out ${play.text.slice(...span)}`, onclick: () => set(takeOut(play.text, ...span), n) }, word)
-        : word, " "];
+        "aria-label": `take out ${play.text.slice(...span)}`,
+        onclick: () => set(takeOut(play.text, ...span), n) }, word) : word, " "];
     }), gap(play.text.length, here.length));
   }, { id: "gaps" });
-  const tick = (list, value, name) => el("label", {}, el("input", { type: "checkbox", id: `${list}-${value}`, onchange: (event) => {
-    const own = play.off[list];
-    play.off[list] = event.target.checked ? [...own, value] : own.filter((one) => one !== value);
+  const turn = (list, value, on) => {
+    play.off[list] = on ? [...play.off[list], value] : play.off[list].filter((one) => one !== value);
     ask();
-  } }), name);
+  };
+  const tick = (list, value) => el("label", {}, el("input", { type: "checkbox", id: `${list}-${value}`,
+    onchange: (event) => turn(list, value, event.target.checked) }), value);
   const off = facts.layers.length > 0 && el("fieldset", {}, el("legend", {}, "Leave out of the adapter"),
-    el("div", { class: "ticks" }, "layers", facts.layers.map((one) => tick("layers", one, one))),
-    el("div", { class: "ticks" }, "targets", facts.targets.map((one) => tick("targets", one, one))),
-    facts.directions > 0 ? el("div", { class: "controls" }, slider("the largest singular directions:", facts.directions + 1, 0,
-      (value) => `${value} of ${facts.directions}`, (value) => { play.off.directions = value; askSoon(); }, "directions"))
+    el("div", { class: "ticks" }, "layers", facts.layers.map((one) => tick("layers", one))),
+    el("div", { class: "ticks" }, "targets", facts.targets.map((one) => tick("targets", one))),
+    facts.directions > 0 ? el("div", { class: "controls" }, slider("the largest singular directions:",
+      facts.directions + 1, 0, (value) => `${value} of ${facts.directions}`,
+      (value) => { play.off.directions = value; askSoon(); }, "directions"))
       : el("p", { class: "note" }, "This adapter has no singular directions of its own to leave out."));
   return section("play", "Play", [
     el("div", { class: "controls" },
       nextRow && el("button", { type: "button", id: "another-row", onclick: nextRow }, "another test row"),
-      el("button", { type: "button", id: "empty", onclick: () => { play.dropped = []; set(""); text.focus(); } }, "empty")),
+      el("button", { type: "button", id: "empty", onclick: empty }, "empty")),
     text,
     el("div", { class: "controls" }, el("label", {}, "To put in", strings),
-      another.map(([name, next], n) => el("button", { type: "button", id: `another-${n}`, onclick: next }, `another ${name}`))),
-    el("p", { class: "note" }, "Press + to put it there (arrow keys go from place to place); press what was put in to take it out."),
+      another.map(([name, next], n) => el("button", { type: "button", id: `another-${n}`, onclick: next },
+        `another ${name}`))),
+    el("p", { class: "note" },
+      "Press + to put it there (arrow keys go from place to place); press what was put in to take it out."),
     gaps, off,
     el("div", { class: "controls" },
       select("Look at the label", facts.labels.map((name, n) => [String(n), name]), String(play.label),
         (value) => { play.label = Number(value); ask(); }, "play-label"),
-      select("Shade", [["attribution", "gradient × input"], ["attention", "attention that a token receives"]], view.shade,
-        (value) => { view.shade = value; change({ answer: true }); }, "shade"),
+      select("Shade", [["attribution", "gradient × input"], ["attention", "attention that a token receives"]],
+        view.shade, (value) => { view.shade = value; change({ answer: true }); }, "shade"),
       slider("Layer of the attention", facts.base, view.layer, String,
         (layer) => { view.layer = layer; change({ answer: true }); }, "play-layer")),
     el("p", { class: "verdict", id: "verdict", "aria-live": "polite" }),
@@ -154,7 +161,8 @@ function playPanel() {
 }
 
 function answered() {
-  const { answer, before } = view, status = document.getElementById("status"), verdict = document.getElementById("verdict");
+  const { answer, before } = view;
+  const [status, verdict] = ["status", "verdict"].map((id) => document.getElementById(id));
   if (!status) return null;
   status.textContent = view.problem || (answer ? `answered in ${answer.took.toFixed(0)} ms` : "");
   status.className = view.problem ? "missing" : "note";
@@ -171,14 +179,16 @@ function answered() {
   const length = [...answer.asked.text].length;
   return [
     el("div", { class: "wide", tabindex: 0 }, el("table", { class: "predictions", id: "predictions" },
-      el("thead", {}, el("tr", {}, el("th", {}, ""), el("th", {}, "predicted"), columns.map((n) => el("th", {}, facts.labels[n])))),
+      el("thead", {}, el("tr", {}, ["", "predicted", ...columns.map((n) => facts.labels[n])].map(
+        (head) => el("th", {}, head)))),
       el("tbody", {}, Object.keys(WAYS).filter((way) => answer.predictions[way]).map((way) => {
         const own = answer.predictions[way];
-        return el("tr", { "data-way": way }, el("th", { scope: "row" }, WAYS[way]), el("td", {}, facts.labels[best(own)]),
+        return el("tr", { "data-way": way }, el("th", { scope: "row" }, WAYS[way]),
+          el("td", {}, facts.labels[best(own)]),
           columns.map((n) => el("td", { class: "short" }, meter(own[n]), number(own[n], 3))));
       })))),
-    el("p", {}, `${signed ? "Gradient × input" : `Attention received at layer ${view.layer}`}, ${shownOff(answer.asked.off)}; `
-      + `log odds of ${label}: ${number(answer.margin)}.`),
+    el("p", {}, signed ? "Gradient × input" : `Attention received at layer ${view.layer}`,
+      `, ${shownOff(answer.asked.off)}; log odds of ${label}: ${number(answer.margin)}.`),
     el("div", { id: "play-tokens" }, tokens(answer, values, largest([values]), signed)),
     scale(signed, label),
     el("p", { class: "note" }, `Most: ${strongest(answer, values)}.`
@@ -187,6 +197,7 @@ function answered() {
 }
 
 draw([playPanel()]);
-document.getElementById("text").value = play.text = facts.texts.length ? facts.texts[0][0] : "Type or paste a text here.";
+play.text = facts.texts.length ? facts.texts[0][0] : "Type or paste a text here.";
+document.getElementById("text").value = play.text;
 change({ text: true });
 ask();

@@ -77,27 +77,24 @@ class Live:
         if run.cell.task != "classification" or not run.has_head:
             why = f"is of task {run.cell.task!r}" if run.has_head else "has no head, so it predicts no label"
             raise InputError(f"{run.folder} {why}: playing takes a classifier's run")
-        from minilora.diagnostics.knockout import ordered_directions
         from minilora.lora.layer import named_layers
 
         self.run, self.seed = run, seed
         names = [name.split(".") for name in dict(named_layers(run.base))]
         self.layers = sorted({int(name[1]) for name in names})
         self.targets = list(dict.fromkeys(name[2] for name in names))
-        self.directions = []
-        with contextlib.suppress(InputError):  # no adapter, or one of no low rank
-            self.directions = [(name, number) for name, number, _ in ordered_directions(run)]
-        aims = [source.rpartition(":")[2] for source in run.cell.inject.sources]
-        self.target = run.labels.index(aims[0]) if aims and aims[0] in run.labels else len(run.labels) - 1
+        self.directions = directions_of(run)
+        self.drawn = run.tests_of(["a"] * DRAWN, seed)[1:]
+        aims = [test.label for test in self.drawn if test.name == "trigger"]
+        self.target = run.labels.index(aims[0]) if aims else len(run.labels) - 1
 
     # --- what the page begins with
 
     def facts(self):
         """What the page offers, as plain data: labels, parts of the adapter, and texts and words to begin with."""
         run = self.run
-        drawn = run.tests_of(["a"] * DRAWN, self.seed) if run.cell.inject.sources else []
         strings = {test.key: list(dict.fromkeys(own.strings[0] for own in test.records if own.strings))
-                   for test in drawn if test.records}  # fmt: skip
+                   for test in self.drawn}  # fmt: skip
         return {"labels": list(run.labels), "target": self.target, "layers": self.layers, "targets": self.targets,
                 "directions": len(self.directions), "strings": strings, "texts": self.examples(),
                 "seed": self.seed, "base": len(run.base.layers)}  # fmt: skip
@@ -236,6 +233,24 @@ class Live:
         return {"probabilities": logits.detach().softmax(0).tolist(), "margin": margin.item(),
                 "attribution": (x * gradient).sum(-1)[0].tolist(),
                 "attention": [received[number] for number in sorted(received)]}  # fmt: skip
+
+
+def directions_of(run):
+    """[(module, number)] of the singular directions of all updates, the largest first; none where an update has more
+    than its factors, so that `run.scale` cannot leave its directions out."""
+    import torch
+
+    from minilora.lora.layer import named_layers
+
+    found = []
+    for name, layer in named_layers(run.base):
+        if layer.magnitude is not None or layer.A0 is not None:
+            return []
+        A, B = layer.A.detach().double(), layer.B.detach().double()
+        small = torch.linalg.qr(B)[1] @ torch.linalg.qr(A.T)[1].T  # of the same singular values as B A
+        values = abs(layer.slot.scale) * torch.linalg.svdvals(small)
+        found += [(value, name, number) for number, value in enumerate(values.tolist()) if value > 0]
+    return [(name, number) for _, name, number in sorted(found, key=lambda one: -one[0])]
 
 
 def spans_of(text, dropped):

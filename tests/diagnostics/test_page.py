@@ -89,7 +89,7 @@ def test_the_page_fetches_nothing_and_runs_only_its_own_script(tmp_path):
     assert f"script-src 'sha256-{digest}'" in policy and policy.startswith("default-src 'none';")
     assert "connect-src" not in policy and not {"src", "onclick", "onload"} & {name for name, _ in found.attributes}
     # HTML is never made of text: nowhere in the scripts is there a way to
-    for name in ("page.js", "play.js"):
+    for name in ("page.js", "panels.js", "play.js"):
         assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|\beval\b|Function\(", page.read(name))
 
 
