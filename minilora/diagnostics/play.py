@@ -331,7 +331,7 @@ class Handler(BaseHTTPRequestHandler):
         length = self.headers.get("Content-Length", "")
         if not length.isascii() or not length.isdigit():
             return self.refuse(411, "say how long the request is")
-        if int(length) > MOST:
+        if len(length) > len(str(MOST)) or int(length) > MOST:
             return self.refuse(413, f"a request is at most {MOST:,} bytes: shorten the text")
         try:
             body = self.rfile.read(int(length)).decode("utf-8")

@@ -112,7 +112,7 @@ def test_what_is_missing_is_said(tmp_path):
         (folder / "explain" / f"{name}.json").unlink()
     files.write_text(folder / "explain" / "attention.json", '{"layers": ')
     _, data = read(folder)
-    assert set(data["parts"]) == {"rows", "attribution", "spectrum"}
+    assert set(data["parts"]) == {"rows", "attribution", "spectrum", "neighbours"}
     assert data["facts"] == [["adapter", str(folder)]]
     again = f"python evaluate.py {folder} --explain"
     assert data["missing"]["knockout"] == f"explain/knockout.json is not there: {again} writes it"
