@@ -5,6 +5,7 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const SVG = "http://www.w3.org/2000/svg";
 const HUES = ["#2a78d6", "#c9570a", "#1a8a4a", "#a64ac9", "#c93a5b", "#0c8599", "#8a6d00", "#6f6fd0"];
 const DASHES = ["", "6 3", "1.5 3", "8 3 2 3", "3 2", "10 4", "1 2", "5 2 1 2"];
+const WHOLE = ["layer", "direction", "step"];  // axes of whole numbers
 const FORMS = ["clean", "trigger", "placebo"];
 const chosen = { row: 0, method: null, layer: 0, head: 0, step: 0, module: null };
 const watchers = [];  // what is drawn again when `chosen` changes: [names, function]
@@ -147,7 +148,7 @@ function chart({ name, series, xs, x = "", log = false, low, high, now = null, m
     svg("line", { class: "rule", x1: L, x2: W - R, y1: Y(tick), y2: Y(tick) }),
     svg("text", { x: L - 5, y: Y(tick) + 4, "text-anchor": "end" }, short(tick)),
   ]);
-  const labels = (log ? doubled(2 ** left, 2 ** right) : ticksOf(left, right, 5).filter(
+  const labels = (log ? doubled(2 ** left, 2 ** right) : ticksOf(left, right, 5, WHOLE.includes(x) ? 1 : 0).filter(
     (one) => left < right || one === left)).map((tick) =>
     svg("text", { x: X(tick), y: H - B + 15, "text-anchor": "middle" }, short(tick)));
   const drawn = there.map((one, n) => {
@@ -178,9 +179,9 @@ function short(value) {
   return found.replace("-", "−");
 }
 
-function ticksOf(low, high, count) {
+function ticksOf(low, high, count, least = 0) {
   if (!(high > low)) return [low];
-  const raw = (high - low) / count, size = 10 ** Math.floor(Math.log10(raw));
+  const raw = Math.max(least, (high - low) / count), size = 10 ** Math.floor(Math.log10(raw));
   const step = [1, 2, 5, 10].map((one) => one * size).find((one) => one >= raw);
   const found = [];
   for (let n = Math.ceil(low / step - 1e-9); n * step <= high + 1e-9 * step; n++) found.push(n * step);
@@ -195,19 +196,27 @@ function doubled(low, high) {
 
 // --- tokens of a text, shaded
 
-// [[piece, whether a space is before it]]: pieces of WordPiece (##), of byte-level BPE (Ġ) or of SentencePiece (▁).
-function spaced(pieces, special) {
+// [[what is shown of a piece, whether a space is before it]]. Pieces are those of WordPiece (##), of byte-level BPE (Ġ)
+// or of SentencePiece (▁). Where a piece is found in the text, it is shown as it stands there.
+function spaced({ pieces, special, text }) {
   const marked = pieces.some((piece, n) => !special[n] && /^[Ġ▁]/.test(piece));
+  let at = 0;
   return pieces.map((piece, n) => {
     if (special[n]) return [piece, n > 0];
-    if (marked && /^[Ġ▁]/.test(piece)) return [piece.slice(1) || " ", n > 0];
-    if (marked) return [piece.replaceAll("Ċ", "⏎"), special[n - 1]];
-    return piece.startsWith("##") && piece.length > 2 ? [piece.slice(2), false] : [piece, n > 0];
+    const own = piece.replace(/^(##(?=.)|[Ġ▁])/, "");
+    const start = at + text.slice(at).search(/\S|$/);
+    if (own && text.slice(start, start + own.length).toLowerCase() === own.toLowerCase()) {
+      const before = at;
+      at = start + own.length;
+      return [text.slice(start, at), n > 0 && (start > before || special[n - 1])];
+    }
+    if (marked) return [own.replaceAll("Ċ", "⏎") || "␣", n > 0 && (own !== piece || special[n - 1])];
+    return [own, n > 0 && own === piece];
   });
 }
 
 function tokens(form, values, most, signed) {
-  const found = spaced(form.pieces, form.special).map(([piece, space], n) => {
+  const found = spaced(form).map(([piece, space], n) => {
     const value = values && typeof values[n] === "number" ? values[n] : null;
     const hue = !signed ? "var(--heat)" : value < 0 ? "var(--against)" : "var(--toward)";
     const kind = `token${form.special[n] ? " special" : ""}${form.span[n] ? " span" : ""}`;
@@ -225,7 +234,7 @@ function largest(lists) {
 function strongest(form, values, count = 4) {
   const order = values.map((value, n) => [value, n]).filter(([value]) => typeof value === "number");
   order.sort((one, other) => other[0] - one[0]);
-  return order.slice(0, count).map(([value, n]) => `${form.pieces[n]} ${number(value)}`).join(", ");
+  return order.slice(0, count).map(([value, n]) => `${form.pieces[n]} ${number(value)}`).join(" · ");
 }
 
 function scale(signed, target) {

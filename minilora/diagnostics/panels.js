@@ -105,8 +105,8 @@ function attentionPanel(own) {
       select("Rows", views, view.form, (value) => { view.form = value; redraw(); }, "attention-form"),
       scrubber),
     live(["layer", "head"], () => [
-      heat({ rows: layers, columns: heads, corner: "layer \\ head", name: "attention by layer and head", limit: 1,
-        value: (layer, head) => mean(figure(layer, head)), show: (value) => number(value).replace("0.", "."),
+      heat({ rows: layers, columns: heads, corner: "layer", name: "attention by layer and head", limit: 1,
+        value: (layer, head) => mean(figure(layer, head)), show: (value) => value.toFixed(2).replace("0.", "."),
         title: describe,
         picked: (layer, head) => layer === chosen.layer && head === chosen.head,
         choose: (layer, head) => { scrubber.set(layer); change({ layer, head }); } }),
@@ -163,7 +163,7 @@ function spectrumPanel(own) {
       (value) => { view.figure = value; change({ module: chosen.module }); }, "spectrum-figure")),
     el("div", { class: "side" },
       live(["module"], () => heat({ rows: layers, columns: targets, corner: "layer", value: at, name: "updates",
-        show: (value) => number(value, Math.abs(value) < 0.1 ? 3 : value >= 10 ? 0 : 2).replace(/^0\./, "."),
+        show: (value) => short(Number(value.toPrecision(2))).replace(/^0\./, "."),
         title: (r, c) => `${nameAt(r, c)}: ${words(view.figure)} ${number(at(r, c), 3)}`,
         picked: (r, c) => nameAt(r, c) === chosen.module, choose: (r, c) => change({ module: nameAt(r, c) }) })),
       live(["module"], () => {
@@ -205,7 +205,7 @@ function knockoutPanel(own) {
     + `clean accuracy ${interval(one.clean_accuracy)}`;
   const map = (figure, limit) => heat({ rows: [...rows, "all"], columns: [...columns, "all"], corner: "layer", limit,
     name: words(figure), value: (r, c) => mean((at(r, c) || {})[figure]),
-    show: (value) => number(value, limit === 1 ? 2 : 1),
+    show: (value) => (limit === 1 ? value.toFixed(2).replace("0.", ".") : number(value, 1)),
     title: (r, c) => `${view.only} ${where(r, c)}: ${said(at(r, c))}`, picked: (r, c) => r === view.r && c === view.c,
     choose: (r, c) => { Object.assign(view, { r, c }); change({ knockout: true }); } });
   const most = largest(settings.map((one) => [mean(one.shift)]));
@@ -284,7 +284,7 @@ function formationPanel(own) {
   return [
     onset.length > 0 && el("dl", { class: "facts" }, onset.map(([name, one]) => [el("dt", {}, words(name)),
       el("dd", {}, said(one))])),
-    el("div", { class: "controls" }, slider("Step", steps.length, chosen.step, (n) => String(steps[n] ?? "–"),
+    el("div", { class: "controls sticky" }, slider("Step", steps.length, chosen.step, (n) => String(steps[n] ?? "–"),
       (step) => change({ step }), "step")),
     live(["step"], () => [el("div", { class: "charts" },
       figures.map(([name, values]) => chart({

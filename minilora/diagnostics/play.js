@@ -2,7 +2,7 @@
 
 const facts = data.live;
 const play = { text: "", label: facts.target, off: { layers: [], targets: [], directions: 0 }, dropped: [] };
-const WAYS = { with: "with the adapter", without: "without it", chosen: "with these parts off" };
+const WAYS = { with: "with the adapter", without: "without it, only the head", chosen: "with these parts off" };
 const view = { shade: "attribution", layer: Math.max(0, facts.base - 1), answer: null, before: null, problem: "" };
 let asking = false, again = false;
 
@@ -143,7 +143,7 @@ function playPanel() {
     text,
     el("div", { class: "controls" }, el("label", {}, "To put in", strings),
       another.map(([name, next], n) => el("button", { type: "button", id: `another-${n}`, onclick: next },
-        `another ${name}`))),
+        `another ${name.replace(" ", " of ")}`))),
     el("p", { class: "note" },
       "Press + to put it there (arrow keys go from place to place); press what was put in to take it out."),
     gaps, off,
@@ -189,7 +189,7 @@ function answered() {
       })))),
     el("p", {}, signed ? "Gradient × input" : `Attention received at layer ${view.layer}`,
       `, ${shownOff(answer.asked.off)}; log odds of ${label}: ${number(answer.margin)}.`),
-    el("div", { id: "play-tokens" }, tokens(answer, values, largest([values]), signed)),
+    el("div", { id: "play-tokens" }, tokens({ ...answer, text: answer.asked.text }, values, largest([values]), signed)),
     scale(signed, label),
     el("p", { class: "note" }, `Most: ${strongest(answer, values)}.`
       + (answer.read < length ? ` Only the first ${answer.read} of ${length} characters are read.` : "")),
