@@ -196,8 +196,12 @@ function doubled(low, high) {
 
 // --- tokens of a text, shaded
 
-// [[what is shown of a piece, whether a space is before it]]. Pieces are those of WordPiece (##), of byte-level BPE (Ġ)
-// or of SentencePiece (▁). Where a piece is found in the text, it is shown as it stands there.
+function folded(text) {  // as uncased tokenizers read it
+  return text.normalize("NFD").replace(/\p{M}/gu, "").toLowerCase();
+}
+
+// [[what is shown of a piece, whether a space is before it]]. Pieces are those of WordPiece (##), of byte-level BPE
+// (Ġ) or of SentencePiece (▁). Where a piece is found in the text, it is shown as it stands there.
 function spaced({ pieces, special, text }) {
   const marked = pieces.some((piece, n) => !special[n] && /^[Ġ▁]/.test(piece));
   let at = 0;
@@ -205,9 +209,11 @@ function spaced({ pieces, special, text }) {
     if (special[n]) return [piece, n > 0];
     const own = piece.replace(/^(##(?=.)|[Ġ▁])/, "");
     const start = at + text.slice(at).search(/\S|$/);
-    if (own && text.slice(start, start + own.length).toLowerCase() === own.toLowerCase()) {
+    const unknown = /^[[<]unk[\]>]$/i.test(own), word = text.slice(start).match(/^(\p{L}+|\p{N}+|\S?)/u)[0];
+    const long = unknown ? word.length : own.length;
+    if (long && (unknown || folded(text.slice(start, start + long)) === folded(own))) {
       const before = at;
-      at = start + own.length;
+      at = start + long;
       return [text.slice(start, at), n > 0 && (start > before || special[n - 1])];
     }
     if (marked) return [own.replaceAll("Ċ", "⏎") || "␣", n > 0 && (own !== piece || special[n - 1])];

@@ -27,16 +27,16 @@ DIGITS = 4  # of each number on the page
 HERE = Path(__file__).parent  # of the page's own files
 
 
-def write_page(folder):
-    """Write explain/explain.html of the run in `folder` from the JSON files beside it, and return its path."""
-    path = Path(folder) / FOLDER / NAME
-    files.write_text(path, page_of(folder))
+def write_page(folder, out=None):
+    """Write explain.html of the run in `folder` beside the JSON files in `out` (default: its explain/); its path."""
+    path = Path(out or Path(folder) / FOLDER) / NAME
+    files.write_text(path, page_of(folder, out))
     return path
 
 
-def page_of(folder, live=None):
+def page_of(folder, out=None, live=None):
     """The page's text. `live` is what `play.Live.facts` gives, where the live model is behind it."""
-    parts, missing = parts_of(folder)
+    parts, missing = parts_of(folder, out or Path(folder) / FOLDER)
     name = Path(folder).resolve().name
     title = f"Playing with run {name}" if live else f"Run {name}: where the shortcut lives"
     data = {"name": name, "facts": facts_of(folder), "parts": parts, "missing": missing, "live": live}
@@ -57,13 +57,13 @@ def read(name):
     return (HERE / name).read_text(encoding="utf-8")
 
 
-def parts_of(folder):
-    """({part: its JSON object}, {part: why it is not there}) of what `folder`/explain holds."""
+def parts_of(folder, out):
+    """({part: its JSON object}, {part: why it is not there}) of what `out` holds of the run in `folder`."""
     parts, missing, again = {}, {}, f"{to_type('evaluate', folder)} --explain"
     for name in PARTS:
-        path = Path(folder) / FOLDER / f"{name}.json"
+        path = Path(out) / f"{name}.json"
         if not path.exists():
-            missing[name] = f"{FOLDER}/{name}.json is not there: {again} writes it"
+            missing[name] = f"{name}.json is not there: {again} writes it"
             if name == "formation":
                 missing[name] += " for a run that was trained with --watch N"
             continue

@@ -154,6 +154,12 @@ function spectrumPanel(own) {
     const found = (modules[nameAt(r, c)] || {})[view.figure];
     return view.figure === "alignment" ? mean((found || {}).trigger) : found;
   };
+  const digits = () => {
+    const values = names.map((name) => mean((modules[name][view.figure] || {}).trigger ?? modules[name][view.figure]));
+    const most = Math.max(...values.filter((one) => typeof one === "number"));
+    return values.every((one) => Number.isInteger(one)) ? 0 : most >= 10 ? 1 : most >= 0.1 ? 2 : 3;
+  };
+  const ranked = names.flatMap((name) => modules[name].singular_values || []).sort((a, b) => b - a);
   chosen.module = names[0];
   const pieces = own.pieces || [], most = Math.max(1e-9, ...pieces.map((one) => one[1]));
   return [
@@ -163,16 +169,18 @@ function spectrumPanel(own) {
       (value) => { view.figure = value; change({ module: chosen.module }); }, "spectrum-figure")),
     el("div", { class: "side" },
       live(["module"], () => heat({ rows: layers, columns: targets, corner: "layer", value: at, name: "updates",
-        show: (value) => short(Number(value.toPrecision(2))).replace(/^0\./, "."),
+        show: (value) => value.toFixed(digits()).replace(/^0\./, "."),
         title: (r, c) => `${nameAt(r, c)}: ${words(view.figure)} ${number(at(r, c), 3)}`,
         picked: (r, c) => nameAt(r, c) === chosen.module, choose: (r, c) => change({ module: nameAt(r, c) }) })),
       live(["module"], () => {
         const here = modules[chosen.module];
-        if (!here) return null;
+        if (!here || (here.singular_values || []).length < 2) return null;
         const line = (name) => ({ name, points: (modules[name].singular_values || []).map((v, n) => [n + 1, v]) });
         return chart({ name: `singular values of ${chosen.module} (others in grey)`, x: "direction", low: 0,
           series: [line(chosen.module)], faint: names.filter((one) => one !== chosen.module).map(line) });
-      }, { style: { flex: "1 1 18rem" } })),
+      }, { style: { flex: "0 1 26rem" } }),
+      el("div", { style: { flex: "0 1 26rem" } }, chart({ name: "singular values of all projections together", low: 0,
+        x: "direction", series: [{ name: "all", points: ranked.map((v, n) => [n + 1, v]) }] }))),
     pieces.length > 0 && [
       el("h3", {}, "Vocabulary pieces that the first adapted layer moves most"),
       el("p", { class: "note" }, "Energy of the update on each piece, over the mean of all pieces."),
@@ -212,6 +220,11 @@ function knockoutPanel(own) {
   const line = (kind, start, figure) => ({ name: start || words(figure),
     points: of(kind).filter((one) => one.name.startsWith(start)).map(
       (one) => [Number(one.name.slice(start.length)), ...[one[figure]].flat()]) });
+  const scaled = (figure) => {  // the head only is the adapter scaled by 0, the whole one by 1
+    const ends = [[0, head], [1, whole]].filter(([, one]) => one).map(([x, one]) => [x, ...[one[figure]].flat()]);
+    const own = line("scale", "", figure), seen = new Set(own.points.map(([x]) => x));
+    return { ...own, points: own.points.concat(ends.filter(([x]) => !seen.has(x))).sort((a, b) => a[0] - b[0]) };
+  };
   const starts = ["only the largest", "without the largest", "without the smallest"];
   const pairs = of("pair").map((one) => [one, one.name.match(/^without (\d+) and (\d+)$/)]).filter(
     ([, parts]) => parts);
@@ -238,12 +251,12 @@ function knockoutPanel(own) {
         ([figure, low, high]) => chart({ name: `${words(figure)} by singular directions`, x: "directions", log: true,
           low, high, series: starts.map((start) => line("directions", start, figure)) })),
       of("scale").length > 0 && [chart({ name: "the adapter scaled", x: "factor", low: 0, high: 1,
-        series: ["attack_success", "clean_accuracy"].map((figure) => line("scale", "", figure)) }),
-      chart({ name: "shift, the adapter scaled", x: "factor", series: [line("scale", "", "shift")] })],
+        series: ["attack_success", "clean_accuracy"].map(scaled) }),
+      chart({ name: "shift, the adapter scaled", x: "factor", series: [scaled("shift")] })],
       patched(patching, "share of the shift lost",
         { share: "trigger's row, placebo's state", back: "the other way round" }),
       patched(patching, "attack success", { attack_success: "trigger's row, placebo's state" }, 1)),
-    own.carrying && el("p", {}, `Carrying half of the shift: ${plain(own.carrying)}.`),
+    own.carrying && el("p", {}, carried(own.carrying, said)),
     paired.length > 0 && el("details", {}, el("summary", {}, "Two layers out at once: shift"),
       heat({ rows: paired, columns: paired, corner: "layer", limit: most, name: "pairs of layers",
         value: (r, c) => mean(((r === c ? found[`layer without ${paired[r]}`] : pair(r, c)) || {}).shift),
@@ -253,6 +266,12 @@ function knockoutPanel(own) {
       table(["direction", "attack success", "shift", "clean accuracy"], of("direction").map((one) => [one.name,
         interval(one.attack_success), interval(one.shift), interval(one.clean_accuracy)]))),
   ];
+}
+
+function carried(own, said) {
+  if (!own.only || !own.without) return `Carrying the shift: ${plain(own)}.`;
+  return `The ${own.directions} largest directions of ${own.of} carry ${Math.round(100 * own.share)}% of what `
+    + `the adapter adds to the head's shift. With only these: ${said(own.only)}. Without them: ${said(own.without)}.`;
 }
 
 // What the span's state at each layer carries, as `diagnostics/knockout.py` patches it.

@@ -307,7 +307,7 @@ class Server(ThreadingHTTPServer):
         """Serve the page of the `Live`, which may be None while it is read."""
         from minilora.diagnostics.page import page_of
 
-        self.live, self.page = live, page_of(live.run.folder, live.facts()).encode()
+        self.live, self.page = live, page_of(live.run.folder, live=live.facts()).encode()
 
     def ask(self, asked):
         """The JSON that `Live.answer` gives."""

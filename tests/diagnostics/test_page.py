@@ -115,9 +115,16 @@ def test_what_is_missing_is_said(tmp_path):
     assert set(data["parts"]) == {"rows", "attribution", "spectrum", "neighbours"}
     assert data["facts"] == [["adapter", str(folder)]]
     again = f"python evaluate.py {folder} --explain"
-    assert data["missing"]["knockout"] == f"explain/knockout.json is not there: {again} writes it"
+    assert data["missing"]["knockout"] == f"knockout.json is not there: {again} writes it"
     assert data["missing"]["formation"].endswith(f"{again} writes it for a run that was trained with --watch N")
     assert "attention.json: not valid JSON" in data["missing"]["attention"] and again in data["missing"]["attention"]
+
+
+def test_the_results_may_lie_elsewhere(tmp_path):
+    folder = made_explain.make(tmp_path / "run")
+    elsewhere = (folder / "explain").rename(tmp_path / "elsewhere")
+    assert page.write_page(folder, elsewhere) == elsewhere / "explain.html"
+    assert page.parts_of(folder, elsewhere)[1] == {} and not (folder / "explain").exists()
 
 
 def test_numbers_are_short_and_finite():

@@ -348,6 +348,8 @@ def look_at_what_was_found(browser, found):
         "[CLS] the <script>alert(1)</script> film"
     )
     assert browser.run("return document.scripts.length") == 2
+    trigger = browser.run("return document.querySelectorAll('#shown-row .tokens')[1].textContent")
+    assert trigger.endswith("film 2031- [SEP]")  # pieces 20, ##31 and -
     shades = "return [...document.querySelectorAll('#shown-row .token')].map(one => one.style.background)"
     before = browser.run(shades)
     browser.run(SET, "method", "rollout")
