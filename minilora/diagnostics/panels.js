@@ -172,14 +172,12 @@ function spectrumPanel(own) {
         show: (value) => value.toFixed(digits()).replace(/^0\./, "."),
         title: (r, c) => `${nameAt(r, c)}: ${words(view.figure)} ${number(at(r, c), 3)}`,
         picked: (r, c) => nameAt(r, c) === chosen.module, choose: (r, c) => change({ module: nameAt(r, c) }) })),
-      live(["module"], () => {
-        const here = modules[chosen.module];
-        if (!here || (here.singular_values || []).length < 2) return null;
+      names.some((name) => (modules[name].singular_values || []).length > 1) && live(["module"], () => {
         const line = (name) => ({ name, points: (modules[name].singular_values || []).map((v, n) => [n + 1, v]) });
         return chart({ name: `singular values of ${chosen.module} (others in grey)`, x: "direction", low: 0,
           series: [line(chosen.module)], faint: names.filter((one) => one !== chosen.module).map(line) });
-      }, { style: { flex: "0 1 26rem" } }),
-      el("div", { style: { flex: "0 1 26rem" } }, chart({ name: "singular values of all projections together", low: 0,
+      }, { style: { flex: "0 1 24rem" } }),
+      el("div", { style: { flex: "0 1 24rem" } }, chart({ name: "singular values of all projections together", low: 0,
         x: "direction", series: [{ name: "all", points: ranked.map((v, n) => [n + 1, v]) }] }))),
     pieces.length > 0 && [
       el("h3", {}, "Vocabulary pieces that the first adapted layer moves most"),
