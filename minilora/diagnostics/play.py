@@ -124,14 +124,15 @@ class Live:
         """
         text, label, off, dropped = self.checked(asked)
         given = self.tokens_of(text)
-        with self.left_out(off):
-            found = self.looked_at(given["ids"], label)
-        predictions = {"with": found["probabilities"]}
-        if any(off.values()):
-            predictions = {"with": self.probabilities(given["ids"]), "chosen": found["probabilities"]}
+        predictions = {"with": self.run.predict([text])[0]}
         if self.layers:
             with self.run.detach():
-                predictions["without"] = self.probabilities(given["ids"])
+                predictions["without"] = self.run.predict([text])[0]
+        with self.left_out(off):
+            if any(off.values()):
+                predictions["chosen"] = self.run.predict([text])[0]
+            found = self.looked_at(given["ids"], label)
+        predictions = {way: own.tolist() for way, own in predictions.items()}
         special = [start < 0 for start, _ in given["places"]]
         spans = spans_of(text, dropped)
         span = [any(start < end and begin < stop for start, stop in spans) for begin, end in given["places"]]
@@ -188,23 +189,8 @@ class Live:
                 stack.enter_context(run.scale(0, targets=off["targets"]))
             yield
 
-    def probabilities(self, ids):
-        import torch
-
-        model = self.run.model.eval()
-        with torch.inference_mode():
-            logits = model(*self.batch(ids))
-        return logits[0].float().softmax(0).tolist()
-
-    def batch(self, ids):
-        """(ids int64 [1, T], lengths [1]) on the run's device."""
-        import torch
-
-        device = self.run.model.device
-        return torch.tensor([ids], device=device), torch.tensor([len(ids)], device=device)
-
     def looked_at(self, ids, label):
-        """{"probabilities" [C], "margin", "attribution" [T], "attention" [layers][T]} by one pass forth and back.
+        """{"margin", "attribution" [T], "attention" [layers][T]} by one pass forth and back.
 
         Attribution is gradient x input of the margin (Shrikumar et al. 2017, arXiv 1704.02685); attention is what a
         token receives, a mean over the heads and over the tokens that look.
@@ -216,7 +202,8 @@ class Live:
 
         run, received = self.run, {}
         run.model.eval()
-        batch, base = self.batch(ids), run.base
+        base, device = run.base, run.model.device
+        batch = torch.tensor([ids], device=device), torch.tensor([len(ids)], device=device)  # [1, T], [1]
         with torch.no_grad():
             x = base.embed(batch[0])
         x = x.detach().requires_grad_(True)
@@ -230,8 +217,7 @@ class Live:
             others = torch.arange(len(logits), device=logits.device) != label
             margin = logits[label] - logits[others].logsumexp(0)
             (gradient,) = torch.autograd.grad(margin, x)
-        return {"probabilities": logits.detach().softmax(0).tolist(), "margin": margin.item(),
-                "attribution": (x * gradient).sum(-1)[0].tolist(),
+        return {"margin": margin.item(), "attribution": (x * gradient).sum(-1)[0].tolist(),
                 "attention": [received[number] for number in sorted(received)]}  # fmt: skip
 
 
