@@ -30,8 +30,7 @@ from minilora.errors import InputError, to_type
 from minilora.fields import marked
 from minilora.runs import listing
 
-# {flag: (the module whose `main` takes over, what it does)}: each has flags of its own
-MODES = {
+MODES = {  # {flag: (the module whose `main` takes over, what it does)}: each has flags of its own
     "--play": ("diagnostics.play", "a page to play with, the live model behind it"),
 }
 
