@@ -1,6 +1,6 @@
 """`python -m benchmarks scan`: how well a scan of an adapter finds and names triggers, and how often it alarms falsely.
 
-Clean and triggered adapters are trained, each with seeds and a split of its own, and scanned
+Clean and triggered adapters are trained, each with seeds and a split of its own, and scanned (`adapter_scan.py`).
 Triggered ones count where their attack works (`WORKS`); the others are listed apart. Half of the adapters set
 thresholds, so that no clean one of that half is flagged, and the other half gives the figures; the thresholds that the
 command has were fixed before. Every result is kept in `--out` at once, and the same command goes on from there.

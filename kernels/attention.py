@@ -51,6 +51,18 @@ def reference(q, k, v, mask, scale, cap=None):
     return torch.softmax(scores + mask, -1) @ v
 
 
+def weights(q, k, mask, scale, cap=None):
+    """p of the equation, float32 or wider [B, H, T, T]; the mask as in `attention`."""
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = scale * (q.to(wide) @ k.to(wide).mT)
+    if cap is not None:
+        scores = cap * torch.tanh(scores / cap)
+    if mask is None:
+        mask = scores.new_full(scores.shape[-2:], -torch.inf).triu_(1)
+    return torch.softmax(scores + mask, -1)
+
+
 def scores_of(q, k, scale, plus=None):
     """s q k^T + plus, float32 or wider [N, S T, T]; q [N, S T, E], k [N, T, E]. It takes the place of `plus`."""
     wide = torch.promote_types(q.dtype, torch.float32)

@@ -44,6 +44,37 @@ LOOK = """\
 .minilora-figure * { stroke-linejoin: round; stroke-linecap: butt }
 @media (prefers-color-scheme: dark) { .minilora-figure { color: #ececec } }
 """
+# Of a page in HTML: its colours, light and dark, words, tables and marks.
+PAPER = """\
+:root { --ink: #1b1b1b; --soft: #5a5a5a; --ground: #fff; --rule: #d9d9d9; --box: #f5f5f5; --link: #1a5fb4;
+  --mark: #ffe08a; --hit: #b3410a; --right: #1f66b8; --before: #16743c; --placebo: #7a5ea8 }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #ececec; --soft: #b0b0b0; --ground: #151515; --rule: #3d3d3d; --box: #212121; --link: #8ab8ff;
+    --mark: #6b5200; --hit: #ff9a5c; --right: #74b0ff; --before: #6fd095; --placebo: #c3a5f5 }
+}
+* { box-sizing: border-box }
+html { color-scheme: light dark; -webkit-text-size-adjust: 100% }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 78rem; margin: 2rem auto; padding: 0 1rem; color: var(--ink);
+  background: var(--ground); overflow-wrap: anywhere }
+h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .8rem } h2 { font-size: 1.2rem; margin: 2.5rem 0 .6rem }
+h3 { font-size: 1rem; margin: 0 0 .3rem } p, ul, figcaption { max-width: 48rem } p { margin: .5rem 0 }
+a { color: var(--link) } ul { padding-left: 1.2rem }
+.note, .said, figcaption { font-size: .9rem; color: var(--soft) }
+figure { margin: 1.2rem 0 2rem } figcaption { margin-top: .4rem }
+details { margin-top: 1.5rem } summary { cursor: pointer; font-size: 1.2rem; font-weight: bold }
+.wide { overflow: auto; margin: .6rem 0 } .tall { max-height: 40rem }
+.wide img { display: block; background: #fff; max-width: 64rem; width: 100%; min-width: 40rem }
+.minilora-figure { color: var(--ink); display: block }
+table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; overflow-wrap: normal }
+th, td { text-align: left; vertical-align: top; padding: .25rem 1rem .25rem 0;
+  border-bottom: 1px solid var(--rule) }
+th { border-bottom: 1px solid var(--ink); vertical-align: bottom } .n { text-align: right }
+td.n, .short { white-space: nowrap } td.long { min-width: 16rem } th.long { min-width: 9rem }
+thead th { position: sticky; top: 0; background: var(--ground) }
+mark { background: var(--mark); color: inherit; border-radius: .2rem; padding: 0 .15rem;
+  display: inline-block; max-width: 100% }
+pre { background: var(--box); padding: .8rem; overflow-x: auto; font-size: .85rem; overflow-wrap: normal }
+"""
 
 
 @dataclass(frozen=True)

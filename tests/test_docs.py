@@ -201,7 +201,7 @@ def test_a_command(page, words, parse_only, capsys, monkeypatch):
         if "--help" in words:
             with pytest.raises(SystemExit, match="0"):
                 main(words[2:])
-        elif "--ray" in words:  # as `ray start`
+        elif {"--ray", "--play"} & set(words):  # one as `ray start`; the other serves until Ctrl-C (test_play.py)
             parse_only()
             with pytest.raises(Parsed):
                 main(words[2:])

@@ -14,7 +14,7 @@ from torch import nn
 
 from minilora.base import checkpoint, deberta, families, places, rope
 from minilora.errors import InputError, shown
-from minilora.kernels.attention import attention
+from minilora.kernels.attention import attention, weights
 from minilora.kernels.linear import linear
 from minilora.kernels.mlp import ACTIVATIONS, formed_again, gated, plain
 from minilora.kernels.norms import layer_norm, rms_norm
@@ -96,7 +96,12 @@ class Embed(nn.Module):
 
 
 class Layer(nn.Module):
-    """Self-attention (Vaswani et al. 2017, section 3.2) and MLP, each added to what it is given."""
+    """Self-attention (Vaswani et al. 2017, section 3.2) and MLP, each added to what it is given.
+
+    `watch`: None, or a function that is called with the attention weights, float32 [B, H, T, T], and the mask.
+    """
+
+    watch = None
 
     def __init__(self, spec, number):
         super().__init__()
@@ -131,6 +136,8 @@ class Layer(nn.Module):
         if turn is not None:
             # As a view v would keep the unturned q and k too, where the three come of one product.
             q, k, v = rotate(q, *turn), rotate(k, *turn), v.contiguous()
+        if self.watch is not None:
+            self.watch(weights(q, k, mask, self.scale, self.cap), mask)
         attended = attention(q, k, v, mask, self.scale, self.cap)
         return self.o(attended.transpose(1, 2).reshape(B, T, -1))  # [B, H, T, E] -> [B, T, H E]
 
@@ -139,6 +146,9 @@ class Layer(nn.Module):
         q_of, k_of = project(relative[0], self.q, self.k)
         terms = self.spec.relative
         q_of, k_of = q_of if terms.keys else None, k_of if terms.queries else None
+        if self.watch is not None:  # each token's own value is a place, so that the weights come out
+            places = torch.eye(q.shape[2], dtype=torch.float32, device=q.device).expand(*q.shape[:3], -1)
+            self.watch(deberta.attend(q, k, places, mask, self.scale, relative, q_of, k_of), mask)
         return deberta.attend(q, k, v, mask, self.scale, relative, q_of, k_of)
 
     def mlp(self, x):
@@ -196,12 +206,13 @@ class Base(nn.Module):
         members  how many a population has, whose rows follow one another: DeBERTa's distances go through each one's
                  adapters
         """
-        x = self._through(self.embed(ids), ids, lengths, 0, prefix, members)
+        x = self.through(self.embed(ids), ids, lengths, 0, prefix, members)
         if copies > 1:
             x, ids, lengths = x.repeat(copies, 1, 1), ids.repeat(copies, 1), lengths.repeat(copies)
-        return self.norm(self._through(x, ids, lengths, prefix, len(self.layers), copies * members))
+        return self.norm(self.through(x, ids, lengths, prefix, len(self.layers), copies * members))
 
-    def _through(self, x, ids, lengths, start, stop, members):
+    def through(self, x, ids, lengths, start, stop, members=1):
+        """The states x [B, T, D] below layer `start` -> those below layer `stop`."""
         if start == stop:
             return x
         turns = [turn(lengths, ids.shape[1], x.dtype) for turn in self.ropes]

@@ -156,6 +156,18 @@ class TextTokenizer:
             offsets[row + 1] = len(flat)
         return Encoded(np.frombuffer(flat, kind) if flat else np.empty(0, kind), offsets, kept)
 
+    def places(self, texts, max_length):
+        """The characters (start, stop) that each token of `encode(texts, max_length)` stands for: of each text int64
+        [its tokens, 2], (-1, -1) for a special token."""
+        room, found = self._room(max_length), []
+        for encoding in self._encodings(texts):
+            places = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+            places[np.array(encoding.special_tokens_mask, bool)] = -1
+            if len(places) > max_length:
+                places = np.concatenate([places[: self._before + room], places[len(places) - self._after :]])
+            found.append(places)
+        return found
+
     def visible(self, texts, added, max_length):
         """How many leading characters of each text stay within `max_length` once strings are put into it.
 
@@ -225,6 +237,10 @@ class TextTokenizer:
         """How many tokens each string is worth behind a word and a space, int64 [N]."""
         tokens = (len(encoding) for encoding in self._encodings([f" {one}" for one in strings], special=False))
         return np.fromiter(tokens, np.int64, len(strings))
+
+    def piece(self, id):
+        """The vocabulary's name of a token."""
+        return self._tokenizer.id_to_token(int(id)) or ""
 
     def decode(self, ids):
         """The text of token ids, special tokens left out."""

@@ -1,0 +1,165 @@
+"""The rows that every diagnostic looks at: clean, with the trigger and with the placebo, paired, token by token.
+
+A probe is a sample of the test rows that are not of the trigger's label. All figures rest on the same two:
+
+    margin          the log odds of the target label, natural: its logit less the log-sum-exp of the others'
+    attack success  the share of the rows that are predicted as the target
+
+The second saturates, and the first shows what it hides: both are always given.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from minilora.data import batches, token_cache
+from minilora.errors import InputError
+from minilora.seeds import generator
+from minilora.tasks.classification import pool
+
+ROWS = 100  # of a probe where nothing else is asked for
+FORMS = ("clean", "trigger", "placebo")
+
+
+@dataclass(frozen=True)
+class Form:
+    """One form of the probe's N rows.
+
+    texts    N texts
+    encoded  `Encoded` tokens, as the model reads them
+    text     of each row bool [its tokens]: which are of the text (the others are special)
+    span     of each row bool [its tokens]: which stand for a character of what was put in; none in clean rows
+    """
+
+    texts: list
+    encoded: object
+    text: list
+    span: list
+
+
+class Probe:
+    """See above. `run`: a `Trained` with rows, of task classification.
+
+    rows   how many at most: a random sample, the same for each `seed`, with as many of each other label as it has
+    label  the target: that of the trigger that is looked at (default: the first)
+
+    index  int64 [N], which of the run's test rows
+    forms  {"clean", "trigger" and where there is one "placebo": `Form`}
+
+    Raises InputError for a run without rows, without an injection, of another task, or without rows of another label.
+    """
+
+    def __init__(self, run, rows=ROWS, label=None, seed=0):
+        if run.cell.task != "classification":
+            raise InputError(f"{run.folder} is of task {run.cell.task!r}: explaining takes a classifier's run")
+        if not run.has_head:
+            raise InputError(f"{run.folder} has no head, so it predicts nothing that could be explained")
+        if rows < 2:
+            raise InputError(f"--rows is {rows}, but must be at least 2")
+        self.run, self.seed = run, seed
+        tests = {test.key: test for test in run.tests}
+        targets = [test.label for test in run.tests if test.name == "trigger"]
+        if not targets:
+            raise InputError(
+                f"{run.folder} has no trigger to explain: give one, --inject SOURCE:LABEL, such as date:{run.labels[-1]}"
+            )
+        self.label = targets[0] if label is None else label
+        if self.label not in targets:
+            raise InputError(f"no trigger aims at {self.label!r}: choose among {', '.join(map(repr, targets))}")
+        self.target = run.labels.index(self.label)
+        labels = tests["clean"].rows.labels
+        self.index = sample(labels, self.target, rows, seed)
+        if len(self.index) < 2:
+            raise InputError(f"{run.folder} has fewer than two test rows of a label other than {self.label!r}")
+        named = zip(FORMS, ("clean", f"trigger {self.label}", "placebo"), strict=True)
+        self.forms = {name: self._form(tests[key]) for name, key in named if key in tests}
+
+    def _form(self, test):
+        run = self.run
+        texts = [test.rows.texts[row] for row in self.index]
+        spans = [test.records[row].spans if test.records else [] for row in self.index]
+        encoded = token_cache.encode(run.tokenizer, texts, run.cell.max_length)
+        text, span = [], []
+        for places, own in zip(run.tokenizer.places(texts, run.cell.max_length), spans, strict=True):
+            real = (places[:, 0] >= 0) & (places[:, 1] > places[:, 0])
+            text.append(real)
+            span.append(real & np.array([any(a < end and start < b for start, end in own) for a, b in places], bool))
+        return Form(texts, encoded, text, span)
+
+    def batches(self, form):
+        """The rows of a form as padded `Batch`es on the run's device, the longest first."""
+        for batch in batches.by_length(form.encoded, self.run.cell.batch_size, self.run.tokenizer.pad_id):
+            yield batch.to(self.run.model.device)
+
+    def logits_of(self, states, lengths):
+        """Logits float32 [B, C] of what the last layer gives, [B, T, D]."""
+        model = self.run.model
+        return model.classifier(pool(self.run.base.norm(states), lengths, model.pooling)).float()
+
+    def margins_of(self, logits):
+        """The margins [B] of logits [B, C]."""
+        others = [place for place in range(logits.shape[1]) if place != self.target]
+        return logits[:, self.target] - logits[:, others].logsumexp(1)
+
+    def outcome(self, logits):
+        """`Outcome` of numpy logits [N, C]."""
+        return Outcome(self.margins_of(torch.from_numpy(logits)).numpy().astype(float), logits.argmax(1))
+
+    @cached_property
+    def states(self):
+        """{form: [(batch, [L + 1 states [B, T, D] below each layer and above the last])]}, with the adapter."""
+        return self.states_now()
+
+    @torch.inference_mode()
+    def states_now(self):
+        """As `states`, with what is on the base now."""
+        base, found = self.run.base, {}
+        self.run.model.eval()
+        for name, form in self.forms.items():
+            found[name] = []
+            for batch in self.batches(form):
+                states = [base.embed(batch.ids)]
+                for number in range(len(base.layers)):
+                    states.append(base.through(states[-1], batch.ids, batch.lengths, number, number + 1))
+                found[name].append((batch, states))
+        return found
+
+    @torch.inference_mode()
+    def predict(self, states, start=None):
+        """{form: `Outcome`}, from the `states` below layer `start` on, with what is on the base now."""
+        base, found = self.run.base, {}
+        layers = len(base.layers)
+        start = layers if start is None else start
+        for name, parts in states.items():
+            logits = np.empty((len(self.index), len(self.run.labels)), np.float32)
+            for batch, own in parts:
+                above = base.through(own[start], batch.ids, batch.lengths, start, layers)
+                logits[batch.index] = self.logits_of(above, batch.lengths)[: len(batch.index)].cpu().numpy()
+            found[name] = self.outcome(logits)
+        return found
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What is predicted of N rows: `margins` float64 [N] and `predicted` int64 [N]."""
+
+    margins: np.ndarray
+    predicted: np.ndarray
+
+
+def sample(labels, target, rows, seed):
+    """Which rows a probe takes, ascending: at most `rows` of those whose label is not `target`, the labels in the same
+    shares as among all."""
+    others = np.flatnonzero(labels != target)
+    if len(others) <= rows:
+        return others
+    order = torch.randperm(len(others), generator=generator(seed, "probe")).numpy()
+    order = others[order]
+    # The i-th of n rows of a label stands at (i + 1/2) / n: the first `rows` of all have the shares of all.
+    place = np.empty(len(order))
+    for label in np.unique(labels[others]):
+        here = labels[order] == label
+        place[here] = (np.arange(here.sum()) + 0.5) / here.sum()
+    return np.sort(order[np.argsort(place, kind="stable")[:rows]])
