@@ -424,7 +424,8 @@ def test_files_are_refused_by_name(tmp_path):
 
 FLAGS = """
 --version
---config --out --preset --resume --continue --quiet --json --population --eval-every --save-every --merge-to --shard
+--config --out --preset --resume --continue --quiet --json --population --eval-every --save-every --watch --merge-to
+--shard
 --traceback
 --grid --size --dry-run --status --only --retry-failed --ray --ray-cpus --model --revision --tokenizer
 --dtype --products --device
