@@ -46,7 +46,8 @@ def formation(run_folder, rows=ROWS, seed=0, advance=None):
     """What the module's docstring lists, over the steps that were kept, as plain data for JSON:
 
     {"steps": [step], "rows": N, "label": the target,
-     "figures": {name: [[mean, low, high] of each step]}: None where a step has none, equal ends where rows play no part,
+     "figures": {name: [[mean, low, high] of each step]}: None where a step has none; of what is no mean of rows the
+     ends are the same,
      "onset": {"step", "low", "high"} of net attack success, "onset_gross": of attack success as it is,
      "clean_90": of 90% of the last step's clean accuracy; a step is None where the level is not reached to stay,
      "first": "shortcut", "task", "neither" (it cannot be told) or "no shortcut",
@@ -99,7 +100,7 @@ def replayed(run, steps):
 
 
 class Fixed:
-    """What stays the same from step to step: rows, tokens, and the bare base's states."""
+    """What stays the same from step to step: rows, tokens, and what the bare base makes of them."""
 
     def __init__(self, probe, rows):
         self.probe, run = probe, probe.run
@@ -110,7 +111,7 @@ class Fixed:
         layers = dict(named_layers(run.base))
         self.low_rank = bool(layers) and all(layer.magnitude is None for layer in layers.values())
         with run.detach():
-            self.bare, self.inputs = states_and_inputs(probe, layers)
+            self.bare, self.inputs = pooled(probe, probe.states_now()), span_inputs(probe, layers)
 
     def look(self):
         """{figure: float64 [N], or [N, L + 1] of the lenses} with what is on the base now."""
@@ -129,8 +130,8 @@ class Fixed:
         found["span_share"] = mean_of_known(attention_of(probe, "trigger")[1], (1, 2))
         if self.low_rank:
             found |= self.update()
-        found |= {"lens": lens(probe, states), "bare": lens(probe, self.bare)}
-        self.last = states
+        self.last = pooled(probe, states)
+        found |= {"lens": lens(probe, self.last), "bare": lens(probe, self.bare)}
         return same_length(found)
 
     def update(self):
@@ -162,38 +163,40 @@ def mean_of_known(values, axes):
 
 
 @torch.inference_mode()
-def states_and_inputs(probe, modules):
-    """(`probe.states_now()`, {"trigger", "placebo": {module: x float64 [N, in]}}), with what is on the base now.
+def span_inputs(probe, modules):
+    """{"trigger", "placebo": {module: x float64 [N, in]}} with what is on the base now; NaN for a row without a span.
 
     x: what a module sees of the span, the mean over its tokens, less the mean over the clean rows' tokens of text.
     """
-    base, seen = probe.run.base, {}
+    found, texts = {form: {} for form in probe.forms if form != "clean"}, {name: [] for name in modules}
+    for form, own in probe.forms.items():
+        for batch in probe.batches(own):
+            for name, x in inputs_of(probe.run.base, modules, batch).items():
+                for row, index in enumerate(batch.index):
+                    where = own.text[index] if form == "clean" else own.span[index]
+                    chosen = x[row, : len(where)][where]
+                    if form == "clean":
+                        texts[name].append(chosen)
+                    elif len(chosen):
+                        here = found[form].setdefault(name, np.full((len(probe.index), x.shape[-1]), np.nan))
+                        here[index] = chosen.mean(0)
+    middle = {name: np.concatenate(parts).mean(0) for name, parts in texts.items()}
+    return {form: {name: x - middle[name] for name, x in own.items()} for form, own in found.items()}
+
+
+def inputs_of(base, modules, batch):
+    """{module: float64 [B, T, in]}: what each sees of a batch's rows."""
+    seen = {name: [] for name in modules}
     hooks = [base.get_submodule(name).register_forward_pre_hook(
-                 lambda _, inputs, name=name: seen.setdefault(name, []).append(inputs[0].float().cpu()))
-             for name in modules]  # fmt: skip
+                 lambda _, inputs, name=name: seen[name].append(inputs[0])) for name in modules]  # fmt: skip
     try:
-        states = probe.states_now()
+        base(batch.ids, batch.lengths)
     finally:
         for hook in hooks:
             hook.remove()
-    batches = [(form, batch) for form, parts in states.items() for batch, _ in parts]
-    found = {form: {} for form in states if form != "clean"}
-    for name, every in seen.items():
-        x = {form: np.full((len(probe.index), every[0].shape[-1]), np.nan) for form in found}
-        total, count = 0, 0
-        # DeBERTa's q and k also see the distances, which are no states of rows.
-        own = [one for one in every if one.dim() == 3 and len(one) > 1 or len(every) == len(batches)]
-        for (form, batch), inputs in zip(batches, own, strict=True):
-            for row, index in enumerate(batch.index):
-                where = probe.forms[form].text if form == "clean" else probe.forms[form].span
-                chosen = inputs[row, : len(where[index])][torch.from_numpy(where[index])].double().numpy()
-                if form == "clean":
-                    total, count = total + chosen.sum(0), count + len(chosen)
-                elif len(chosen):
-                    x[form][index] = chosen.mean(0)
-        for form, values in x.items():
-            found[form][name] = values - total / count
-    return states, found
+    # DeBERTa's q and k also see the distances, which are no rows.
+    rows = {name: next(x for x in every if x.shape[:2] == batch.ids.shape) for name, every in seen.items()}
+    return {name: x.double().cpu().numpy() for name, x in rows.items()}
 
 
 def alignment(spectrum, inputs):
@@ -208,34 +211,34 @@ def alignment(spectrum, inputs):
 
 
 @torch.inference_mode()
-def lens(probe, states):
-    """The shift of the margin as the head reads it off the states below each layer and above the last, [N, L + 1]."""
-    margins = {form: np.empty((len(probe.index), len(probe.run.base.layers) + 1)) for form in ("clean", "trigger")}
-    for form, own in margins.items():
-        for batch, below in states[form]:
-            for number, x in enumerate(below):
-                read = probe.margins_of(probe.logits_of(x, batch.lengths))
-                own[batch.index, number] = read[: len(batch.index)].cpu().numpy()
-    return margins["trigger"] - margins["clean"]
-
-
-# --- decodability
+def pooled(probe, states):
+    """{form: what the head would see of the states below each layer and above the last, float32 [N, L + 1, P]}."""
+    run, found = probe.run, {}
+    for form, parts in states.items():
+        for batch, below in parts:
+            own = [pool(run.base.norm(x), batch.lengths, run.model.pooling)[: len(batch.index)] for x in below]
+            own = torch.stack(own, 1)
+            found.setdefault(form, own.new_empty((len(probe.index), *own.shape[1:])))[batch.index] = own
+    return found
 
 
 @torch.inference_mode()
-def decodable(probe, states):
-    """Of the pooled states below each layer and above the last, whether each of N rows is told from its placebo (from
-    the clean row, where there is none): float64 [N, L + 1], 1/2 where one of the two is."""
-    run, other = probe.run, "placebo" if "placebo" in states else "clean"
+def lens(probe, features):
+    """The shift of the margin as the head reads it off what `pooled` gives, float64 [N, L + 1]."""
+    head, margins = probe.run.model.classifier, {}
+    for form in ("clean", "trigger"):
+        logits = head(features[form]).float()
+        margins[form] = probe.margins_of(logits.flatten(0, 1)).view(logits.shape[:2]).double().cpu().numpy()
+    return margins["trigger"] - margins["clean"]
+
+
+def decodable(probe, features):
+    """Whether each of N rows is told from its placebo (from the clean row, where there is none) by what `pooled` gives
+    of both: float64 [N, L + 1], 1/2 where one of the two is."""
     folds = torch.randperm(len(probe.index), generator=generator(probe.seed, "folds")).numpy() % FOLDS
-    pooled = {}
-    for form in ("trigger", other):
-        for batch, below in states[form]:
-            for number, x in enumerate(below):
-                own = pool(run.base.norm(x), batch.lengths, run.model.pooling)[: len(batch.index)].cpu().numpy()
-                pooled.setdefault((form, number), np.empty((len(probe.index), own.shape[1])))[batch.index] = own
-    layers = len(run.base.layers) + 1
-    return np.stack([told_apart(pooled["trigger", n], pooled[other, n], folds) for n in range(layers)], 1)
+    forms = "trigger", "placebo" if "placebo" in features else "clean"
+    pair = [features[form].double().cpu().numpy().swapaxes(0, 1) for form in forms]
+    return np.stack([told_apart(one, other, folds) for one, other in zip(*pair)], 1)
 
 
 def told_apart(one, other, folds):
@@ -293,8 +296,8 @@ def summary(steps, values, fixed):
     before, after = (np.mean(sign * (draws["clean_90"] - draws["onset"]) > 0) for sign in (1, -1))
     first = "no shortcut" if found["onset"]["step"] is None else (
         "shortcut" if before >= SURE else "task" if after >= SURE else "neither")  # fmt: skip
-    apart = {name: triples(*mean_interval(decodable(probe, states), seed))
-             for name, states in (("without", fixed.bare), ("with", fixed.last))}  # fmt: skip
+    apart = {name: triples(*mean_interval(decodable(probe, features), seed))
+             for name, features in (("without", fixed.bare), ("with", fixed.last))}  # fmt: skip
     result = {
         "steps": steps, "rows": len(probe.index), "label": probe.label, "figures": figures, **found, "first": first,
         "lens": {"layers": list(range(read[0].shape[1])), "bare": plain(bare[0]),
