@@ -19,12 +19,13 @@ A figure reaches a level at the first kept step from which on it stays there. In
 """
 
 import contextlib
+from functools import partial
 
 import numpy as np
 import torch
 
 from minilora.data import token_cache
-from minilora.diagnostics.attention import attention_of
+from minilora.diagnostics.attention import visible_to, watching
 from minilora.diagnostics.probe import ROWS, Probe, sample
 from minilora.diagnostics.spectrum import spectra
 from minilora.diagnostics.stats import DRAWS, LEVEL, mean_interval
@@ -127,7 +128,7 @@ class Fixed:
         found["shift"] = outcomes["trigger"].margins - outcomes["clean"].margins
         if "placebo" in outcomes:
             found["shift_placebo"] = outcomes["placebo"].margins - outcomes["clean"].margins
-        found["span_share"] = mean_of_known(attention_of(probe, "trigger")[1], (1, 2))
+        found["span_share"] = span_share(probe)
         if self.low_rank:
             found |= self.update()
         self.last = pooled(probe, states)
@@ -160,6 +161,30 @@ def mean_of_known(values, axes):
     known = np.isfinite(values)
     with np.errstate(invalid="ignore"):
         return np.where(known, values, 0).sum(axes) / known.sum(axes)
+
+
+@torch.inference_mode()
+def span_share(probe):
+    """The share of attention on the trigger's span as `attention.py` has it, the mean over layers and heads, [N]."""
+    base, form, found = probe.run.base, probe.forms["trigger"], np.full(len(probe.index), np.nan)
+    for batch in probe.batches(form):
+        span = torch.zeros(batch.ids.shape, dtype=torch.bool)  # [B, T]
+        for row, index in enumerate(batch.index):
+            span[row, : len(form.span[index])] = torch.from_numpy(form.span[index])
+        shares, span = [], span.to(batch.ids.device)
+        real = torch.arange(span.shape[1], device=span.device) < batch.lengths[:, None]
+        with watching(base, partial(on_span, shares, real, span)):
+            base(batch.ids, batch.lengths)
+        found[batch.index] = torch.stack(shares).mean(0)[: len(batch.index)].cpu().numpy()
+    return found
+
+
+def on_span(shares, real, span, _, p, mask):
+    """Add to `shares` what a layer's weights p [B, H, T, T] have on `span` [B, T]: [B], the mean over heads and over
+    the other `real` tokens that may see any of it, NaN where there is none."""
+    seen = visible_to(mask, p.shape[-1], p.device) & span[:, None]  # [B, T, T]
+    others = real & ~span & seen.any(-1)
+    shares.append(((p.mean(1) * span[:, None]).sum(-1) * others).sum(-1) / others.sum(-1))
 
 
 @torch.inference_mode()

@@ -120,8 +120,8 @@ def read_families(source, path=None):
         for table, lines in tables.items():
             if table not in KINDS or not isinstance(lines, dict):
                 raise InputError(
-                    f"{file}: {table} is no table of a kind of trigger{near(table, KINDS)}: write one of "
-                    f"{', '.join(f'[{one}]' for one in KINDS)}, and below it FAMILY = a list of strings or a rule"
+                    f"{file}: {table} is no kind of trigger{near(table, KINDS)}; write [KIND], and below it FAMILY = a "
+                    "list of strings or a rule"
                 )
             made = {name: change_of(name, value, f"{file}: [{table}] {name}") for name, value in lines.items()}
             found |= made if table in ("any", kind) else {}

@@ -73,7 +73,7 @@ def test_each_step_is_the_model_that_was_kept(runs, plain):
     """Each step's file is put onto a run that is opened for it, whose tests and probabilities are then taken."""
     run, found = plain
     moved = []
-    for place, (step, path) in enumerate(Run(runs / "plain").watched().items()):
+    for place, path in enumerate(Run(runs / "plain").watched().values()):
         own = minilora.open(runs / "plain")
         missing = own.model.load_state_dict(load_file(path), strict=False)
         assert not missing.unexpected_keys
