@@ -24,7 +24,7 @@ def test_the_notebook_runs(base, reviews, tmp_path, monkeypatch):
     for number, cell in enumerate(cells):
         exec(compile("".join(cell["source"]), f"cell {number}", "exec"), space)
         if number == 0:
-            assert space["settings"] == {} and space["rows"] == 100
+            assert space["settings"] == {"rank": 8} and space["rows"] == 100
             space["settings"] = dict(model=str(base), data=str(reviews), test_rows=31, max_length=30, steps=12, rank=2,
                                      lr=0.02)  # fmt: skip
             space["rows"] = 8
