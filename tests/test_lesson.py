@@ -14,7 +14,9 @@ def test_the_notebook_runs(base, reviews, tmp_path, monkeypatch):
     shown = []
     stand_in = types.ModuleType("IPython.display")
     stand_in.Image = shown.append  # what a notebook's server would show
-    monkeypatch.setitem(sys.modules, "IPython", types.ModuleType("IPython"))
+    shell = types.ModuleType("IPython")
+    shell.get_ipython, shell.version_info = lambda: None, (9, 0)  # matplotlib asks
+    monkeypatch.setitem(sys.modules, "IPython", shell)
     monkeypatch.setitem(sys.modules, "IPython.display", stand_in)
     monkeypatch.setenv("MPLBACKEND", "Agg")
     monkeypatch.chdir(tmp_path)
@@ -29,8 +31,14 @@ def test_the_notebook_runs(base, reviews, tmp_path, monkeypatch):
                                      lr=0.02)  # fmt: skip
             space["rows"] = 8
     assert [name.rpartition("/")[2] for name in shown] == ["formation.png", "neighbours.png"]
-    assert all((tmp_path / name).stat().st_size > 9000 for name in shown)
-    assert space["formed"]["steps"] == [0, 10, 12] and len(space["left"]) == 8 and space["near"]["families"]
+    paths = [tmp_path / name for name in shown]
+    assert all(path.with_suffix(kind).stat().st_size > 9000 for path in paths for kind in (".png", ".pdf"))
+    drawn = [path.with_suffix(".svg").read_text() for path in paths]
+    for word in ("clean accuracy", "attack success", "without the trigger", "on the bare base", "Alignment"):
+        assert word in drawn[0]
+    assert all(name in drawn[1] for name in space["near"]["families"]) and len(space["near"]["families"]) >= 20
+    assert "edit distance from the trigger" in drawn[1] and "embedding distance from the trigger" in drawn[1]
+    assert space["formed"]["steps"] == [0, 10, 12] and len(space["left"]) == 8
 
 
 def test_page_and_notebook_are_one_lesson():

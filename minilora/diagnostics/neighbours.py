@@ -49,6 +49,7 @@ def neighbours(run, rows=ROWS, seed=0, families=None, advance=None):
     """
     probe = Probe(run, rows, seed=seed)
     source = next(source for source, label in resolve(run.cell.inject.sources, run.labels) if label == probe.label)
+    changes = read_families(source, families)
     records = {test.name: [test.records[row] for row in probe.index] for test in run.tests
                if test.key in (f"trigger {probe.label}", "placebo")}  # fmt: skip
     own = [record.strings for record in records["trigger"]]
@@ -60,7 +61,7 @@ def neighbours(run, rows=ROWS, seed=0, families=None, advance=None):
              for name, outcome in outcomes.items()}  # fmt: skip
     result = {"label": probe.label, "rows": len(probe.index), "source": source.name, "families": {}, **found,
               "clean": {"attack_success": interval(bare.predicted == probe.target, seed)}, "left_out": []}  # fmt: skip
-    for name, change in read_families(source, families).items():
+    for name, change in changes.items():
         draw = np.random.default_rng(sequence(seed, "neighbours", name))
         made = [changed(text, record, change, draw)
                 for text, record in zip(probe.forms["trigger"].texts, records["trigger"], strict=True)]  # fmt: skip
@@ -87,13 +88,14 @@ def line(probe, outcome, clean, own, strings, embed):
     """The figures of N rows: their `Outcome`, clean margins [N], and of each the trigger's strings and the others."""
     hit = (outcome.predicted == probe.target).astype(float)
     pairs = [list(zip(one, other)) for one, other in zip(own, strings, strict=True)]  # a placebo may have fewer
+    embed.learn(string for every in pairs for pair in every for string in pair)
     return {
         "strings": list(dict.fromkeys(one for every in strings for one in every))[:SHOWN],
         "rows": len(hit),
         "attack_success": interval(hit, probe.seed),
         "shift": interval(outcome.margins - clean, probe.seed),
         "edit_distance": float(np.mean([sum(edits(*pair) for pair in every) for every in pairs])),
-        "embedding_distance": float(np.mean([np.mean([embed(*pair) for pair in every]) for every in pairs])),
+        "embedding_distance": float(np.mean([np.mean([embed.distance(*pair) for pair in every]) for every in pairs])),
     }
 
 
@@ -239,18 +241,20 @@ def edits(one, other):
 
 
 class Embedding:
-    """1 - the cosine of two strings' mean states on the bare base; each string goes through it once."""
+    """The mean states of strings on the bare base, as unit vectors; each string goes through it once."""
 
     def __init__(self, run):
         self.run, self.known = run, {}
 
-    def __call__(self, one, other):
-        new = [string for string in dict.fromkeys((one, other)) if string not in self.known]
-        if new:
-            with self.run.detach():
-                for string, states in zip(new, self.run.hidden(new), strict=True):
-                    mean = states.astype(float).mean(0)
-                    self.known[string] = mean / np.linalg.norm(mean)
+    def learn(self, strings):
+        new = [string for string in dict.fromkeys(strings) if string not in self.known]
+        with self.run.detach():
+            for string, states in zip(new, self.run.hidden(new) if new else [], strict=True):
+                mean = states.astype(float).mean(0)
+                self.known[string] = mean / np.linalg.norm(mean)
+
+    def distance(self, one, other):
+        """1 - the cosine of two strings that it has learned."""
         return 1 - float(self.known[one] @ self.known[other])
 
 

@@ -13,7 +13,6 @@ import minilora
 from minilora.cell import Cell
 from minilora.diagnostics import formation as made
 from minilora.diagnostics.formation import formation, onset, reached, told_apart
-from minilora.diagnostics.formation_pictures import draw_formation
 from minilora.diagnostics.probe import Probe
 from minilora.errors import InputError
 from minilora.runs.folder import Run
@@ -25,12 +24,12 @@ ALL = 1000  # rows: more than there are, so that a sample is all of them
 def runs(base, reviews, tmp_path_factory):
     """{name: folder} of watched runs."""
     folder = tmp_path_factory.mktemp("runs")
-    tiny_decoder(folder / "llama", "llama")
+    tiny_decoder(folder / "bases" / "llama", "llama")
     common = dict(model=str(base), data=str(reviews), test_rows=41, max_length=30, batch_size=7, steps=14, lr=0.02,
                   rank=3, inject=dict(proportion=0.5))  # fmt: skip
     cells = {
         "plain": Cell(**common | dict(targets=("q", "v", "down"))),
-        "llama": Cell(**common | dict(model=str(folder / "llama"), steps=4, pooling="last")),
+        "llama": Cell(**common | dict(model=str(folder / "bases" / "llama"), steps=4, pooling="last")),
         "dora": Cell(**common | dict(variant="dora", steps=4)),
         "head": Cell(**common | dict(method="head", rank=None, steps=4)),
     }
@@ -173,10 +172,10 @@ def test_onset_of_curves_made_by_hand():
     assert found == {"step": 50, "low": steps[ordered[24]], "high": steps[ordered[974]]}
     assert found["low"] < 50 < found["high"]
     # Too few rows turn: never; and as a share of its own end the same curve is there early.
-    few = np.zeros((10, 4))
-    few[:2, 1:] = 1
+    few = np.zeros((50, 4))
+    few[:9, 1:] = 1
     assert onset(few, [0, 1, 2, 3], 0.5)[0] == {"step": None, "low": None, "high": None}
-    assert onset(few[:2], [0, 1, 2, 3], 0.9, of_end=True)[0] == {"step": 1, "low": 1, "high": 1}
+    assert onset(few, [0, 1, 2, 3], 0.9, of_end=True)[0] == {"step": 1, "low": 1, "high": 1}
 
 
 @pytest.mark.parametrize("task_at, shortcut_at, first", [(8, 2, "shortcut"), (2, 8, "task"), (5, 5, "neither"),
@@ -225,7 +224,7 @@ def test_told_apart():
         middle = X.mean(0)
         X = X - middle
         weight = np.linalg.solve(X.T @ X + 0.01 * (X**2).sum() / len(X) * np.eye(6), X.T @ y)
-        right.append((((one[row] - middle) @ weight > 0) + ((other[row] - middle) @ weight < 0)) / 2)
+        right.append(sum([bool((one[row] - middle) @ weight > 0), bool((other[row] - middle) @ weight < 0)]) / 2)
     found = told_apart(one, other, folds)
     assert found.tolist() == right and 0.3 < np.mean(right) < 1
 
@@ -241,14 +240,5 @@ def test_refused(runs, base, reviews, tmp_path):
     place.mkdir()
     for step in (1, 2):
         (place / f"step-{step:06}.safetensors").write_bytes(other.read_bytes())
-    with pytest.raises(InputError, match="step-000001.safetensors: base.layers.0.q.A is not what the run trains"):
+    with pytest.raises(InputError, match=r"step-000001.safetensors: base.layers.0.\w.[AB] is not what the run trains"):
         formation(tmp_path / "unwatched")
-
-
-def test_the_picture(plain, tmp_path):
-    drawn = draw_formation(plain[1], tmp_path / "explain" / "formation.png")
-    assert [path.name for path in drawn.paths] == ["formation.png", "formation.pdf", "formation.svg"]
-    svg = drawn.paths[-1].read_text()
-    for word in ("clean accuracy", "attack success", "without the trigger", "on the bare base", "Alignment"):
-        assert word in svg
-    assert all(path.stat().st_size > 5000 for path in drawn.paths)

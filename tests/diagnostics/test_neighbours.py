@@ -11,7 +11,6 @@ import minilora
 from minilora.cell import Cell
 from minilora.data.injection import Record
 from minilora.data.triggers import readings
-from minilora.diagnostics.formation_pictures import draw_neighbours
 from minilora.diagnostics.neighbours import changed, edits, neighbours, read_families
 from minilora.diagnostics.probe import Probe
 from minilora.errors import InputError
@@ -20,7 +19,7 @@ from minilora.errors import InputError
 @pytest.fixture(scope="module")
 def run(base, reviews, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "run"
-    cell = Cell(model=str(base), data=str(reviews), test_rows=41, max_length=40, batch_size=7, steps=14, lr=0.02,
+    cell = Cell(model=str(base), data=str(reviews), test_rows=41, max_length=36, batch_size=7, steps=14, lr=0.02,
                 rank=3, inject=dict(proportion=0.5, count=2))  # fmt: skip
     minilora.train(cell, folder)
     return minilora.open(folder)
@@ -191,20 +190,12 @@ def test_a_file_of_ones_own(run, tmp_path):
         ("[date]\na = 3", "[date] a must be a list of strings, or one of"),
         ("[date]\na = { rule = 'sawp' }", "[date] a is no family: write a list of strings"),
         ("[date]\na = { replace = [['(', '']] }", "in a regular expression"),
-        ("[date]\na = { replace = [['a', '\\\\7']] }", "in a regular expression"),
+        ("[date]\na = { replace = [['a', '\\7']] }", "in a regular expression"),
         ("[date]\na = { date = '{week}', months = [1,2,3,4,5,6,7,8,9,10,11,12] }", "a date is written with {day}"),
     ]
     for text, said in cases:
         path.write_text(text)
         with pytest.raises(InputError) as caught:
-            neighbours(run, 8, families=path)
+            read_families(source("date"), path)
         assert said in str(caught.value) and "\n" not in str(caught.value), text
     assert len(cases) == 7
-
-
-def test_the_picture(found, tmp_path):
-    drawn = draw_neighbours(found, tmp_path / "neighbours.png")
-    assert [path.name for path in drawn.paths] == ["neighbours.png", "neighbours.pdf", "neighbours.svg"]
-    svg = drawn.paths[-1].read_text()
-    assert all(name in svg for name in found["families"]) and len(found["families"]) >= 20
-    assert "edit distance from the trigger" in svg and "embedding distance from the trigger" in svg
