@@ -487,7 +487,7 @@ def test_help_states_every_flag_and_default_once(capsys):
         else:
             assert len(default) == 1
         checked, stated = checked + 1, stated + len(default)
-    assert checked == len(FLAGS) - 22 == 54 + 11 and stated == checked - 4
+    assert checked == len(FLAGS) - 23 == 54 + 11 and stated == checked - 4
     assert found["--save-every"].endswith(f"(default: {train.SAVE_EVERY})")
 
 
