@@ -103,6 +103,7 @@ def draw_neighbours(result, path):
         figure, panels = new_figure(9, rows + 3.2, nrows=2, ncols=2, height_ratios=[rows, 3.2], sharey="row")
         for panel, key, times in zip(panels[0], ("attack_success", "shift"), (100, 1)):
             dots(panel, result, own, key, times)
+        percent_axis(panels[0, 0].xaxis)
         panels[0, 0].set_xlabel("attack success (% of rows)")
         panels[0, 1].set_xlabel("shift of the margin (logits)")
         panels[0, 0].set_yticks(range(len(names)), [f"{name}  {place}" for place, name in enumerate(names, 1)])
