@@ -450,7 +450,8 @@ def test_files_are_refused_by_name(tmp_path):
 
 FLAGS = """
 --version
---config --out --preset --resume --continue --quiet --json --population --eval-every --save-every --merge-to --shard
+--config --out --preset --resume --continue --quiet --json --population --eval-every --save-every --watch --merge-to
+--shard
 --traceback
 --grid --size --dry-run --status --only --retry-failed --ray --ray-cpus --model --revision --tokenizer
 --dtype --products --device
@@ -515,7 +516,7 @@ def test_help_states_every_flag_and_default_once(capsys):
         else:
             assert len(default) == 1
         checked, stated = checked + 1, stated + len(default)
-    assert checked == len(FLAGS) - 22 == 57 + 12 + 6 and stated == checked - 6
+    assert checked == len(FLAGS) - 23 == 57 + 12 + 6 and stated == checked - 6
     assert found["--save-every"].endswith(f"(default: {train.SAVE_EVERY})")
 
 

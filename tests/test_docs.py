@@ -63,6 +63,7 @@ ELSEWHERE = {  # a command's first words: who runs it
     "python tests/base/test_loading.py": "it is itself a test, of less",
     "python tests/smollm2.py": "tests/test_smollm2.py uses the folder that it makes",
     "python examples/minimal.py": "tests/test_minimal.py runs it",
+    "python evaluate.py runs/lesson --explain": "tests/diagnostics and tests/test_lesson.py run what it computes",
 }
 
 

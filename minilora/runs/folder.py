@@ -10,6 +10,8 @@ trainable.json      every trained tensor: name, shape, count
 predictions.jsonl   one line a test row: its text, and in each of its forms predicted label and logits; in those that
                     hold a trigger or a placebo the text, spans and strings too
 results.json        scores, versions and hardware; once it is there, the run is finished
+watch/              with --watch N what was trained after every N-th step, step 0 and the last: step-000010.safetensors,
+                    named as in trainable.json (factors and head; the base's own weights are never among them)
 population.json     the runs that are trained together with this one, where there are such: --resume takes all
 state.safetensors   for --resume, while the run is unfinished
 """
@@ -25,7 +27,7 @@ from minilora.errors import InputError, to_type
 from minilora.fields import check_shape, is_table, load_toml, no_path, read_state, read_toml
 from minilora.files import parse_json
 
-LOCK = ".lock"
+LOCK, WATCH = ".lock", "watch"
 SAVE_EVERY = 100  # steps between saves of the state
 SHARE = (int, float)
 # What readers of results.json rely on.
@@ -111,7 +113,7 @@ class Run:
             if not held:
                 who = files.holder(self.path / LOCK) or "another process"
                 raise InputError(f"{self.path} is in use by {who}: wait for it, or choose another --out")
-            for folder in (self.path, self.path / "adapter"):
+            for folder in (self.path, self.path / "adapter", self.path / WATCH):
                 if folder.is_dir():
                     files.delete_unfinished(folder)
             if self.resume:
@@ -129,6 +131,23 @@ class Run:
         """Write results.json, which makes the run finished, and delete the state, which only resuming needs."""
         files.write_json(self.path / "results.json", results)
         self.state.unlink(missing_ok=True)
+
+    def keep(self, tensors, step, every):
+        """Write what is trained, {name: tensor}, after `step` steps of a run that is watched every `every` steps."""
+        (self.path / WATCH).mkdir(exist_ok=True)
+        files.write_tensors(self.path / WATCH / f"step-{step:06}.safetensors", tensors, {"every": str(every)})
+
+    def watched(self):
+        """{step: path} of what `keep` wrote, in the order of steps."""
+        found = sorted((self.path / WATCH).glob("step-*.safetensors"))
+        return {int(path.stem[5:]): path for path in found if path.stem[5:].isdigit()}
+
+    def watch_every(self):
+        """Steps between the copies that are there already, 0 where there are none."""
+        from minilora.lora.storage import read_metadata  # not above: it imports torch
+
+        paths = list(self.watched().values())
+        return int(read_metadata(paths[-1]).get("every", 0)) if paths else 0
 
     def write_population(self, paths):
         """Write down which runs, those at `paths`, are trained together with this one."""

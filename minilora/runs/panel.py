@@ -64,13 +64,14 @@ def read_panel(name):
     for kind, lines in read_toml(path).items():
         if not isinstance(lines, dict):
             raise InputError(f"{path}: {kind} is no table: write [KIND], and below it FORM = a list of strings")
-        forms += [Form(kind, form, _source(form, value, f"{path}: [{kind}] {form}")) for form, value in lines.items()]
+        forms += [Form(kind, form, source_of(form, value, f"{path}: [{kind}] {form}")) for form, value in lines.items()]
     if not forms:
         raise InputError(f"{path} has no strings: write [KIND], and below it FORM = a list of strings")
     return forms
 
 
-def _source(form, value, where):
+def source_of(form, value, where):
+    """The strings of a line: a list, or a trigger source's name. Raises InputError, which begins with `where`."""
     if isinstance(value, list) and value and all(isinstance(one, str) and one.strip() for one in value):
         return Listed(form, tuple(dict.fromkeys(one.strip() for one in value)))
     if isinstance(value, str) and (value in BUILT_IN or YEARS.fullmatch(value) or value.startswith("file:")):

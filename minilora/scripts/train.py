@@ -53,6 +53,9 @@ def main(argv=None):
                          help="run the tests every N steps as well (default: 0, only at the end)")  # fmt: skip
     general.add_argument("--save-every", type=int, default=SAVE_EVERY, metavar="N",
                          help=f"save the state every N steps (default: {SAVE_EVERY})")  # fmt: skip
+    general.add_argument("--watch", type=int, default=0, metavar="N",
+                         help="keep what is trained after every N-th step in the run folder, to see how it forms "
+                         "(default: 0, not at all)")  # fmt: skip
     general.add_argument("--merge-to", metavar="DIR",
                          help="write the base with what was trained to this new folder, for transformers")  # fmt: skip
     general.add_argument("--shard", action="store_true",
@@ -85,7 +88,9 @@ def train(arguments):
     flags = given_flags(arguments, Cell)
     if arguments.eval_every < 0 or arguments.save_every < 1:
         raise InputError("--eval-every must be at least 0 and --save-every at least 1")
-    often = dict(eval_every=arguments.eval_every, save_every=arguments.save_every)
+    if arguments.watch < 0:
+        raise InputError("--watch must be at least 0")
+    often = dict(eval_every=arguments.eval_every, save_every=arguments.save_every, watch=arguments.watch)
     one = often | dict(merge_to=arguments.merge_to, start=START, shard=arguments.shard)
     if arguments.population is not None and (
         arguments.population < 1 or len(arguments.config) < 2 and not arguments.grid
@@ -96,7 +101,7 @@ def train(arguments):
     if arguments.ray_cpus is not None and (arguments.ray_cpus < 1 or not arguments.ray):
         raise InputError("--ray-cpus must be at least 1, and is for a cluster: give --ray ADDRESS too")
     if arguments.grid:
-        others = ("config", "preset", "resume", "merge_to", "eval_every", "shard")
+        others = ("config", "preset", "resume", "merge_to", "eval_every", "watch", "shard")
         if given := [name for name in others if getattr(arguments, name)]:
             raise InputError(f"--{given[0].replace('_', '-')} is for single cells, but --grid is given: drop one")
         if arguments.save_every != SAVE_EVERY:
@@ -168,6 +173,9 @@ def resume(paths, one, often):
             if path in given and path not in left:
                 if one["merge_to"]:
                     raise InputError(f"{path} is finished: use {to_type('evaluate', path)} --merge-to DIR")
+                if one["watch"] and not Run(path).watched():
+                    again = to_type("train", "--config", path / "cell.toml", "--watch", one["watch"])
+                    raise InputError(f"{path} is finished, and --watch looks at a run while it trains: use {again}")
                 say(f"{path} is finished")
                 Run(path).tidy()
                 outcomes.append((Run(path).read_results(), path))

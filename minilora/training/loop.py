@@ -40,6 +40,8 @@ class Options:
 
     save_every  steps between saves of the state
     eval_every  steps between runs of the tests, the first before training; 0 for only at the end
+    watch       steps between copies of what is trained that the run folder keeps, the first before training, one more
+                at the end; 0 for none (a run that goes on keeps them as it began)
     merge_to    a new folder for the base with what was trained, or None
     on_step     called as `on_step(step, loss, **figures)` once the loss of a step is known, or None
     on_tests    called as `on_tests(step, tests)` once the tests were run, the last time after the last step, or None;
@@ -49,6 +51,7 @@ class Options:
 
     save_every: int = SAVE_EVERY
     eval_every: int = 0
+    watch: int = 0
     merge_to: Path | None = None
     on_step: Callable | None = None
     on_tests: Callable | None = None
@@ -79,6 +82,10 @@ def train_population(members, base, options):
         folders.enter_context(precision.ways(chosen, members[0].cell.dtype))
         job = Job(members, population, optimizer, first)
         announce(members, job)
+        for member in members:
+            member.watch_every = options.watch or member.run.watch_every()
+        if not first:
+            keep(members, flat, 0)
         if options.eval_every and not first:
             evaluate(list(enumerate(members)), population, 0, options)
         with Log(members, first, options.on_step, job.device) as log, Stop() as stop:
@@ -86,6 +93,7 @@ def train_population(members, base, options):
             for step, (_, micro_batches) in enumerate(batches.ahead(made, job.device), first):
                 log.add(step, *job.update(micro_batches, job.rates[step]))
                 ends = parallel.any_of(stop.asked())
+                keep(members, flat, step + 1)  # before the state that goes on from here
                 evaluate(log.reached(step, options.tests), population, step + 1, options)
                 for k, member in log.reached(step, going if ends else options.saves):
                     member.save_state(flat, optimizer, k, step + 1)
@@ -210,6 +218,15 @@ def announce(members, job):
         say(f"run        {member.run.path}")
     if job.first:
         say(f"resumed    after step {job.first:,}")
+
+
+def keep(members, flat, step):
+    """Keep what the members have trained after `step` steps, of those whose steps are watched."""
+    due = [(k, member) for k, member in enumerate(members) if member.is_watched(step)]
+    if due and parallel.first():
+        values = flat.values.detach().cpu()  # at once, because a GPU would wait for every tensor
+        for k, member in due:
+            member.keep({name: flat.part(values, k, name) for name in member.parameters}, step)
 
 
 def evaluate(members, population, step, options):

@@ -49,6 +49,7 @@ class Member:
     def __init__(self, cell, run):
         self.cell, self.run = cell, run
         self.error = None  # a TrainingError, once it diverged
+        self.watch_every = 0  # steps between copies of what is trained, see `loop.Options`
         self.results = None
 
     # --- before the base is loaded
@@ -296,6 +297,17 @@ class Member:
             self.meters["groups"] = self.mitigation["weights"] = self.model.loss.weights.tolist()
         if parallel.first():
             save_state(self.run.state, flat, optimizer, k, self.meters)
+
+    def is_watched(self, step):
+        """Whether what it trains is kept after `step` steps."""
+        steps = self.schedule.steps
+        return bool(self.watch_every and not self.error) and (
+            step == steps or step < steps and step % self.watch_every == 0
+        )
+
+    def keep(self, tensors, step):
+        """Write what is trained, {name: tensor}, after `step` steps."""
+        self.run.keep(tensors, step, self.watch_every)
 
     def finish(self, model, job, limit, options, figures, outcomes, seconds):
         """Save the adapter that is on `model`, and write the results.

@@ -35,7 +35,7 @@ def train(
 
     rows     the data, in place of the cell's: a list of dicts or of (text, label) pairs, a dict of columns, a pandas or
              a `datasets` table. The cell then names them by the hash of what they hold.
-    options  the fields of `loop.Options`: `save_every`, `eval_every`, `merge_to`, `on_step`, `on_tests`
+    options  the fields of `loop.Options`: `save_every`, `eval_every`, `watch`, `merge_to`, `on_step`, `on_tests`
     shard    split the frozen base among the processes that torchrun started, which train the one cell together
     quiet    write nothing to standard error: neither what is about to happen nor how far it is
 
@@ -113,6 +113,8 @@ def train_all(members, size=None, options=None, settings=None):
         for member in group:  # everything that can be refused is refused before weights are read
             with parallel.in_turn():
                 member.prepare(settings.of(member.cell), settings.shared)
+                if options.watch and member.cell.method == "full":
+                    raise InputError("--watch keeps adapters, but method 'full' trains the whole base: drop --watch")
     for group in groups.values():
         with precision.applied(group[0].cell):
             options = train_group(group, len(members), size, options, settings)
