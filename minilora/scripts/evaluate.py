@@ -29,8 +29,9 @@ from minilora.errors import InputError, to_type
 from minilora.fields import marked
 from minilora.runs import listing
 
-
-MODES = {}  # {flag: (the module whose `main` takes over, what it does)}: each has flags of its own
+MODES = {  # {flag: (the module whose `main` takes over, what it does)}: each has flags of its own
+    "--explain": ("diagnostics.command", "where the shortcut lives, and what predictions rest on"),
+}
 
 
 def other_modes():

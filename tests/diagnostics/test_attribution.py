@@ -1,0 +1,135 @@
+"""Attribution against gradients by hand, against the model's own margins, and against loops over tokens."""
+
+import numpy as np
+import pytest
+import torch
+
+import minilora
+from minilora.diagnostics.attention import watching
+from minilora.diagnostics.attribution import BY_GRADIENT, attribute, attribution, scored
+from minilora.diagnostics.probe import Probe
+
+KINDS = ["encoder", "grouped", "fused"]
+
+
+def tokens(form, row):
+    return form.encoded.ids[form.encoded.offsets[row] : form.encoded.offsets[row + 1]].astype(np.int64)
+
+
+def margin(probe, ids):
+    """By the run's own forward pass, of one row."""
+    with torch.no_grad():
+        logits = probe.run.model(torch.tensor(np.array(ids))[None], torch.tensor([len(ids)]))[0].double()
+    others = torch.cat([logits[: probe.target], logits[probe.target + 1 :]])
+    return float(logits[probe.target] - others.logsumexp(0))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_by_gradient(small_run, kind):
+    run = minilora.open(small_run(kind))
+    probe = Probe(run, 9)
+    form, done = probe.forms["trigger"], []
+    found = attribute(probe, form, advance=done.append)
+    assert sum(done) == 18 and set(found.scores) == {*BY_GRADIENT, "leave-one-out", "rollout"}
+    assert found.left.max() <= 0.01 and found.nodes.min() == 8
+    base, checked = run.base, 0
+    for row in (0, 3, 8):
+        ids, text = tokens(form, row), form.text[row]
+        # Gradient x input, token by token by central differences: each token's state is made a little larger.
+        with torch.no_grad():
+            x = base.embed(torch.tensor(ids)[None])
+            slopes, step = [], 1e-2
+            for place in range(len(ids)):
+                ends = []
+                for sign in (1, -1):
+                    moved = x.clone()
+                    moved[0, place] *= 1 + sign * step
+                    hidden = base.norm(base.through(moved, torch.tensor(ids)[None], torch.tensor([len(ids)]), 0,
+                                                    len(base.layers)))  # fmt: skip
+                    pooled = hidden[0, -1] if kind == "fused" else hidden[0].mean(0)
+                    logits = (run.model.classifier.weight @ pooled + run.model.classifier.bias).double()
+                    ends.append(float(logits[1] - logits[0]) * (1 if probe.target == 1 else -1))
+                slopes.append((ends[0] - ends[1]) / (2 * step))
+        own = found.scores["gradient x input"][row]
+        np.testing.assert_allclose(own[text], np.array(slopes)[text], atol=2e-2 * max(map(abs, slopes)) + 1e-4)
+        assert np.isnan(own[~text]).all() and len(own) == len(ids)
+        # The sum of integrated gradients is what padding tokens in the text's places change.
+        change = margin(probe, ids) - margin(probe, np.where(text, run.tokenizer.pad_id, ids))
+        total = np.nansum(found.scores["integrated gradients"][row])
+        assert total == pytest.approx(change, abs=0.01 * max(abs(change), 0.1) + 1e-4)
+        for place in np.flatnonzero(text):
+            wanted = margin(probe, ids) - margin(probe, np.delete(ids, place))
+            assert found.scores["leave-one-out"][row][place] == pytest.approx(wanted, abs=1e-4)
+            checked += 1
+    assert checked >= 15
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rollout(small_run, kind):
+    run = minilora.open(small_run(kind))
+    probe = Probe(run, 9)
+    form = probe.forms["clean"]
+    found = attribute(probe, form, methods=("rollout",))
+    for row in (1, 7):
+        ids, kept = tokens(form, row), []
+        with watching(run.base, lambda number, p, mask, kept=kept: kept.append(p[0].double().numpy())), torch.no_grad():
+            run.base(torch.tensor(ids)[None], torch.tensor([len(ids)]))
+        flow = np.eye(len(ids))
+        for p in kept:
+            flow = (0.5 * p.mean(0) + 0.5 * np.eye(len(ids))) @ flow
+        wanted = flow[-1] if kind == "fused" else flow.mean(0)
+        assert wanted.sum() == pytest.approx(1)
+        np.testing.assert_allclose(found.scores["rollout"][row], np.where(form.text[row], wanted, np.nan), atol=1e-5)
+    assert np.isnan(found.left).all()
+
+
+def test_more_nodes_where_the_integral_needs_them(small_run, monkeypatch):
+    run = minilora.open(small_run("encoder"))
+    probe = Probe(run, 9)
+    plain = attribute(probe, probe.forms["trigger"], methods=("integrated gradients",))
+    monkeypatch.setattr("minilora.diagnostics.attribution.NODES", 1)
+    less = attribute(probe, probe.forms["trigger"], methods=("integrated gradients",))
+    assert less.left.max() <= 0.01 and 1 <= less.nodes.min() < less.nodes.max() <= 8
+    for one, other in zip(plain.scores["integrated gradients"], less.scores["integrated gradients"], strict=True):
+        np.testing.assert_allclose(one, other, atol=0.05 * np.nanmax(np.abs(one)))
+
+
+def test_how_a_method_is_scored():
+    draw, values, spans = np.random.default_rng(0), [], []
+    for length in (5, 9, 4, 6, 3):
+        own = np.round(draw.normal(size=length), 1)
+        own[0] = np.nan
+        values.append(own)
+        spans.append((draw.random(length) < 0.4) & np.isfinite(own))
+    spans[2][:] = False
+    spans[4] = np.isfinite(values[4])
+    found, checked = scored(values, spans), 0
+    for row, (own, span) in enumerate(zip(values, spans, strict=True)):
+        inside = [v for v, s in zip(own, span, strict=True) if s]
+        outside = [v for v, s in zip(own, span, strict=True) if not s and v == v]
+        if not inside or not outside:
+            assert all(np.isnan(found[name][row]) for name in found)
+            continue
+        places = sorted((v for v in own if v == v), reverse=True)
+        assert found["rank"][row] == pytest.approx(np.mean([places.index(v) + 1 for v in inside]))
+        top = places[: len(inside)]
+        assert found["precision"][row] == pytest.approx(sum(v in top for v in inside) / len(inside))
+        assert found["auc"][row] == pytest.approx(np.mean([(a > b) + 0.5 * (a == b) for a in inside for b in outside]))
+        checked += 1
+    assert checked == 3
+
+
+def test_figures(small_run):
+    run = minilora.open(small_run("encoder"))
+    probe = Probe(run, 9)
+    own = attribute(probe, probe.forms["trigger"])
+    found = attribution(probe, own)
+    assert set(found) == set(own.scores)
+    clean, trigger = (run.predict(probe.forms[name].texts).argmax(1) for name in ("clean", "trigger"))
+    flipped = [row for row in range(9) if clean[row] != probe.target and trigger[row] == probe.target]
+    for method, figures in found.items():
+        firsts = [probe.forms["trigger"].span[row][np.nanargmax(own.scores[method][row])] for row in range(9)]
+        assert figures["first"][0] == pytest.approx(np.mean(firsts))
+        if flipped:
+            assert figures["first_flipped"][0] == pytest.approx(np.mean([firsts[row] for row in flipped]))
+        assert figures["first"][1] <= figures["first"][0] <= figures["first"][2]
