@@ -25,8 +25,8 @@ from minilora.tasks.classification import pool
 
 METHODS = ("gradient x input", "integrated gradients", "leave-one-out", "rollout")
 BY_GRADIENT = set(METHODS[:2])
-NODES, MOST_NODES = 8, 256  # of the integral; doubled until the sum is as close to the change as `COMPLETE`
-COMPLETE = 0.01
+RULES = ((1, 8), (4, 8), (8, 12), (12, 24))  # (parts of the integral, nodes of each): the next until it is `COMPLETE`
+COMPLETE = 0.01  # of the change of the margin
 SMALL = 0.1  # logits: below this change of the margin what is left of the integral is compared with this instead
 
 
@@ -70,8 +70,7 @@ def attribute(probe, form, methods=METHODS, advance=None):
 def by_gradient(probe, batch, form):
     """({method: numpy [B, T]}, what is left [B], nodes [B]) of a batch: gradient x input and integrated gradients.
 
-    The integral is by Gauss and Legendre's rule, whose error falls faster than any power of the number of nodes where
-    the margin is smooth; only the rows that are not complete take twice as many, up to `MOST_NODES`.
+    The integral is by `places_between`; only the rows that are not complete take more nodes, see `RULES`.
     """
     base, B = probe.run.base, len(batch.index)
     real = torch.zeros(batch.ids.shape, dtype=torch.bool)
@@ -93,17 +92,33 @@ def by_gradient(probe, batch, form):
     rows = torch.arange(B, device=batch.ids.device)
     at_x, margin = gradient(x, rows)
     change = margin - gradient(baseline, rows)[1]
-    integrated, left, nodes, count = torch.empty(x.shape[:2]).to(x), torch.empty(B).to(x), np.zeros(B, np.int64), NODES
-    while len(rows) and count <= MOST_NODES:
+    integrated, left = torch.empty(x.shape[:2]).to(x), torch.empty(B).to(x)
+    nodes = np.zeros(B, np.int64)
+    for parts, each in RULES:
+        if not len(rows):
+            break
         between = x[rows] - baseline[rows]
-        total = sum(weight / 2 * gradient(baseline[rows] + (1 + place) / 2 * between, rows)[0]
-                    for place, weight in zip(*np.polynomial.legendre.leggauss(count)))  # fmt: skip
+        total = sum(weight * gradient(baseline[rows] + place * between, rows)[0]
+                    for place, weight in places_between(parts, each))  # fmt: skip
         integrated[rows] = (between * total).sum(-1)
         left[rows] = (integrated[rows].sum(-1) - change[rows]).abs() / change[rows].abs().clamp(min=SMALL)
-        nodes[rows.cpu().numpy()] = count
-        rows, count = rows[left[rows] > COMPLETE], 2 * count
+        nodes[rows.cpu().numpy()] = parts * each
+        rows = rows[left[rows] > COMPLETE]
     found = {"gradient x input": (x * at_x).sum(-1), "integrated gradients": integrated}
     return {name: values.cpu().numpy() for name, values in found.items()}, left.cpu().numpy(), nodes
+
+
+def places_between(parts, each):
+    """[(place, weight)] for an integral from 0 to 1: Gauss and Legendre's rule with `each` nodes in each of
+    [0, 2^(1 - parts)], ..., [1/4, 1/2], [1/2, 1].
+
+    Its error falls faster than any power of the number of nodes where the integrand is smooth. The parts become shorter
+    towards 0, because the padding token of many bases has an embedding of zeros, where a norm changes abruptly.
+    """
+    places, weights = np.polynomial.legendre.leggauss(each)
+    ends = [0.0, *(0.5**power for power in reversed(range(parts)))]
+    return [(low + (high - low) * (1 + place) / 2, (high - low) * weight / 2)
+            for low, high in zip(ends, ends[1:]) for place, weight in zip(places, weights)]  # fmt: skip
 
 
 @torch.inference_mode()

@@ -145,7 +145,7 @@ def knockout(data):
         title = key[1] if key[0] in ("whole", "directions") else f"{key[1]}" if key[0] == "module" else None
         title = title or key[1].replace(" ", f" {key[0]} ", 1)
         lines.append((title, shown(own["attack_success"]), shown(own["shift"], 1), f"{own['clean_accuracy'][0]:.2f}"))
-    yield from table(("knock-outs", "attack success", "shift (logits)", "accuracy"), lines)
+    yield from table(("knockout", "attack success", "shift (logits)", "accuracy"), lines)
     whole, head = named[WHOLE], named.get(HEAD)
     if head:
         yield from wrap(

@@ -57,7 +57,7 @@ def test_settings(small_run, kind):
     kinds = {}
     for one in [*knockout.whole_settings(run), *settings]:
         kinds.setdefault(one.kind, []).append(one)
-    chosen = [one for own in kinds.values() for one in own[:2] + own[len(own) // 2 :: 7]]
+    chosen = [one for own in kinds.values() for one in own[:2] + own[len(own) // 2 :: 4]]
     for one in chosen:
         outcome, own = by_hand(run, probe, one.dials, adapter), measured.figures[one.kind, one.name]
         here = outcome["trigger"][0] - outcome["clean"][0]
