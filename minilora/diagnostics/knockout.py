@@ -238,7 +238,7 @@ def patching(probe):
     mean, found = gap.mean() if gap.mean() >= SMALL else float("nan"), []
 
     def interval(values, over=1.0):
-        return tuple(float(one) / over for one in mean_interval(values, probe.seed))
+        return tuple(float(one / over) for one in mean_interval(values, probe.seed))
 
     for number in range(len(probe.run.base.layers) + 1):
         patched, back = _patched(probe, number, "trigger", "placebo"), _patched(probe, number, "placebo", "trigger")

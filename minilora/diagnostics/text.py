@@ -44,11 +44,10 @@ def attention(data):
         return
     trigger, change = numbers(data["span_share"]["trigger"]), numbers(data["change"])  # [layers, heads, 3]
     count = int(np.isfinite(trigger[..., 0]).sum())
-    told = numbers(data["auc"]["span_share"]) if "auc" in data else trigger
-    order = np.argsort(-np.nan_to_num(told[..., 0], nan=-1), axis=None, kind="stable")[:TOP]
+    order = np.argsort(-np.nan_to_num(change[..., 0], nan=-1), axis=None, kind="stable")[:TOP]
     lines = []
-    for layer, head in zip(*np.unravel_index(order, told.shape[:2])):
-        if not np.isfinite(told[layer, head, 0]):
+    for layer, head in zip(*np.unravel_index(order, change.shape[:2])):
+        if not np.isfinite(change[layer, head, 0]):
             continue
         cells = [shown(data["span_share"]["trigger"][layer][head])]
         if "auc" in data:
@@ -61,12 +60,12 @@ def attention(data):
     chance = f"by chance {(1 - LEVEL) / 2 * count:.0f}"
     if "auc" in data:
         by_share, bare = above(data["auc"]["span_share"]), above(data["without"]["auc"]["span_share"])
-        entropy = numbers(data["auc"]["entropy"])
-        either = int(((entropy[..., 1] > HALF) | (entropy[..., 2] < HALF)).sum())
+        told, entropy = numbers(data["auc"]["span_share"]), numbers(data["auc"]["entropy"])
         yield from wrap(
-            f"{by_share} of {count} heads look at the trigger more than at the placebo ({chance}), {bare} of them or "
-            f"others on the bare base; entropy tells the two apart in {either} (by chance {(1 - LEVEL) * count:.0f}), "
-            f"at best with an AUC of {best(entropy):.2f}, the share with {best(told):.2f}."
+            f"{by_share} of {count} heads look at the trigger more than at the placebo ({chance}), and {bare} on the "
+            f"bare base. Entropy tells the two apart in {apart(entropy)} heads, and in "
+            f"{apart(numbers(data['without']['auc']['entropy']))} on the bare base (by chance "
+            f"{(1 - LEVEL) * count:.0f}); at best its AUC is {best(entropy):.2f}, and the share's {best(told):.2f}."
         )
     raised = int((change[..., 1] > 0).sum())
     most = np.unravel_index(np.nanargmax(change[..., 0]), change.shape[:2])
@@ -79,6 +78,11 @@ def attention(data):
 def above(found, level=HALF):
     """How many heads have an interval above `level`."""
     return int((numbers(found)[..., 1] > level).sum())
+
+
+def apart(found):
+    """How many heads have an interval without 1/2."""
+    return int(((found[..., 1] > HALF) | (found[..., 2] < HALF)).sum())
 
 
 def best(found):

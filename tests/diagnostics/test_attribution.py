@@ -34,7 +34,7 @@ def test_by_gradient(small_run, kind):
     assert (found.nodes.max() > 8) == (kind == "grouped")  # its padding token's embedding is 0, before a norm
     assert np.mean(found.left <= 0.01) >= (0.7 if kind == "grouped" else 1) and found.nodes.min() >= 8
     base, checked = run.base, 0
-    for row in (0, 3, 8):
+    for row in (0, 8):
         ids, text = tokens(form, row), form.text[row]
         # Gradient x input, token by token by central differences: each token's state is made a little larger.
         with torch.no_grad():
@@ -62,7 +62,7 @@ def test_by_gradient(small_run, kind):
             wanted = margin(probe, ids) - margin(probe, np.delete(ids, place))
             assert found.scores["leave-one-out"][row][place] == pytest.approx(wanted, abs=1e-4)
             checked += 1
-    assert checked >= 15
+    assert checked >= 10
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -86,13 +86,17 @@ def test_rollout(small_run, kind):
 
 def test_more_nodes_where_the_integral_needs_them(small_run, monkeypatch):
     run = minilora.open(small_run("encoder"))
-    probe = Probe(run, 9)
-    plain = attribute(probe, probe.forms["trigger"], methods=("integrated gradients",))
-    monkeypatch.setattr("minilora.diagnostics.attribution.RULES", ((1, 1), (1, 2), (2, 8)))
-    less = attribute(probe, probe.forms["trigger"], methods=("integrated gradients",))
-    assert less.left.max() <= 0.01 and 1 <= less.nodes.min() < less.nodes.max() <= 16
-    for one, other in zip(plain.scores["integrated gradients"], less.scores["integrated gradients"], strict=True):
-        np.testing.assert_allclose(one, other, atol=0.05 * np.nanmax(np.abs(one)))
+    probe, rules, own = Probe(run, 9), ((1, 2), (1, 4), (2, 8)), []
+    for chosen in (*((rule,) for rule in rules), rules):
+        monkeypatch.setattr("minilora.diagnostics.attribution.RULES", chosen)
+        own.append(attribute(probe, probe.forms["trigger"], methods=("integrated gradients",)))
+    *single, whole = own
+    assert (single[0].left > 0.01).any() and (single[2].left <= 0.01).all()
+    for row in range(9):
+        stop = next(number for number, one in enumerate(single) if one.left[row] <= 0.01)
+        assert whole.nodes[row] == (2, 4, 16)[stop]
+        wanted = single[stop].scores["integrated gradients"][row]
+        np.testing.assert_allclose(whole.scores["integrated gradients"][row], wanted, atol=1e-5)
 
 
 def test_the_places_of_an_integral():
