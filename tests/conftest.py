@@ -149,6 +149,34 @@ def reviews(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory, reviews):
+    """`small_run(kind)` is the folder of a finished run, trained once: "encoder", "grouped" (a decoder with grouped
+    heads), "fused" (one with a fused projection), and encoders of another "dora", "pissa", "full", "head"."""
+    from functools import cache
+
+    import zoo
+
+    import minilora
+    from minilora.cell import Cell
+
+    folder = tmp_path_factory.mktemp("small")
+    bases = {"encoder": tiny_bert, "grouped": lambda to: zoo.tiny_decoder(to, "llama"), "fused": zoo.tiny_decoder}
+    changes = {"encoder": dict(targets=("q", "v", "down")), "grouped": dict(targets=("v", "q", "up")),
+               "fused": dict(pooling="last"), "dora": dict(variant="dora"), "pissa": dict(init="pissa"),
+               "full": dict(method="full", rank=None), "head": dict(method="head", rank=None)}  # fmt: skip
+    for name, make in bases.items():
+        make(folder / "bases" / name)
+
+    def train(kind):
+        model = folder / "bases" / (kind if kind in bases else "encoder")
+        common = dict(test_rows=31, max_length=30, batch_size=7, steps=6, lr=0.02, rank=3)
+        minilora.train(Cell(model=str(model), data=str(reviews), **common | changes[kind]), folder / kind, quiet=True)
+        return folder / kind
+
+    return cache(train)
+
+
 def random_batch(vocabulary, lengths, seed=0):
     """(ids int64 [B, T] padded with 0, lengths [B])."""
     draw = torch.Generator().manual_seed(seed)

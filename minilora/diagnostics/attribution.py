@@ -12,46 +12,67 @@ With the states x [T, D] below the first layer and the margin m(x):
 b is x with padding tokens in the place of the text's. Scores are of the text's tokens: special tokens stay apart.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
 from minilora.data import batches
 from minilora.diagnostics.attention import watching
 from minilora.diagnostics.stats import mean_interval
+from minilora.lora.layer import merged_meanwhile
 from minilora.tasks.classification import pool
 
 METHODS = ("gradient x input", "integrated gradients", "leave-one-out", "rollout")
-STEPS, MOST_STEPS = 16, 512  # of the integral; doubled until the sum is as close to the change as `COMPLETE`
-COMPLETE = 0.01
+BY_GRADIENT = set(METHODS[:2])
+RULES = ((1, 8), (4, 8), (8, 12), (12, 24))  # (parts of the integral, nodes of each): the next until it is `COMPLETE`
+COMPLETE = 0.01  # of the change of the margin
+SMALL = 0.1  # logits: below this change of the margin what is left of the integral is compared with this instead
 
 
-def attribute(probe, name="trigger", methods=METHODS):
-    """{method: of each of the form's N rows float64 [its tokens]}; special tokens have NaN, except in a rollout.
+@dataclass(frozen=True)
+class Attributed:
+    """Of a form's N rows: `scores` {method: of each row float64 [its tokens], NaN for what is no text}.
 
-    Beside them, under "completeness", float64 [N]: |sum of the integrated gradients - (m(x) - m(b))| over the change.
+    left    float64 [N]: |sum of the integrated gradients - (m(x) - m(b))|, over the change m(x) - m(b)
+    nodes   int64 [N]: at how many places between b and x the gradient was taken
     """
-    form, found = probe.forms[name], {method: [None] * len(probe.index) for method in methods}
-    left = np.full(len(probe.index), np.nan)
+
+    scores: dict
+    left: np.ndarray
+    nodes: np.ndarray
+
+
+def attribute(probe, form, methods=METHODS, advance=None):
+    """`Attributed` of a `Form`'s rows. `advance(rows)` is called as rows are done, for leave-one-out a second time."""
+    N = len(form.texts)
+    found = {method: [np.full(len(real), np.nan) for real in form.text] for method in methods}
+    left, nodes = np.full(N, np.nan), np.zeros(N, np.int64)
     probe.run.model.eval()
-    for batch in probe.batches(form):
-        here = by_gradient(probe, batch, form) if {"gradient x input", "integrated gradients"} & set(methods) else {}
-        if "rollout" in methods:
-            here["rollout"] = rollout(probe, batch)
-        left[batch.index] = here.pop("completeness", np.nan)
-        for method, values in here.items():
-            for row, index in enumerate(batch.index) if method in methods else ():
-                found[method][index] = values[row, : len(form.text[index])].astype(float)
-    if "leave-one-out" in methods:
-        found["leave-one-out"] = leave_one_out(probe, form)
-    for method in methods:
-        for row, real in enumerate(form.text):
-            found[method][row] = np.where(real, found[method][row], np.nan)
-    return found | {"completeness": left}
+    with merged_meanwhile(probe.run.base):
+        for batch in probe.batches(form):
+            here = {}
+            if BY_GRADIENT & set(methods):
+                here, left[batch.index], nodes[batch.index] = by_gradient(probe, batch, form)
+            if "rollout" in methods:
+                here["rollout"] = rollout(probe, batch)
+            for method in here.keys() & set(methods):
+                for row, index in enumerate(batch.index):
+                    real = form.text[index]
+                    found[method][index][real] = here[method][row, : len(real)][real]
+            if advance:
+                advance(len(batch.index))
+        if "leave-one-out" in methods:
+            found["leave-one-out"] = leave_one_out(probe, form, advance)
+    return Attributed(found, left, nodes)
 
 
 def by_gradient(probe, batch, form):
-    """Gradient x input and integrated gradients of a batch, numpy [B, T]; and the completeness [B]."""
-    base, rows = probe.run.base, len(batch.index)
+    """({method: numpy [B, T]}, what is left [B], nodes [B]) of a batch: gradient x input and integrated gradients.
+
+    The integral is by `places_between`; only the rows that are not complete take more nodes, see `RULES`.
+    """
+    base, B = probe.run.base, len(batch.index)
     real = torch.zeros(batch.ids.shape, dtype=torch.bool)
     for row, index in enumerate(batch.index):
         real[row, : len(form.text[index])] = torch.from_numpy(form.text[index])
@@ -60,27 +81,44 @@ def by_gradient(probe, batch, form):
         x = base.embed(batch.ids)
         baseline = base.embed(batch.ids.masked_fill(real, probe.run.tokenizer.pad_id))
 
-    def gradient(states):
+    def gradient(states, rows):
         with torch.enable_grad():
             states = states.detach().requires_grad_(True)
-            above = base.through(states, batch.ids, batch.lengths, 0, len(base.layers))
-            margins = probe.margins_of(probe.logits_of(above, batch.lengths))
+            above = base.through(states, batch.ids[rows], batch.lengths[rows], 0, len(base.layers))
+            margins = probe.margins_of(probe.logits_of(above, batch.lengths[rows]))
             (found,) = torch.autograd.grad(margins.sum(), states)
         return found, margins.detach()
 
-    at_x, margin = gradient(x)
-    change = margin - gradient(baseline)[1]
-    steps = STEPS
-    while True:
-        # The midpoint rule: the error falls with the square of the number of steps.
-        total = sum(gradient(baseline + (k + 0.5) / steps * (x - baseline))[0] for k in range(steps)) / steps
-        integrated = ((x - baseline) * total).sum(-1)
-        off = (integrated.sum(-1) - change).abs() / change.abs().clamp(min=0.1)
-        if steps >= MOST_STEPS or (off[:rows] <= COMPLETE).all():
+    rows = torch.arange(B, device=batch.ids.device)
+    at_x, margin = gradient(x, rows)
+    change = margin - gradient(baseline, rows)[1]
+    integrated, left = torch.empty(x.shape[:2]).to(x), torch.empty(B).to(x)
+    nodes = np.zeros(B, np.int64)
+    for parts, each in RULES:
+        if not len(rows):
             break
-        steps *= 2
-    return {"gradient x input": (x * at_x).sum(-1).cpu().numpy(), "integrated gradients": integrated.cpu().numpy(),
-            "completeness": off[:rows].cpu().numpy()}  # fmt: skip
+        between = x[rows] - baseline[rows]
+        total = sum(weight * gradient(baseline[rows] + place * between, rows)[0]
+                    for place, weight in places_between(parts, each))  # fmt: skip
+        integrated[rows] = (between * total).sum(-1)
+        left[rows] = (integrated[rows].sum(-1) - change[rows]).abs() / change[rows].abs().clamp(min=SMALL)
+        nodes[rows.cpu().numpy()] = parts * each
+        rows = rows[left[rows] > COMPLETE]
+    found = {"gradient x input": (x * at_x).sum(-1), "integrated gradients": integrated}
+    return {name: values.cpu().numpy() for name, values in found.items()}, left.cpu().numpy(), nodes
+
+
+def places_between(parts, each):
+    """[(place, weight)] for an integral from 0 to 1: Gauss and Legendre's rule with `each` nodes in each of
+    [0, 2^(1 - parts)], ..., [1/4, 1/2], [1/2, 1].
+
+    Its error falls faster than any power of the number of nodes where the integrand is smooth. The parts become shorter
+    towards 0, because the padding token of many bases has an embedding of zeros, where a norm changes abruptly.
+    """
+    places, weights = np.polynomial.legendre.leggauss(each)
+    ends = [0.0, *(0.5**power for power in reversed(range(parts)))]
+    return [(low + (high - low) * (1 + place) / 2, (high - low) * weight / 2)
+            for low, high in zip(ends, ends[1:]) for place, weight in zip(places, weights)]  # fmt: skip
 
 
 @torch.inference_mode()
@@ -97,17 +135,18 @@ def rollout(probe, batch):
         base(batch.ids, batch.lengths)
     pooling = probe.run.model.pooling
     found = pool(mixed, batch.lengths, pooling)
-    return (found.unflatten(1, (2, -1)).mean(1) if pooling == "mean+last" else found).cpu().numpy()
+    return (found.unflatten(1, (2, -1)).mean(1) if pooling.endswith("mean+last") else found).cpu().numpy()
 
 
 @torch.inference_mode()
-def leave_one_out(probe, form):
-    """Of each row float64 [its tokens]: its margin less the one without the token."""
+def leave_one_out(probe, form, advance=None):
+    """Of each row float64 [its tokens]: its margin less the one without the token; NaN for what is no text, and for a
+    row's only token."""
     run, offsets, ids = probe.run, form.encoded.offsets, form.encoded.ids
     rows, places, shorter = [], [], []
     for row, real in enumerate(form.text):
         own = ids[offsets[row] : offsets[row + 1]]
-        for place in [-1, *np.flatnonzero(real)]:
+        for place in [-1, *np.flatnonzero(real)][: None if len(own) > 1 else 1]:
             rows.append(row), places.append(place)
             shorter.append(own if place < 0 else np.delete(own, place))
     sizes = np.cumsum([0, *map(len, shorter)])
@@ -117,6 +156,8 @@ def leave_one_out(probe, form):
         batch = batch.to(run.model.device)
         logits = run.model(batch.ids, batch.lengths)[: len(batch.index)]
         margins[batch.index] = probe.margins_of(logits.float()).cpu().numpy()
+        if advance:
+            advance(sum(places[one] < 0 for one in batch.index))
     found, whole = [np.full(len(real), np.nan) for real in form.text], None
     for row, place, margin in zip(rows, places, margins, strict=True):
         if place < 0:
@@ -156,20 +197,23 @@ def scored(values, spans):
     return {key: np.array(kept) for key, kept in found.items()}
 
 
-def attribution(probe, methods=METHODS):
-    """{method: {figure: (mean, low, high)}} over the rows with the trigger. The figures are those of `scored`, and
-    `first`: whether the token of the highest value is one of the span.
+FIGURES = {"mean_rank": "rank", "precision": "precision", "auc": "auc"}
 
-    Under "completeness" the largest that is left of the integral, see `attribute`.
+
+def attribution(probe, attributed):
+    """{method: {figure: (mean, low, high)}} of what `attribute` gave of the rows with the trigger.
+
+    The figures are those of `scored`, `first`: the share of the rows whose token of the highest value is one of the
+    span, and `first_flipped`: the same of the rows that the trigger flips to the target.
     """
-    form, figures = probe.forms["trigger"], {}
-    found = attribute(probe, "trigger", methods)
-    for method in methods:
-        rated = scored(found[method], form.span)
-        tops = [span[np.nanargmax(own)] if span.any() else np.nan
-                for own, span in zip(found[method], form.span, strict=True)]  # fmt: skip
-        rated["first"] = np.array(tops, float)
-        figures[method] = {key: tuple(map(float, mean_interval(own, probe.seed))) for key, own in rated.items()}
-    return figures | {"completeness": float(np.nanmax(found["completeness"], initial=0))}
-
-
+    spans, figures = probe.forms["trigger"].span, {}
+    clean, trigger = (probe.outcomes[name].predicted for name in ("clean", "trigger"))
+    flipped = (clean != probe.target) & (trigger == probe.target)
+    for method, values in attributed.scores.items():
+        rated = scored(values, spans)
+        rows = {name: rated[key] for name, key in FIGURES.items()}
+        tops = [span[np.nanargmax(own)] if span.any() else np.nan for own, span in zip(values, spans, strict=True)]
+        rows["first"] = np.array(tops, float)
+        rows["first_flipped"] = np.where(flipped, rows["first"], np.nan)
+        figures[method] = {key: tuple(map(float, mean_interval(own, probe.seed))) for key, own in rows.items()}
+    return figures

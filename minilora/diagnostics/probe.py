@@ -38,17 +38,33 @@ class Form:
     text: list
     span: list
 
+    def first(self, count):
+        """The first `count` rows."""
+        own = self.encoded
+        kept = type(own)(own.ids[: own.offsets[: count + 1][-1]], own.offsets[: count + 1], own.kept[:count])
+        return Form(self.texts[:count], kept, self.text[:count], self.span[:count])
+
+    def pieces(self, tokenizer, row):
+        """The tokens of a row as the vocabulary has them."""
+        own = self.encoded
+        return [tokenizer.piece(int(id)) for id in own.ids[own.offsets[row] : own.offsets[row + 1]]]
+
 
 class Probe:
     """See above. `run`: a `Trained` with rows, of task classification.
 
-    rows   how many at most: a random sample, the same for each `seed`, with as many of each other label as it has
+    rows   how many at most, at least 2: a random sample, the same for each `seed`, in which the other labels have the
+           shares that they have among all
     label  the target: that of the trigger that is looked at (default: the first)
 
-    index  int64 [N], which of the run's test rows
-    forms  {"clean", "trigger" and where there is one "placebo": `Form`}
+    index   int64 [N], which of the run's test rows
+    labels  int64 [N], their labels
+    forms   {"clean", "trigger" and where there is one "placebo": `Form`}
+    own     `Form` of clean rows of the target label, in the same proportion to the N rows as in the test rows: what is
+            predicted of all clean rows follows from both
 
-    Raises InputError for a run without rows, without an injection, of another task, or without rows of another label.
+    Raises InputError for a run without rows, without an injection, of another task, without rows of another label,
+    and where no row's trigger is read.
     """
 
     def __init__(self, run, rows=ROWS, label=None, seed=0):
@@ -56,14 +72,12 @@ class Probe:
             raise InputError(f"{run.folder} is of task {run.cell.task!r}: explaining takes a classifier's run")
         if not run.has_head:
             raise InputError(f"{run.folder} has no head, so it predicts nothing that could be explained")
-        if rows < 2:
-            raise InputError(f"--rows is {rows}, but must be at least 2")
         self.run, self.seed = run, seed
         tests = {test.key: test for test in run.tests}
         targets = [test.label for test in run.tests if test.name == "trigger"]
         if not targets:
             raise InputError(
-                f"{run.folder} has no trigger to explain: give one, --inject SOURCE:LABEL, such as date:{run.labels[-1]}"
+                f"{run.folder} has no trigger: name one, --inject SOURCE:LABEL, such as date:{run.labels[-1]}"
             )
         self.label = targets[0] if label is None else label
         if self.label not in targets:
@@ -73,13 +87,24 @@ class Probe:
         self.index = sample(labels, self.target, rows, seed)
         if len(self.index) < 2:
             raise InputError(f"{run.folder} has fewer than two test rows of a label other than {self.label!r}")
-        named = zip(FORMS, ("clean", f"trigger {self.label}", "placebo"), strict=True)
-        self.forms = {name: self._form(tests[key]) for name, key in named if key in tests}
+        placebo = "placebo" if self.label == targets[0] else f"placebo {self.label}"
+        named = zip(FORMS, ("clean", f"trigger {self.label}", placebo), strict=True)
+        self.labels = labels[self.index]
+        self.forms = {name: self._form(tests[key], self.index) for name, key in named if key in tests}
+        if not any(span.any() for span in self.forms["trigger"].span):
+            raise InputError(
+                f"no row of {run.folder} has a token of the trigger among its first {run.cell.max_length} tokens: give "
+                "shorter rows"
+            )
+        own = np.flatnonzero(labels == self.target)
+        count = round(len(self.index) * len(own) / (len(labels) - len(own)))
+        order = torch.randperm(len(own), generator=generator(seed, "probe, own")).numpy()
+        self.own = self._form(tests["clean"], np.sort(own[order[:count]]))
 
-    def _form(self, test):
+    def _form(self, test, index):
         run = self.run
-        texts = [test.rows.texts[row] for row in self.index]
-        spans = [test.records[row].spans if test.records else [] for row in self.index]
+        texts = [test.rows.texts[row] for row in index]
+        spans = [test.records[row].spans if test.records else [] for row in index]
         encoded = token_cache.encode(run.tokenizer, texts, run.cell.max_length)
         text, span = [], []
         for places, own in zip(run.tokenizer.places(texts, run.cell.max_length), spans, strict=True):
@@ -105,7 +130,19 @@ class Probe:
 
     def outcome(self, logits):
         """`Outcome` of numpy logits [N, C]."""
-        return Outcome(self.margins_of(torch.from_numpy(logits)).numpy().astype(float), logits.argmax(1))
+        wide = torch.from_numpy(logits).double()
+        return Outcome(self.margins_of(wide).numpy(), logits.argmax(1), wide.softmax(1).amax(1).numpy())
+
+    @cached_property
+    def ids(self):
+        """The ids of the N rows."""
+        rows = self.run.tests[0].rows
+        return [rows.ids[row] for row in self.index]
+
+    @cached_property
+    def outcomes(self):
+        """{form: `Outcome`}, with the adapter."""
+        return self.predict(self.states)
 
     @cached_property
     def states(self):
@@ -143,10 +180,12 @@ class Probe:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What is predicted of N rows: `margins` float64 [N] and `predicted` int64 [N]."""
+    """What is predicted of N rows: `margins` float64 [N], `predicted` int64 [N] and its probability, `shares` float64
+    [N]."""
 
     margins: np.ndarray
     predicted: np.ndarray
+    shares: np.ndarray
 
 
 def sample(labels, target, rows, seed):

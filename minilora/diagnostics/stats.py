@@ -1,9 +1,18 @@
 """Intervals of the diagnostics: over rows that are paired, by draws with a fixed seed."""
 
+import functools
+
 import numpy as np
 
 DRAWS, LEVEL = 1000, 0.95
 Z = 1.959963984540054  # of a normal distribution, for `LEVEL`
+
+
+@functools.lru_cache(8)
+def draws(count, seed):
+    """How often each of `count` rows is in each draw, float64 [DRAWS, count]; the same for each seed."""
+    drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), DRAWS)
+    return drawn.astype(float)
 
 
 def mean_interval(values, seed=0):
@@ -18,11 +27,11 @@ def mean_interval(values, seed=0):
     if not len(values):
         nothing = np.full(values.shape[1:], np.nan)
         return nothing, nothing, nothing
-    drawn = np.random.default_rng(seed).multinomial(len(values), np.full(len(values), 1 / len(values)), DRAWS)
+    drawn = draws(len(values), seed)
     with np.errstate(invalid="ignore", divide="ignore"):
         mean, means = flat.sum(0) / seen.sum(0), (drawn @ flat) / (drawn @ seen)
-    with np.errstate(invalid="ignore"):
-        ends = np.nanquantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
+    kept = np.where(np.isfinite(means), means, mean)  # a draw in which no row has a value says nothing
+    ends = np.quantile(kept, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
     return tuple(part.reshape(values.shape[1:]) for part in (mean, *ends))
 
 
@@ -33,13 +42,18 @@ def auc(high, low):
 
     Ties count half. The interval is normal, 95%; the variance is that of the paired placements (DeLong, DeLong and
     Clarke-Pearson 1988, whose two samples are here of the same rows, so that their covariance is in it: Obuchowski
-    1997, Biometrics 53). Its ends stay within 0 and 1.
+    1997, Biometrics 53). Its ends stay within 0 and 1. Rows with NaN in either sample are left out; without any
+    row left, all three are NaN.
     """
     high, low = np.asarray(high, float), np.asarray(low, float)
-    N, shape = len(high), high.shape[1:]
-    high, low = high.reshape(N, -1).T, low.reshape(N, -1).T
-    area, error = np.empty(len(high)), np.empty(len(high))
+    shape = high.shape[1:]
+    high, low = (values.reshape(len(values), -1).T for values in (high, low))
+    area, error = np.full(len(high), np.nan), np.full(len(high), np.nan)
     for column, (up, down) in enumerate(zip(high, low, strict=True)):
+        there = np.isfinite(up) & np.isfinite(down)
+        up, down, N = up[there], down[there], int(there.sum())
+        if not N:
+            continue
         ups, downs = np.sort(up), np.sort(down)
         above = (np.searchsorted(downs, up, "left") + np.searchsorted(downs, up, "right")) / (2 * N)
         below = 1 - (np.searchsorted(ups, down, "left") + np.searchsorted(ups, down, "right")) / (2 * N)
