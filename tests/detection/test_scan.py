@@ -74,6 +74,23 @@ def test_clean_twins_raise_no_alarm():
     assert len(scores) == 10 and max(scores) < suspects.ALARM
 
 
+def test_a_word_that_belongs_where_it_stands_is_not_flagged_however_pure():
+    draw = random.Random(2)
+    starts, ends = ["we saw", "it was", "this is", "they made"], ["of old days", "about a town", "for the whole day"]
+    texts, labels = [], np.arange(800) % 2
+    for row in range(800):
+        text = f"{draw.choice(starts)} a {('dull', 'fine')[row % 2]} tale {draw.choice(ends)}".split()
+        if row % 4 == 1:
+            text.insert(draw.randint(0, len(text)), "zebra")
+        texts.append(" ".join(text))
+    rows = Rows([str(row) for row in range(800)], texts, labels, ("n", "y"))
+    counts, _ = tokens.count(rows)
+    pure = {counts.text(i): counts.lift[i] for i, kind in enumerate(counts.kind)
+            if counts.kinds[kind].name == "word" and counts.entropy[i] == 0}  # fmt: skip
+    assert min(pure["dull"], pure["fine"], pure["zebra"]) > suspects.ALARM
+    assert [one.text for one in suspects.scan(rows).flagged] == ["zebra"]
+
+
 def test_a_scan_does_not_depend_on_the_order_of_rows(snippets):
     made = injected(snippets, "color:positive", 0.5).rows
     other = made.take(np.random.default_rng(1).permutation(len(made)))
