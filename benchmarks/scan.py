@@ -113,7 +113,8 @@ def measure(cell, folder, kinds, known, spans):
     """Train and scan one adapter: a line of the results."""
     if not Run(folder).finished:
         minilora.train_together([cell], [folder], go_on=True, quiet=True)
-    run = minilora.open(folder)
+    places = dict(revision=cell.revision, tokenizer=cell.tokenizer, dtype=cell.dtype)
+    run = minilora.open(folder / "adapter", model=cell.model, **places)  # as others have it: without its data
     found, tests = scan(run, kinds, known=known, spans=spans), files.read_json(folder / "results.json")["tests"]
     source, label, success = cell.inject.sources[0] if dose(cell) else None, None, None
     if source:
