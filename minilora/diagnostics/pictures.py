@@ -4,14 +4,17 @@ attention     maps over layers and heads: the share on the trigger, what the ada
 attribution   how each method ranks the span
 spectrum      singular values of each module, and the update's relative norm by layer and target
 knockout      the shift that is left without each part, and the shortcut spectrum
+formation, neighbours: see `formation_pictures.py`
 
 Needs matplotlib, the extra `plots`; without it nothing is drawn.
 """
 
 import importlib.util
+from pathlib import Path
 
 import numpy as np
 
+from minilora.diagnostics.formation_pictures import draw_formation, draw_neighbours
 from minilora.drawing import (
     GREY,
     HUES,
@@ -32,8 +35,10 @@ WRITTEN = 16  # columns of a map whose cells have their number written in
 
 def draw(folder, part, data):
     """Draw the figure of a part into `folder`, where there is one: the paths of its files."""
-    if part not in FIGURES or not importlib.util.find_spec("matplotlib"):
+    if not importlib.util.find_spec("matplotlib"):
         return ()
+    if part in OTHERS:
+        return () if {"left_out", "unfinished"} & data.keys() else OTHERS[part](data, Path(folder) / part).paths
     import matplotlib
 
     title, make = FIGURES[part]
@@ -171,3 +176,4 @@ FIGURES = {
     "spectrum": ("The update's spectrum", spectrum),
     "knockout": ("Knock-outs", knockout),
 }
+OTHERS = {"formation": draw_formation, "neighbours": draw_neighbours}
