@@ -193,14 +193,15 @@ def pair_line(name, hits):
 
 
 def mean_line(name, values):
-    """`values` float [rows, 2]. The interval is the normal one of the mean of the rows' differences."""
+    """`values` float [rows, 2], from -1 to 1. The interval is that of `metrics.paired_interval`, for differences that
+    may also be 2: the normal one of their mean once a row that gains 1 and a row that loses 1 are added."""
     from minilora.tasks.metrics import Z95
 
     moved = values[:, 1] - values[:, 0]
-    half = Z95 * float(moved.std(ddof=1)) / len(moved) ** 0.5 if len(moved) > 1 else 2.0
-    mean = float(moved.mean())
+    more = np.append(moved, [1.0, -1.0])
+    middle, half = float(more.mean()), Z95 * float(more.std()) / len(more) ** 0.5
     return {"figure": name, "before": float(values[:, 0].mean()), "after": float(values[:, 1].mean()),
-            "difference": mean, "interval": [max(-2.0, mean - half), min(2.0, mean + half)], "p": None}  # fmt: skip
+            "difference": float(moved.mean()), "interval": [middle - half, middle + half], "p": None}  # fmt: skip
 
 
 def shown(line):

@@ -262,8 +262,11 @@ def test_all_of_them_as_a_table(folder, capsys, monkeypatch):
 
 
 def test_intervals_and_what_the_command_refuses(folder):
-    line = mitigate.mean_line("x", np.array([[0.0, 1], [0, 0], [1, 0], [0, -1]]))
-    assert line["difference"] == -0.25 and line["interval"][1] == pytest.approx(-0.25 + 1.96 * 0.9574 / 2, abs=1e-3)
+    values = np.array([[0.0, 1], [0, 0], [1, 0], [1, 0], [0, 0]])  # a row gains, two lose
+    line, same = mitigate.mean_line("x", values), mitigate.pair_line("x", values.astype(bool))
+    assert line["difference"] == pytest.approx(-0.2) and line["interval"] == pytest.approx(same["interval"])
+    twice = mitigate.mean_line("x", np.array([[1.0, -1], [0, 0]]))  # with two more rows: -2, 0, 1, -1
+    assert twice["interval"] == pytest.approx([-0.5 - 1.959964 * 1.25**0.5 / 2, -0.5 + 1.959964 * 1.25**0.5 / 2])
     for words, wrong in (("needs --other", ["merge"]), ("needs --suspects", ["project-out"]),
                          ("--keep is not for", ["merge", "--keep", "1", "--other", "x"]),
                          ("--out is for one", ["all", "--out", "x"]),
