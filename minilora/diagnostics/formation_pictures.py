@@ -36,7 +36,7 @@ def draw_formation(result, path):
             panel.set(title=title, ylabel=unit, xlabel=STEPS)
         percent_axis(panels[0, 0].yaxis)
         crossings(panels[0, 0], result)
-        panels[0, 0].legend(loc="lower right")
+        panels[0, 0].legend(loc="center right")
         shades = [lens(panel, result, key) for panel, key in zip(panels[3], ("shift", "bare"))]
         figure.colorbar(shades[0], ax=list(panels[3]), label="shift (logits)")
         return written(figure, path, "How the shortcut formed", FORMATION)
