@@ -15,6 +15,7 @@ from pathlib import Path
 from minilora import files
 from minilora.command import Parser
 from minilora.errors import InputError
+from minilora.grid import choice
 from minilora.grid.folder import GridFolder
 from minilora.grid.table import table_rows
 from minilora.report import markup, outcomes, summary
@@ -36,6 +37,7 @@ def record_of(folder, commit, today):
     missing = sum(count for state, count in counts.items() if state != "finished")
     if missing:
         raise InputError(f"{folder.path}: {missing} cells are not finished, and results are of whole grids")
+    folder, lines = choice.counted(folder, lines)
     known, grid = outcomes.add(folder, lines), folder.grid
     claims = []
     for one in decide_all(grid.claims, grid.entries, known):
