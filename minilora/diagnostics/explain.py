@@ -219,11 +219,10 @@ def make_knockout(looking, found):
 
 
 def make_other(part, looking, found):
-    """A part with a module of its own: `part(run or its folder, rows, seed, advance)` -> what its JSON holds."""
+    """A part with a module of its own: `part(run, rows, seed=, advance=)` -> what its JSON holds."""
     make = getattr(importlib.import_module(f"minilora.diagnostics.{part}"), part)
-    subject = looking.run.folder if part == "formation" else looking.run
     with Progress(part, looking.rows) as progress:
-        found |= make(subject, looking.rows, looking.seed, progress.advance)
+        found |= make(looking.run, looking.rows, seed=looking.seed, advance=progress.advance)
 
 
 PARTS = {"attention": make_attention, "attribution": make_attribution, "spectrum": make_spectrum,

@@ -8,6 +8,7 @@ knockout      the shift that is left without each part, and the shortcut spectru
 Needs matplotlib, the extra `plots`; without it nothing is drawn.
 """
 
+import importlib
 import importlib.util
 
 import numpy as np
@@ -32,8 +33,11 @@ WRITTEN = 16  # columns of a map whose cells have their number written in
 
 def draw(folder, part, data):
     """Draw the figure of a part into `folder`, where there is one: the paths of its files."""
-    if part not in FIGURES or not importlib.util.find_spec("matplotlib"):
+    if {"left_out", "unfinished"} & set(data) or not importlib.util.find_spec("matplotlib"):
         return ()
+    if part not in FIGURES:  # it draws itself
+        own = importlib.import_module("minilora.diagnostics.formation_pictures")
+        return getattr(own, f"draw_{part}")(data, folder / part).paths
     import matplotlib
 
     title, make = FIGURES[part]
