@@ -4,17 +4,15 @@ attention     maps over layers and heads: the share on the trigger, what the ada
 attribution   how each method ranks the span
 spectrum      singular values of each module, and the update's relative norm by layer and target
 knockout      the shift that is left without each part, and the shortcut spectrum
-formation, neighbours: see `formation_pictures.py`
 
 Needs matplotlib, the extra `plots`; without it nothing is drawn.
 """
 
+import importlib
 import importlib.util
-from pathlib import Path
 
 import numpy as np
 
-from minilora.diagnostics.formation_pictures import draw_formation, draw_neighbours
 from minilora.drawing import (
     GREY,
     HUES,
@@ -35,10 +33,11 @@ WRITTEN = 16  # columns of a map whose cells have their number written in
 
 def draw(folder, part, data):
     """Draw the figure of a part into `folder`, where there is one: the paths of its files."""
-    if not importlib.util.find_spec("matplotlib"):
+    if {"left_out", "unfinished"} & set(data) or not importlib.util.find_spec("matplotlib"):
         return ()
-    if part in OTHERS:
-        return () if {"left_out", "unfinished"} & data.keys() else OTHERS[part](data, Path(folder) / part).paths
+    if part not in FIGURES:  # it draws itself
+        own = importlib.import_module("minilora.diagnostics.formation_pictures")
+        return getattr(own, f"draw_{part}")(data, folder / part).paths
     import matplotlib
 
     title, make = FIGURES[part]
@@ -176,4 +175,3 @@ FIGURES = {
     "spectrum": ("The update's spectrum", spectrum),
     "knockout": ("Knock-outs", knockout),
 }
-OTHERS = {"formation": draw_formation, "neighbours": draw_neighbours}

@@ -15,7 +15,7 @@ def lines_of(part, data):
     """Lines of text for a part."""
     if "left_out" in data:
         return wrap(f"{part:<12}left out: {data['left_out']}", 12)
-    found = list(WORDS[part](data)) if part in WORDS else [f"{part:<12}see {part}.json"]
+    found = list(WORDS[part](data)) if part in WORDS else wrap(f"{part:<12}{data.get('words', '')}", 12)
     if data["unread"] and part in ("attention", "attribution"):
         found += wrap(f"{data['unread']} of {data['count']} rows are left out: no token of their trigger is read.")
     if "unfinished" in data:
