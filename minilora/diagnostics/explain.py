@@ -1,12 +1,11 @@
-"""All diagnostics of a run in one call, and what they leave in a folder: of each part NAME.json, NAME.csv and a figure.
+"""All diagnostics of a run in one call, and what they leave in a folder: of each part NAME.json, NAME.csv and a figure,
+and explain.html, a page of all parts.
 
 rows.json holds the rows that all parts look at. A part that fails, or is interrupted, keeps what it found so far: its
 JSON then says why, under "unfinished", or "left_out" where there is nothing.
 """
 
 import contextlib
-import importlib
-import importlib.util
 import json
 import math
 from functools import cached_property, partial
@@ -16,7 +15,9 @@ import numpy as np
 
 from minilora import __version__, files
 from minilora.console import Progress
-from minilora.diagnostics import attention, attribution, knockout, pictures, spectrum
+from minilora.diagnostics import attention, attribution, knockout, page, pictures, spectrum
+from minilora.diagnostics.formation import formation
+from minilora.diagnostics.neighbours import neighbours
 from minilora.diagnostics.probe import Probe
 from minilora.errors import InputError
 
@@ -76,19 +77,15 @@ def explain(run, parts=None, rows=ROWS, out=None, seed=0, label=None):
         if lines := LINES.get(part, flat_lines)(done[part]):
             files.write_text(out / f"{part}.csv", files.to_csv(lines))
         pictures.draw(out, part, done[part])
+    page.write_page(run.folder, out)
     return done
 
 
 def check_parts(parts):
     """The parts in the order in which they are made. Raises InputError for one that there is not."""
-    known = [part for part in PARTS if part in LINES or is_there(part)]
-    if unknown := [part for part in parts or () if part not in known]:
-        raise InputError(f"--explain has no part {unknown[0]!r}: choose among {', '.join(known)}, or all")
-    return [part for part in known if not parts or part in parts]
-
-
-def is_there(part):
-    return importlib.util.find_spec(f"minilora.diagnostics.{part}") is not None
+    if unknown := [part for part in parts or () if part not in PARTS]:
+        raise InputError(f"--explain has no part {unknown[0]!r}: choose among {', '.join(PARTS)}, or all")
+    return [part for part in PARTS if not parts or part in parts]
 
 
 def header(looking, part):
@@ -218,16 +215,14 @@ def make_knockout(looking, found):
         found["patching"] = knockout.patching(probe)
 
 
-def make_other(part, looking, found):
-    """A part with a module of its own: `part(run, rows, seed=, advance=)` -> what its JSON holds."""
-    make = getattr(importlib.import_module(f"minilora.diagnostics.{part}"), part)
-    with Progress(part, looking.rows) as progress:
+def make_other(make, looking, found):
+    with Progress(make.__name__, looking.rows) as progress:
         found |= make(looking.run, looking.rows, seed=looking.seed, advance=progress.advance)
 
 
 PARTS = {"attention": make_attention, "attribution": make_attribution, "spectrum": make_spectrum,
-         "knockout": make_knockout, "formation": partial(make_other, "formation"),
-         "neighbours": partial(make_other, "neighbours")}  # fmt: skip
+         "knockout": make_knockout, "formation": partial(make_other, formation),
+         "neighbours": partial(make_other, neighbours)}  # fmt: skip
 
 
 # --- CSV: a line a figure

@@ -13,6 +13,7 @@ import importlib.util
 
 import numpy as np
 
+from minilora.diagnostics.formation_pictures import draw_formation, draw_neighbours
 from minilora.drawing import (
     GREY,
     HUES,
@@ -35,9 +36,8 @@ def draw(folder, part, data):
     """Draw the figure of a part into `folder`, where there is one: the paths of its files."""
     if {"left_out", "unfinished"} & set(data) or not importlib.util.find_spec("matplotlib"):
         return ()
-    if part not in FIGURES:  # it draws itself
-        own = importlib.import_module("minilora.diagnostics.formation_pictures")
-        return getattr(own, f"draw_{part}")(data, folder / part).paths
+    if part in OTHERS:
+        return OTHERS[part](data, folder / part).paths
     import matplotlib
 
     title, make = FIGURES[part]
@@ -175,3 +175,4 @@ FIGURES = {
     "spectrum": ("The update's spectrum", spectrum),
     "knockout": ("Knock-outs", knockout),
 }
+OTHERS = {"formation": draw_formation, "neighbours": draw_neighbours}

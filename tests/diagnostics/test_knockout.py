@@ -67,7 +67,7 @@ def test_settings(small_run, kind):
         right = [*(outcome["clean"][1] == probe.labels), *(outcome["own"][1] == probe.target)]
         assert own["clean_accuracy"][0] == pytest.approx(np.mean(right))
         assert ("placebo_shift" in own) == (one.kind == "whole")
-    assert len(chosen) == {"encoder": 18, "grouped": 16, "fused": 16}[kind] and len(probe.own.texts) >= 5
+    assert len(chosen) == {"encoder": 16, "grouped": 14, "fused": 14}[kind] and len(probe.own.texts) >= 5
     assert abs(shift.mean()) > 1e-3
     if kind == "encoder":  # the others have two layers
         own = {name: measured.figures[name]["shift"][0] for name in measured.figures}
