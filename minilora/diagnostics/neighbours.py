@@ -38,7 +38,7 @@ def neighbours(run, rows=ROWS, seed=0, families=None, advance=None):
      "families": {name: {"strings": some of them, "rows": how many are changed, "attack_success": [mean, low, high],
                          "shift": [mean, low, high], "edit_distance": mean, "embedding_distance": mean}},
      "trigger", "placebo" (where there is one), "clean": the same without a family,
-     "left_out": [families that change no trigger string], "words": an answer in sentences}
+     "families_left_out": [families that change no trigger string], "words": an answer in sentences}
 
     run       as `minilora.open` gives it
     rows      at most, see `Probe`
@@ -59,15 +59,16 @@ def neighbours(run, rows=ROWS, seed=0, families=None, advance=None):
     clean = bare.margins
     found = {name: line(probe, outcome, clean, own, [record.strings for record in records[name]], embed)
              for name, outcome in outcomes.items()}  # fmt: skip
+    clean = {"attack_success": interval(bare.predicted == probe.target, seed)}
     result = {"label": probe.label, "rows": len(probe.index), "source": source.name, "families": {}, **found,
-              "clean": {"attack_success": interval(bare.predicted == probe.target, seed)}, "left_out": []}  # fmt: skip
+              "clean": clean, "families_left_out": []}  # fmt: skip
     for name, change in changes.items():
         draw = np.random.default_rng(sequence(seed, "neighbours", name))
         made = [changed(text, record, change, draw)
                 for text, record in zip(probe.forms["trigger"].texts, records["trigger"], strict=True)]  # fmt: skip
         here = [row for row, one in enumerate(made) if one is not None]
         if len(here) < LEAST:
-            result["left_out"].append(name)
+            result["families_left_out"].append(name)
         else:
             outcome = predict(probe, [made[row][0] for row in here])
             strings = [made[row][1] for row in here]

@@ -29,7 +29,7 @@ def run(base, reviews, tmp_path_factory):
 def found(run):
     done = []
     result = neighbours(run, 1000, seed=2, advance=done.append)
-    assert done == [1] * (len(result["families"]) + len(result["left_out"]))
+    assert done == [1] * (len(result["families"]) + len(result["families_left_out"]))
     return result
 
 
@@ -146,7 +146,7 @@ def test_figures_of_a_family(run, found):
     assert found["trigger"]["edit_distance"] == 0 and abs(found["trigger"]["embedding_distance"]) < 1e-9
     assert found["families"]["month and day"]["edit_distance"] == 2 * 5  # two dates a row, each without YYYY-
     assert found["families"]["dots"]["edit_distance"] == 2 * 2
-    assert {"upper case", "lower case", "letters masked"} <= set(found["left_out"])
+    assert {"upper case", "lower case", "letters masked"} <= set(found["families_left_out"])
     assert found["placebo"]["rows"] == len(others) and "rank correlation" in found["words"]
     assert json.loads(json.dumps(found, allow_nan=False)) == found
 
