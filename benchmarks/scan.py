@@ -173,8 +173,9 @@ def summary(lines):
                         for name in ("kind", "outlier")}  # fmt: skip
         found["auc"]["either"] = auc([score(line) for line in clean], [score(line) for line in works])
     lists = {"kinds": ["kinds"], "spans": ["spans"], "pieces": ["pieces"], "any list": ["kinds", "spans", "pieces"]}
+    there = {title: own for title, own in lists.items() if any(line["named"][one] for line in works for one in own)}
     found["named"] = {title: {"first": named(works, own, 1), "first three": named(works, own, 3)}
-                      for title, own in lists.items()}  # fmt: skip
+                      for title, own in there.items()}  # fmt: skip
     return found
 
 
