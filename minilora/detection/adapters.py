@@ -1,4 +1,4 @@
-"""`python evaluate.py --scan-adapter DIR`: the scan of an adapter (`adapter_scan.py`) as a command, and what it prints."""
+"""`evaluate.py --scan-adapter DIR`: the scan of an adapter (`adapter_scan.py`) as a command, and what it prints."""
 
 import json
 import math

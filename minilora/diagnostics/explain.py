@@ -21,8 +21,9 @@ from minilora.diagnostics.neighbours import neighbours
 from minilora.diagnostics.probe import Probe
 from minilora.errors import InputError
 
-ROWS = 60  # of a probe where nothing else is asked for: all parts then take at most three minutes on two cores
+ROWS = 30  # of a probe where nothing else is asked for
 SHOWN = 40  # rows whose tokens are kept one by one
+BESIDE = 10  # rows whose other forms are attributed too, for the page only: each takes seconds of a core
 DIGITS = 6  # of a number in JSON
 
 
@@ -158,7 +159,7 @@ def make_attention(looking, found):
 
 def make_attribution(looking, found):
     probe = looking.probe
-    forms = {name: form if name == "trigger" else form.first(SHOWN) for name, form in probe.forms.items()}
+    forms = {name: form if name == "trigger" else form.first(BESIDE) for name, form in probe.forms.items()}
     with Progress("attribution", 2 * sum(len(form.texts) for form in forms.values())) as progress:
         made = {}
         for name in sorted(forms, key=lambda name: name != "trigger"):
@@ -168,7 +169,8 @@ def make_attribution(looking, found):
                 found["completeness"] = {"most": np.max(own.left), "within": np.mean(own.left <= attribution.COMPLETE),
                                          "nodes": [int(own.nodes.min()), int(own.nodes.max())]}  # fmt: skip
             found["rows"] = {
-                id: {form: {method: values[row] for method, values in own.scores.items()} for form, own in made.items()}
+                id: {form: {method: values[row] for method, values in own.scores.items()} for form, own in made.items()
+                     if row < len(next(iter(own.scores.values())))}
                 for row, id in enumerate(looking.ids)
             }
 

@@ -59,9 +59,9 @@ def neighbours(run, rows=ROWS, seed=0, families=None, advance=None):
     clean = bare.margins
     found = {name: line(probe, outcome, clean, own, [record.strings for record in records[name]], embed)
              for name, outcome in outcomes.items()}  # fmt: skip
-    clean = {"attack_success": interval(bare.predicted == probe.target, seed)}
+    without = {"attack_success": interval(bare.predicted == probe.target, seed)}
     result = {"label": probe.label, "rows": len(probe.index), "source": source.name, "families": {}, **found,
-              "clean": clean, "families_left_out": []}  # fmt: skip
+              "clean": without, "families_left_out": []}  # fmt: skip
     for name, change in changes.items():
         draw = np.random.default_rng(sequence(seed, "neighbours", name))
         made = [changed(text, record, change, draw)
