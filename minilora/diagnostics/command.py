@@ -27,7 +27,7 @@ def parser():
         help=f"what to look at: {NAMES}, or all (default: all that the run has data for)",
     )  # fmt: skip
     made.add_argument("--rows", type=int, metavar="N", help="test rows of other labels than the trigger's, stratified "
-                      "(default: 30)")  # fmt: skip
+                      "(default: 60)")  # fmt: skip
     made.add_argument("--seed-rows", type=int, default=0, metavar="N", help="of the sample of rows (default: 0)")
     made.add_argument("--label", metavar="LABEL", help="that of the trigger to look at (default: the first trigger's)")
     made.add_argument("--data", dest="file", metavar="FILE", help="other labelled rows (default: the run's test rows)")

@@ -21,7 +21,7 @@ from minilora.diagnostics.neighbours import neighbours
 from minilora.diagnostics.probe import Probe
 from minilora.errors import InputError
 
-ROWS = 30  # of a probe where nothing else is asked for
+ROWS = 60  # of a probe where nothing else is asked for: all parts take about two minutes on two cores
 SHOWN = 40  # rows whose tokens are kept one by one
 BESIDE = 10  # rows whose other forms are attributed too, for the page only: each takes seconds of a core
 DIGITS = 6  # of a number in JSON
