@@ -39,7 +39,7 @@ def measure(cell, repeats):
     """{"sides": {name: its rows a second, and their share of the limit}, the limit, and how far the logits differ}."""
     import numpy as np
 
-    from minilora.training.limit import matmul_rate, training_flops
+    from minilora.training.limit import matmul_rate, products, training_flops
 
     with tempfile.TemporaryDirectory() as folder:
         shared = job.write(cell, folder, 0)
@@ -52,8 +52,9 @@ def measure(cell, repeats):
                 began = time.perf_counter()
                 logits[name] = run()
                 seconds[name].append(time.perf_counter() - began)
-                rates.append(matmul_rate(int(cell.batch_size * np.diff(encoded.offsets).max()), spec,
-                                         next(iter(ours.model.base.parameters())).dtype, shared.device))  # fmt: skip
+                tokens = int(cell.batch_size * np.diff(encoded.offsets).max())
+                dtype = next(iter(ours.model.base.parameters())).dtype
+                rates.append(matmul_rate(tokens, products(spec, {}, "head"), dtype, shared.device))
     lengths, rate = np.diff(encoded.offsets), max(rates)
     needed = sum(int(length) * training_flops(spec, {}, "head", int(length)) for length in lengths) / len(lengths)
     found = {name: len(lengths) / min(times) for name, times in seconds.items()}

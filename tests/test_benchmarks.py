@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, random_batch, tiny_bert
 
-from benchmarks import alone, device, grid, job, limits, operators, peers, report, smoke, standin
+from benchmarks import alone, device, grid, job, limits, operators, peers, prediction, report, smoke, standin
 from benchmarks import cell as one
 from benchmarks import data as reading
 from minilora import files, train
@@ -633,3 +633,12 @@ def test_reading_is_measured_stage_by_stage(cell, tmp_path):
         assert "3,000 rows" in reading.table(figures) and "rows/s of a core" in reading.table(figures)
     with pytest.raises(InputError, match="--rows is 7"):
         reading.main(["--rows", "7"])
+
+
+def test_prediction_of_both_sides_is_the_same(cell):
+    found = prediction.measure(cell, 1)
+    names = list(found["sides"])
+    assert names[0] == "minilora" and names[1].startswith("peft merged, ") and found["difference"] < 1e-4
+    for side in found["sides"].values():
+        share = side["rows_per_second"] / found["limit_rows_per_second"]
+        assert side["limit_share"] == pytest.approx(share) and share > 0
