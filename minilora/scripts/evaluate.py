@@ -87,8 +87,9 @@ def parse_added(text):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
+    given = {word.partition("=")[0] for word in argv}
     for flag, (module, _) in MODES.items():
-        if flag in argv:
+        if flag in given:
             return importlib.import_module(f"minilora.{module}").main(argv)
     parser = Parser(prog=to_type("evaluate"), description=__doc__.partition("\n\n")[0], epilog=other_modes())
     parser.add_argument("run", metavar="RUN", help="folder of a finished run, of a grid, or of runs")
