@@ -43,8 +43,9 @@ def record_of(folder, commit, today):
     for one in decide_all(grid.claims, grid.entries, known):
         claims.append((one.claim.text, one.claim.test(), found_text(one), *beside_of(one.claim, grid.entries, known),
                        f"{one.seeds}", verdict(one), p_text(one.holm_p), one.holm))  # fmt: skip
-    cell = grid.entries[0].cell
-    return {"title": grid.title, "size": grid.size, "cells": len(grid.entries), "model": cell.model, "data": cell.data,
+    bases, data = (" and ".join(dict.fromkeys(getattr(entry.cell, name) for entry in grid.entries))
+                   for name in ("model", "data"))  # fmt: skip
+    return {"title": grid.title, "size": grid.size, "cells": len(grid.entries), "model": bases, "data": data,
             "over": summary.over(lines, grid.varied), "commit": commit, "date": today, "claims": claims,
             "processor": ", ".join(made["hardware"]["processor"]),
             "torch": ", ".join(made["versions"]["torch"])}  # fmt: skip

@@ -47,6 +47,13 @@ def reference(x, weight, bias=None):
     return y if bias is None else y + bias
 
 
+def compiles_code(device, dtype):
+    """Whether products of this dtype go through oneDNN on this device now, which compiles code for each shape: that
+    takes time, and the code stays in memory."""
+    half = dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
+    return device.type == "cpu" and (half or dtype == torch.float32 and ONEDNN)
+
+
 def by_name(x, weight):
     """Whether oneDNN is asked for this product by name; for bfloat16 torch takes it anyway."""
     if torch.compiler.is_compiling() or x.device.type != "cpu" or not x.numel():

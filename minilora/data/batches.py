@@ -1,7 +1,7 @@
 """Rows of tokens into padded batches. Which rows a training step sees is decided in `training/feed.py`.
 
-Rows are padded to the longest of their batch, or for compiled steps and for CUDA graphs to one of a few lengths, which
-bounds the number of shapes that are made.
+Rows are padded to the longest of their batch, or to one of a few lengths: for compiled steps, for CUDA graphs, in
+prediction, and where oneDNN compiles code for each shape.
 """
 
 import math
@@ -154,7 +154,8 @@ def by_length(encoded, batch_size, pad_id, answers=None, device=None):
     turn; one that has no rows left gets a batch of padding, because every process must make every pass.
     """
     most = MOST_TOKENS if device is not None and device.type == "cpu" else math.inf
-    sizes, cuts = padded_sizes(np.diff(encoded.offsets)), by_tokens(encoded, batch_size, most)
+    sizes = padded_sizes(np.diff(encoded.offsets))
+    cuts = by_tokens(encoded, sizes, batch_size, most)
     for turn, own in parallel.turns(len(cuts), 1):
         [index] = cuts[turn][own] or [np.empty(0, dtype=np.int64)]
         yield replace(collate([(encoded, index, answers)], sizes, pad_id, filler=0), index=index)
@@ -163,18 +164,19 @@ def by_length(encoded, batch_size, pad_id, answers=None, device=None):
 def by_length_together(parts, batch_size, pad_id):
     """As `by_length`, of K members with an `Encoded` each, or None: batches of K parts."""
     sizes = padded_sizes(np.concatenate([[1], *(np.diff(encoded.offsets) for encoded in parts if encoded)]))
-    cuts = [by_tokens(encoded, batch_size) if encoded else [] for encoded in parts]
+    cuts = [by_tokens(encoded, sizes, batch_size) if encoded else [] for encoded in parts]
     one = iter(joined([encoded for encoded in parts if encoded]))
     parts = [encoded and next(one) for encoded in parts]
     for own in zip_longest(*cuts, fillvalue=np.empty(0, dtype=np.int64)):
         yield collate([(encoded, index, None) for encoded, index in zip(parts, own, strict=True)], sizes, pad_id)
 
 
-def by_tokens(encoded, batch_size, most=math.inf):
-    """All rows, the longest first, cut into batches [arrays of rows] that take about as many tokens each, padding
-    included: those of `batch_size` of the longest rows, but at most `most`."""
+def by_tokens(encoded, sizes, batch_size, most=math.inf):
+    """All rows, the longest first, cut into batches [arrays of rows] that take about as many tokens each, padding to
+    one of `sizes` included: those of `batch_size` of the longest rows, but at most `most`."""
     lengths = np.diff(encoded.offsets)
     order = np.argsort(-lengths, kind="stable")
+    lengths = sizes[np.searchsorted(sizes, lengths)]
     most, cuts, start = min(most, batch_size * int(lengths.max())), [], 0
     while start < len(order):
         stop = start + max(1, int(most // max(1, lengths[order[start]])))

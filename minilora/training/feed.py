@@ -18,9 +18,11 @@ import torch
 from minilora import parallel
 from minilora.data.batches import collate, joined, padded_sizes, place_completions
 from minilora.kernels.dropout import shifted
+from minilora.kernels.linear import compiles_code
 from minilora.mitigation import tokens
 from minilora.seeds import number_of
 
+FEW_SIZES = 16  # padded lengths where each makes oneDNN compile code: with more it has no more rows/s, but more memory
 TOKENS = 1024  # of a pass on a CPU: with more, products are no faster, and what the backward needs grows
 MOST_GRAPHS = 16  # padded lengths of steps by graphs
 STEPS_REPAID = 16  # steps that another padded length must be of use for: assumed, not measured
@@ -122,7 +124,7 @@ class Feed:
     How the steps are taken decides the shapes (`compiling.choose`). Compiled steps have few padded lengths. Steps by
     graphs, `steps` in number, have fewer, and batches of a length have the same shape. Both have one pass a
     micro-batch, as all steps on an accelerator. On a CPU a long micro-batch goes through in several passes of at most
-    `TOKENS` tokens.
+    `TOKENS` tokens, and has one of `FEW_SIZES` lengths where products go through oneDNN.
     """
 
     def __init__(self, members, how="eager", steps=0):
@@ -139,6 +141,8 @@ class Feed:
             self.rows = max(min(member.cell.batch_size, len(member.lengths)) for member in members)
             longest = max(int(member.answers[member.lengths > 0].max()) for member in members)
             self.terms = self.rows * longest if self.lm else 1
+        elif compiles_code(self.setting.device, self.setting.products):
+            self.sizes = padded_sizes(lengths, FEW_SIZES)
         whole = any(member.cell.mitigate.method == "group-dro" for member in members)  # groups are those of a batch
         self.most = TOKENS if self.setting.device.type == "cpu" and how == "eager" and not whole else math.inf
         self.drops = any(member.cell.dropout for member in members)

@@ -16,6 +16,7 @@ from minilora import parallel
 from minilora.base.tokenizer import Encoded
 from minilora.cell import Cell
 from minilora.data import batches
+from minilora.kernels import linear
 from minilora.training import feed
 
 LENGTHS = np.random.default_rng(1).integers(3, 40, 211)
@@ -84,8 +85,10 @@ def test_by_length():
     order = np.concatenate([batch.index for batch in found])
     assert sorted(order.tolist()) == list(range(211)) and len(found[0].index) == 8 and len(found[1].index) >= 8
     most = 8 * int(LENGTHS.max())  # tokens: what 8 of the longest rows have
+    sizes = batches.padded_sizes(LENGTHS)
     for batch, following in zip(found, found[1:]):
-        longest = int(batch.lengths[0])
+        longest = int(batch.ids.shape[1])
+        assert longest == min(size for size in sizes if size >= batch.lengths[0])
         assert len(batch.index) * longest <= most < (len(batch.index) + 1) * longest
         assert following.lengths[0] <= batch.lengths[-1]
     assert LENGTHS[order].tolist() == sorted(LENGTHS.tolist(), reverse=True)
@@ -356,6 +359,22 @@ def test_passes_hold_every_row_once_and_few_tokens(monkeypatch):
                     assert -(-each // (count // 2)) * longest > most
                 cases += 1
     assert cases == 60
+
+
+def test_few_padded_lengths_where_each_makes_the_cpu_compile_code():
+    lengths = np.random.default_rng(0).integers(3, 60, 300)
+    ids = np.arange(int(lengths.sum()), dtype=np.int32)
+    encoded = Encoded(ids, np.concatenate([[0], np.cumsum(lengths)]), np.zeros(300, dtype=np.int64))
+    cases = []
+    for way, products in ((way, products) for way in linear.WAYS for products in (torch.float32, torch.bfloat16)):
+        setting = SimpleNamespace(device=torch.device("cpu"), products=products)
+        member = SimpleNamespace(encoded=encoded, lengths=lengths, setting=setting, task=None, cell=Cell())
+        with linear.using(way):
+            sizes = feed.Feed([member]).sizes
+        few = products == torch.bfloat16 or way == "onednn" and linear.HAS_ONEDNN
+        assert sizes.tolist() == (batches.padded_sizes(lengths, 16) if few else np.unique([1, *lengths])).tolist()
+        cases.append((few, len(sizes)))
+    assert len(cases) == 4 and (True, 16) in cases and (not linear.HAS_ONEDNN or (False, 58) in cases)
 
 
 FEW_STEPS = [(7, 4, 3, 1), (8, 3, 2, 2), (10, 1, 5, 1), (1, 3, 9, 1), (8, 50, 1, 1), (7, 4, 99, 1)]
