@@ -78,7 +78,8 @@ class Claim:
 
 
 def conditions(rule):
-    return ", ".join(f"{name} = {' or '.join(str(word(value)) for value in values)}" for name, values in rule.items())
+    said = {name: " or ".join(str(word(value)) or "none" for value in values) for name, values in rule.items()}
+    return ", ".join(f"{name} = {words}" for name, words in said.items())
 
 
 # --- from the file
