@@ -59,7 +59,8 @@ class Probe:
 
     index   int64 [N], which of the run's test rows
     labels  int64 [N], their labels
-    forms   {"clean", "trigger" and where there is one "placebo": `Form`}
+    tests   {"clean", "trigger" and where there is one "placebo": all rows of that form, a `Test` of the run}
+    forms   the same of the N rows: `Form`
     own     `Form` of clean rows of the target label, in the same proportion to the N rows as in the test rows: what is
             predicted of all clean rows follows from both
 
@@ -90,7 +91,8 @@ class Probe:
         placebo = "placebo" if self.label == targets[0] else f"placebo {self.label}"
         named = zip(FORMS, ("clean", f"trigger {self.label}", placebo), strict=True)
         self.labels = labels[self.index]
-        self.forms = {name: self._form(tests[key], self.index) for name, key in named if key in tests}
+        self.tests = {name: tests[key] for name, key in named if key in tests}
+        self.forms = {name: self._form(test, self.index) for name, test in self.tests.items()}
         if not any(span.any() for span in self.forms["trigger"].span):
             raise InputError(
                 f"no row of {run.folder} has a token of the trigger among its first {run.cell.max_length} tokens: give "
