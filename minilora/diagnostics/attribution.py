@@ -25,7 +25,7 @@ from minilora.tasks.classification import pool
 
 METHODS = ("gradient x input", "integrated gradients", "leave-one-out", "rollout")
 BY_GRADIENT = set(METHODS[:2])
-RULES = ((1, 8), (4, 8), (8, 12), (12, 24))  # (parts of the integral, nodes of each): the next until it is `COMPLETE`
+RULES = ((2, 8), (2, 16), (12, 16))  # (parts of the integral, nodes of each): the next until it is `COMPLETE`
 COMPLETE = 0.01  # of the change of the margin
 SMALL = 0.1  # logits: below this change of the margin what is left of the integral is compared with this instead
 
