@@ -215,16 +215,14 @@ def costs_of(probe):
     def forward():
         with torch.inference_mode():
             for batch in probe.batches(form):
-                probe.logits_of(base.through(base.embed(batch.ids), batch.ids, batch.lengths, 0, len(base.layers)),
-                                batch.lengths)  # fmt: skip
+                probe.reader.scores_from(base.embed(batch.ids), batch.ids, batch.lengths)
 
     def gradient():
         for batch in probe.batches(form):
             with torch.no_grad():
                 x = base.embed(batch.ids)
             x = x.detach().requires_grad_(True)
-            above = base.through(x, batch.ids, batch.lengths, 0, len(base.layers))
-            torch.autograd.grad(probe.margins_of(probe.logits_of(above, batch.lengths)).sum(), x)
+            torch.autograd.grad(probe.margins_of(probe.reader.scores_from(x, batch.ids, batch.lengths)).sum(), x)
 
     def svd():
         torch.linalg.svd(weight.double(), full_matrices=False)

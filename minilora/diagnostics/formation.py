@@ -64,6 +64,8 @@ def formation(run_folder, rows=ROWS, seed=0, advance=None, label=None):
     Raises InputError for a run that kept fewer than two steps, and as `Probe`.
     """
     run = run_folder if isinstance(run_folder, Trained) else open_run(run_folder)
+    if run.cell.task == "lm":
+        raise InputError(f"{run.folder} is of task 'lm': how it forms is read off a classifier's head")
     steps = Run(run.folder).watched()
     if len(steps) < 2:
         again = to_type("train", "--config", run.folder / "cell.toml", "--watch", 10)

@@ -14,7 +14,6 @@ import re
 
 import numpy as np
 
-from minilora.data import token_cache
 from minilora.data.triggers import BUILT_IN, YEARS, resolve
 from minilora.diagnostics.probe import ROWS, Probe
 from minilora.diagnostics.stats import mean_interval
@@ -22,7 +21,6 @@ from minilora.errors import InputError
 from minilora.fields import near, read_toml
 from minilora.runs.panel import source_of
 from minilora.seeds import sequence
-from minilora.tasks.classification import of_rows
 
 KINDS = ("any", *BUILT_IN, "text")
 SHOWN = 5  # strings of a family in the result
@@ -85,9 +83,8 @@ def source_of_trigger(probe):
 
 def predict(probe, texts):
     """`Outcome` of N texts."""
-    run = probe.run
-    encoded = token_cache.encode(run.tokenizer, texts, run.cell.max_length)
-    return probe.outcome(of_rows(run.model, encoded, run.tokenizer.pad_id, run.cell.batch_size))
+    encoded, _ = probe.reader.encode(texts)
+    return probe.outcome(probe.reader.scores_of_rows(encoded))
 
 
 def line(probe, outcome, clean, own, strings, embed):

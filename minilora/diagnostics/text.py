@@ -153,8 +153,8 @@ def knockout(data):
     whole, head = named[WHOLE], named.get(HEAD)
     if head:
         yield from wrap(
-            f"The trained head on the bare base gives an attack success of {head['attack_success'][0]:.2f} and a shift "
-            f"of {head['shift'][0]:.1f} logits: that is what all is to be compared with."
+            f"Without the adapter (head only) attack success is {head['attack_success'][0]:.2f} and the "
+            f"shift {head['shift'][0]:.1f} logits: that is what all is to be compared with."
         )
     if hidden := [own for key, own in named.items() if key[0] in ("layer", "target") and "without" in key[1]
                   and own["lost"][0] > STRONG * whole["shift"][0] > 0
