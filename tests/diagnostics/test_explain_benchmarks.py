@@ -67,6 +67,8 @@ T = 4.302652730  # Student's t, 2 degrees of freedom, 97.5%
 def test_a_study_of_several_runs(tmp_path, capsys):
     runs = [looked_into(tmp_path / f"run-{n}", n) for n in range(3)]
     twins = [looked_into(tmp_path / f"twin-{n}", n, clean=True) for n in range(2)]
+    for part in ("knockout", "attribution"):
+        (tmp_path / "twin-1" / "explain" / f"{part}.json").unlink()  # what a twin need not have
     explain_study.main(["--runs", *runs, "--twins", *twins, "--out", str(tmp_path / "out")])
     said = capsys.readouterr().out
     assert max(map(len, said.splitlines())) <= report.COLUMNS
@@ -96,6 +98,8 @@ def test_a_study_of_several_runs(tmp_path, capsys):
     assert rules["a head's entropy does (AUC)"] == (0, 0) and rules["onset of net attack success"] == (3, 0)
     assert rules["onset of attack success as it is"] == (3, 2)
     assert rules["half of 16 pieces moved most are the trigger's"] == (3, 0)
+    [one] = [one for one in results["rules"] if one["rule"].startswith("span first")]
+    assert (one["runs"], one["of_runs"], one["twins"], one["of_twins"]) == (3, 3, 0, 1)
     assert results["rules"][0]["interval"] == pytest.approx([0, 0.6576], abs=1e-4)  # Wilson's of 0 in 2
     text = (tmp_path / "out" / "table.md").read_text()
     assert all(one["words"].strip() in text for one in results["statements"]) and "3 of 3 | 2 of 2" in text
