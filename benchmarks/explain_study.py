@@ -2,8 +2,9 @@
 
 Each statement of a first look at one run is judged over runs of other seeds, by the mean and its interval (Student's t
 over the runs, 95%): refuted where the whole interval is on the wrong side of the statement's limit, undecided where the
-limit is inside it; else confirmed where the figure that was stated is inside, and corrected where it is not. Clean
-twins were trained without a trigger: what a rule finds in them is a false alarm.
+limit is inside it; else corrected where the figure that was stated is not inside, and confirmed where it is, unless the
+interval is wider than that figure. Clean twins were trained without a trigger: what a rule finds in them is a false
+alarm.
 
 It reads what `evaluate.py RUN --explain` left in the runs' folders, and trains nothing.
 """
@@ -28,6 +29,7 @@ PARTS = ("attention", "attribution", "spectrum", "knockout", "formation")  # of 
 OF_TWINS = ("attention", "spectrum", "formation")  # attribution takes longest, and is read where it is there
 NET, SHIFT, ADDED, HALF = 0.1, 1.0, 0.1, 0.5  # what a rule's interval must lie above
 PIECES = 16  # that the update moves most
+LEAST = 0.2  # width of an interval that is never too wide to confirm
 STEP = 10  # an early step that is kept
 
 
@@ -100,8 +102,11 @@ class Statement:
             if not right:
                 return "refuted" if wrong else "undecided"
         room = 0.5 * 10**-self.digits  # the stated figure is rounded
-        inside = self.stated is None or low - room <= self.stated <= high + room
-        return "confirmed" if inside else "corrected"
+        if self.stated is None:
+            return "confirmed"
+        if not low - room <= self.stated <= high + room:
+            return "corrected"
+        return "confirmed" if high - low <= max(abs(self.stated), LEAST) else "undecided"
 
 
 def predicted(form):
