@@ -16,6 +16,8 @@ COMMANDS = {
     "detection": "detectors of injected rows on the same rows, over sources and proportions: AUC, recall, FRR, FAR",
     "scan_data": "how well a scan of rows names triggers, and how often it raises a false alarm",
     "scan": "how well `evaluate.py --scan-adapter` finds and names triggers, and how often it alarms falsely",
+    "explain": "what a look into a run costs, part by part, beside the passes that it needs; training with --watch",
+    "explain_study": "what looks into several runs say together, and how often clean twins raise a false alarm",
     "device": "on a GPU within 500 s: each path once, small and large cells, a grid, profiles, tests",
 }
 
@@ -24,7 +26,7 @@ def main(argv):
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: python -m benchmarks COMMAND [--help]\n")
         for name, help in COMMANDS.items():
-            print(f"  {name:<10} {help}")
+            print(f"  {name:<13} {help}")
         return
     if argv[0] not in COMMANDS:
         raise InputError(f"unknown command {argv[0]!r}: there are {', '.join(COMMANDS)}")

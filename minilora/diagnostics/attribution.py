@@ -17,7 +17,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from minilora.data import batches
 from minilora.diagnostics.attention import watching
 from minilora.diagnostics.stats import mean_interval
 from minilora.lora.layer import merged_meanwhile
@@ -25,7 +24,7 @@ from minilora.tasks.classification import pool
 
 METHODS = ("gradient x input", "integrated gradients", "leave-one-out", "rollout")
 BY_GRADIENT = set(METHODS[:2])
-RULES = ((1, 8), (4, 8), (8, 12), (12, 24))  # (parts of the integral, nodes of each): the next until it is `COMPLETE`
+RULES = ((2, 8), (2, 16), (12, 16))  # (parts of the integral, nodes of each): the next until it is `COMPLETE`
 COMPLETE = 0.01  # of the change of the margin
 SMALL = 0.1  # logits: below this change of the margin what is left of the integral is compared with this instead
 
@@ -84,8 +83,7 @@ def by_gradient(probe, batch, form):
     def gradient(states, rows):
         with torch.enable_grad():
             states = states.detach().requires_grad_(True)
-            above = base.through(states, batch.ids[rows], batch.lengths[rows], 0, len(base.layers))
-            margins = probe.margins_of(probe.logits_of(above, batch.lengths[rows]))
+            margins = probe.margins_of(probe.reader.scores_from(states, batch.ids[rows], batch.lengths[rows]))
             (found,) = torch.autograd.grad(margins.sum(), states)
         return found, margins.detach()
 
@@ -133,7 +131,7 @@ def rollout(probe, batch):
 
     with watching(base, see):
         base(batch.ids, batch.lengths)
-    pooling = probe.run.model.pooling
+    pooling = probe.reader.pooling
     found = pool(mixed, batch.lengths, pooling)
     return (found.unflatten(1, (2, -1)).mean(1) if pooling.endswith("mean+last") else found).cpu().numpy()
 
@@ -142,7 +140,7 @@ def rollout(probe, batch):
 def leave_one_out(probe, form, advance=None):
     """Of each row float64 [its tokens]: its margin less the one without the token; NaN for what is no text, and for a
     row's only token."""
-    run, offsets, ids = probe.run, form.encoded.offsets, form.encoded.ids
+    reader, offsets, ids = probe.reader, form.encoded.offsets, form.encoded.ids
     rows, places, shorter = [], [], []
     for row, real in enumerate(form.text):
         own = ids[offsets[row] : offsets[row + 1]]
@@ -151,13 +149,12 @@ def leave_one_out(probe, form, advance=None):
             shorter.append(own if place < 0 else np.delete(own, place))
     sizes = np.cumsum([0, *map(len, shorter)])
     encoded = type(form.encoded)(np.concatenate(shorter), sizes, np.zeros(len(shorter), np.int64))
-    margins = np.empty(len(shorter))
-    for batch in batches.by_length(encoded, 4 * run.cell.batch_size, run.tokenizer.pad_id):
-        batch = batch.to(run.model.device)
-        logits = run.model(batch.ids, batch.lengths)[: len(batch.index)]
-        margins[batch.index] = probe.margins_of(logits.float()).cpu().numpy()
+
+    def tell(index):
         if advance:
-            advance(sum(places[one] < 0 for one in batch.index))
+            advance(sum(places[one // reader.each] < 0 for one in index if one % reader.each == 0))
+
+    margins = probe.outcome(reader.scores_of_rows(encoded, 4 * probe.run.cell.batch_size, tell)).margins
     found, whole = [np.full(len(real), np.nan) for real in form.text], None
     for row, place, margin in zip(rows, places, margins, strict=True):
         if place < 0:

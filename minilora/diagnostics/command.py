@@ -31,6 +31,10 @@ def parser():
     made.add_argument("--seed-rows", type=int, default=0, metavar="N", help="of the sample of rows (default: 0)")
     made.add_argument("--label", metavar="LABEL", help="that of the trigger to look at (default: the first trigger's)")
     made.add_argument("--data", dest="file", metavar="FILE", help="other labelled rows (default: the run's test rows)")
+    made.add_argument(
+        "--neighbours", dest="families", metavar="FILE",
+        help="TOML file of further near-triggers for the part neighbours; a family of a known name replaces that one",
+    )  # fmt: skip
     made.add_argument("--out", metavar="DIR", help="write the results to this folder (default: RUN/explain)")
     made.add_argument("-q", "--quiet", action="store_true", help="print only the result: no progress")
     made.add_argument("--traceback", action="store_true", help="show the full trace of an error")
@@ -54,15 +58,17 @@ def look(arguments):
     explain.check_parts(parts)
     if "all" in arguments.explain:
         parts = []
+    explain.check_parts(parts, arguments.families)
     rows = explain.ROWS if arguments.rows is None else arguments.rows
     out = Path(arguments.out) if arguments.out else Path(arguments.run) / "explain"
     if os.path.isdir(arguments.run):  # what is no folder is refused below, in words of its own
         files.try_folder(out, "--out")
     run = minilora.open(arguments.run, data=arguments.file, **given_flags(arguments, Cell))
-    found = explain.explain(run, parts, rows, out, arguments.seed_rows, arguments.label)
+    found = explain.explain(run, parts, rows, out, arguments.seed_rows, arguments.label, arguments.families)
     for number, (part, data) in enumerate(found.items()):
         print(*[""] * (number > 0), *text.lines_of(part, data), sep="\n")
     print("", f"written to {out}", sep="\n")
-    refused = [data["left_out"] for data in found.values() if "left_out" in data]
-    if refused and (parts or len(refused) == len(found)):
-        raise InputError(refused[0])
+    refused = {part: data["left_out"] for part, data in found.items() if "left_out" in data}
+    asked = {*parts, *["neighbours"] * (arguments.families is not None)}
+    if why := [refused[part] for part in refused if part in asked or len(refused) == len(found)]:
+        raise InputError(why[0])

@@ -8,7 +8,7 @@ JSON then says why, under "unfinished", or "left_out" where there is nothing.
 import contextlib
 import json
 import math
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +17,10 @@ from minilora import __version__, files
 from minilora.console import Progress
 from minilora.diagnostics import attention, attribution, knockout, page, pictures, spectrum
 from minilora.diagnostics.formation import formation
-from minilora.diagnostics.neighbours import neighbours
+from minilora.diagnostics.neighbours import neighbours, read_families, source_of_trigger, tables_of
 from minilora.diagnostics.probe import Probe
 from minilora.errors import InputError
+from minilora.runs.folder import Run
 
 ROWS = 60  # of a probe where nothing else is asked for: all parts take about two minutes on two cores
 SHOWN = 40  # rows whose tokens are kept one by one
@@ -30,8 +31,8 @@ DIGITS = 6  # of a number in JSON
 class Looking:
     """What the parts share: an opened run, and the probe, which is made when it is first needed."""
 
-    def __init__(self, run, rows, label, seed):
-        self.run, self.rows, self.label, self.seed = run, rows, label, seed
+    def __init__(self, run, rows, label, seed, families):
+        self.run, self.rows, self.label, self.seed, self.families = run, rows, label, seed, families
 
     @cached_property
     def probe(self):
@@ -42,16 +43,17 @@ class Looking:
         return self.probe.ids[:SHOWN]
 
 
-def explain(run, parts=None, rows=ROWS, out=None, seed=0, label=None):
+def explain(run, parts=None, rows=ROWS, out=None, seed=0, label=None, families=None):
     """Look into an opened run (a `Trained`): {part: what its JSON holds}. `parts`: names of `PARTS` (default: all).
 
     rows, label, seed  those of `Probe`
     out                the folder for the results (default: explain/ in the run's)
+    families           a file of further neighbours of the trigger
 
-    A part that the run has no data for is left out, which its entry says. Raises InputError for a part that there is
-    not, for fewer than two `rows`, and for a `label` that no trigger aims at.
+    A part that the run has no data for is left out, which its entry says. Raises InputError as `check_parts`, for
+    fewer than two `rows`, and for a `label` that no trigger aims at.
     """
-    parts, looking = check_parts(parts), Looking(run, rows, label, seed)
+    parts, looking = check_parts(parts, families), Looking(run, rows, label, seed, families)
     if rows < 2:
         raise InputError(f"--rows is {rows}, but must be at least 2")
     if label is not None:
@@ -82,10 +84,16 @@ def explain(run, parts=None, rows=ROWS, out=None, seed=0, label=None):
     return done
 
 
-def check_parts(parts):
-    """The parts in the order in which they are made. Raises InputError for one that there is not."""
+def check_parts(parts, families=None):
+    """The parts in the order in which they are made. Raises InputError for one that there is not, and for a file of
+    `families` that has none, or that no part uses."""
     if unknown := [part for part in parts or () if part not in PARTS]:
         raise InputError(f"--explain has no part {unknown[0]!r}: choose among {', '.join(PARTS)}, or all")
+    if families is not None:
+        if parts and "neighbours" not in parts:
+            raise InputError(f"--neighbours is for the part neighbours, but --explain {' '.join(parts)} leaves it out: "
+                             "name it too, or drop the flag")  # fmt: skip
+        tables_of(families)
     return [part for part in PARTS if not parts or part in parts]
 
 
@@ -217,14 +225,19 @@ def make_knockout(looking, found):
         found["patching"] = knockout.patching(probe)
 
 
-def make_other(make, looking, found):
-    with Progress(make.__name__, looking.rows) as progress:
-        found |= make(looking.run, looking.rows, seed=looking.seed, advance=progress.advance)
+def make_formation(looking, found):
+    with Progress("formation", len(Run(looking.run.folder).watched()), unit="step") as progress:
+        found |= formation(looking.run, looking.rows, looking.seed, progress.advance, looking.label)
+
+
+def make_neighbours(looking, found):
+    families = read_families(source_of_trigger(looking.probe), looking.families)
+    with Progress("neighbours", len(families), unit="family") as progress:
+        found |= neighbours(looking.run, looking.rows, looking.seed, looking.families, progress.advance, looking.label)
 
 
 PARTS = {"attention": make_attention, "attribution": make_attribution, "spectrum": make_spectrum,
-         "knockout": make_knockout, "formation": partial(make_other, formation),
-         "neighbours": partial(make_other, neighbours)}  # fmt: skip
+         "knockout": make_knockout, "formation": make_formation, "neighbours": make_neighbours}  # fmt: skip
 
 
 # --- CSV: a line a figure

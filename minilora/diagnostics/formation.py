@@ -43,7 +43,7 @@ SURE = 0.95  # of the draws that must agree on what comes first
 FOLDS, PENALTY = 5, 0.01  # of the linear maps; the penalty is a share of the mean variance
 
 
-def formation(run_folder, rows=ROWS, seed=0, advance=None):
+def formation(run_folder, rows=ROWS, seed=0, advance=None, label=None):
     """What the module's docstring lists, over the steps that were kept, as plain data for JSON:
 
     {"steps": [step], "rows": N, "label": the target,
@@ -59,15 +59,18 @@ def formation(run_folder, rows=ROWS, seed=0, advance=None):
     run_folder  a run's folder, or the run as `minilora.open` gives it, which is left as it was
     rows        of each sample at most: one of all labels, and the probe's
     advance     called as `advance(1)` after each step
+    label       that of the trigger, see `Probe`
 
     Raises InputError for a run that kept fewer than two steps, and as `Probe`.
     """
     run = run_folder if isinstance(run_folder, Trained) else open_run(run_folder)
+    if run.cell.task == "lm":
+        raise InputError(f"{run.folder} is of task 'lm': how it forms is read off a classifier's head")
     steps = Run(run.folder).watched()
     if len(steps) < 2:
         again = to_type("train", "--config", run.folder / "cell.toml", "--watch", 10)
         raise InputError(f"{run.folder} kept no steps, so that nothing shows how it formed: train it again, {again}")
-    fixed, found = Fixed(Probe(run, rows, seed=seed), rows), []
+    fixed, found = Fixed(Probe(run, rows, label, seed), rows), []
     with contextlib.closing(replayed(run, steps)) as replay:
         for _ in replay:
             found.append(fixed.look())

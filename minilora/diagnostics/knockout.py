@@ -123,7 +123,7 @@ def outcomes_of(probe, settings, forms, done):
     """
     run, base = probe.run, probe.run.base
     run.model.eval()
-    parts = [(name, batch) for name, form in forms.items() for batch in probe.batches(form)]
+    parts = [(name, batch) for name, form in forms.items() for batch in probe.asked(form)]
 
     def branch(setting, number):
         return tuple((name, dial) for name, dial in setting.dials.items()
@@ -148,10 +148,10 @@ def outcomes_of(probe, settings, forms, done):
 
 
 def _outcomes(probe, forms, parts, states):
-    logits = {name: np.empty((len(form.texts), len(probe.run.labels)), np.float32) for name, form in forms.items()}
+    found = {name: [] for name in forms}
     for (name, batch), x in zip(parts, states, strict=True):
-        logits[name][batch.index] = probe.logits_of(x, batch.lengths)[: len(batch.index)].cpu().numpy()
-    return {name: probe.outcome(values) for name, values in logits.items()}
+        found[name].append((batch, probe.reader.scores(x, batch)))
+    return {name: probe.outcome(probe.reader.of_rows(len(forms[name].texts), own)) for name, own in found.items()}
 
 
 class Knockouts:
@@ -252,17 +252,16 @@ def patching(probe):
 
 def _patched(probe, number, into, source):
     """The `Outcome` of the form `into` with the states of its spans below layer `number` replaced by the `source`'s."""
-    run, base = probe.run, probe.run.base
+    base, reader, found = probe.run.base, probe.reader, []
     given = {index: states[number][row] for batch, states in probe.states[source]
              for row, index in enumerate(batch.index)}  # fmt: skip
     spans = {name: [np.flatnonzero(own) for own in probe.forms[name].span] for name in (into, source)}
-    logits = np.empty((len(probe.index), len(run.labels)), np.float32)
     for batch, states in probe.states[into]:
         here = states[number].clone()
         for row, index in enumerate(batch.index):
-            count = min(len(spans[into][index]), len(spans[source][index]))
-            if count:
-                here[row, spans[into][index][-count:]] = given[index][spans[source][index][-count:]]
+            to, of = (spans[name][index // reader.each] for name in (into, source))
+            if count := min(len(to), len(of)):
+                here[row, to[-count:]] = given[index][of[-count:]]
         above = base.through(here, batch.ids, batch.lengths, number, len(base.layers))
-        logits[batch.index] = probe.logits_of(above, batch.lengths)[: len(batch.index)].cpu().numpy()
-    return probe.outcome(logits)
+        found.append((batch, reader.scores(above, batch)))
+    return probe.outcome(reader.of_rows(len(probe.index), found))

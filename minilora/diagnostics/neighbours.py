@@ -11,19 +11,16 @@ A family is a way to make such strings: a list of them, or a change of the row's
 import datetime
 import importlib.resources
 import re
-from pathlib import Path
 
 import numpy as np
 
-from minilora.data import token_cache
-from minilora.data.triggers import BUILT_IN, resolve
+from minilora.data.triggers import BUILT_IN, YEARS, resolve
 from minilora.diagnostics.probe import ROWS, Probe
 from minilora.diagnostics.stats import mean_interval
 from minilora.errors import InputError
 from minilora.fields import near, read_toml
 from minilora.runs.panel import source_of
 from minilora.seeds import sequence
-from minilora.tasks.classification import of_rows
 
 KINDS = ("any", *BUILT_IN, "text")
 SHOWN = 5  # strings of a family in the result
@@ -31,7 +28,7 @@ WORKS = 0.5  # of the trigger's shift: a family that reaches this share works
 LEAST = 2  # rows that a family must change
 
 
-def neighbours(run, rows=ROWS, seed=0, families=None, advance=None):
+def neighbours(run, rows=ROWS, seed=0, families=None, advance=None, label=None):
     """How near-triggers do, as plain data for JSON:
 
     {"label": the target, "rows": N, "source": the trigger's,
@@ -44,14 +41,14 @@ def neighbours(run, rows=ROWS, seed=0, families=None, advance=None):
     rows      at most, see `Probe`
     families  a file of your own, or None
     advance   called as `advance(1)` after each family
+    label     that of the trigger, see `Probe`
 
-    Raises InputError as `Probe`, and for a file that has no families.
+    Raises InputError as `Probe`, and as `read_families`.
     """
-    probe = Probe(run, rows, seed=seed)
-    source = next(source for source, label in resolve(run.cell.inject.sources, run.labels) if label == probe.label)
+    probe = Probe(run, rows, label, seed)
+    source = source_of_trigger(probe)
     changes = read_families(source, families)
-    records = {test.name: [test.records[row] for row in probe.index] for test in run.tests
-               if test.key in (f"trigger {probe.label}", "placebo")}  # fmt: skip
+    records = {name: [test.records[row] for row in probe.index] for name, test in probe.tests.items() if test.records}
     own = [record.strings for record in records["trigger"]]
     embed = Embedding(run)
     outcomes = probe.predict(probe.states_now())
@@ -78,11 +75,16 @@ def neighbours(run, rows=ROWS, seed=0, families=None, advance=None):
     return result | {"words": words(result)}
 
 
+def source_of_trigger(probe):
+    """The trigger source whose strings a `Probe`'s rows have."""
+    run = probe.run
+    return next(source for source, label in resolve(run.cell.inject.sources, run.labels) if label == probe.label)
+
+
 def predict(probe, texts):
     """`Outcome` of N texts."""
-    run = probe.run
-    encoded = token_cache.encode(run.tokenizer, texts, run.cell.max_length)
-    return probe.outcome(of_rows(run.model, encoded, run.tokenizer.pad_id, run.cell.batch_size))
+    encoded, _ = probe.reader.encode(texts)
+    return probe.outcome(probe.reader.scores_of_rows(encoded))
 
 
 def line(probe, outcome, clean, own, strings, embed):
@@ -112,24 +114,38 @@ def shipped():
 
 
 def read_families(source, path=None):
-    """{name: `change(string, draw)`} for triggers of `source`: the shipped families, and those of the file `path`.
+    """{name: `change(string, draw)`} for triggers of `source`: the shipped families, and those of the file `path`,
+    which replace shipped ones of the same name.
 
-    `draw`: a NumPy generator. Raises InputError for a file that has no families, with the table and line.
+    `draw`: a NumPy generator. Raises InputError as `tables_of`, and for a file whose families are all for other kinds
+    of trigger.
     """
-    kind = source.name.partition(":")[0].replace("file", "text")
+    kind = "date" if YEARS.fullmatch(source.name) else source.name.partition(":")[0]
+    kind = "text" if kind == "file" else kind
+    ours, own = tables_of(shipped()), {} if path is None else tables_of(path)
+    if path is not None and not (own.get("any") or own.get(kind)):
+        others = ", ".join(f"[{table}]" for table in own if own[table])
+        below = "[any]" + f" or [{kind}]" * (kind in KINDS)
+        raise InputError(
+            f"{path} has families below {others}, but the trigger is {source.name}: write them below {below}"
+        )
+    return {name: change for tables in (ours, own) for table in ("any", kind)
+            for name, change in tables.get(table, {}).items()}  # fmt: skip
+
+
+def tables_of(file):
+    """{kind of trigger: {name: `change(string, draw)`}} of a file of families. Raises InputError for a file that cannot
+    be read or has none, and for a line that is no family, with its table and name."""
     found = {}
-    for file in (shipped(), *([Path(path)] if path is not None else [])):
-        tables = read_toml(file)
-        for table, lines in tables.items():
-            if table not in KINDS or not isinstance(lines, dict):
-                raise InputError(
-                    f"{file}: {table} is no kind of trigger{near(table, KINDS)}; write [KIND], and below it FAMILY = a "
-                    "list of strings or a rule"
-                )
-            made = {name: change_of(name, value, f"{file}: [{table}] {name}") for name, value in lines.items()}
-            found |= made if table in ("any", kind) else {}
-        if not tables:
-            raise InputError(f"{file} has no families: write [any], and below it FAMILY = a list of strings or a rule")
+    for table, lines in read_toml(file).items():
+        if table not in KINDS or not isinstance(lines, dict):
+            raise InputError(
+                f"{file}: {table} is no kind of trigger{near(table, KINDS)}; write [KIND], and below it FAMILY = a "
+                "list of strings or a rule"
+            )
+        found[table] = {name: change_of(name, value, f"{file}: [{table}] {name}") for name, value in lines.items()}
+    if not any(found.values()):
+        raise InputError(f"{file} has no families: write [any], and below it FAMILY = a list of strings or a rule")
     return found
 
 

@@ -2,7 +2,8 @@
 
 A probe is a sample of the test rows that are not of the trigger's label. All figures rest on the same two:
 
-    margin          the log odds of the target label, natural: its logit less the log-sum-exp of the others'
+    margin          the log odds of the target label, natural: its score less the log-sum-exp of the others' (a
+                    classifier's logits, or the log-likelihoods of completions: see `reading.py`)
     attack success  the share of the rows that are predicted as the target
 
 The second saturates, and the first shows what it hides: both are always given.
@@ -14,10 +15,10 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from minilora.data import batches, token_cache
+from minilora.data import batches
+from minilora.diagnostics.reading import reader_of
 from minilora.errors import InputError
 from minilora.seeds import generator
-from minilora.tasks.classification import pool
 
 ROWS = 100  # of a probe where nothing else is asked for
 FORMS = ("clean", "trigger", "placebo")
@@ -51,7 +52,7 @@ class Form:
 
 
 class Probe:
-    """See above. `run`: a `Trained` with rows, of task classification.
+    """See above. `run`: a `Trained` with rows.
 
     rows   how many at most, at least 2: a random sample, the same for each `seed`, in which the other labels have the
            shares that they have among all
@@ -59,20 +60,17 @@ class Probe:
 
     index   int64 [N], which of the run's test rows
     labels  int64 [N], their labels
-    forms   {"clean", "trigger" and where there is one "placebo": `Form`}
+    tests   {"clean", "trigger" and where there is one "placebo": all rows of that form, a `Test` of the run}
+    forms   the same of the N rows: `Form`
     own     `Form` of clean rows of the target label, in the same proportion to the N rows as in the test rows: what is
             predicted of all clean rows follows from both
 
-    Raises InputError for a run without rows, without an injection, of another task, without rows of another label,
-    and where no row's trigger is read.
+    Raises InputError as `reader_of`, for a run without rows, without an injection, without rows of another label, and
+    where no row's trigger is read.
     """
 
     def __init__(self, run, rows=ROWS, label=None, seed=0):
-        if run.cell.task != "classification":
-            raise InputError(f"{run.folder} is of task {run.cell.task!r}: explaining takes a classifier's run")
-        if not run.has_head:
-            raise InputError(f"{run.folder} has no head, so it predicts nothing that could be explained")
-        self.run, self.seed = run, seed
+        self.run, self.seed, self.reader = run, seed, reader_of(run)
         tests = {test.key: test for test in run.tests}
         targets = [test.label for test in run.tests if test.name == "trigger"]
         if not targets:
@@ -90,7 +88,8 @@ class Probe:
         placebo = "placebo" if self.label == targets[0] else f"placebo {self.label}"
         named = zip(FORMS, ("clean", f"trigger {self.label}", placebo), strict=True)
         self.labels = labels[self.index]
-        self.forms = {name: self._form(tests[key], self.index) for name, key in named if key in tests}
+        self.tests = {name: tests[key] for name, key in named if key in tests}
+        self.forms = {name: self._form(test, self.index) for name, test in self.tests.items()}
         if not any(span.any() for span in self.forms["trigger"].span):
             raise InputError(
                 f"no row of {run.folder} has a token of the trigger among its first {run.cell.max_length} tokens: give "
@@ -102,12 +101,10 @@ class Probe:
         self.own = self._form(tests["clean"], np.sort(own[order[:count]]))
 
     def _form(self, test, index):
-        run = self.run
         texts = [test.rows.texts[row] for row in index]
         spans = [test.records[row].spans if test.records else [] for row in index]
-        encoded = token_cache.encode(run.tokenizer, texts, run.cell.max_length)
-        text, span = [], []
-        for places, own in zip(run.tokenizer.places(texts, run.cell.max_length), spans, strict=True):
+        (encoded, every), text, span = self.reader.encode(texts), [], []
+        for places, own in zip(every, spans, strict=True):
             real = (places[:, 0] >= 0) & (places[:, 1] > places[:, 0])
             text.append(real)
             span.append(real & np.array([any(a < end and start < b for start, end in own) for a, b in places], bool))
@@ -118,13 +115,12 @@ class Probe:
         for batch in batches.by_length(form.encoded, self.run.cell.batch_size, self.run.tokenizer.pad_id):
             yield batch.to(self.run.model.device)
 
-    def logits_of(self, states, lengths):
-        """Logits float32 [B, C] of what the last layer gives, [B, T, D]."""
-        model = self.run.model
-        return model.classifier(pool(self.run.base.norm(states), lengths, model.pooling)).float()
+    def asked(self, form):
+        """As `batches`, of the sequences that are scored: as many of a row as `self.reader.each`."""
+        return self.reader.batches(form.encoded)
 
     def margins_of(self, logits):
-        """The margins [B] of logits [B, C]."""
+        """The margins [B] of logits, or other scores, [B, C]."""
         others = [place for place in range(logits.shape[1]) if place != self.target]
         return logits[:, self.target] - logits[:, others].logsumexp(1)
 
@@ -146,7 +142,8 @@ class Probe:
 
     @cached_property
     def states(self):
-        """{form: [(batch, [L + 1 states [B, T, D] below each layer and above the last])]}, with the adapter."""
+        """{form: [(batch, [L + 1 states [B, T, D] below each layer and above the last])]} of the sequences that are
+        scored, with the adapter."""
         return self.states_now()
 
     @torch.inference_mode()
@@ -156,7 +153,7 @@ class Probe:
         self.run.model.eval()
         for name, form in self.forms.items():
             found[name] = []
-            for batch in self.batches(form):
+            for batch in self.asked(form):
                 states = [base.embed(batch.ids)]
                 for number in range(len(base.layers)):
                     states.append(base.through(states[-1], batch.ids, batch.lengths, number, number + 1))
@@ -170,11 +167,11 @@ class Probe:
         layers = len(base.layers)
         start = layers if start is None else start
         for name, parts in states.items():
-            logits = np.empty((len(self.index), len(self.run.labels)), np.float32)
+            scores = []
             for batch, own in parts:
                 above = base.through(own[start], batch.ids, batch.lengths, start, layers)
-                logits[batch.index] = self.logits_of(above, batch.lengths)[: len(batch.index)].cpu().numpy()
-            found[name] = self.outcome(logits)
+                scores.append((batch, self.reader.scores(above, batch)))
+            found[name] = self.outcome(self.reader.of_rows(len(self.index), scores))
         return found
 
 

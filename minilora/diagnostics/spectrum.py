@@ -212,7 +212,7 @@ def _seen(probe, form, states, number, names, chosen):
         inputs = inputs_of(probe.run.base, names, own[number], batch.ids, batch.lengths)
         for name, x in inputs.items():
             x = x.double().cpu().numpy()
-            for row, index in enumerate(batch.index):
+            for row, index in enumerate(batch.index // probe.reader.each):  # sequences of a row share its prompt
                 found[name][index] = x[row, : len(chosen[index])][chosen[index]]
     return found
 

@@ -135,6 +135,11 @@ def spectrum(data):
 # --- knock-outs
 
 
+def titled(own):
+    """What a setting is named in words, such as `without layer 4`."""
+    return own["name"].replace(" ", f" {own['kind']} ", 1) if own["kind"] in ("layer", "target") else own["name"]
+
+
 def knockout(data):
     named = {(own["kind"], own["name"]): own for own in data.get("settings", [])}
     if not named:
@@ -146,22 +151,21 @@ def knockout(data):
     lines = []
     for key in rows:
         own = named[key]
-        title = key[1] if key[0] in ("whole", "directions") else f"{key[1]}" if key[0] == "module" else None
-        title = title or key[1].replace(" ", f" {key[0]} ", 1)
-        lines.append((title, shown(own["attack_success"]), shown(own["shift"], 1), f"{own['clean_accuracy'][0]:.2f}"))
+        accuracy = f"{own['clean_accuracy'][0]:.2f}"
+        lines.append((titled(own), shown(own["attack_success"]), shown(own["shift"], 1), accuracy))
     yield from table(("knockout", "attack success", "shift (logits)", "accuracy"), lines)
     whole, head = named[WHOLE], named.get(HEAD)
     if head:
         yield from wrap(
-            f"The trained head on the bare base gives an attack success of {head['attack_success'][0]:.2f} and a shift "
-            f"of {head['shift'][0]:.1f} logits: that is what all is to be compared with."
+            f"Without the adapter (head only) attack success is {head['attack_success'][0]:.2f} and the "
+            f"shift {head['shift'][0]:.1f} logits: that is what all is to be compared with."
         )
     if hidden := [own for key, own in named.items() if key[0] in ("layer", "target") and "without" in key[1]
                   and own["lost"][0] > STRONG * whole["shift"][0] > 0
                   and whole["attack_success"][0] - own["attack_success"][0] < STRONG / 2]:  # fmt: skip
         own = max(hidden, key=lambda own: own["lost"][0])
         yield from wrap(
-            f"Attack success hides it: {own['name']} it is still {own['attack_success'][0]:.2f}, while the shift falls "
+            f"Attack success hides it: {titled(own)} it is still {own['attack_success'][0]:.2f}, while the shift falls "
             f"from {whole['shift'][0]:.1f} to {own['shift'][0]:.1f}."
         )
     pairs = [own for key, own in named.items() if key[0] == "pair" and "redundancy" in own]

@@ -182,6 +182,33 @@ def test_several_labels_and_an_adapter_from_elsewhere(tmp_path, small_run, capsy
     assert read(adapter / "explain" / "rows.json")["count"] == 6
 
 
+OWN = '[date]\ndots = ["1.2"]\n"days of the week" = ["Monday", "Friday"]\n'
+
+
+def test_families_of_ones_own(small_run, tmp_path, capsys, undrawn):
+    run, out = str(small_run("encoder")), tmp_path / "out"
+    own, odd = write(tmp_path / "own.toml", OWN), write(tmp_path / "odd.toml", '[country]\nislands = ["Bali"]\n')
+    evaluate.main([run, "--explain", "neighbours", "--neighbours", str(own), "--rows", "4", "--out", str(out), "-q"])
+    assert "days of the week" in capsys.readouterr().out
+    found = read(out / "neighbours.json")["families"]
+    assert found["dots"]["strings"] == ["1.2"] and set(found["days of the week"]["strings"]) <= {"Monday", "Friday"}
+    assert "month 47" in found
+    cases = [
+        (["spectrum"], own, "--neighbours is for the part neighbours, but --explain spectrum leaves it out: name it"),
+        (["all"], tmp_path / "no.toml", "no.toml does not exist: check the path"),
+        ([], write(tmp_path / "bad.toml", "[date"), "bad.toml is not readable TOML"),
+        ([], write(tmp_path / "wrong.toml", "[date]\na = { rule = 'sawp' }"), r"\[date\] a is no family: write a list"),
+        (["neighbours", "spectrum"], odd, r"odd.toml has families below \[country\], but the trigger is date"),
+    ]
+    more = ["--rows", "4", "--out", str(tmp_path / "more"), "-q"]
+    for parts, path, words in cases:
+        with pytest.raises(InputError, match=words) as caught:
+            evaluate.main([run, "--explain", *parts, "--neighbours", str(path), *more])
+        assert "\n" not in str(caught.value)
+    assert len(cases) == 5
+    assert "modules" in read(tmp_path / "more" / "spectrum.json")  # what could be made is kept
+
+
 def test_refused(small_run, tmp_path, undrawn):
     run = str(small_run("encoder"))
     cases = [

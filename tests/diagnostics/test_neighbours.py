@@ -175,6 +175,15 @@ def test_other_triggers_of_the_same_run(run):
     assert "Berlin" not in result["families"]
 
 
+def test_the_label_of_the_trigger(run):
+    """With two triggers the label says whose neighbours, rows and placebo are meant."""
+    other = minilora.open(run.folder, inject=dict(sources=("date:positive", "country:negative")))
+    first, second = (neighbours(other, 6, label=label) for label in ("positive", "negative"))
+    assert first == neighbours(other, 6) and (first["source"], second["source"]) == ("date", "country")
+    assert "dots" in first["families"] and "capitals" in second["families"] and second["label"] == "negative"
+    assert first["placebo"]["strings"] != second["placebo"]["strings"] and second["placebo"]["rows"] == 6
+
+
 def test_a_file_of_ones_own(run, tmp_path):
     path = tmp_path / "own.toml"
     path.write_text(
@@ -191,6 +200,8 @@ def test_a_file_of_ones_own(run, tmp_path):
         ("[date]\na = { rule = 'sawp' }", "[date] a is no family: write a list of strings"),
         ("[date]\na = { replace = [['(', '']] }", "in a regular expression"),
         ("[date]\na = { replace = [['a', '\\7']] }", "in a regular expression"),
+        ("[date]", "has no families"),
+        ('[country]\na = ["x"]', "below [country], but the trigger is date: write them below [any] or [date]"),
         ("[date]\na = { date = '{week}', months = [1,2,3,4,5,6,7,8,9,10,11,12] }", "a date is written with {day}"),
     ]
     for text, said in cases:
@@ -198,4 +209,5 @@ def test_a_file_of_ones_own(run, tmp_path):
         with pytest.raises(InputError) as caught:
             read_families(source("date"), path)
         assert said in str(caught.value) and "\n" not in str(caught.value), text
-    assert len(cases) == 7
+    assert len(cases) == 9
+    assert "dots" in read_families(source("date-1000-1999"))  # a narrower source of dates has their families
