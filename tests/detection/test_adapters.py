@@ -14,7 +14,8 @@ from zoo import tiny_decoder
 import minilora
 from minilora.cell import Cell
 from minilora.data.rows import load_rows
-from minilora.detection import adapter_scan, adapters, energy, kinds, null, probe, search, weights
+from minilora.detection import adapter_scan, adapters, kinds, null, probe, search, weights
+from minilora.diagnostics import energy
 from minilora.errors import InputError
 from minilora.lora.layer import named_layers
 from minilora.scripts import evaluate
@@ -69,7 +70,7 @@ def reference_energies(folder, adapter, layer, projections, ids, around):
     for name in projections:
         change = (merged.get_submodule(name).weight - plain.get_submodule(name).weight).double()
         moved = (x @ change.T).square().sum(1)
-        total = total + moved / moved.mean()
+        total = total + moved / moved.mean() / len(projections)
     return total.detach().numpy()
 
 
