@@ -389,6 +389,27 @@ def test_clean_adapters_stand_beside_and_are_kept(runs, small, reviews, capsys, 
     assert f"{min(clean['kind']):.2f} to {max(clean['kind']):.2f}" in text and "of 4 clean adapters" in text
 
 
+def test_kept_figures_are_those_of_the_same_base_kinds_and_rows(runs, small, reviews, tmp_path, monkeypatch):
+    """Whatever changes what a clean adapter would be gives it another place in the cache."""
+    asked = []
+    monkeypatch.setattr(null, "kept_at", lambda *own, kept_at=null.kept_at: asked.append(kept_at(*own)) or asked[-1])
+    monkeypatch.setattr(null.minilora, "train_together", lambda *_, **__: (_ for _ in ()).throw(probe.Spent))
+    table, texts = tmp_path / "rows.csv", reviews.read_text()
+    runs_of = {name: minilora.open(runs / name) for name in ("plain", "upper")}
+    other = SimpleNamespace(**vars(runs_of["plain"].setting) | {"inputs": {"base": "another"}})
+    cases = [("plain", KINDS, texts), ("upper", KINDS, texts), ("plain", KINDS | {"year": ["1990"]}, texts),
+             ("plain", KINDS, texts + texts.splitlines()[-1].replace(",", " so,", 1) + "\n")]  # fmt: skip
+    for name, kinds_, content in [*cases, cases[0]]:
+        table.write_text(content)
+        with pytest.raises(probe.Spent):
+            null.clean_figures(runs_of[name], kinds_, 2, table)
+    monkeypatch.setattr(runs_of["plain"], "setting", other)
+    table.write_text(texts)
+    with pytest.raises(probe.Spent):
+        null.clean_figures(runs_of["plain"], KINDS, 2, table)
+    assert asked[8:10] == asked[:2] and len(asked) == 12 and len(set(asked)) == 10
+
+
 def test_bad_input_is_one_clear_line(runs, base, small, tmp_path):
     tiny_bert(tmp_path / "wide", hidden_size=36)
     (tmp_path / "wrong.toml").write_text('"colour" = "red"\n')
