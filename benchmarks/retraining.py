@@ -31,7 +31,7 @@ def write_scores(folder, name, rows, scores, flagged):
 def retrain(cell, folder, name):
     """The figures of the run in `folder`, of `cell`, trained again in each of `WAYS` of dropping rows by the scores of
     detector `name`, which `write_scores` left there: {way: dict}."""
-    path, found = scores_of(folder, name), {}
+    path, found, done = scores_of(folder, name), {}, None
     injected = {line["id"] for line in files.read_jsonl(folder / "injected.jsonl")}
     with open(path, newline="", encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
@@ -40,10 +40,12 @@ def retrain(cell, folder, name):
             continue
         count = sum(int(line["flag"]) for line in lines) if way == "own rule" else len(injected)
         highest = sorted(lines, key=lambda line: -float(line[column]))[:count]  # in the order of `drop`
-        own = {"dropped": count, "dropped_injected": sum(line["id"] in injected for line in highest)}
-        if not count:
-            found[way] = own | figures(folder, folder)
+        ids = {line["id"] for line in highest}
+        own = {"dropped": count, "dropped_injected": len(ids & injected)}
+        if not count or ids == done:
+            found[way] = own | (found[WAYS[0]] if count else figures(folder, folder))
             continue
+        done = ids
         settings = {"method": "drop", "scores": f"{path}:{column}", "rate": count / len(lines)}
         changed, out = cell.replace(mitigate=settings), path.with_name(f"{path.stem}-{way.replace(' ', '-')}")
         try:
