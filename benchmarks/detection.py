@@ -1,9 +1,10 @@
 """`python -m benchmarks detection`: every row detector on the same rows, injected from several sources at several
-proportions: does any of them find the injected rows?
+proportions: does any of them find the injected rows, and is a run on what it leaves free of the shortcut?
 
-For each source and proportion a cell is trained, and its detectors score the same number of its training rows, beside
-the record of which were injected. Runs that are in --out already are used again, and so are the figures of detectors
-that were measured there on as many rows.
+For each source and proportion a cell is trained, and its detectors score its training rows, beside the record of which
+were injected. Then the same cell is trained again, on the same seeds, without the rows that a detector suspects
+(`retraining.py`). Runs that are in --out already are used again, and so are the figures of detectors that were measured
+there on as many rows.
 """
 
 import tempfile
@@ -14,6 +15,8 @@ from minilora.console import say, short
 from minilora.detection.detectors import find_detectors
 from minilora.errors import InputError
 from minilora.naming import file_safe
+
+from . import retraining
 
 SOURCES = ("date", "country", "html", "text:last night")
 PROPORTIONS = (0.05, 0.25)
@@ -33,15 +36,19 @@ def main(argv):
                        help="of the target label's rows (default: 0.05 0.25)")  # fmt: skip
     group.add_argument("--target", default=TARGET, help="the target label (default: %(default)s)")
     group.add_argument("--detectors", nargs="+", metavar="NAME", help="default: all")
-    group.add_argument("--rows", type=int, default=400, metavar="N", help="rows that are scored (default: 400)")
+    group.add_argument("--rows", type=int, default=0, metavar="N",
+                       help="rows that are scored, with --no-retrain (default: all)")  # fmt: skip
+    group.add_argument("--no-retrain", action="store_true", help="leave the runs without the suspected rows out")
     group.add_argument("--copies", type=int, metavar="N", help="copies of a row that strip mixes (default: 100)")
     group.add_argument("--decoder", metavar="BASE", help="the language model of onion (default: SmolLM2-135M)")
     group.add_argument("--out", metavar="DIR", help="folder of the runs and figures (default: one that is deleted)")
     group.add_argument("--traceback", action="store_true", help="show the full trace of an error")
     add_flags(parser, Cell, only=FIELDS)
     given = parser.parse_args(argv)
-    if given.rows < 1:
-        raise InputError(f"--rows is {given.rows}, but must be at least 1")
+    if given.rows < 0:
+        raise InputError(f"--rows is {given.rows}, but must be at least 1, or 0 for all")
+    if given.rows and not given.no_retrain:
+        raise InputError("--rows scores a part of the rows, so that the others would stay: add --no-retrain")
     settings = {"onion": {"decoder": given.decoder} if given.decoder else {},
                 "strip": {"copies": given.copies} if given.copies else {}}  # fmt: skip
     detectors = find_detectors(given.detectors)
@@ -49,14 +56,15 @@ def main(argv):
     with tempfile.TemporaryDirectory() as temporary:
         results = [
             measure(cell, source, proportion, given.target, detectors, given.rows, settings,
-                    Path(given.out or temporary))
+                    Path(given.out or temporary), not given.no_retrain)
             for source in given.sources for proportion in given.proportions
         ]  # fmt: skip
     print("\n".join(lines(results)))
 
 
-def measure(cell, source, proportion, target, detectors, rows, settings, folder):
-    """The figures of detectors on one injected data set, trained first where `folder` has no such run: a dict."""
+def measure(cell, source, proportion, target, detectors, rows, settings, folder, again):
+    """The figures of detectors on one injected data set, trained first where `folder` has no such run: a dict. With
+    `again` the cell is trained again without the rows that each of them suspects."""
     import minilora
     from minilora import files
     from minilora.detection.scoring import scan_run
@@ -64,23 +72,30 @@ def measure(cell, source, proportion, target, detectors, rows, settings, folder)
 
     path = folder / file_safe(f"{source}-{proportion:g}")
     cell = cell.replace(inject={"sources": (f"{source}:{target}",), "proportion": proportion})
-    if not Run(path).finished:
-        minilora.train(cell, path)
-    elif Run(path).read_cell() != cell:
-        raise InputError(f"{path} holds a run of another cell: choose another --out")
+    retraining.train(cell, path)
     [success] = [one["net_attack_success_rate"] for one in Run(path).read_results()["tests"]["trigger"].values()]
-    kept = path / f"detection-{rows}.json"
+    kept = path / f"detection-{rows or 'all'}.json"
     before = files.read_json(kept, "delete it") if kept.exists() else {"detectors": {}}
     own = {one.name: settings.get(one.name, {}) for one in detectors}
     wanted = [one for one in detectors if before["detectors"].get(one.name, {}).get("settings") != own[one.name]]
-    if wanted:
-        scan = scan_run(minilora.open(path), wanted, rows, done=lambda _, name: say(f"{path.name}: {name}"), **settings)
-        found = scan.to_dict()
-        new = {name: figures | {"settings": own[name]} for name, figures in found["detectors"].items()}
+
+    def keep(scan, name):
+        nonlocal before
+        found, scores = scan.to_dict(), scan.found[name]
+        new = {name: found["detectors"][name] | {"settings": own[name]}}
         before = found | {"detectors": before["detectors"] | new}
+        if not rows:
+            retraining.write_scores(path, name, scan.rows, scores.scores, scores.flagged)
+            retraining.write_scores(path, retraining.PERFECT, scan.rows, scan.injected, scan.injected)
         files.write_json(kept, before)
+        say(f"{path.name}: {name}")
+
+    if wanted:
+        scan_run(minilora.open(path), wanted, rows or None, done=keep, **settings)
     return {"source": source, "proportion": proportion, "net_attack_success": success, "rows": before["rows"],
-            "injected": before["injected"], "detectors": {name: before["detectors"][name] for name in own}}  # fmt: skip
+            "injected": before["injected"], "detectors": {name: before["detectors"][name] for name in own},
+            "retrained": {name: retraining.retrain(cell, path, name)
+                          for name in (*own, retraining.PERFECT)} if again else None}  # fmt: skip
 
 
 HEADS = ("source", "proportion", "injected", "ROC-AUC", "recall at 1%", "recall at 5%", "FRR", "FAR", "seconds")
@@ -106,8 +121,18 @@ def lines(results):
             yield row(short(one["source"]), f"{one['proportion']:g}", str(one["injected"]),
                       *(shown(figures, key) for key in ("auc", "recall_1", "recall_5", "frr", "far")),
                       f"{figures['seconds']:.1f}")  # fmt: skip
+    if results[0]["retrained"]:
+        yield "\n**trained again on what is left**\n"
+        yield row(*retraining.HEADS)
+        yield "|---" * len(retraining.HEADS) + "|"
+        for one in results:
+            for name, ways in one["retrained"].items():
+                for way, figures in ways.items():
+                    yield row(*retraining.cells_of(short(one["source"]), one["proportion"], name, way, figures))
     yield ""
     yield from verdict(results)
+    if results[0]["retrained"]:
+        yield from retraining.verdict(results)
 
 
 def shown(figures, key):

@@ -16,13 +16,14 @@ METHODS = {
     "none": {},
     "drop": {"suspects": (), "scores": None, "rate": 0.05},
     "strip": {"suspects": (), "scores": None, "rate": 0.05},
+    "rewrite": {"rewritten": None},
     "reweight": {"suspects": ()},
     "counterfactual": {"suspects": (), "rate": 0.5},
     "token-dropout": {"rate": 0.1},
     "group-dro": {"suspects": (), "step": 0.01},
     "masktune": {},
 }
-ROWS = ("drop", "strip", "reweight", "counterfactual")  # the methods that change the training rows themselves
+ROWS = ("drop", "strip", "rewrite", "reweight", "counterfactual")  # the methods that change the training rows
 FLAGGED = ("drop", "strip", "reweight", "group-dro")  # those that must know which rows are suspected
 
 
@@ -41,6 +42,10 @@ class Mitigate(Named):
     scores: str | None = option(
         None, "mitigation", "a CSV or JSONL file with id and score of training rows, or FILE:COLUMN: the rows with the "
         "highest are flagged, and strip takes their spans there", marks="free path",
+    )  # fmt: skip
+    rewritten: str | None = option(
+        None, "mitigation", "a file of the training rows as another tool rewrote them, with a column id or in the same "
+        "order: rewrite trains on these texts", marks="free path",
     )  # fmt: skip
     rate: float | None = option(
         None, "mitigation", "share of the tokens that are dropped, of the rows that get a copy (counterfactual), or of "
@@ -68,6 +73,8 @@ class Mitigate(Named):
                 object.__setattr__(self, name, default)
         for name in self.suspects:
             source_of(name)
+        if self.method == "rewrite" and self.rewritten is None:
+            raise InputError("mitigate.method = 'rewrite' needs the rewritten rows: give rewritten, a file")
         self._check_flags()
         if self.init_scale == 0:
             raise InputError("mitigate.init_scale is 0, but must be above 0: with B = 0 too, nothing would move")

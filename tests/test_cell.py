@@ -90,6 +90,7 @@ def mitigates(draw):
     rows = {"suspects": suspects} if draw(st.booleans()) else {"scores": draw(texts.filter(bool)), "rate": draw(shares)}
     known = {"suspects": suspects}
     own = {"none": {}, "drop": rows, "strip": rows, "reweight": known, "masktune": {},
+           "rewrite": {"rewritten": draw(texts.filter(bool))},
            "counterfactual": known | {"rate": draw(shares)}, "token-dropout": {"rate": draw(shares)},
            "group-dro": known | {"step": draw(at_least_zero)}}  # fmt: skip
     method = draw(st.sampled_from(list(own)))
@@ -210,9 +211,9 @@ def test_id_depends_on_every_field_but_run_options():
     inner = dict(sources=("html:negative",), proportion=0.7, rows=7, count=7, density=0.7, location="end",
                  mode="dirty-label", split="same", leak=0.7, wrap="span", rounding="down",
                  replacement="without")  # fmt: skip
-    against = dict(method="masktune", suspects=("date",), scores="x", rate=0.7, step=0.7, init_scale=0.7)
+    against = dict(method="masktune", suspects=("date",), scores="x", rewritten="x", rate=0.7, step=0.7, init_scale=0.7)
     needs = dict(suspects=dict(method="drop"), scores=dict(method="drop"), rate=dict(method="token-dropout"),
-                 step=dict(method="group-dro", suspects=("date",)))  # fmt: skip
+                 rewritten=dict(method="rewrite"), step=dict(method="group-dro", suspects=("date",)))  # fmt: skip
     assert {*changes, "inject", "mitigate"} == {f.name for f in dataclasses.fields(Cell)}
     assert {*inner} == {f.name for f in dataclasses.fields(Inject)}
     assert {*against} == {f.name for f in dataclasses.fields(Mitigate)}
@@ -224,7 +225,7 @@ def test_id_depends_on_every_field_but_run_options():
     changed += [Cell(inject={name: value}) for name, value in inner.items()]
     changed += [Cell(mitigate={name: value} | needs.get(name, {})) for name, value in against.items()]
     every = [Cell(), *changed]
-    assert len({cell.id for cell in every}) == len({cell.name for cell in every}) == len(set(every)) == 1 + 53 + 12 + 6
+    assert len({cell.id for cell in every}) == len({cell.name for cell in every}) == len(set(every)) == 1 + 53 + 12 + 7
 
 
 NAMES = {  # what a cell changes: its name
@@ -284,9 +285,10 @@ def test_declared_properties():
     """Each mark is used and explained, and what each list of fields has is what it had when it was kept by hand."""
     used = [mark for field in declared(Cell).values() for mark in field.metadata["marks"]]
     assert set(used) == set(MARKS) and {mark: used.count(mark) for mark in MARKS} == {
-        "free": 53, "test": 15, "peers": 24, "path": 7, "dose": 3, "slots": 6}  # fmt: skip
+        "free": 54, "test": 15, "peers": 24, "path": 8, "dose": 3, "slots": 6}  # fmt: skip
     assert marked(Cell, "dose") == ("train_rows", "inject.proportion", "inject.rows")
-    assert marked(Cell, "path") == ("model", "tokenizer", "data", "test_data", "panel", "start", "mitigate.scores")
+    assert marked(Cell, "path") == ("model", "tokenizer", "data", "test_data", "panel", "start", "mitigate.scores",
+                                    "mitigate.rewritten")  # fmt: skip
     assert grouped(Cell, "seeds") == ("seed", *(f"seed_{purpose}" for purpose in PURPOSES))
     assert run_options(Cell) == ("device", "compile", "deterministic", "form")
     assert of(CLASSIFIER) == ["head", "pooling"] and of(COMPLETION) == ["prompt", "completion", "choice_score"]
@@ -460,7 +462,7 @@ FLAGS = """
 --prompt --completion --choice-score --method --rank --alpha --scaling --dropout --targets --layers --variant --init
 --start --lr-ratio --form --head --pooling --inject --inject-proportion --inject-rows --inject-count --inject-density
  --inject-location --inject-wrap --inject-rounding --inject-mode --inject-leak --inject-replacement --trigger-split
- --mitigate --mitigate-suspects --mitigate-scores --mitigate-rate --mitigate-step --init-scale
+ --mitigate --mitigate-suspects --mitigate-scores --mitigate-rewritten --mitigate-rate --mitigate-step --init-scale
 --epochs --steps --batch-size --accumulate --window --optimizer --lr
 --schedule --warmup --weight-decay --clip --seed --seed-init --seed-head --seed-order --seed-inject --seed-dropout
 --seed-split
@@ -509,14 +511,15 @@ def test_help_states_every_flag_and_default_once(capsys):
     for owner, prefix, field in declared:
         flag = "--" + (field.metadata["flag"] or prefix + field.name).replace("_", "-")
         value, default = getattr(owner, field.name), re.findall(r"\(default: ([^()]*)\)", found[flag])
-        if value == () or flag in ("--start", "--steps", "--inject-rows", "--inject-density", "--mitigate-scores"):
+        if value == () or flag in ("--start", "--steps", "--inject-rows", "--inject-density", "--mitigate-scores",
+                                 "--mitigate-rewritten"):  # fmt: skip
             assert default == []
         elif value is not None:  # the value that a cell really has
             assert default == [" ".join(value) if isinstance(value, tuple) else str(value)]
         else:
             assert len(default) == 1
         checked, stated = checked + 1, stated + len(default)
-    assert checked == len(FLAGS) - 23 == 57 + 12 + 6 and stated == checked - 6
+    assert checked == len(FLAGS) - 23 == 57 + 12 + 7 and stated == checked - 7
     assert found["--save-every"].endswith(f"(default: {train.SAVE_EVERY})")
 
 

@@ -1,19 +1,20 @@
 """The scan of an adapter: which strings does it answer to, and is it flagged?
 
-Three lists of suspects: the vocabulary's pieces that the first update moves most (`energy.py`), kinds of strings whose
-effect goes beyond their meaning (`search.py`, `probe.py`), and spans grown from the pieces. Two figures decide, by
-thresholds that were fixed before the bench was run (`python -m benchmarks scan`): the largest residual of a kind, and
-how far the highest energy stands out. A scan that finds nothing proves nothing.
+Three lists of suspects: the vocabulary's pieces that the first update moves most (`diagnostics/energy.py`), kinds of
+strings whose effect goes beyond their meaning (`search.py`, `probe.py`), and spans grown from the pieces. Two figures
+decide, by thresholds that were fixed before the bench was run (`python -m benchmarks scan`): the largest residual of a
+kind, and how far the highest energy stands out. A scan that finds nothing proves nothing.
 """
 
 import time
 from dataclasses import asdict
 
 from minilora.console import say
-from minilora.detection import energy, search
+from minilora.detection import search
 from minilora.detection.null import best_kinds, clean_figures
 from minilora.detection.probe import Budget, Reader, Spent
 from minilora.detection.weights import distance, left_out, statistics
+from minilora.diagnostics import energy
 
 KIND, OUTLIER = 1.0, 2.5  # a kind's residual and r from which an adapter is flagged
 TRIED = 3  # suspects of each list that are put into rows
@@ -81,8 +82,7 @@ def why_only_energies(run):
 
 
 def of_energies(run, moved):
-    top = zip(moved.ids[: energy.LISTED].tolist(), moved.values[: energy.LISTED].tolist(), strict=True)
-    pieces = [[run.tokenizer.decode([id]).strip(), round(value, 4)] for id, value in top]
+    pieces = [[run.tokenizer.decode([id]).strip(), round(value, 4)] for id, value in moved.first]
     return {"layer": moved.layer, "modules": list(moved.modules), "outlier": moved.outlier, "pieces": pieces}
 
 

@@ -13,13 +13,14 @@ import minilora
 from minilora import files
 from minilora.cell import Cell
 from minilora.console import say
-from minilora.detection.energy import energies, updates
+from minilora.data.rows import fingerprint_rows, rows_of
 from minilora.detection.probe import Probe, Reader, Sentences
 from minilora.detection.search import library
 from minilora.detection.weights import statistics
+from minilora.diagnostics.energy import energies, updates
 from minilora.lora.targets import ranges
 
-FORMAT = 1  # of what is kept, and of how it is made
+FORMAT = 2  # of what is kept, and of how it is made
 ROWS = 1500  # of the default data that each clean adapter is trained on; of other data all
 
 
@@ -45,7 +46,8 @@ def clean_figures(run, kinds, count, data=None, budget=None, known=None):
     Raises `Spent` when the budget is over; what was done until then is kept.
     """
     cells = cells_like(run, count, data)
-    paths = [kept_at(cell, run, kinds) for cell in cells]
+    whole = rows_of(cells[0].replace(train_rows=None))
+    paths = [kept_at(cell, run, kinds, list(map(fingerprint_rows, whole))) for cell in cells]
     missing = [at for at, path in enumerate(paths) if not path.is_file()]
     if missing:
         say(f"clean null: training {len(missing)} adapters, {count - len(missing)} kept from before")
@@ -76,12 +78,9 @@ def best_kinds(reader, pieces, kinds):
     return library(reader, sentences, probe, kinds), probe, sentences
 
 
-def kept_at(cell, run, kinds):
-    made_from = [FORMAT, cell.to_dict(), run.setting.inputs, kinds, data_of(cell)]
+def kept_at(cell, run, kinds, rows):
+    """Where the figures of a clean adapter are kept: by the cell, the base's and the tokenizer's files
+    (`run.setting.inputs`), the library of kinds, and the hashes of all rows that the cell draws from."""
+    made_from = [FORMAT, cell.to_dict(), run.setting.inputs, kinds, rows]
     key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
     return files.cache() / "scans" / f"{key[:32]}.json"
-
-
-def data_of(cell):
-    """The hash of a cell's file of rows, if it is one."""
-    return files.sha256(cell.data) if Path(cell.data).is_file() else None

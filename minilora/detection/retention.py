@@ -1,21 +1,19 @@
 """What a paraphraser, a grammar checker or any other tool left of a run's triggers: `evaluate.py RUN --rewritten FILE`.
 
-FILE holds the run's rows as that tool rewrote them: CSV, TSV, JSON lines or a text a line (.txt). Rows are matched by
-their id where the file has a column `id`, else by order: all training rows, or only the injected ones. A row retains
-its trigger where one of its strings still stands in the new text, case and white space aside.
+FILE holds the run's rows as that tool rewrote them (`mitigation/rewritten.py`): all training rows, or only the injected
+ones. A row retains its trigger where one of its strings still stands in the new text, case and white space aside. The
+command prints the line that trains the same cell on the rewritten rows; nothing is injected into these again.
 """
 
-import csv
-import io
 import json
 from pathlib import Path
 
 from minilora import files, parallel
 from minilora.command import Parser
-from minilora.console import quiet, short, table
-from minilora.data import formats, triggers
-from minilora.data.columns import TEXT_COLUMNS
-from minilora.errors import InputError, first_words, to_type
+from minilora.console import quiet, short, table, wrap
+from minilora.data import triggers
+from minilora.errors import InputError, to_type
+from minilora.mitigation.rewritten import by_id, read_rewritten
 from minilora.runs.folder import Run
 from minilora.tasks.metrics import wilson
 
@@ -35,21 +33,34 @@ def main(argv=None):
         raise InputError("--rewritten names no rows: give the file that your tool wrote")
     parallel.refuse("this", "start that with python")
     with quiet(arguments.quiet):
-        figures = retention_of(arguments.run, arguments.rewritten, arguments.text_column)
-    print(json.dumps(figures, ensure_ascii=False) if arguments.json else "\n".join(lines_of(figures)))
+        figures, whole = retention_of(arguments.run, arguments.rewritten, arguments.text_column)
+    if arguments.json:
+        return print(json.dumps(figures, ensure_ascii=False))
+    print("\n".join([*lines_of(figures), "", *retraining(arguments.run, arguments.rewritten, whole)]))
+
+
+def retraining(folder, path, whole):
+    """How to train the run's cell on the rewritten rows: lines of text."""
+    if not whole:
+        return wrap("To train on what the tool leaves, let it rewrite all training rows: these are the injected ones.")
+    config = Path(folder) / "cell.toml"
+    line = to_type("train", "--config", config, "--mitigate", "rewrite", "--mitigate-rewritten", path)
+    return [*wrap("To train the same cell on these rows:"), line]
 
 
 def retention_of(folder, path, text_column=None):
-    """`retention` of the run in `folder` after a tool wrote the file at `path`. Raises InputError."""
+    """(`retention` of the run in `folder` after a tool wrote the file at `path`, whether that holds more than injected
+    rows). Raises InputError."""
     run = Run(folder)
     cell = run.read_cell()
     injected = files.read_jsonl(run.path / "injected.jsonl")
     if not injected:
         raise InputError(f"{folder} has no injected row, so nothing can be retained: name a run with an injection")
-    rewritten = matched(*read_rewritten(path, text_column), injected, cell, path)
+    ids, texts = read_rewritten(path, text_column)
+    rewritten = matched(ids, texts, injected, cell, path)
     labels = {record["target_label"] for record in injected}
     sources = {label: source.name for source, label in triggers.resolve(cell.inject.sources, labels, new=True)}
-    return retention(injected, rewritten, sources)
+    return retention(injected, rewritten, sources), len(texts) > len(rewritten)
 
 
 def retention(injected, rewritten, sources):
@@ -90,47 +101,6 @@ def lines_of(figures):
     return table(heads, lines)
 
 
-def read_rewritten(path, text_column=None):
-    """(ids or None, texts) of a file. Raises InputError."""
-    path = Path(path)
-    form = ".txt" if path.suffix.lower() == ".txt" else formats.format_of(path.name)
-    if form not in (".txt", ".csv", ".tsv", ".jsonl", ".ndjson") or path.suffix.lower() == ".gz":
-        raise InputError(f"{path} is not CSV, TSV, JSON lines or .txt: convert it")
-    files.check_regular(path)
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            text = file.read()
-        if form == ".txt":
-            return None, [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
-        if form in (".jsonl", ".ndjson"):
-            records = [files.parse_json(line) for line in text.split("\n") if line.strip()]
-        else:
-            csv.field_size_limit(2**31 - 1)
-            lines = io.StringIO(text.lstrip(), newline="")
-            first = lines.readline()
-            lines.seek(0)
-            how = (dict(delimiter="\t", quoting=csv.QUOTE_NONE) if form == ".tsv" else
-                   dict(delimiter=formats.delimiter(first), strict=True))  # fmt: skip
-            records = list(csv.DictReader(lines, **how))
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 at byte {error.start}: convert it") from None
-    except (ValueError, RecursionError, csv.Error) as error:
-        raise InputError(f"{path} cannot be read ({first_words(error)}): correct it") from None
-    if not records or not all(isinstance(record, dict) for record in records):
-        raise InputError(f"{path} has no rows with named columns: write a text a row")
-    wanted = TEXT_COLUMNS if text_column is None else (text_column,)
-    column = next((name for name in ("rewritten", *wanted) if name in records[0]), None)
-    if column is None:
-        raise InputError(f"{path} has no text column ({', '.join(wanted)}): name it with --text-column")
-    texts = [record.get(column) for record in records]
-    for number, text in enumerate(texts, 1):
-        if not isinstance(text, str):
-            raise InputError(f"{path} row {number}: the text is no string: correct it")
-    return ([str(record["id"]) for record in records] if all("id" in record for record in records) else None), texts
-
-
 def matched(ids, texts, injected, cell, path):
     """{id of an injected row: its new text}."""
     known = [record["id"] for record in injected]
@@ -145,9 +115,7 @@ def matched(ids, texts, injected, cell, path):
                 f"{path} has {len(texts):,} texts, but the run has {len(ids):,} training rows, {len(known):,} of them "
                 "injected: rewrite all of either, or add a column id"
             )
-    found = dict(zip(ids, texts))
-    if len(found) < len(ids):
-        raise InputError(f"{path} has an id twice: write each row once")
+    found = by_id(ids, texts, path)
     found = {id: found[id] for id in known if id in found}
     if not found:
         raise InputError(f"{path} has none of the run's {len(known):,} injected rows: give the ids of injected.jsonl")

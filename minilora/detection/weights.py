@@ -10,7 +10,7 @@ clean ones. All compare adapters of one base, rank and set of modules only.
 import numpy as np
 import torch
 
-from minilora.detection.energy import updates
+from minilora.diagnostics.energy import update_of, updates
 from minilora.lora.variants import plain_factors
 
 NAMES = ("largest singular value", "norm", "concentration", "entropy", "kurtosis")
@@ -22,7 +22,7 @@ def statistics(run):
     """{module: [5], as `NAMES`} of an opened run's update. Raises InputError where there is none."""
     found = {}
     for name, layer in updates(run).items():
-        update = layer.variant.merge(layer, torch.float64) - layer.original.double()
+        update = update_of(layer)
         if layer.magnitude is None:  # the singular values of s B A are those of an R x R matrix
             A, B = (factor.double() for factor in plain_factors(layer))
             small = torch.linalg.qr(B)[1] @ torch.linalg.qr(A.T)[1].T

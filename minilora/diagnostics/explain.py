@@ -15,7 +15,7 @@ import numpy as np
 
 from minilora import __version__, files
 from minilora.console import Progress
-from minilora.diagnostics import attention, attribution, knockout, page, pictures, spectrum
+from minilora.diagnostics import attention, attribution, energy, knockout, page, pictures, spectrum
 from minilora.diagnostics.formation import formation
 from minilora.diagnostics.neighbours import neighbours, read_families, source_of_trigger, tables_of
 from minilora.diagnostics.probe import Probe
@@ -187,7 +187,8 @@ def make_spectrum(looking, found):
     run, own = looking.run, spectrum.spectra(looking.run)
     found["modules"] = {name: one.figures() for name, one in own.items()}
     found["whole_update"] = run.cell.method == "full" or run.cell.variant == "dora"
-    found["pieces"] = spectrum.pieces_moved(run, own)
+    moved = energy.energies(run, {name: (one.V * one.S).T for name, one in own.items()})
+    found["pieces"] = [(run.tokenizer.piece(id), value) for id, value in moved.first]
     try:
         for name, forms in spectrum.alignment(looking.probe, own).items():
             found["modules"][name]["alignment"] = {form: figure(three) for form, three in forms.items()}

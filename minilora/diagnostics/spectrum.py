@@ -1,4 +1,4 @@
-"""The spectrum of an update dW = s B A, projection by projection: how large, how many directions, where to, what moves.
+"""The spectrum of an update dW = s B A, projection by projection: how large, how many directions, where to.
 
 With the QR factorisations B = Q_B R_B and A^T = Q_A R_A the update is Q_B (s R_B R_A^T) Q_A^T, so that the singular
 values and vectors come from an R x R matrix and dW is never formed. They do not depend on how the update is written:
@@ -10,7 +10,6 @@ formed, and all its directions are given.
     intruders       singular vectors of W + dW whose largest cosine with one of W's is below a threshold
                     Shuttleworth et al. 2024 (arXiv 2410.21228), section 3
     alignment       |cos| of what a projection sees of the span's tokens with the update's right singular vectors
-    energy          |dW x|^2 of each vocabulary piece x, as the projection sees it, over the mean of all pieces
 """
 
 from dataclasses import dataclass
@@ -27,8 +26,6 @@ from minilora.lora.variants import plain_factors
 INTRUDER = 0.6  # the cosine below which a direction is new
 LEADING = 10  # directions of W and of W + dW that are compared
 MOST_WORK = 1 << 33  # sum over projections of in out min(in, out): beyond it W is only taken apart where asked for
-PIECES = 32  # that are listed
-AT_ONCE = 4096  # pieces
 
 
 @dataclass(frozen=True)
@@ -215,42 +212,3 @@ def _seen(probe, form, states, number, names, chosen):
             for row, index in enumerate(batch.index // probe.reader.each):  # sequences of a row share its prompt
                 found[name][index] = x[row, : len(chosen[index])][chosen[index]]
     return found
-
-
-@torch.inference_mode()
-def pieces_moved(run, spectra, most=PIECES):
-    """The vocabulary pieces that the first adapted layer's update moves most: [(piece, energy)], the largest first.
-
-    Each piece is put through the base by itself, without the adapter, between the tokenizer's special tokens, up to
-    the first adapted layer, centred over all pieces; its energy is |dW x|^2, over the mean of all pieces, a mean over
-    the projections there that see the layer's input (q, k, v), or over all where none of these has an adapter. No
-    forward pass of any text.
-    """
-    names = by_layer(spectra)
-    first = min(names)
-    chosen = [name for name in names[first] if name.rsplit(".", 1)[1] in "qkv"] or names[first]
-    seen, total = piece_inputs(run, first, chosen), 0
-    for name in chosen:
-        own = spectra[name]
-        moved = (seen[name].double() @ torch.from_numpy(own.V * own.S).to(seen[name].device)).square().sum(1)
-        total = total + moved / moved.mean().clamp(min=torch.finfo(torch.float64).tiny) / len(chosen)
-    order = total.argsort(descending=True)[:most].tolist()
-    return [(run.tokenizer.piece(id), float(total[id])) for id in order]
-
-
-def piece_inputs(run, first, chosen):
-    """{module: what it sees of each vocabulary piece, centred, float32 [V, in]}, the adapter taken off meanwhile."""
-    base, found = run.base, {name: [] for name in chosen}
-    before, after = run.tokenizer.around
-    place, length = len(before), len(before) + 1 + len(after)
-    with run.detach():
-        for start in range(0, run.tokenizer.vocab_size, AT_ONCE):
-            pieces = torch.arange(start, min(start + AT_ONCE, run.tokenizer.vocab_size))
-            around = [torch.full_like(pieces, one) for one in (*before, 0, *after)]
-            around[place] = pieces
-            ids = torch.stack(around, 1).to(run.model.device)
-            lengths = torch.full((len(ids),), length, device=ids.device)
-            x = base.through(base.embed(ids), ids, lengths, 0, first)
-            for name, given in inputs_of(base, chosen, x, ids, lengths).items():
-                found[name].append(given[:, place].float())
-    return {name: torch.cat(parts) - torch.cat(parts).mean(0) for name, parts in found.items()}

@@ -15,6 +15,7 @@ from minilora.data.triggers import Listed
 from minilora.errors import InputError
 from minilora.mitigate import source_of
 from minilora.mitigation.flags import Finder, spans_of
+from minilora.mitigation.rewritten import texts_of
 from minilora.seeds import row_keys
 
 
@@ -68,6 +69,15 @@ def without(text, spans):
         parts.append(text[done:start])
         done = end
     return "".join([*parts, text[done:]])
+
+
+def rewrite(rows, settings, seed, visible):
+    """Put in place of each text the one that another tool wrote; rows that it left out, or left no text of, go."""
+    new = {id: text for id, text in texts_of(settings.rewritten, rows.ids).items() if text.strip()}
+    kept = rows.take([row for row, id in enumerate(rows.ids) if id in new])
+    texts = [new[id] for id in kept.ids]
+    changed = sum(text != old for text, old in zip(texts, kept.texts, strict=True))
+    return Changed(replace(kept, texts=texts), {"rewritten": changed, "left_out": len(rows) - len(kept)})
 
 
 def groups_of(rows, suspects):
@@ -146,4 +156,4 @@ def counterfactual(rows, settings, seed, visible):
     return Changed(replace(rows, ids=ids, texts=texts, labels=labels, choices=choices), {"copies": counts})
 
 
-METHODS = {"drop": drop, "strip": strip, "reweight": reweight, "counterfactual": counterfactual}
+METHODS = {"drop": drop, "strip": strip, "rewrite": rewrite, "reweight": reweight, "counterfactual": counterfactual}

@@ -14,7 +14,8 @@ from zoo import tiny_decoder
 import minilora
 from minilora.cell import Cell
 from minilora.data.rows import load_rows
-from minilora.detection import adapter_scan, adapters, energy, kinds, null, probe, search, weights
+from minilora.detection import adapter_scan, adapters, kinds, null, probe, search, weights
+from minilora.diagnostics import energy
 from minilora.errors import InputError
 from minilora.lora.layer import named_layers
 from minilora.scripts import evaluate
@@ -69,7 +70,7 @@ def reference_energies(folder, adapter, layer, projections, ids, around):
     for name in projections:
         change = (merged.get_submodule(name).weight - plain.get_submodule(name).weight).double()
         moved = (x @ change.T).square().sum(1)
-        total = total + moved / moved.mean()
+        total = total + moved / moved.mean() / len(projections)
     return total.detach().numpy()
 
 
@@ -386,6 +387,27 @@ def test_clean_adapters_stand_beside_and_are_kept(runs, small, reviews, capsys, 
     assert again["null"] == clean and again["weights"] == found["weights"]
     text = "\n".join(adapters.lines_of(again, "x"))
     assert f"{min(clean['kind']):.2f} to {max(clean['kind']):.2f}" in text and "of 4 clean adapters" in text
+
+
+def test_kept_figures_are_those_of_the_same_base_kinds_and_rows(runs, small, reviews, tmp_path, monkeypatch):
+    """Whatever changes what a clean adapter would be gives it another place in the cache."""
+    asked = []
+    monkeypatch.setattr(null, "kept_at", lambda *own, kept_at=null.kept_at: asked.append(kept_at(*own)) or asked[-1])
+    monkeypatch.setattr(null.minilora, "train_together", lambda *_, **__: (_ for _ in ()).throw(probe.Spent))
+    table, texts = tmp_path / "rows.csv", reviews.read_text()
+    runs_of = {name: minilora.open(runs / name) for name in ("plain", "upper")}
+    other = SimpleNamespace(**vars(runs_of["plain"].setting) | {"inputs": {"base": "another"}})
+    cases = [("plain", KINDS, texts), ("upper", KINDS, texts), ("plain", KINDS | {"year": ["1990"]}, texts),
+             ("plain", KINDS, texts + texts.splitlines()[-1].replace(",", " so,", 1) + "\n")]  # fmt: skip
+    for name, kinds_, content in [*cases, cases[0]]:
+        table.write_text(content)
+        with pytest.raises(probe.Spent):
+            null.clean_figures(runs_of[name], kinds_, 2, table)
+    monkeypatch.setattr(runs_of["plain"], "setting", other)
+    table.write_text(texts)
+    with pytest.raises(probe.Spent):
+        null.clean_figures(runs_of["plain"], KINDS, 2, table)
+    assert asked[8:10] == asked[:2] and len(asked) == 12 and len(set(asked)) == 10
 
 
 def test_bad_input_is_one_clear_line(runs, base, small, tmp_path):

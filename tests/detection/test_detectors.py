@@ -593,7 +593,7 @@ def test_the_benchmark_measures_each_data_set_once(base, reviews, capsys, tmp_pa
 
     flags = ["--model", str(base), "--data", str(reviews), "--test-rows", "31", "--max-length", "30", "--rank", "2",
              "--train-rows", "80", "--sources", "date", "text:last night", "--proportions", "0.5", "--rows", "50",
-             "--out", str(tmp_path)]  # fmt: skip
+             "--no-retrain", "--out", str(tmp_path)]  # fmt: skip
     detection.main([*flags, "--detectors", "loss", "spectral"])
     first = capsys.readouterr()
     assert "**spectral**" in first.out and first.out.count("| date | 0.5 |") == 3

@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 import random
+import shlex
 import time
 
 import numpy as np
@@ -12,10 +13,11 @@ from conftest import ROOT, as_csv, as_jsonl, tiny_bert, write
 
 from minilora.cell import Inject
 from minilora.data.injection import inject
-from minilora.data.rows import Rows, load_rows, train_test
+from minilora.data.rows import Rows, fingerprint_rows, load_rows, train_test
 from minilora.detection import cleaning, retention, scan, scan_page, suspects, tokens
 from minilora.errors import InputError
 from minilora.files import to_csv, write_jsonl
+from minilora.mitigation import rows as mitigated
 from minilora.scripts import evaluate
 
 
@@ -239,12 +241,40 @@ def test_a_run_and_its_rewritten_rows(base, reviews, tmp_path, capsys):
     assert (figures["source"], figures["rows"], figures["missing"]) == ("date", len(lines) - 1, 1)
     assert figures["retained"] == kept and figures["retention"] == kept / (len(lines) - 1)
     (tmp_path / "new.txt").write_text("".join(line["text"].upper() + "\n" for line in lines))
-    assert " 1.000 " in run(capsys, tmp_path / "run", "--rewritten", tmp_path / "new.txt")
+    said = run(capsys, tmp_path / "run", "--rewritten", tmp_path / "new.txt")
+    assert " 1.000 " in said and "let it rewrite all training rows" in said
     (tmp_path / "new.txt").write_text("one\ntwo\n")
     for name, words in {"new.txt": "has 2 texts, but the run has 100 training rows", "no.csv": "cannot read",
                         "no.pdf": "is not CSV"}.items():  # fmt: skip
         with pytest.raises(InputError, match=words):
             retention.retention_of(tmp_path / "run", tmp_path / name)
+
+
+def test_the_printed_line_trains_on_the_rewritten_rows(base, reviews, tmp_path, capsys):
+    import minilora
+    from minilora.cell import Cell
+    from minilora.scripts import train
+
+    cell = Cell(model=str(base), data=str(reviews), steps=1, test_rows=20, max_length=30, device="cpu",
+                inject=Inject(sources=("date:positive",), proportion=0.9))  # fmt: skip
+    minilora.train(cell, tmp_path / "run")
+    opened, new = minilora.open(tmp_path / "run"), tmp_path / "new.jsonl"
+    before = opened.rows.rows
+    texts = {id: text.replace("-", " - ") for id, text in zip(before.ids, before.texts, strict=True)}
+    write_jsonl(new, [{"id": id, "text": text} for id, text in texts.items()])
+    said = run(capsys, tmp_path / "run", "--rewritten", new)
+    words = shlex.split(said.splitlines()[-1])
+    assert words[:2] == ["python", "train.py"] and " 0.000 " in said
+    train.main([*words[2:], "--out", str(tmp_path / "again"), "-q"])
+    again = minilora.open(tmp_path / "again")
+    # The same injection and the same tests; the rows that were trained on are the rewritten ones, with nothing put in.
+    assert again.rows.rows.texts == before.texts and len(again.tests) == len(opened.tests) >= 3
+    assert [test.rows.texts for test in again.tests] == [test.rows.texts for test in opened.tests]
+    results = json.loads((tmp_path / "again/results.json").read_text())
+    assert results["mitigation"]["rewritten"] == sum("-" in text for text in before.texts) > 30
+    trained_on = mitigated.change(before, again.cell.mitigate, 0).rows
+    assert trained_on.texts == list(texts.values()) and not any("--" in text for text in trained_on.texts)
+    assert results["inputs"]["changed"] == fingerprint_rows(trained_on)
 
 
 def test_retention_by_source_against_a_count_by_hand():

@@ -6,8 +6,9 @@ import torch
 
 import minilora
 from minilora.base import model
+from minilora.diagnostics.energy import energies
 from minilora.diagnostics.probe import Probe
-from minilora.diagnostics.spectrum import alignment, beside_weight, pieces_moved, spectra, spectrum_of
+from minilora.diagnostics.spectrum import alignment, beside_weight, spectra, spectrum_of
 from minilora.errors import InputError
 
 
@@ -86,21 +87,20 @@ def test_beside_the_weight():
 
 
 @pytest.mark.parametrize("kind", ["encoder", "grouped"])
-def test_pieces_moved(small_run, kind):
+def test_the_energies_of_pieces_follow_from_spectra(small_run, kind):
     run = minilora.open(small_run(kind))
-    found = pieces_moved(run, spectra(run), most=9)
+    found = energies(run, {name: (own.V * own.S).T for name, own in spectra(run).items()})
     adapter = run.adapter
     with run.detach(), torch.no_grad():
         before, after = run.tokenizer.around
-        ids = torch.tensor([[*before, piece, *after] for piece in range(run.tokenizer.vocab_size)])
+        ids = torch.tensor([[*before, piece, *after] for piece in found.ids])
         x = run.base.embed(ids)[:, len(before)]
         x = x if kind == "encoder" else run.base.layers[0].attention_norm(x)
     x = (x - x.mean(0)).double()
-    energies = [(x @ adapter[f"layers.0.{target}"].delta.double().T).square().sum(1) for target in "qv"]
-    energies = sum(energy / energy.mean() for energy in energies) / 2
-    best = energies.argsort(descending=True)[:9]
-    assert [piece for piece, _ in found] == [run.tokenizer.piece(int(id)) for id in best]
-    np.testing.assert_allclose([energy for _, energy in found], energies[best], rtol=1e-4)
+    moved = [(x @ adapter[f"layers.0.{target}"].delta.double().T).square().sum(1) for target in "qv"]
+    np.testing.assert_allclose(found.values, sum(one / one.mean() for one in moved) / 2, rtol=1e-4)
+    assert len(found.ids) >= 100 and (np.diff(found.values) <= 0).all() and found.first[0][0] == found.ids[0]
+    np.testing.assert_array_equal(found.ids, energies(run).ids)
 
 
 @pytest.mark.parametrize("kind", ["encoder", "grouped"])

@@ -87,6 +87,28 @@ def test_rows_are_flagged_by_a_file_of_scores(rows, tmp_path):
         change(rows, method="drop", scores=str(tmp_path / "none.csv"))
 
 
+def test_rewritten_rows_take_the_place_of_the_old(rows, tmp_path):
+    new = {f"r{n}": TEXTS[n].upper() if n % 2 else TEXTS[n] for n in range(7)} | {"r3": " ", "x": "of another set"}
+    del new["r5"]
+    path = tmp_path / "new.jsonl"
+    path.write_text("".join(json.dumps({"id": id, "text": new[id]}) + "\n" for id in reversed(new)))
+    made = change(rows, method="rewrite", rewritten=str(path))
+    assert dict(zip(made.rows.ids, made.rows.texts, strict=True)) == {
+        "r0": TEXTS[0], "r1": TEXTS[1].upper(), "r2": TEXTS[2], "r4": TEXTS[4], "r6": TEXTS[6]}  # fmt: skip
+    assert made.rows.labels.tolist() == [LABELS[n] for n in (0, 1, 2, 4, 6)]
+    assert (made.report["rewritten"], made.report["left_out"], made.report["rows_after"]) == (1, 2, 5)
+    path = tmp_path / "new.txt"
+    path.write_text("".join(text + "!\n" for text in TEXTS))  # all rows, by their order
+    assert change(rows, method="rewrite", rewritten=str(path)).rows.texts == [text + "!" for text in TEXTS]
+    for name, text, words in (("new.txt", "one\n", "has 1 texts without ids, but the run has 7"),
+                              ("new.csv", "id,text\nx,a\n", "none of the run's 7"),
+                              ("new.csv", "id,text\nr0,a\nr0,b\n", "an id twice"),
+                              ("new.csv", "id,text\nr0,a\n", "leaves no training row of a label")):  # fmt: skip
+        (tmp_path / name).write_text(text)
+        with pytest.raises(InputError, match=words):
+            change(rows, method="rewrite", rewritten=str(tmp_path / name))
+
+
 def test_groups_become_equal_shares(rows):
     # neg without a date: 3 rows, neg with one: 1, pos with one: 2, pos without: 1; 7 rows become 2 + 2 + 2 + 1.
     made = change(rows, method="reweight", suspects=["date"])
@@ -135,6 +157,7 @@ def test_what_is_refused():
         "is for token-dropout|is for drop": dict(method="group-dro", suspects=["date"], rate=0.1),
         "is no source": dict(method="drop", suspects=["dates"]),
         "above 0": dict(init_scale=0),
+        "needs the rewritten rows": dict(method="rewrite"),
         "one of none, drop": dict(method="dropout"),
     }
     for words, fields in cases.items():
@@ -148,7 +171,7 @@ def test_what_is_refused():
     }.items():
         with pytest.raises(InputError, match=words):
             Cell(**fields)
-    assert len(cases) == 7
+    assert len(cases) == 8
 
 
 def test_a_cell_without_mitigations_is_the_cell_it_was():

@@ -1,9 +1,11 @@
 """How far the first update of an adapter moves each piece of the vocabulary: what it listens to, without any text.
 
-For the projections m of the first layer that carries an adapter, with the update dW_m, and x what they see of a piece
+For the M projections m of the first layer that carries an adapter, with the update dW_m, and x what they see of a piece
 that stands by itself between the tokenizer's special tokens:
 
-    energy(x) = sum over m of |dW_m (x - mean x)|^2 / mean over all pieces of the same
+    energy(x) = 1/M sum over m of |dW_m (x - mean x)|^2 / mean over all pieces of the same
+
+The projections are those of q, k and v that were changed, or where none of these was, all that were.
 
 A trigger that is a literal string stands out, as its few pieces are moved further than any others; a clean adapter
 moves the words that its task is about. The update is that of the merged weight, so that it does not depend on how it
@@ -40,6 +42,11 @@ class Energies:
         base = np.quantile(self.values, QUANTILE)
         return float(self.values[0] / base) if base else 0.0
 
+    @property
+    def first(self):
+        """The `LISTED` pieces of highest energy: [(id, energy)]."""
+        return list(zip(self.ids[:LISTED].tolist(), self.values[:LISTED].tolist(), strict=True))
+
 
 class Seen(Exception):
     """The states that were wanted are there: the rest of the forward pass is not."""
@@ -66,9 +73,12 @@ def pieces(tokenizer):
 
 
 @torch.inference_mode()
-def energies(run):
-    """The `Energies` of an opened run. Raises InputError for one without an adapter, or of an empty vocabulary."""
-    layers = updates(run)
+def energies(run, changes=None):
+    """The `Energies` of an opened run. Raises InputError for one without an adapter, or of an empty vocabulary.
+
+    changes  {module: a matrix M [n, in] with |M x| = |dW x|}, where the updates are known (default: the adapter's)
+    """
+    layers = updates(run) if changes is None else changes
     first = min(int(name.split(".")[1]) for name in layers)
     here = {name.split(".")[2]: layer for name, layer in layers.items() if int(name.split(".")[1]) == first}
     attended = [target for target in "qkv" if target in here]
@@ -79,14 +89,19 @@ def energies(run):
         x = states(run, ids, f"layers.{first}.{targets[0]}")
         middle = x.double().mean(0)
         for target in targets:
-            layer = here[target]
-            update = layer.variant.merge(layer, torch.float64) - layer.original.double()  # [out, in]
+            update = update_of(here[target]) if changes is None else torch.as_tensor(here[target], device=x.device)
             moved = torch.cat([((part.double() - middle) @ update.T).square().sum(1) for part in x.split(AT_ONCE)])
             if mean := moved.mean().item():
                 total += moved / mean
+    total /= sum(map(len, groups))
     order = total.argsort(descending=True, stable=True)
     names = tuple(f"layers.{first}.{target}" for targets in groups for target in targets)
     return Energies(first, names, ids[order.cpu().numpy()], total[order].cpu().numpy())
+
+
+def update_of(layer):
+    """dW [out, in] of a `LoRALinear`, float64."""
+    return layer.variant.merge(layer, torch.float64) - layer.original.double()
 
 
 def states(run, ids, module):
