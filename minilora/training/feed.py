@@ -22,7 +22,7 @@ from minilora.kernels.linear import compiles_code
 from minilora.mitigation import tokens
 from minilora.seeds import number_of
 
-FEW_SIZES = 16  # padded lengths where each makes oneDNN compile code: with more it has no more rows/s, but more memory
+FEW_SIZES = 24  # padded lengths where each makes oneDNN compile code; fewer take less memory, and more time
 TOKENS = 1024  # of a pass on a CPU: with more, products are no faster, and what the backward needs grows
 MOST_GRAPHS = 16  # padded lengths of steps by graphs
 STEPS_REPAID = 16  # steps that another padded length must be of use for: assumed, not measured
