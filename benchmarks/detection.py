@@ -1,10 +1,10 @@
 """`python -m benchmarks detection`: every row detector on the same rows, injected from several sources at several
 proportions: does any of them find the injected rows, and is a run on what it leaves free of the shortcut?
 
-For each source and proportion a cell is trained, and its detectors score its training rows, beside the record of which
-were injected. Then the same cell is trained again, on the same seeds, without the rows that a detector suspects
-(`retraining.py`). Runs that are in --out already are used again, and so are the figures of detectors that were measured
-there on as many rows.
+For each source and proportion a cell is trained, and its detectors score its training rows. A record says which rows
+were injected, and the scores are compared with it. Then the same cell is trained again, on the same seeds, without the
+rows that a detector suspects (`retraining.py`). Runs that are in --out already are used again, and so are the figures
+of detectors that were measured there on as many rows.
 """
 
 import tempfile

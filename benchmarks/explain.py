@@ -25,7 +25,7 @@ from . import report
 WATCH = 10  # steps between the copies of a run that is trained for this
 CALLS = {"all": ((), 180), "attention spectrum": (("attention", "spectrum"), 30)}  # parts, seconds that they may take
 WATCHING, ANSWER = 0.02, 0.3  # of training, and seconds, that they may take
-REPEATS = 3  # of a pass, of which the fastest counts
+REPEATS = 3  # of a pass; the fastest counts
 KEYS = ("wall", "processor")  # seconds
 
 
