@@ -64,11 +64,13 @@ def run_cleanly(main, argv):
         if parallel.speaks():
             by = "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"
             print(f"interrupted{by}: {error}".removesuffix(": "), file=sys.stderr)
-        sys.exit(128 + number)
+        parallel.leave(128 + number)
     except Exception:
-        if parallel.speaks():
+        if parallel.launched() == 1:
             raise
-        sys.exit(1)
+        if parallel.speaks():
+            traceback.print_exc()
+        parallel.leave(1)
 
 
 WIDEST = 120  # columns of help: longer lines are hard to read

@@ -13,6 +13,7 @@ layers that are themselves split. Without torchrun this module imports nothing a
 import contextlib
 import ctypes
 import os
+import sys
 from datetime import timedelta
 from functools import partial
 from typing import NamedTuple
@@ -132,6 +133,17 @@ def is_first_to_fail(store):
     with contextlib.suppress(Exception):  # where the store went with another process, that one failed before
         return store.add("failed", 1) == 1
     return False
+
+
+def leave(status):
+    """Exit with this status. One of several processes does so at once: it may have left the group in the middle of a
+    step, and gloo's threads abort some of the times that Python takes them down then."""
+    if launched() == 1:
+        sys.exit(status)
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(status)
 
 
 def pick_number(kind, number):
