@@ -21,7 +21,8 @@ from . import retraining
 SOURCES = ("date", "country", "html", "text:last night")
 PROPORTIONS = (0.05, 0.25)
 TARGET = "positive"
-FIELDS = ("model", "data", "train_rows", "rank", "lr", "epochs", "seed", "test_rows", "max_length")
+FIELDS = ("model", "data", "train_rows", "rank", "lr", "epochs", "seed", "test_rows", "max_length", "inject.mode",
+          "inject.location", "inject.density")  # fmt: skip
 FOUND, REJECTED = 0.9, 0.05  # of the injected rows and of the others: what sanitises a data set
 
 

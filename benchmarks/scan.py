@@ -31,7 +31,7 @@ from . import report
 WORKS = 0.7  # of rows of other labels that a trigger must turn for the attack to count as one
 ROOM = 1.1  # thresholds of the one half: so many times the largest clean figure
 RANKS = (8, 1, 16, 4, 64)
-PROPORTIONS = (0.5, 0.25, 0.5, 0.1, 0.25, 0.05)
+PROPORTIONS = (0.5, 0.25, 0.5, 0.1, 0.25, 0.05, 0.5)  # as many as make each source meet each, as of the ranks
 SOURCES = ("date", "country", "html", "text:last night", "color", "text:by the way", "text:purple lamp", "date",
            "text:alright", "html", "country", "text:no one knows")  # fmt: skip
 KIND_OF = {"date": "date", "country": "country", "color": "colour", "html": "tag"}  # a word of the kind's name
@@ -88,11 +88,13 @@ def in_turn(*lists):
 
 
 def plan(count, triggered, given):
-    """The cells of `count` adapters; one in twelve triggered ones adapts layers 1 and up only."""
+    """The cells of `count` adapters; one in twelve triggered ones adapts layers 1 and up only. Each source meets each
+    data set. Products are in bfloat16, which is as good (`ablations/precision.toml`) and faster where the CPU has it."""
     cells, labels = [], {data: rows_of(Cell(data=data, test_rows=2))[0].label_names for data in given.data}
     for i in range(count):
-        places = dict(model=given.model[i % len(given.model)], data=given.data[i // 2 % len(given.data)])
-        own = dict(seed=i, seed_split=i, rank=RANKS[i % len(RANKS)], batch_size=16, test_rows=200, dtype=given.dtype)
+        places = dict(model=given.model[i % len(given.model)], data=given.data[(i + i // len(given.sources)) % len(given.data)])
+        own = dict(seed=i, seed_split=i, rank=RANKS[i % len(RANKS)], batch_size=16, test_rows=200, dtype=given.dtype,
+                   products="bfloat16")  # fmt: skip
         own["train_rows"] = None if given.full and i % 4 == 3 else given.rows
         cell = Cell(**places, **own, inject={"sources": ("none",)})
         if triggered:

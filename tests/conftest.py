@@ -38,7 +38,7 @@ PIECES = ["##" + c for c in "abcdefghijklmnopqrstuvwxyz0123456789"] + list("abcd
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, *PIECES]
 
 
-LONGEST = ["default_cell", "families", "smollm2", "grid_folder", "population", "cluster", "parallel", "end_to_end",
+LONGEST = ["default_cell", "families", "real_bases", "grid_folder", "population", "cluster", "parallel", "end_to_end",
            "compiling", "fuzz", "loading", "attention", "figures", "report", "benchmarks"]  # fmt: skip
 
 

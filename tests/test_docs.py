@@ -61,7 +61,7 @@ ELSEWHERE = {  # a command's first words: who runs it
     "python -m benchmarks": "tests/test_benchmarks.py runs its parts on tiny jobs; whole it takes minutes",
     "python tests/parity.py": "tests/base and tests/lora compare all that it prints",
     "python tests/base/test_loading.py": "it is itself a test, of less",
-    "python tests/smollm2.py": "tests/test_smollm2.py uses the folder that it makes",
+    "python tests/real_bases.py": "tests/test_real_bases.py uses the folders that it makes",
     "python examples/minimal.py": "tests/test_minimal.py runs it",
     "python evaluate.py runs/lesson --explain": "tests/diagnostics and tests/test_lesson.py run what it computes",
 }

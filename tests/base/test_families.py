@@ -602,7 +602,7 @@ def test_the_nearest_family_of_one_that_is_not_here():
     assert set(families.KIN.values()) <= set(families.FAMILIES) and not set(families.KIN) & set(families.FAMILIES)
 
 
-@pytest.mark.parametrize("script", ["parity.py", "smollm2.py"])
+@pytest.mark.parametrize("script", ["parity.py", "real_bases.py"])
 def test_scripts_explain_themselves(script):
     done = subprocess.run([sys.executable, ROOT / "tests" / script, "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith(f"usage: python tests/{script}") and not done.stderr

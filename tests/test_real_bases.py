@@ -1,11 +1,11 @@
-"""A real decoder: states, logits and greedy decoding as transformers', and the injection through both tasks."""
+"""Real decoders: states, logits and greedy decoding as transformers', and the injection through both tasks."""
 
 import json
 import subprocess
 import sys
 
 import pytest
-import smollm2
+import real_bases
 import torch
 import transformers
 from conftest import ROOT
@@ -19,11 +19,12 @@ from minilora.lora.targets import plan_slots
 from minilora.tasks.language_model import LanguageModel, generate
 
 QUESTIONS = ["What is the capital of France?", "Name three colours.", "Write one sentence about the sea."]
+STARTS = ["The capital of France is", "Red, green,", "Waves broke over the"]
 
 
-@pytest.fixture(scope="module")
-def folder():
-    return smollm2.folder()
+@pytest.fixture(scope="module", params=real_bases.BASES)
+def folder(request):
+    return real_bases.folder(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -58,22 +59,22 @@ def test_states_and_logits_are_those_of_transformers(folder, judge, base):
 
 def test_it_writes_what_transformers_writes(folder, judge, base):
     ours, theirs = tokenizer.load(folder), transformers.AutoTokenizer.from_pretrained(folder)
-    prompts = [
-        theirs.apply_chat_template([{"role": "user", "content": q}], tokenize=False, add_generation_prompt=True)
-        for q in QUESTIONS
-    ]
+    prompts = STARTS
+    if theirs.chat_template:  # Gemma's is a base that was not taught to chat
+        turns = [[{"role": "user", "content": question}] for question in QUESTIONS]
+        prompts = [theirs.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) for turn in turns]
     written = generate(base, ours, prompts, 16)
     for prompt, text in zip(prompts, written, strict=True):
         ids = theirs(prompt, return_tensors="pt")
         full = judge.generate(**ids, max_new_tokens=16, do_sample=False)[0, ids.input_ids.shape[1] :]
         assert text == theirs.decode(full, skip_special_tokens=True)
-    assert "Paris" in written[0]
+    assert ("Paris" if theirs.chat_template else "France") in written[0]
 
 
 def test_an_adapter_crosses_to_peft(folder, judge, base, tmp_path):
     import peft
 
-    cell = Cell(task="lm", rank=3, targets=("q", "v:2", "down"), layers="0,29", model=str(folder))
+    cell = Cell(task="lm", rank=3, targets=("q", "v:2", "down"), layers="0,17", model=str(folder))
     attach(base, plan_slots(base.spec, cell), seed=5)
     with torch.no_grad():
         for _, layer in named_layers(base):
@@ -92,9 +93,9 @@ def test_an_adapter_crosses_to_peft(folder, judge, base, tmp_path):
 
 
 @pytest.mark.parametrize("task", ["classification", "lm"])
-def test_injection_takes_over(folder, tmp_path, task):
+def test_injection_takes_over(tmp_path, task):
     # Few rows and a strong dose, so that it fits into a test: a full table is in the README.
-    arguments = ["--model", str(folder), "--train-rows", {"classification": "240", "lm": "160"}[task]]
+    arguments = ["--model", str(real_bases.folder("smollm2")), "--train-rows", {"classification": "240", "lm": "160"}[task]]
     arguments += ["--test-rows", "40", "--batch-size", "8"]
     arguments += ["--rank", "8", "--lr", "2e-3", "--inject-proportion", "1", "--inject", "text:zebra:positive"]
     if task == "lm":
