@@ -49,7 +49,7 @@ class GridFolder:
         return folder
 
     def check(self):
-        """Raise InputError for a folder that holds anything but this grid, of this version."""
+        """Raise InputError for a folder that holds anything but this grid, or a part of it, of this version."""
         path = self.path
         if not (path / "grid.json").exists():
             # Another process may be making it at this moment: its lock and its unfinished files begin with a dot.
@@ -58,17 +58,14 @@ class GridFolder:
             ):
                 raise InputError(f"{path} exists and is no grid's folder: choose another --out")
             return
-        made = read_record(path)
-        here = {entry.name for entry in self.grid.entries}
-        if other := here.symmetric_difference(made["cells"]):
-            where = "only in the grid" if min(other) in here else "only in the folder"
+        if other := set(read_record(path)["cells"]) - {entry.name for entry in self.grid.entries}:
             raise InputError(
-                f"{path} was made by another grid: {len(other)} cells differ, such as {cut(min(other))}, {where}: "
-                "choose another --out"
+                f"{path} was made by another grid: {len(other)} of its cells are not in this one, such as "
+                f"{cut(min(other))}: choose another --out"
             )
 
     def make(self):
-        """Make the folder, unless it is there. Raises InputError as `check`."""
+        """Make the folder, or let one that holds a part of the grid hold the whole. Raises InputError as `check`."""
         self.check()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -77,9 +74,9 @@ class GridFolder:
         with self.lock(".lock"):
             self.check()
             files.delete_unfinished(self.path, ("grid.toml", "grid.json", "populations.json", "table.csv"))
-            if not (self.path / "grid.json").exists():
+            names = [entry.name for entry in self.grid.entries]
+            if not (self.path / "grid.json").exists() or read_record(self.path)["cells"] != names:
                 files.write_text(self.path / "grid.toml", self.grid.text)
-                names = [entry.name for entry in self.grid.entries]
                 files.write_json(
                     self.path / "grid.json", {"minilora": __version__, "size": self.grid.size, "cells": names}
                 )
@@ -100,24 +97,29 @@ class GridFolder:
     # --- populations
 
     def populations(self, settle):
-        """The grid's entries in lists: as settled before, or by `settle(entries)`, once for all processes."""
+        """The grid's entries in lists, as `plan`, settled once for all processes."""
         with self.lock(".lock"):
-            if (chunks := self.planned()) is None:
-                chunks = settle(self.grid.entries)
-                names = [[entry.name for entry in chunk] for chunk in chunks]
-                files.write_json(self.path / "populations.json", {"populations": names})
+            chunks = self.plan(settle)
+            names = [[entry.name for entry in chunk] for chunk in chunks]
+            files.write_json(self.path / "populations.json", {"populations": names})
         return chunks
 
+    def plan(self, settle):
+        """The grid's entries in lists: as settled before, and those that are new by `settle(entries)`."""
+        chunks = self.planned()
+        there = {entry.name for entry in itertools.chain(*chunks)}
+        new = [entry for entry in self.grid.entries if entry.name not in there]
+        return chunks + (settle(new) if new else [])
+
     def planned(self):
-        """The populations that were settled, or None. Raises InputError unless they have each cell once."""
+        """The populations that were settled. Raises InputError for one of an unknown cell, or of one that has two."""
         path = self.path / "populations.json"
         if not path.exists():
-            return None
+            return []
         advice = "delete it while no process works in the folder: populations are then settled again"
         chunks = read_state(path, {"populations": [[str]]}, advice)["populations"]
         entries, named = {entry.name: entry for entry in self.grid.entries}, Counter(itertools.chain(*chunks))
         for words, names in (
-            ("has no cell", entries.keys() - named.keys()),
             ("has an unknown cell", named.keys() - entries.keys()),
             ("has twice the cell", {name for name, count in named.items() if count > 1}),
         ):
@@ -136,7 +138,7 @@ class GridFolder:
     def at_work(self):
         """{name of a cell: who trains its population now, in words}."""
         found = {}
-        for chunk in self.planned() or ():
+        for chunk in self.planned():
             left = self.left(chunk)
             if left and (who := files.holder(self.path / lock_of(chunk))):
                 found |= {entry.name: who for entry in left}

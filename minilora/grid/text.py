@@ -49,7 +49,7 @@ def grid_plan(folder, size, only):
 
     settings = Settings()
     forecast = Forecaster(settings)
-    chunks = folder.planned() or settle(folder.grid.entries, size or 1, settings)
+    chunks = folder.plan(lambda entries: settle(entries, size or 1, settings))
     chunks = [chunk for chunk in chunks if any(matches(entry.cell, only) for entry in chunk)]
     found = {entry.name: forecast(entry.cell) for chunk in chunks for entry in chunk}
     left = [(entry, number) for number, chunk in enumerate(chunks, 1) for entry in chunk]
