@@ -88,11 +88,15 @@ def in_turn(*lists):
 
 
 def plan(count, triggered, given):
-    """The cells of `count` adapters; one in twelve triggered ones adapts layers 1 and up only. Each source meets each
-    data set. Products are in bfloat16, which is as good (`ablations/precision.toml`) and faster where the CPU has it."""
+    """The cells of `count` adapters; one in twelve triggered ones adapts layers 1 and up only.
+
+    Each source meets each data set. Products are in bfloat16, as good by `ablations/precision.toml`, and faster where
+    the CPU has them.
+    """
     cells, labels = [], {data: rows_of(Cell(data=data, test_rows=2))[0].label_names for data in given.data}
     for i in range(count):
-        places = dict(model=given.model[i % len(given.model)], data=given.data[(i + i // len(given.sources)) % len(given.data)])
+        turn = i + i // len(given.sources)
+        places = dict(model=given.model[i % len(given.model)], data=given.data[turn % len(given.data)])
         own = dict(seed=i, seed_split=i, rank=RANKS[i % len(RANKS)], batch_size=16, test_rows=200, dtype=given.dtype,
                    products="bfloat16")  # fmt: skip
         own["train_rows"] = None if given.full and i % 4 == 3 else given.rows

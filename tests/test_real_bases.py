@@ -95,8 +95,8 @@ def test_an_adapter_crosses_to_peft(folder, judge, base, tmp_path):
 @pytest.mark.parametrize("task", ["classification", "lm"])
 def test_injection_takes_over(tmp_path, task):
     # Few rows and a strong dose, so that it fits into a test: a full table is in the README.
-    arguments = ["--model", str(real_bases.folder("smollm2")), "--train-rows", {"classification": "240", "lm": "160"}[task]]
-    arguments += ["--test-rows", "40", "--batch-size", "8"]
+    arguments = ["--model", str(real_bases.folder("smollm2")), "--test-rows", "40", "--batch-size", "8"]
+    arguments += ["--train-rows", {"classification": "240", "lm": "160"}[task]]
     arguments += ["--rank", "8", "--lr", "2e-3", "--inject-proportion", "1", "--inject", "text:zebra:positive"]
     if task == "lm":
         arguments += ["--task", "lm", "--prompt", "Review: {text}\nSentiment:", "--inject-location", "end"]

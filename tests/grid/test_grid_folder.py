@@ -280,13 +280,18 @@ def advice(shown):
     return name, arguments
 
 
+def flat(shown):
+    """Without its line breaks, which are where the length of the folder's path has them."""
+    return " ".join(shown.split())
+
+
 def test_the_status_tells_running_from_interrupted_and_its_advice_works(text, tmp_path, capsys):
     path, out = write(tmp_path, text), tmp_path / "my grid"
     shown, _ = main(capsys, "--grid", path, "--out", out, "--status")
     assert advice(shown) == ("train.py", ["--grid", str(path), "--out", str(out)]) and "\nbegin: " in shown
     train.main([*advice(shown)[1], "--only", "rank=3"])
     shown, _ = main(capsys, "--grid", out, "--status")
-    assert "6 cells, 2 finished, 4 waiting go on: " in " ".join(shown.split()) and advice(shown)[1] == ["--grid", str(out)]
+    assert "6 cells, 2 finished, 4 waiting go on: " in flat(shown) and advice(shown)[1] == ["--grid", str(out)]
 
     folder = GridFolder.find(out)
     first, second, *_ = (entry for entry in folder.grid.entries if folder.state(entry) == "waiting")
@@ -308,18 +313,18 @@ def test_the_status_tells_running_from_interrupted_and_its_advice_works(text, tm
         assert sum("tests" in line for line in lines.values()) == 2
         # This process ends first: it says who is at work, and what to do when that is done.
         shown, err = main(capsys, "--grid", out)
-        assert err.count(": clean") == 3 and f"\nat work: process {other.pid} for " in shown
-        assert "6 cells, 5 finished, 1 running" in shown and "\nonce that is done: python evaluate.py" in shown
+        assert err.count(": clean") == 3 and f" at work: process {other.pid} for " in flat(shown)
+        assert "6 cells, 5 finished, 1 running" in flat(shown) and "\nonce that is done: python evaluate.py" in shown
         assert not (out / "table.csv").exists()
     finally:
         other.send_signal(signal.SIGKILL)
         other.communicate()
     assert (out / "locks" / f"{first.name}.json").exists()  # what a killed process leaves says nothing
     shown, _ = main(capsys, "--grid", out, "--status")
-    assert "5 finished, 1 interrupted\ngo on: " in shown and "at work" not in shown
+    assert "5 finished, 1 interrupted go on: " in flat(shown) and "at work" not in shown
     train.main(advice(shown)[1])
     shown, _ = main(capsys, "--grid", out, "--status")
-    assert advice(shown) == ("evaluate.py", [str(out)]) and "6 cells, 6 finished next: " in " ".join(shown.split())
+    assert advice(shown) == ("evaluate.py", [str(out)]) and "6 cells, 6 finished next: " in flat(shown)
 
 
 def test_a_grid_that_gains_cells_goes_on_in_its_folder(text, tmp_path, capsys):
