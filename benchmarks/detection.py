@@ -1,10 +1,11 @@
 """`python -m benchmarks detection`: every row detector on the same rows, injected from several sources at several
 proportions: does any of them find the injected rows, and is a run on what it leaves free of the shortcut?
 
-For each source and proportion a cell is trained, and its detectors score its training rows. A record says which rows
-were injected, and the scores are compared with it. Then the same cell is trained again, on the same seeds, without the
-rows that a detector suspects (`retraining.py`). Runs that are in --out already are used again, and so are the figures
-of detectors that were measured there on as many rows.
+For each source, proportion and seed a cell is trained, and its detectors score its training rows. A record says which
+rows were injected, and the scores are compared with it. Then the same cell is trained again, on the same seeds, without
+the rows that a detector suspects (`retraining.py`). Runs that are in --out already are used again, and so are the
+figures of detectors that were measured there on as many rows. A detector sanitises a data set where it does so in each
+seed, and there is no verdict from fewer than three.
 """
 
 import tempfile
@@ -21,8 +22,9 @@ from . import retraining
 SOURCES = ("date", "country", "html", "text:last night")
 PROPORTIONS = (0.05, 0.25)
 TARGET = "positive"
-FIELDS = ("model", "data", "train_rows", "rank", "lr", "epochs", "seed", "test_rows", "max_length", "inject.mode",
+FIELDS = ("model", "data", "train_rows", "rank", "lr", "epochs", "test_rows", "max_length", "inject.mode",
           "inject.location", "inject.density")  # fmt: skip
+SEEDS = 3  # fewer give no verdict
 FOUND, REJECTED = 0.9, 0.05  # of the injected rows and of the others: what sanitises a data set
 
 
@@ -35,6 +37,7 @@ def main(argv):
                        help=f"of what is injected (default: {', '.join(SOURCES)})")  # fmt: skip
     group.add_argument("--proportions", nargs="+", type=float, default=PROPORTIONS, metavar="X",
                        help="of the target label's rows (default: 0.05 0.25)")  # fmt: skip
+    group.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="of each data set (default: 0)")
     group.add_argument("--target", default=TARGET, help="the target label (default: %(default)s)")
     group.add_argument("--detectors", nargs="+", metavar="NAME", help="default: all")
     group.add_argument("--rows", type=int, default=0, metavar="N",
@@ -56,9 +59,9 @@ def main(argv):
     cell = Cell(train_rows=3000).replace(**given_flags(given, Cell))
     with tempfile.TemporaryDirectory() as temporary:
         results = [
-            measure(cell, source, proportion, given.target, detectors, given.rows, settings,
+            measure(cell.replace(seed=seed), source, proportion, given.target, detectors, given.rows, settings,
                     Path(given.out or temporary), not given.no_retrain)
-            for source in given.sources for proportion in given.proportions
+            for source in given.sources for proportion in given.proportions for seed in given.seeds
         ]  # fmt: skip
     print("\n".join(lines(results)))
 
@@ -71,7 +74,7 @@ def measure(cell, source, proportion, target, detectors, rows, settings, folder,
     from minilora.detection.scoring import scan_run
     from minilora.runs.folder import Run
 
-    path = folder / file_safe(f"{source}-{proportion:g}")
+    path = folder / file_safe(f"{source}-{proportion:g}-seed{cell.seed}")
     cell = cell.replace(inject={"sources": (f"{source}:{target}",), "proportion": proportion})
     retraining.train(cell, path)
     [success] = [one["net_attack_success_rate"] for one in Run(path).read_results()["tests"]["trigger"].values()]
@@ -93,47 +96,50 @@ def measure(cell, source, proportion, target, detectors, rows, settings, folder,
 
     if wanted:
         scan_run(minilora.open(path), wanted, rows or None, done=keep, **settings)
-    return {"source": source, "proportion": proportion, "net_attack_success": success, "rows": before["rows"],
-            "injected": before["injected"], "detectors": {name: before["detectors"][name] for name in own},
+    return {"source": source, "proportion": proportion, "seed": cell.seed, "net_attack_success": success,
+            "rows": before["rows"], "injected": before["injected"],
+            "detectors": {name: before["detectors"][name] for name in own},
             "retrained": {name: retraining.retrain(cell, path, name)
                           for name in (*own, retraining.PERFECT)} if again else None}  # fmt: skip
 
 
-HEADS = ("source", "proportion", "injected", "ROC-AUC", "recall at 1%", "recall at 5%", "FRR", "FAR", "seconds")
+HEADS = ("source", "proportion", "seed", "injected", "ROC-AUC", "recall at 1%", "recall at 5%", "FRR", "FAR", "seconds")
 
 
 def lines(results):
     """The tables as Markdown: the data sets, each detector on each of them, and who sanitises what."""
-
-    def row(*cells):
-        return f"| {' | '.join(cells)} |"
-
-    yield row("source", "proportion", "rows", "injected", "net attack success")
-    yield "|---|---|---|---|---|"
-    for one in results:
-        yield row(short(one["source"]), f"{one['proportion']:g}", str(one["rows"]), str(one["injected"]),
-                  f"{one['net_attack_success']:+.2f}")  # fmt: skip
+    yield from markdown(("source", "proportion", "seed", "rows", "injected", "net attack success"), (
+        (*names_of(one), f"{one['rows']}", f"{one['injected']}", f"{one['net_attack_success']:+.2f}")
+        for one in results))  # fmt: skip
     for name in results[0]["detectors"]:
         yield f"\n**{name}**\n"
-        yield row(*HEADS)
-        yield "|---" * len(HEADS) + "|"
-        for one in results:
-            figures = one["detectors"][name]
-            yield row(short(one["source"]), f"{one['proportion']:g}", str(one["injected"]),
-                      *(shown(figures, key) for key in ("auc", "recall_1", "recall_5", "frr", "far")),
-                      f"{figures['seconds']:.1f}")  # fmt: skip
+        yield from markdown(HEADS, (
+            (*names_of(one), f"{one['injected']}", *(shown(one["detectors"][name], key)
+             for key in ("auc", "recall_1", "recall_5", "frr", "far")), f"{one['detectors'][name]['seconds']:.1f}")
+            for one in results))  # fmt: skip
     if results[0]["retrained"]:
         yield "\n**trained again on what is left**\n"
-        yield row(*retraining.HEADS)
-        yield "|---" * len(retraining.HEADS) + "|"
-        for one in results:
-            for name, ways in one["retrained"].items():
-                for way, figures in ways.items():
-                    yield row(*retraining.cells_of(short(one["source"]), one["proportion"], name, way, figures))
+        yield from markdown(retraining.HEADS, (
+            retraining.cells_of(names_of(one), name, way, figures) for one in results
+            for name, ways in one["retrained"].items() for way, figures in ways.items()))  # fmt: skip
+        if len({one["seed"] for one in results}) > 1:
+            yield "\n**trained again: means over the seeds**\n"
+            yield from markdown(retraining.MEANS, retraining.means(results))
     yield ""
     yield from verdict(results)
     if results[0]["retrained"]:
         yield from retraining.verdict(results)
+
+
+def markdown(heads, rows):
+    yield f"| {' | '.join(heads)} |"
+    yield "|---" * len(heads) + "|"
+    for cells in rows:
+        yield f"| {' | '.join(cells)} |"
+
+
+def names_of(one):
+    return short(one["source"]), f"{one['proportion']:g}", f"{one['seed']}"
 
 
 def shown(figures, key):
@@ -151,13 +157,15 @@ def sanitises(figures):
 
 def verdict(results):
     """The study's claim, that no checker can sanitise a data set, against the figures: lines of text."""
-    names, total = list(results[0]["detectors"]), len(results)
-    wins = {name: [one for one in results if sanitises(one["detectors"][name])] for name in names}
-    for name, won in wins.items():
-        where = ", ".join(f"{one['source']} at {one['proportion']:g}" for one in won) or "none"
-        yield f"{name} sanitises {len(won)} of {total} data sets: {where}"
-    everywhere = [name for name, won in wins.items() if len(won) == total]
-    safe = [one for one in results if not any(sanitises(one["detectors"][name]) for name in names)]
-    claim = "supported" if len(safe) == total else "neither supported nor refuted"
-    yield (f"{len(safe)} of {total} data sets are sanitised by no detector: the claim is "
-           f"{f'refuted by {everywhere[0]}' if everywhere else claim}")  # fmt: skip
+    sets, names = retraining.data_sets(results), list(results[0]["detectors"])
+    won = {name: retraining.won({key: [sanitises(one["detectors"][name]) for one in ones]
+                                 for key, ones in sets.items()}) for name in names}  # fmt: skip
+    for name, (whole, said) in won.items():
+        yield f"{name} sanitises {len(whole)} of {len(sets)} data sets: {said}"
+    everywhere = [name for name, (whole, _) in won.items() if len(whole) == len(sets)]
+    safe = len(sets) - len(set().union(*(whole for whole, _ in won.values())))
+    claim = "supported" if safe == len(sets) else "neither supported nor refuted"
+    claim = f"refuted by {everywhere[0]}" if everywhere else claim
+    if min(len(ones) for ones in sets.values()) < SEEDS:
+        claim = f"undecided, because a verdict takes {SEEDS} seeds"
+    yield f"{safe} of {len(sets)} data sets are sanitised by no detector: the claim is {claim}"

@@ -7,9 +7,10 @@ the trigger; net is the last less the first.
 """
 
 import csv
+from statistics import mean
 
 from minilora import files
-from minilora.console import say
+from minilora.console import say, short
 from minilora.errors import InputError
 from minilora.runs.folder import Run
 from minilora.scripts.mitigate import compare
@@ -94,13 +95,15 @@ def figures(before, after):
 
 # --- as text
 
-HEADS = ("source", "proportion", "detector", "dropped by", "dropped (injected)", "clean accuracy", "change [95%]",
-         "attack: clean, placebo, trigger", "net [95%]", "change [95%]")  # fmt: skip
+HEADS = ("source", "proportion", "seed", "detector", "dropped by", "dropped (injected)", "clean accuracy",
+         "change [95%]", "attack: clean, placebo, trigger", "net [95%]", "change [95%]")  # fmt: skip
+MEANS = ("source", "proportion", "detector", "dropped by", "injected rows dropped", "others",
+         "change of clean accuracy", "net before", "net left [of each seed]")  # fmt: skip
 
 
-def cells_of(source, proportion, name, way, found):
-    """The cells of a line of the table, strings as `HEADS`."""
-    start = (source, f"{proportion:g}", name, way, f"{found['dropped']} ({found['dropped_injected']})")
+def cells_of(names, name, way, found):
+    """The cells of a line of the table, strings as `HEADS`, of the data set of `names` and a detector."""
+    start = (*names, name, way, f"{found['dropped']} ({found['dropped_injected']})")
     if "refused" in found:
         return (*start, found["refused"], *["-"] * 4)
 
@@ -113,6 +116,43 @@ def cells_of(source, proportion, name, way, found):
             f"{found['net_change']:+.2f} {spread('net_change_interval')}")  # fmt: skip
 
 
+def means(results):
+    """Lines of cells as `MEANS`: of each data set, detector and way the means over the seeds. A seed in which no row of
+    a label was left has no run, which is said."""
+    for (source, proportion), ones in data_sets(results).items():
+        for name, ways in ones[0]["retrained"].items():
+            for way in ways:
+                found = [one["retrained"][name][way] for one in ones]
+                start = (short(source), f"{proportion:g}", name, way)
+                share = sum(line["dropped_injected"] for line in found) / sum(one["injected"] for one in ones)
+                others = sum(line["dropped"] - line["dropped_injected"] for line in found) / len(found)
+                if any("refused" in line for line in found):
+                    yield (*start, f"{share:.0%}", f"{others:.0f}", "no row of a label is left", "-", "-")
+                    continue
+                before, left, change = ([one[key] for one in those] for those, key in
+                    ((ones, "net_attack_success"), (found, "net"), (found, "accuracy_change")))  # fmt: skip
+                yield (*start, f"{share:.0%}", f"{others:.0f}", f"{mean(change):+.3f}", f"{mean(before):.2f}",
+                       f"{mean(left):.2f} [{', '.join(f'{one:.2f}' for one in left)}]")  # fmt: skip
+
+
+def data_sets(results):
+    """{(source, proportion): the results of its seeds}."""
+    found = {}
+    for one in results:
+        found.setdefault((one["source"], one["proportion"]), []).append(one)
+    return found
+
+
+def won(outcomes):
+    """Of {data set: whether it was sanitised, of each seed}: (those that were in each seed, a set; in words, these and
+    those that were in some)."""
+    whole = {key for key, each in outcomes.items() if all(each)}
+    words = [f"{key[0]} at {key[1]:g}" for key in outcomes if key in whole] or ["none"]
+    some = [f"{key[0]} at {key[1]:g} ({sum(each)} of {len(each)})" for key, each in outcomes.items()
+            if any(each) and not all(each)]  # fmt: skip
+    return whole, "; in some seeds: ".join(", ".join(part) for part in (words, some) if part)
+
+
 def cures(found):
     """Whether little is left of an attack, at little cost."""
     return "net" in found and found["net"] <= LEFT and found["accuracy_change"] >= -LOST
@@ -120,15 +160,17 @@ def cures(found):
 
 def verdict(results):
     """Which detectors sanitise which data sets whose attack works, by the run trained on what is left: lines."""
-    worked = [one for one in results if one["net_attack_success"] >= WORKS]
-    yield f"an attack of {WORKS} net or more: {len(worked)} of {len(results)} data sets"
+    sets = data_sets(results)
+    worked = {key: ones for key, ones in sets.items() if all(one["net_attack_success"] >= WORKS for one in ones)}
+    yield f"an attack of {WORKS} net or more: {len(worked)} of {len(sets)} data sets"
     for way in WAYS:
-        safe = set(range(len(worked)))
+        cured = set()
         for name in results[0]["detectors"]:
-            won = [at for at, one in enumerate(worked) if cures(one["retrained"][name][way])]
-            safe -= set(won)
-            where = ", ".join(f"{worked[at]['source']} at {worked[at]['proportion']:g}" for at in won) or "none"
-            yield f"retrained, {way}: {name} sanitises {len(won)} of {len(worked)}: {where}"
-        yield f"retrained, {way}: {len(safe)} of {len(worked)} are sanitised by no detector"
-    won = sum(cures(one["retrained"][PERFECT]["own rule"]) for one in worked)
-    yield f"retrained without the injected rows: {won} of {len(worked)} are sanitised"
+            whole, said = won({key: [cures(one["retrained"][name][way]) for one in ones]
+                               for key, ones in worked.items()})  # fmt: skip
+            cured |= whole
+            yield f"retrained, {way}: {name} sanitises {len(whole)} of {len(worked)}: {said}"
+        yield f"retrained, {way}: {len(worked) - len(cured)} of {len(worked)} are sanitised by no detector"
+    whole, said = won({key: [cures(one["retrained"][PERFECT]["own rule"]) for one in ones]
+                       for key, ones in worked.items()})  # fmt: skip
+    yield f"retrained without the injected rows: {len(whole)} of {len(worked)} are sanitised: {said}"

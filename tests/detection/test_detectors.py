@@ -596,12 +596,12 @@ def test_the_benchmark_measures_each_data_set_once(base, reviews, capsys, tmp_pa
              "--no-retrain", "--out", str(tmp_path)]  # fmt: skip
     detection.main([*flags, "--detectors", "loss", "spectral"])
     first = capsys.readouterr()
-    assert "**spectral**" in first.out and first.out.count("| date | 0.5 |") == 3
-    assert "of 2 data sets are sanitised" in first.out and "date-0.5: loss" in first.err
+    assert "**spectral**" in first.out and first.out.count("| date | 0.5 | 0 |") == 3
+    assert "of 2 data sets are sanitised" in first.out and "date-0.5-seed0: loss" in first.err
     detection.main([*flags, "--detectors", "loss", "activation"])
     again = capsys.readouterr()
-    assert "date-0.5: activation" in again.err and "date-0.5: loss" not in again.err
-    table = [line for line in first.out.splitlines() if line.startswith("| date | 0.5 |")][1]
+    assert "date-0.5-seed0: activation" in again.err and "date-0.5-seed0: loss" not in again.err
+    table = [line for line in first.out.splitlines() if line.startswith("| date | 0.5 | 0 |")][1]
     assert table in again.out
     with pytest.raises(InputError, match="holds a run of another cell"):
         detection.main([*flags, "--rank", "3"])
@@ -610,9 +610,10 @@ def test_the_benchmark_measures_each_data_set_once(base, reviews, capsys, tmp_pa
 def test_the_verdict_follows_from_recall():
     from benchmarks.detection import verdict
 
-    def results(*recalls):
+    def results(*recalls, seeds=3):
         return [{"source": "date", "proportion": 0.1 * n, "detectors": {
-            name: {"recall_5": one[i]} for i, name in enumerate("ab")}} for n, one in enumerate(recalls)]  # fmt: skip
+            name: {"recall_5": one[i]} for i, name in enumerate("ab")}}
+            for n, one in enumerate(recalls) for _ in range(seeds)]  # fmt: skip
 
     assert list(verdict(results((0.89, 0.1), (0.2, 0.3))))[-1] == (
         "2 of 2 data sets are sanitised by no detector: the claim is supported"
@@ -620,3 +621,9 @@ def test_the_verdict_follows_from_recall():
     mixed = list(verdict(results((0.9, 0.1), (0.2, 0.95))))
     assert mixed[0] == "a sanitises 1 of 2 data sets: date at 0" and mixed[-1].endswith("neither supported nor refuted")
     assert list(verdict(results((0.9, 0.1), (1.0, 0.2))))[-1].endswith("refuted by a")
+    once = results((0.9, 0.1)) + results((1.0, 0.2), (0.2, 0.2))[:1]  # data set 0 in four seeds
+    assert list(verdict(once))[0] == "a sanitises 1 of 1 data sets: date at 0"
+    once[0]["detectors"]["a"]["recall_5"] = 0.1
+    assert list(verdict(once))[0] == "a sanitises 0 of 1 data sets: none; in some seeds: date at 0 (3 of 4)"
+    few = list(verdict(results((0.9, 0.1), (1.0, 0.2), seeds=2)))
+    assert few[-1].endswith("the claim is undecided, because a verdict takes 3 seeds")

@@ -18,8 +18,8 @@ def test_the_benchmark_trains_again_without_the_suspected_rows(base, reviews, ca
              "--train-rows", "80", "--sources", "date", "--proportions", "0.5", "--out", str(tmp_path)]  # fmt: skip
     detection.main([*flags, "--detectors", "spectral"])
     out = capsys.readouterr().out
-    lines = [line for line in out.splitlines() if line.startswith("| date | 0.5 | ") and "/" not in line][2:]
-    folder, rows = tmp_path / "date-0.5", minilora.open(tmp_path / "date-0.5").rows.rows
+    lines = [line for line in out.splitlines() if line.startswith("| date | 0.5 | 0 | ") and "/" not in line][2:]
+    folder, rows = tmp_path / "date-0.5-seed0", minilora.open(tmp_path / "date-0.5-seed0").rows.rows
     injected = {line["id"] for line in files.read_jsonl(folder / "injected.jsonl")}
     with open(folder / "retrained/spectral.csv", newline="") as file:
         scored = list(csv.DictReader(file))
@@ -40,12 +40,12 @@ def test_the_benchmark_trains_again_without_the_suspected_rows(base, reviews, ca
         rates = [[np.mean([row[test]["predicted"] == "positive" for row in one if row["label"] != "positive"])
                   for test in ("clean", "placebo", "trigger positive")] for one in pair]  # fmt: skip
         cells = [cell.strip() for cell in line.strip("|").split("|")]
-        assert cells[4] == f"{len(ids)} ({len(ids & injected)})" and cells[5] == f"{accuracy[1]:.3f}"
-        assert cells[6].startswith(f"{accuracy[1] - accuracy[0]:+.3f} [")
-        assert cells[7] == ", ".join(f"{rate:.2f}" for rate in rates[1])
-        assert cells[8].startswith(f"{rates[1][2] - rates[1][0]:.2f} [")
+        assert cells[5] == f"{len(ids)} ({len(ids & injected)})" and cells[6] == f"{accuracy[1]:.3f}"
+        assert cells[7].startswith(f"{accuracy[1] - accuracy[0]:+.3f} [")
+        assert cells[8] == ", ".join(f"{rate:.2f}" for rate in rates[1])
+        assert cells[9].startswith(f"{rates[1][2] - rates[1][0]:.2f} [")
         change = rates[1][2] - rates[1][0] - rates[0][2] + rates[0][0]
-        assert cells[9].startswith(f"{change + 0.0:+.2f} [")
+        assert cells[10].startswith(f"{change + 0.0:+.2f} [")
     assert len(lines) == len(gone) == 3 and "retrained without the injected rows: 0 of 0" in out
     before = (folder / "retrained/spectral-own-rule/results.json").stat().st_mtime_ns
     detection.main([*flags, "--detectors", "spectral"])
@@ -57,24 +57,36 @@ def test_the_benchmark_trains_again_without_the_suspected_rows(base, reviews, ca
 
 
 def test_the_verdict_of_retraining():
-    def set_of(net, *figures):
-        ways = [{"net": left, "accuracy_change": change} for left, change in figures]
-        return {"source": "date", "proportion": 0.2, "net_attack_success": net, "detectors": {"a": {}},
-                "retrained": {"a": dict(zip(retraining.WAYS, ways[:2])), "no errors": {"own rule": ways[2]}},
-                }  # fmt: skip
+    def set_of(share, seed, net, *figures):
+        ways = [{"net": left, "accuracy_change": change, "dropped": 7, "dropped_injected": 6}
+                for left, change in figures]  # fmt: skip
+        return {"source": "date", "proportion": share, "seed": seed, "net_attack_success": net, "detectors": {"a": {}},
+                "injected": 8,
+                "retrained": {"a": dict(zip(retraining.WAYS, ways[:2])), "no errors": {"own rule": ways[2]}}}  # fmt: skip
 
     refused = {"refused": "no row of a label"}
-    results = [set_of(0.9, (0.15, -0.02), (0.16, 0.0), (0.1, 0.0)), set_of(0.7, (0.1, -0.021), (0.0, 0.1), (0.2, 0.0)),
-               set_of(0.4, (0.0, 0.0), (0.0, 0.0), (0.0, 0.0))]  # fmt: skip
+    results = [set_of(0.2, 0, 0.9, (0.15, -0.02), (0.16, 0.0), (0.1, 0.0)),
+               set_of(0.2, 1, 0.5, (0.11, -0.01), (0.0, 0.1), (0.2, 0.0)),
+               set_of(0.3, 0, 0.7, (0.1, -0.021), (0.0, 0.1), (0.2, 0.0)),
+               set_of(0.3, 1, 0.7, (0.1, -0.021), (0.0, 0.1), (0.1, 0.0)),
+               set_of(0.4, 0, 0.9, (0.0, 0.0), (0.0, 0.0), (0.0, 0.0)),
+               set_of(0.4, 1, 0.4, (0.0, 0.0), (0.0, 0.0), (0.0, 0.0))]  # fmt: skip
     said = list(retraining.verdict(results))
     assert said == [
         "an attack of 0.5 net or more: 2 of 3 data sets",
         "retrained, own rule: a sanitises 1 of 2: date at 0.2",
         "retrained, own rule: 1 of 2 are sanitised by no detector",
-        "retrained, true share: a sanitises 1 of 2: date at 0.2",
+        "retrained, true share: a sanitises 1 of 2: date at 0.3; in some seeds: date at 0.2 (1 of 2)",
         "retrained, true share: 1 of 2 are sanitised by no detector",
-        "retrained without the injected rows: 1 of 2 are sanitised",
+        "retrained without the injected rows: 0 of 2 are sanitised: none; in some seeds: date at 0.2 (1 of 2), date at "
+        "0.3 (1 of 2)",
     ]
     assert not retraining.cures(refused)
-    assert retraining.cells_of("date", 0.2, "a", "own rule", refused | {"dropped": 3, "dropped_injected": 1}) == (
-        "date", "0.2", "a", "own rule", "3 (1)", "no row of a label", *"----")  # fmt: skip
+    refused |= {"dropped": 3, "dropped_injected": 1}
+    assert retraining.cells_of(("date", "0.2", "1"), "a", "own rule", refused) == (
+        "date", "0.2", "1", "a", "own rule", "3 (1)", "no row of a label", *"----")  # fmt: skip
+    found = list(retraining.means(results))
+    assert len(found) == 9
+    assert found[0] == ("date", "0.2", "a", "own rule", "75%", "1", "-0.015", "0.70", "0.13 [0.15, 0.11]")
+    results[1]["retrained"]["a"]["own rule"] |= refused
+    assert list(retraining.means(results))[0][6:] == ("no row of a label is left", "-", "-")
