@@ -60,9 +60,9 @@ def test_the_verdict_of_retraining():
     def set_of(share, seed, net, *figures):
         ways = [{"net": left, "accuracy_change": change, "dropped": 7, "dropped_injected": 6}
                 for left, change in figures]  # fmt: skip
+        again = {"a": dict(zip(retraining.WAYS, ways[:2])), "no errors": {"own rule": ways[2]}}
         return {"source": "date", "proportion": share, "seed": seed, "net_attack_success": net, "detectors": {"a": {}},
-                "injected": 8,
-                "retrained": {"a": dict(zip(retraining.WAYS, ways[:2])), "no errors": {"own rule": ways[2]}}}  # fmt: skip
+                "injected": 8, "retrained": again}  # fmt: skip
 
     refused = {"refused": "no row of a label"}
     results = [set_of(0.2, 0, 0.9, (0.15, -0.02), (0.16, 0.0), (0.1, 0.0)),
