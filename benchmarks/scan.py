@@ -171,6 +171,10 @@ def summary(lines):
     weak = [line for line in lines if line["source"] and line["success"] <= WORKS]
     found = {"clean": len(clean), "works": len(works), "weak": len(weak)}
     found["fixed"] = {"kind": KIND, "outlier": OUTLIER} | rates(clean, works, KIND, OUTLIER)
+    found["fixed, of each"] = {
+        value: rates([line for line in clean if part(line) == value], [line for line in works if part(line) == value],
+                     KIND, OUTLIER)
+        for part in PARTS for value in distinct(map(part, lines)) if value}  # fmt: skip
     if len(clean) > 1:
         kind, outlier = (ROOM * max(line[name] for line in clean[::2]) for name in ("kind", "outlier"))
         found["half"] = {"kind": kind, "outlier": outlier} | rates(clean[1::2], works[1::2], kind, outlier)
@@ -183,6 +187,16 @@ def summary(lines):
     found["named"] = {title: {"first": named(works, own, 1), "first three": named(works, own, 3)}
                       for title, own in there.items()}  # fmt: skip
     return found
+
+
+# What the figures are shown for one by one.
+PARTS = (
+    lambda line: Path(line["model"]).name,
+    lambda line: line["data"],
+    lambda line: f"source {line['source']}" if line["source"] else "",
+    lambda line: f"layers {line['layers']}" if line["layers"] not in (None, "all") else "",
+    lambda line: f"rank {line['rank']}",
+)
 
 
 def named(lines, lists, most):
@@ -234,6 +248,9 @@ def notes(found):
             one = found[key]
             said.append(f"{title} (kind {one['kind']:.2f}, r {one['outlier']:.2f}): detected {shown(one['detected'])}, "
                         f"false alarms {shown(one['false_alarms'])}")  # fmt: skip
+    for value, one in found["fixed, of each"].items():
+        words = [f"{key.replace('_', ' ')} {shown(one[key])}" for key in ("detected", "false_alarms") if one[key]["of"]]
+        said += [f"- {value}: {', '.join(words)}"] if words else []
     if "auc" in found:
         said.append("ROC-AUC: " + ", ".join(f"{name} {value:.2f}" for name, value in found["auc"].items()))
     for where, one in found["named"].items():

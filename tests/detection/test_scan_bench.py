@@ -27,15 +27,16 @@ def test_what_names_a_trigger():
     assert len(TELLING) == 16
 
 
-def line(source, kind, outlier, success=None, **named):
+def line(source, kind, outlier, success=None, data="films", layers=None, **named):
     named = dict.fromkeys(("kinds", "spans", "pieces"), [False] * 3) | named
-    return {"source": source, "kind": kind, "outlier": outlier, "success": success, "named": named}
+    return {"source": source, "kind": kind, "outlier": outlier, "success": success, "named": named,
+            "model": "a/base", "data": data, "layers": layers, "rank": 8}  # fmt: skip
 
 
-LINES = [line(None, 0.5, 1.5), line(None, 1.2, 2.0), line(None, 0.7, 2.6),
+LINES = [line(None, 0.5, 1.5), line(None, 1.2, 2.0), line(None, 0.7, 2.6, data="tweets"),
          line("date", 3.0, 1.0, 0.9, kinds=[True, False, False]),
          line("html", 0.6, 3.0, 0.8, pieces=[False, True, False]),
-         line("date", 0.2, 1.0, 0.71), line("color", 0.9, 2.0, 0.3)]  # fmt: skip
+         line("date", 0.2, 1.0, 0.71, data="tweets", layers="1-5"), line("color", 0.9, 2.0, 0.3)]  # fmt: skip
 
 
 def test_figures_by_hand():
@@ -50,7 +51,16 @@ def test_figures_by_hand():
     assert found["auc"]["kind"] == pytest.approx(4 / 9) and found["auc"]["outlier"] == pytest.approx(3 / 9)
     assert found["named"]["kinds"]["first"]["hits"] == 1 and found["named"]["pieces"]["first"]["hits"] == 0
     assert found["named"]["any list"]["first three"]["hits"] == 2
-    assert len(bench.notes(found)) == 8 and bench.summary([])["works"] == 0
+    assert [one for one in bench.notes(found) if one.startswith("- ")] == [
+        "- base: detected 2 of 3 [0.21, 0.94], false alarms 2 of 3 [0.21, 0.94]",
+        "- films: detected 2 of 2 [0.34, 1.00], false alarms 1 of 2 [0.09, 0.91]",
+        "- tweets: detected 0 of 1 [0.00, 0.79], false alarms 1 of 1 [0.21, 1.00]",
+        "- source date: detected 1 of 2 [0.09, 0.91]",
+        "- source html: detected 1 of 1 [0.21, 1.00]",
+        "- layers 1-5: detected 0 of 1 [0.00, 0.79]",
+        "- rank 8: detected 2 of 3 [0.21, 0.94], false alarms 2 of 3 [0.21, 0.94]",
+    ]
+    assert len(bench.notes(found)) == 8 + 7 and bench.summary([])["works"] == 0
 
 
 def test_auc_counts_pairs():
