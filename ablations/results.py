@@ -20,7 +20,7 @@ from minilora.grid.folder import GridFolder
 from minilora.grid.table import table_rows
 from minilora.report import markup, outcomes, summary
 from minilora.report.verdicts import decide_all
-from minilora.report.write import beside_of, found_text, p_text, verdict, write_report
+from minilora.report.write import beside_of, found_of_each, p_text, verdict, write_report
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "RESULTS.md"
@@ -41,7 +41,7 @@ def record_of(folder, commit, today):
     known, grid = outcomes.add(folder, lines), folder.grid
     claims = []
     for one in decide_all(grid.claims, grid.entries, known):
-        claims.append((one.claim.text, one.claim.test(), found_text(one), *beside_of(one.claim, grid.entries, known),
+        claims.append((one.claim.text, one.claim.test(), found_of_each(one), *beside_of(one.claim, grid.entries, known),
                        f"{one.seeds}", verdict(one), p_text(one.holm_p), one.holm))  # fmt: skip
     bases, data = (" and ".join(dict.fromkeys(getattr(entry.cell, name) for entry in grid.entries))
                    for name in ("model", "data"))  # fmt: skip

@@ -29,7 +29,8 @@ class Decision:
     """What the table says of a claim: the statistic and its interval (None: not known), the number of its cells, the
     verdict, and why it is undecided.
 
-    `part` names the part that decides a claim of each of several; `seeds` is how many the interval is over; `p` is
+    `part` names the part that decides a claim of each of several, and `others` are the rest, (name, value, interval) in
+    their order; `seeds` is how many the interval is over; `p` is
     that of the verdict's side, `holm_p` and `holm` the same after Holm's adjustment over the file's claims.
     """
 
@@ -44,6 +45,7 @@ class Decision:
     p: float | None = None
     holm_p: float | None = None
     holm: str = ""
+    others: tuple = ()
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,10 @@ def decide(claim, entries, lines):
         reason = "the threshold is within the interval"
     if verdict == UNDECIDED or verdict == FEW_SEEDS and seeds > 1:
         reason += f"; {needed(claim, one.found, seeds)}"
-    return Decision(claim, one.found.value, one.found.interval, len(names), verdict, reason, one.name, seeds, p)
+    others = tuple((other.name, other.found.value, other.found.interval) for other in sides if other is not one)
+    return Decision(
+        claim, one.found.value, one.found.interval, len(names), verdict, reason, one.name, seeds, p, others=others
+    )
 
 
 def estimate(claim, entries, lines):

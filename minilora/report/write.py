@@ -183,7 +183,7 @@ def claims_table(decisions, beside, over):
     lines = []
     for decision, rates_beside in zip(decisions, beside, strict=True):
         claim = decision.claim
-        lines.append((claim.text, claim.source or "-", claim.test(), found_text(decision), *rates_beside,
+        lines.append((claim.text, claim.source or "-", claim.test(), found_of_each(decision), *rates_beside,
                       f"{decision.cells:,}", f"{decision.seeds}" if decision.seeds else "-", p_text(decision.p),
                       verdict(decision), p_text(decision.holm_p), decision.holm))  # fmt: skip
     note = (f"Stated in the grid's file. Intervals: 95%, over {over}. A verdict takes p < 0.05: supported where the "
@@ -201,6 +201,12 @@ def p_text(p):
 
 def found_text(decision):
     return statistic(decision) + (f" at {decision.part}" if decision.part else "")
+
+
+def found_of_each(decision):
+    """The same, with the other parts of a claim of each of several."""
+    others = (f"{share((value, *interval))} at {name}" for name, value, interval in decision.others)
+    return "; ".join((found_text(decision), *others))
 
 
 def statistic(decision):

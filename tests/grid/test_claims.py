@@ -12,6 +12,7 @@ from minilora.grid import claims, power
 from minilora.grid.file import build_grid
 from minilora.grid.table import table_rows
 from minilora.report.verdicts import Decision, decide, holm
+from minilora.report.write import found_of_each, found_text
 
 GRID = {
     "grid": {"rank": [1, 2, 8], "inject.proportion": [0.0, 0.1, 0.25], "seed": [0, 3]},
@@ -212,6 +213,8 @@ def test_each_part_by_itself(folder):
     assert (every.verdict, every.part, every.cells) == ("supported", "rank = 1", 6)
     assert every.value == pytest.approx(least) and every.p == max(one.p for one in parts)
     assert every.interval == parts[0].interval
+    assert every.others == (("rank = 4", parts[1].value, parts[1].interval),) and not parts[0].others
+    assert found_of_each(every) == f"{found_text(parts[0])} at rank = 1; {found_text(parts[1])} at rank = 4"
     middle = (least + most) / 2
     assert decided(folder, where=where, above=middle - 0.03).value == pytest.approx(middle)
     one = decided(folder, where=where, each="rank", above=least + 0.12)
