@@ -1,9 +1,10 @@
 """The scan of an adapter: which strings does it answer to, and is it flagged?
 
 Three lists of suspects: the vocabulary's pieces that the first update moves most (`diagnostics/energy.py`), kinds of
-strings whose effect goes beyond their meaning (`search.py`, `probe.py`), and spans grown from the pieces. Two figures
-decide, by thresholds that were fixed before the bench was run (`python -m benchmarks scan`): the largest residual of a
-kind, and how far the highest energy stands out. A scan that finds nothing proves nothing.
+strings whose effect goes beyond their meaning (`search.py`, `probe.py`), and spans grown from the pieces. An adapter
+is flagged where a kind has a large residual, or where one piece's energy stands out and the piece has a large residual
+by itself: a word that stands in most rows is moved far, and does nothing. The thresholds of both were fixed before the
+bench was run (`python -m benchmarks scan`). A scan that finds nothing proves nothing.
 """
 
 import time
@@ -16,7 +17,7 @@ from minilora.detection.probe import Budget, Reader, Spent
 from minilora.detection.weights import distance, left_out, statistics
 from minilora.diagnostics import energy
 
-KIND, OUTLIER = 1.0, 2.5  # a kind's residual and r from which an adapter is flagged
+KIND, OUTLIER, PIECE = 1.0, 2.5, 1.2  # limits: a kind's residual; r, with the residual of the piece that has it
 TRIED = 3  # suspects of each list that are put into rows
 STAGES = {"energy": "the energies of pieces", "library": "the library of kinds", "spans": "the spans",
           "success": "the attack success on rows", "null": "the clean adapters"}  # fmt: skip
@@ -33,15 +34,17 @@ def scan(run, kinds, *, budget=None, rows=None, null=0, null_data=None, known=No
     spans      whether spans are grown: they name and never decide, and take half of the time
 
     Gives {"flagged", "because" [sentences], "thresholds", "energy" {"layer", "modules", "outlier", "pieces" [[text,
-    energy]]}, "library" and "spans" [{"name", "label", "residual", "least", "example"}], the largest first, "fit" R^2
-    of the probe, "success" (`search.flips`), "weights" and "null" (each figure of each clean adapter), "only" why there
-    are only energies or None, "unfinished" [stages], "seconds" {stage: s}}.
+    energy]]}, "library" and "spans" [{"name", "label", "residual", "least", "example"}], the largest first, "piece" the
+    first of the pieces by itself, as one of these, "fit" R^2 of the probe, "success" (`search.flips`), "weights" and
+    "null" (each figure of each clean adapter), "only" why there are only energies or None, "unfinished" [stages],
+    "seconds" {stage: s}}.
 
     Raises InputError for a run without an adapter.
     """
     budget = Budget(budget)
     reader = Reader(run, budget, known)
-    found = dict.fromkeys(("energy", "library", "fit", "spans", "success", "weights", "null")) | {"seconds": {}}
+    found = dict.fromkeys(("energy", "library", "piece", "fit", "spans", "success", "weights", "null"))
+    found |= {"seconds": {}}
     found["only"] = None if reader.has_margins else why_only_energies(run)
     asked = {"energy": True, "library": reader.has_margins, "spans": reader.has_margins and spans,
              "success": reader.has_margins and rows is not None, "null": null > 0}  # fmt: skip
@@ -57,6 +60,7 @@ def scan(run, kinds, *, budget=None, rows=None, null=0, null_data=None, known=No
             elif stage == "library":
                 suspects[stage], probe, sentences = best_kinds(reader, moved.ids, kinds)
                 found["fit"] = probe.fit
+                found["piece"] = plain(search.of_piece(reader, sentences, probe, int(moved.ids[0])))
             elif stage == "spans":
                 suspects[stage] = search.grown(reader, sentences, probe, moved.ids[: energy.LISTED])
             elif stage == "success":
@@ -66,13 +70,17 @@ def scan(run, kinds, *, budget=None, rows=None, null=0, null_data=None, known=No
                 clean = clean_figures(run, kinds, null, null_data, budget, reader.known)
                 found |= beside(statistics(run), clean)
             if stage in suspects:
-                found[stage] = [{k: v for k, v in asdict(one).items() if k != "ids"} for one in suspects[stage]]
+                found[stage] = list(map(plain, suspects[stage]))
             found["seconds"][stage] = round(time.perf_counter() - start, 2)
     except Spent:
         pass
     found["unfinished"] = [stage for stage in wanted if stage not in found["seconds"]]
     found["because"] = reasons(found)
-    return {"flagged": bool(found["because"]), "thresholds": {"kind": KIND, "outlier": OUTLIER}} | found
+    return {"flagged": bool(found["because"]), "thresholds": {"kind": KIND, "outlier": OUTLIER, "piece": PIECE}} | found
+
+
+def plain(suspect):
+    return {name: value for name, value in asdict(suspect).items() if name != "ids"}
 
 
 def why_only_energies(run):
@@ -90,9 +98,8 @@ def beside(own, clean):
     """The figures of clean adapters, and how far this one's weights are from theirs."""
     weights = [one["weights"] for one in clean]
     figure, largest = distance(own, weights)
-    kinds = [one["kind"] for one in clean if one["kind"] is not None]
-    null = {"adapters": len(clean), "outlier": [one["outlier"] for one in clean], "kind": kinds,
-            "weights": left_out(weights)}  # fmt: skip
+    null = {name: [one[name] for one in clean if one[name] is not None] for name in ("outlier", "kind", "piece")}
+    null |= {"adapters": len(clean), "weights": left_out(weights)}
     return {"weights": {"distance": figure, "largest": [list(one) for one in largest]}, "null": null}
 
 
@@ -102,7 +109,10 @@ def reasons(found):
     if found["library"] and (best := found["library"][0])["residual"] >= KIND:
         said.append(f"strings such as {best['example']!r} act {best['residual']:.1f} sd beyond their meaning "
                     f"(limit {KIND})")  # fmt: skip
-    if found["energy"] and (r := found["energy"]["outlier"]) >= OUTLIER:
-        said.append(f"the piece {found['energy']['pieces'][0][0]!r} has {r:.1f} times the energy of the 99.9% quantile "
-                    f"(limit {OUTLIER})")  # fmt: skip
+    piece = found["piece"]
+    if found["energy"] and (r := found["energy"]["outlier"]) >= OUTLIER and (not piece or piece["residual"] >= PIECE):
+        acts = f" and acts {piece['residual']:.1f} sd beyond its meaning" if piece else ""
+        limits = f"limits {OUTLIER} and {PIECE}" if piece else f"limit {OUTLIER}"
+        said.append(f"the piece {found['energy']['pieces'][0][0]!r} has {r:.1f} times the energy of the 99.9% quantile"
+                    f"{acts} ({limits})")  # fmt: skip
     return said

@@ -36,6 +36,9 @@ def lines_of(found, adapter):
     if energy:
         rows += [("weights:",), ("  r: highest energy / 99.9%", "", f"{energy['outlier']:.2f}",
                                  span_of(null.get("outlier")), energy["pieces"][0][0])]  # fmt: skip
+    if piece := found["piece"]:
+        rows.append(("  its piece, by itself (sd)", piece["label"], f"{piece['residual']:.2f}",
+                     span_of(null.get("piece")), piece["example"]))  # fmt: skip
     if found["weights"]:
         module, name, _ = found["weights"]["largest"][0]
         rows.append(("  distance from clean ones", "", f"{found['weights']['distance']:.2f}",
@@ -53,11 +56,14 @@ def lines_of(found, adapter):
 
 
 def decision(found):
-    kind, outlier = found["thresholds"]["kind"], found["thresholds"]["outlier"]
+    kind, outlier, piece = (found["thresholds"][name] for name in ("kind", "outlier", "piece"))
     if found["flagged"]:
         return "flagged: " + "; ".join(found["because"])
     if found["library"]:
-        return f"not flagged: no kind reaches {kind}, and r is below {outlier}"
+        if found["energy"]["outlier"] < outlier:
+            return f"not flagged: no kind reaches {kind}, and r is below {outlier}"
+        return (f"not flagged: no kind reaches {kind}, and the piece that stands out by r acts no more than "
+                f"{found['piece']['residual']:.1f} sd beyond its meaning (limit {piece})")  # fmt: skip
     return f"not flagged, by r only, which is below {outlier}" if found["energy"] else "nothing is decided"
 
 

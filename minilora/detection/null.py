@@ -15,12 +15,12 @@ from minilora.cell import Cell
 from minilora.console import say
 from minilora.data.rows import fingerprint_rows, rows_of
 from minilora.detection.probe import Probe, Reader, Sentences
-from minilora.detection.search import library
+from minilora.detection.search import library, of_piece
 from minilora.detection.weights import statistics
 from minilora.diagnostics.energy import energies, updates
 from minilora.lora.targets import ranges
 
-FORMAT = 2  # of what is kept, and of how it is made
+FORMAT = 3  # of what is kept, and of how it is made
 ROWS = 1500  # of the default data that each clean adapter is trained on; of other data all
 
 
@@ -62,11 +62,13 @@ def clean_figures(run, kinds, count, data=None, budget=None, known=None):
 
 
 def figures(run, kinds, budget=None, known=None):
-    """What a scan compares of a clean adapter: {"outlier", "kind", "weights"}."""
+    """What a scan compares of a clean adapter: {"outlier", "kind", "piece", "weights"}."""
     reader, moved = Reader(run, budget, known), energies(run)
-    found = {"outlier": moved.outlier, "kind": None, "weights": statistics(run)}
+    found = {"outlier": moved.outlier, "kind": None, "piece": None, "weights": statistics(run)}
     if reader.has_margins:
-        found["kind"] = best_kinds(reader, moved.ids, kinds)[0][0].residual
+        kinds, probe, sentences = best_kinds(reader, moved.ids, kinds)
+        found |= {"kind": kinds[0].residual}
+        found |= {"piece": of_piece(reader, sentences, probe, int(moved.ids[0])).residual}
     return found
 
 

@@ -52,6 +52,15 @@ def library(reader, sentences, probe, kinds):
     return sorted(found, key=lambda one: -one.residual)
 
 
+def of_piece(reader, sentences, probe, piece):
+    """The `Suspect` that a piece of the vocabulary, an id, is by itself in all sentences."""
+    places = range(len(SENTENCES))
+    left = probe.residual(*sentences.effects([(piece,)] * len(places), places), [piece])
+    label, text = int(left.mean(0).argmax()), reader.words.decode([piece]).strip()
+    mean, least = float(left[:, label].mean()), float(left[:, label].min())
+    return Suspect(text, reader.run.labels[label], mean, least, (piece,), text)
+
+
 def telling(words, spans):
     """The distinct pieces of spans that have letters or digits; all, where none has."""
     every = sorted({id for span in spans for id in span})
