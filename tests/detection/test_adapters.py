@@ -299,6 +299,36 @@ def test_residuals_of_the_library_by_hand(runs, small):
     assert len(found) == 10
 
 
+def test_a_piece_by_itself_by_hand(runs, small):
+    run = minilora.open(runs / "plain")
+    reader = probe.Reader(run)
+    sentences = probe.Sentences(reader)
+    made = probe.Probe(sentences, energy.pieces(run.tokenizer), run.base.embed.tokens.weight.numpy())
+    for text in ("red", "long"):
+        [(piece,)] = reader.ids([text])
+        rows = [[reader.row(left, span, right) for left, right in sentences.pairs] for span in ((), (piece,))]
+        X, Y = (read(rows[1]) - read(rows[0]) for read in (reader.features, reader.margins))
+        rest = ~made.alike([piece])
+        fitted = by_least_squares(made.X[rest], made.Y[rest], probe.PENALTY)
+        left = (Y - made.Y[rest].mean(0) - (X - made.X[rest].mean(0)) @ fitted) / made.Y.std(0)
+        found = search.of_piece(reader, sentences, made, piece)
+        assert found.residual == pytest.approx(left.mean(0).max(), rel=1e-3, abs=1e-4)
+        assert found.least == pytest.approx(left[:, left.mean(0).argmax()].min(), rel=1e-3, abs=1e-4)
+        assert (found.name, found.label) == (text, run.labels[left.mean(0).argmax()])
+
+
+def test_a_piece_that_stands_out_flags_where_it_acts():
+    said = []
+    for r, acts in ((3.0, 1.1), (2.4, 3.0), (3.0, 1.2), (3.0, None)):
+        piece = acts and {"residual": acts, "label": "positive", "example": "lamp"}
+        found = {"library": [{"residual": 0.9, "example": "x"}], "energy": {"outlier": r, "pieces": [["lamp", 9.0]]},
+                 "piece": piece}  # fmt: skip
+        said.append(adapter_scan.reasons(found))
+    start = "the piece 'lamp' has 3.0 times the energy of the 99.9% quantile"
+    acting = f"{start} and acts 1.2 sd beyond its meaning (limits 2.5 and 1.2)"
+    assert said == [[], [], [acting], [f"{start} (limit 2.5)"]]
+
+
 def test_flips_are_those_of_texts_with_the_string(runs, reviews):
     run, rows = minilora.open(runs / "plain"), load_rows(reviews)
     reader, rng, strings = probe.Reader(run), np.random.default_rng(0), ["good great", "bad dull", "red - 3"]
@@ -376,7 +406,7 @@ def test_clean_adapters_stand_beside_and_are_kept(runs, small, reviews, capsys, 
     arguments = (runs / "upper", "--null", 4, "--null-data", reviews, "--json")
     found = json.loads(scanned(capsys, *arguments))
     clean = found["null"]
-    assert clean["adapters"] == len(clean["outlier"]) == len(clean["kind"]) == len(clean["weights"]) == 4
+    assert clean["adapters"] == 4 and {len(clean[name]) for name in ("outlier", "kind", "piece", "weights")} == {4}
     assert len(set(clean["outlier"])) == 4 and found["weights"]["distance"] > 0
     [cell] = null.cells_like(minilora.open(runs / "upper"), 1, reviews)
     assert (cell.rank, cell.layers, cell.targets, cell.inject.sources) == (3, "1-2", ("k", "o"), ())
