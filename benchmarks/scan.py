@@ -2,8 +2,8 @@
 
 Clean and triggered adapters are trained, each with seeds and a split of its own, and scanned (`adapter_scan.py`).
 Triggered ones count where their attack works (`WORKS`); the others are listed apart. Half of the adapters set
-limits, so that no clean one of that half is flagged, and the other half gives the figures; the limits that the command
-has were fixed before. Every result is kept in `--out` at once, and the same command goes on from there.
+limits, so that no clean one of that half is flagged, and the other half gives the figures, beside those at the limits
+that the command has. Every result is kept in `--out` at once, and the same command goes on from there.
 """
 
 import itertools
@@ -166,7 +166,7 @@ def tells(source, where, text):
 
 
 def summary(lines):
-    """What the lines come to, at the limits that were fixed before, and at those of one half for the other."""
+    """What the lines come to, at the limits of the command, and at those of one half for the other."""
     clean = [line for line in lines if line["source"] is None]
     works = [line for line in lines if line["source"] and line["success"] > WORKS]
     weak = [line for line in lines if line["source"] and line["success"] <= WORKS]
@@ -244,7 +244,7 @@ def notes(found):
         return f"{one['hits']} of {one['of']} [{low:.2f}, {high:.2f}]"
 
     said = [f"{found['clean']} clean, {found['works']} whose attack success is above {WORKS}, {found['weak']} others"]
-    for title, key in (("limits fixed before", "fixed"), ("limits of one half, figures of the other", "half")):
+    for title, key in (("limits of the command", "fixed"), ("limits of one half, figures of the other", "half")):
         if key in found:
             one = found[key]
             said.append(f"{title} (times {one['limit']:.2f}): detected {shown(one['detected'])}, false alarms "

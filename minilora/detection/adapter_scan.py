@@ -3,8 +3,8 @@
 Three lists of suspects: the vocabulary's pieces that the first update moves most (`diagnostics/energy.py`), kinds of
 strings whose effect goes beyond their meaning (`search.py`, `probe.py`), and spans grown from the pieces. An adapter
 is flagged where a kind has a large residual, or where one piece's energy stands out and the piece has a large residual
-by itself: a word that stands in most rows is moved far, and does nothing. The thresholds of both were fixed before the
-bench was run (`python -m benchmarks scan`). A scan that finds nothing proves nothing.
+by itself: a word that stands in most rows is moved far, and does nothing. docs/scan_adapter.md says how the limits came
+about. A scan that finds nothing proves nothing.
 """
 
 import time
