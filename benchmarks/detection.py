@@ -51,6 +51,8 @@ def main(argv):
     given = parser.parse_args(argv)
     if given.rows < 0:
         raise InputError(f"--rows is {given.rows}, but must be at least 1, or 0 for all")
+    if len(set(given.seeds)) < len(given.seeds):
+        raise InputError(f"--seeds {' '.join(map(str, given.seeds))} has a seed twice: name each once")
     if given.rows and not given.no_retrain:
         raise InputError("--rows scores a part of the rows, so that the others would stay: add --no-retrain")
     settings = {"onion": {"decoder": given.decoder} if given.decoder else {},

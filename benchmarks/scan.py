@@ -31,7 +31,7 @@ from . import report
 WORKS = 0.7  # of rows of other labels that a trigger must turn for the attack to count as one
 ROOM = 1.1  # limits of the one half: so many times the largest clean score
 RANKS = (8, 1, 16, 4, 64)
-PROPORTIONS = (0.5, 0.25, 0.5, 0.1, 0.25, 0.05, 0.5)  # as many as make each source meet each, as of the ranks
+PROPORTIONS = (0.5, 0.25, 0.5, 0.1, 0.25, 0.05, 0.5)  # 7, as the ranks are 5: each of the 12 sources meets each
 SOURCES = ("date", "country", "html", "text:last night", "color", "text:by the way", "text:purple lamp", "date",
            "text:alright", "html", "country", "text:no one knows")  # fmt: skip
 KIND_OF = {"date": "date", "country": "country", "color": "colour", "html": "tag"}  # a word of the kind's name

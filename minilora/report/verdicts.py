@@ -30,8 +30,8 @@ class Decision:
     verdict, and why it is undecided.
 
     `part` names the part that decides a claim of each of several, and `others` are the rest, (name, value, interval) in
-    their order; `seeds` is how many the interval is over; `p` is
-    that of the verdict's side, `holm_p` and `holm` the same after Holm's adjustment over the file's claims.
+    their order; `seeds` is how many the interval is over; `p` is that of the verdict's side, `holm_p` and `holm` the
+    same after Holm's adjustment over the file's claims.
     """
 
     claim: Claim

@@ -53,6 +53,8 @@ def test_the_benchmark_trains_again_without_the_suspected_rows(base, reviews, ca
     assert (folder / "retrained/spectral-own-rule/results.json").stat().st_mtime_ns == before
     with pytest.raises(InputError, match="add --no-retrain"):
         detection.main([*flags, "--rows", "50"])
+    with pytest.raises(InputError, match="--seeds 1 0 1 has a seed twice"):
+        detection.main([*flags, "--seeds", "1", "0", "1"])
     assert retraining.scores_of(folder, "no errors").is_file()
 
 
