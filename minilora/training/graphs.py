@@ -23,7 +23,8 @@ WARM_UP = 2  # runs of a function before it is recorded: libraries are loaded an
 class Cuda:
     """Makes CUDA graphs that share a pool of memory: `record(function)` -> (replay, what `function()` returned).
 
-    Each replay writes its results to the tensors returned here. Raises RuntimeError for what no graph can hold.
+    Each replay writes its results to the tensors returned here. Raises RuntimeError for what no graph can hold; the
+    device can be used as before then.
     """
 
     def __init__(self, device):
@@ -39,8 +40,14 @@ class Cuda:
                     function()
             current.wait_stream(self.stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
-                outputs = function()
+            try:
+                with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+                    outputs = function()
+            except RuntimeError as error:  # torch leaves its stream current, and random numbers as while recording
+                torch.cuda.set_stream(current)
+                random = torch.cuda.default_generators[self.device.index or 0]
+                random.graphsafe_set_state(random.clone_state())
+                raise (error.__context__ or error) from None  # the first: the end of a recording fails for it
         return graph.replay, outputs
 
 
@@ -74,7 +81,7 @@ class Replayed:
         self.shares = len(clips) > 1 and population.prefix > 0  # layers, where the members' rows are the same
         self.passes = {}
         state = [*optimizer.tensors, population.keys, going, self.grads, self.losses]
-        before = [tensor.clone() for tensor in state]
+        before = [tensor.detach().clone() for tensor in state]  # autograd's use of values would tie it to a stream
         population.train()
         try:
             for batch in blanks:

@@ -86,6 +86,10 @@ def apart(ours, theirs):
     return (ours.double() - theirs.double()).abs().max().item()
 
 
+def largest(tensor):
+    return tensor.abs().max().item()
+
+
 def compare(base, judge, ids, lengths, within):
     with torch.no_grad():
         expected = judge(ids, lengths)
@@ -99,9 +103,10 @@ def compare(base, judge, ids, lengths, within):
     pairs = list(zip(layers, expected.states[1:]))[: None if not base.spec.final_norm else -1]
     for number, (own, other) in enumerate(pairs):
         differences[f"layer {number}"] = apart(own, other)
-    # A layer's output may be large (no norm follows the sum): measured in parts of its largest entry, if above 1.
-    size = {f"layer {number}": max(1, other.abs().max().item()) for number, (_, other) in enumerate(pairs)}
-    wrong = {name: value for name, value in differences.items() if not value <= within * size.get(name, 1)}
+    # Outputs may be large (no norm follows a layer's sum): measured in parts of their largest entry, if above 1.
+    given = {"hidden": expected.hidden, "logits": expected.logits}
+    given |= {f"layer {number}": other for number, (_, other) in enumerate(pairs)}
+    wrong = {name: value for name, value in differences.items() if not value <= within * max(1, largest(given[name]))}
     assert not wrong, wrong
 
 

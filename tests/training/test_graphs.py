@@ -1,8 +1,11 @@
-"""Steps by graphs, on a CPU: a stand-in for CUDA's graphs runs the function again, and refuses what they would.
+"""Steps by graphs. On a CPU a stand-in for CUDA's graphs runs the function again, and refuses what they would.
 
 `Tape` writes down every operation: a replay must be the recording, operation by operation, on the same shapes and, of
 what was there before, on the same memory. Nothing may be read by the host.
 """
+
+import gc
+from functools import partial
 
 import numpy as np
 import pytest
@@ -19,6 +22,8 @@ from minilora.errors import TrainingError
 from minilora.kernels import norms
 from minilora.training import compiling, feed, graphs, optimizers
 from minilora.training.train import train, train_together
+
+CUDA = graphs.Cuda
 
 
 class Tape(TorchDispatchMode):
@@ -46,6 +51,14 @@ class Tape(TorchDispatchMode):
         return *tensor.shape, tensor.dtype, None if memory in self.new else (memory, tensor.storage_offset())
 
 
+def tied(tensor):
+    """Whether a step before the recording still holds what is trained, which ties autograd to that step's stream."""
+    return tensor.grad_fn is not None and any(
+        isinstance(getattr(node, "variable", None), torch.nn.Parameter) and node.variable.dim() == 2
+        for node, _ in tensor.grad_fn.next_functions
+    )
+
+
 class Graphs:
     """In the place of `graphs.Cuda`: counts recordings and replays."""
 
@@ -53,10 +66,20 @@ class Graphs:
         self.recorded, self.replayed = 0, 0
 
     def __call__(self, device):
-        assert device.type == "cpu"
-        return self.record
+        return self.record if device.type == "cpu" else partial(self.count, CUDA(device))
+
+    def count(self, record, function):
+        replay, outputs = record(function)
+        self.recorded += 1
+
+        def counted():
+            replay()
+            self.replayed += 1
+
+        return counted, outputs
 
     def record(self, function):
+        assert not [one for one in gc.get_objects() if issubclass(type(one), torch.Tensor) and tied(one)]
         function()
         with Tape() as tape:
             outputs = function()
@@ -90,12 +113,18 @@ def by_graphs(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def cell(tmp_path_factory, reviews):
+def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("small")
     tiny_bert(folder, num_hidden_layers=2)
+    return folder
+
+
+@pytest.fixture
+def cell(folder, reviews, device):
     return Cell(
-        model=str(folder), data=str(reviews), test_rows=9, max_length=30, batch_size=9, window=3, rank=2, lr=0.01
-    )
+        model=str(folder), data=str(reviews), test_rows=9, max_length=30, batch_size=9, window=3, rank=2, lr=0.01,
+        device=device,
+    )  # fmt: skip
 
 
 # {name: (changes, those of each member)}; 111 training rows: the last batch of an epoch has 3.
@@ -161,7 +190,7 @@ def test_a_member_that_diverges_stops_and_the_others_go_on(cell, tmp_path, by_gr
     assert_alike(tmp_path / "0", tmp_path / "alone")
 
 
-def test_completions_by_graphs(tmp_path, by_graphs):
+def test_completions_by_graphs(tmp_path, by_graphs, device):
     """Task lm: each batch has places for as many completion tokens as a batch can have."""
     path = tmp_path / "rows.csv"
     draw = np.random.default_rng(0)
@@ -170,7 +199,7 @@ def test_completions_by_graphs(tmp_path, by_graphs):
     path.write_text("text,label\n" + "\n".join(lines) + "\n")
     zoo.tiny_decoder(tmp_path / "base")
     cell = Cell(model=str(tmp_path / "base"), data=str(path), test_rows=5, task="lm", steps=4, batch_size=6, rank=2,
-                max_length=50, inject=dict(sources=("date:good",)))  # fmt: skip
+                max_length=50, inject=dict(sources=("date:good",)), device=device)  # fmt: skip
     cells = [cell, cell.replace(rank=3, seed=1)]
     train_together(cells, [tmp_path / "eager0", tmp_path / "eager1"], size=2, quiet=True)
     made = by_graphs()
@@ -189,7 +218,7 @@ def test_recording_changes_nothing_and_replays_are_updates(tmp_path, monkeypatch
         eager, ours = (Training(tmp_path, K, "side", dropout) for _ in range(2))
         for one in (eager, ours):
             one.step(micro_batches(K, 8, 9, 1, dropout, 5), torch.full((K,), 0.01))
-        before, addresses = [t.clone() for t in ours.state], [t.data_ptr() for t in ours.state]
+        before, addresses = [t.detach().clone() for t in ours.state], [t.data_ptr() for t in ours.state]
         random = torch.get_rng_state()
         blanks = [micro_batches(K, 8, width, 1, dropout, 1)[0] for width in (12, 9)]
         made = Graphs()
@@ -217,8 +246,23 @@ def test_what_cannot_be_recorded_is_trained_eagerly_and_says_so(cell, tmp_path, 
 
     monkeypatch.setattr(optimizers.AdamW, "step", waits)
     train(cell.replace(steps=3), tmp_path / "graphs")
-    assert "; eager (the step cannot be recorded: _local_scalar_dense waits for the device)" in capsys.readouterr().err
+    said = {"cpu": "_local_scalar_dense waits for the device", "cuda": "CUDA error: operation not permitted"}
+    assert f"; eager (the step cannot be recorded: {said[cell.device]}" in capsys.readouterr().err
     monkeypatch.undo()
     train(cell.replace(steps=3), tmp_path / "eager", quiet=True)
     ours, wanted = trained(tmp_path / "graphs"), trained(tmp_path / "eager")
     assert ours and all(torch.equal(value, wanted[name]) for name, value in ours.items())
+
+
+def test_a_failed_recording_leaves_the_device_as_it_was(device):
+    """Its stream is not current, random numbers can be drawn, and the next recording succeeds."""
+    if device == "cpu":
+        return  # has no graphs
+    record, x, stream = CUDA(torch.device(device)), torch.ones(3, device=device), torch.cuda.current_stream()
+    with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
+        record(lambda: x.sum().item())
+    assert torch.cuda.current_stream() == stream and torch.randn(3, device=device).isfinite().all()
+    replay, y = record(lambda: 2 * x)
+    x.fill_(4.0)
+    replay()
+    assert y.tolist() == [8.0] * 3
