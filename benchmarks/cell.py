@@ -27,7 +27,7 @@ from .peers import BASELINE, NEEDS, PEERS, TITLES, TUNED
 
 LIMITS = "limits"
 WARM_UP = 5
-PART = 0.5  # of the time left, that one process may take
+PART, LAST = 0.5, 0.9  # of the time left, that one process may take, and the last
 LEAST_SECONDS = 2.0  # a process with less is not begun
 
 
@@ -65,8 +65,8 @@ def measure(cell, names=None, repeats=1, warm_up=WARM_UP, threads=None, until=No
     """Run all peers and return what results.json has; `keep` is called with it after every outcome.
 
     A peer that fails is left out of further repeats, and keeps what it did before. With `until` (by `alone.now()`) no
-    repeat but the first begins after it, and no process has more than half of the time left, so that one that hangs
-    leaves some to the others.
+    repeat but the first begins after it, and no process but the last has more than half of the time left, so that one
+    that hangs leaves some to the others.
     """
     from minilora import parallel
 
@@ -82,7 +82,8 @@ def measure(cell, names=None, repeats=1, warm_up=WARM_UP, threads=None, until=No
             for name in (LIMITS, *runs.names):
                 if name in runs.missing or name in runs.failed:
                     continue
-                limit = None if until is None else PART * (until - alone.now())
+                part = LAST if repeat == repeats - 1 and name == runs.names[-1] else PART
+                limit = None if until is None else part * (until - alone.now())
                 if limit is not None and limit < LEAST_SECONDS:
                     runs.fails(name, repeat, {"error": "no time was left"})
                 else:

@@ -3,7 +3,8 @@
 Whoever has a GPU for the first time runs, in this order,
 
     python -m benchmarks device --phases smoke --budget 90     # does each path work at all?
-    python -m benchmarks device                                # everything
+    python -m benchmarks device                                # everything but what is compiled
+    python -m benchmarks device --phases compiled
     python -m benchmarks device --phases grid --grid-rows 9043 # one part again, with all of the time
 
 and reads results.json, which is written after every outcome. Each phase may use its share of the seconds and what
@@ -12,10 +13,10 @@ those before it left; each of its processes has a limit, so that one that hangs 
 smoke     every path once on tiny bases: float32, bfloat16, population, dropout, lm, evaluation, graphs, compiled
 small     one cell on the default base, or on one of its shape, beside its peers
 llama     one cell of Llama-3.2-1B's shape in bfloat16, 8 rows of 512 tokens a batch, beside its peers
-grid      64 cells beside PEFT + Trainer one by one, of which a part is trained and scaled
+grid      64 cells, also in bfloat16, beside PEFT + Trainer one by one, of which a part is trained and scaled
 profiles  the kernels of a step of each of the three: profile-NAME.txt
 tests     the tests that have a CUDA variant: device-tests.txt
-compiled  small and llama again with minilora and its peers compiled
+compiled  small and llama again with minilora and its peers compiled, which takes minutes
 
 Nothing is downloaded: where the cache does not hold the default base, random weights of its shape take its place. What
 is not installed is left out with a line. Model-FLOP use is the operations that the job cannot do without
@@ -49,6 +50,8 @@ SMALL_PEERS = ("minilora", peers.BASELINE, "minilora-eager", "minilora-bfloat16"
                "peft-trainer-tuned-bf16")  # fmt: skip
 LLAMA_PEERS = ("minilora", peers.BASELINE, "minilora-eager", "peft-loop", "unsloth")
 COMPILED_PEERS = ("minilora-compiled", "peft-trainer-tuned-compiled")
+EVERY_PEER = tuple(dict.fromkeys((*SMALL_PEERS, *LLAMA_PEERS, *COMPILED_PEERS)))
+GRID_SIDES = ("minilora-bfloat16", peers.BASELINE)
 AT_LEAST = {"small": 2.0, "llama": 1.5, "model_flop_use": 0.6, "over_unsloth": 1.1, "grid": 20.0}  # the aims
 
 
@@ -57,10 +60,12 @@ def main(argv):
     parser.add_argument("--out", default="device", metavar="DIR",
                         help="write results.json, table.md and more into this folder (default: device)")  # fmt: skip
     parser.add_argument("--budget", type=float, default=BUDGET, metavar="S", help=f"seconds (default: {BUDGET})")
-    parser.add_argument("--phases", nargs="+", choices=SHARES, default=tuple(SHARES), metavar="PHASE",
-                        help=f"only these of {', '.join(SHARES)}")  # fmt: skip
+    parser.add_argument("--phases", nargs="+", choices=SHARES, default=tuple(SHARES)[:-1], metavar="PHASE",
+                        help=f"only these of {', '.join(SHARES)} (default: all but compiled)")  # fmt: skip
     parser.add_argument("--grid-rows", type=int, default=2000, metavar="N",
                         help="training rows of each cell of the grid (default: 2000)")  # fmt: skip
+    parser.add_argument("--peers", nargs="+", choices=EVERY_PEER, default=EVERY_PEER, metavar="PEER",
+                        help=f"of small, llama and compiled only these of {', '.join(EVERY_PEER)}")  # fmt: skip
     parser.add_argument("--device", default="cuda", help="cuda, or cpu to try the command itself (default: cuda)")
     parser.add_argument("--tiny", action="store_true", help="tiny bases throughout, to try the command itself")
     parser.add_argument("--traceback", action="store_true", help="show the full trace of an error")
@@ -73,7 +78,8 @@ def main(argv):
         raise InputError("--budget must be more than 0, and --grid-rows at least 2")
     Path(arguments.out).mkdir(parents=True, exist_ok=True)  # refused now rather than after the runs
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(arguments.out, folder, arguments.device, arguments.budget, arguments.grid_rows, arguments.tiny)
+        bench = Bench(arguments.out, folder, arguments.device, arguments.budget, arguments.grid_rows, arguments.tiny,
+                      arguments.peers)  # fmt: skip
         bench.run(arguments.phases)
     if any(phase["state"] == "failed" for phase in bench.results["phases"].values()):
         sys.exit(1)
@@ -92,9 +98,10 @@ def plan(phases, budget):
 class Bench:
     """The phases, what they found so far, and the folder that keeps it."""
 
-    def __init__(self, out, folder, device, budget, grid_rows=2000, tiny=False):
+    def __init__(self, out, folder, device, budget, grid_rows=2000, tiny=False, chosen=EVERY_PEER):
         self.out, self.folder, self.device, self.budget = Path(out), Path(folder), device, budget
         self.grid_rows, self.tiny, self.bases, self.began = grid_rows, tiny, {}, alone.now()
+        self.chosen = chosen
         self.threads = os.cpu_count() if device == "cuda" else None
         self.parts = {}
         self.results = {"device": device, "budget": budget, "seconds": 0.0, "phases": {}, "figures": {},
@@ -223,12 +230,11 @@ class Bench:
     def beside(self, part, cell, names, until, repeats=1):
         """The first 20 steps are no part of a rate: on a GPU the clock is read every 20."""
         repeats, warm_up = (1, 2) if self.tiny else (repeats, 20)
-        if self.tiny:
-            names = [name for name in names if name in (*names[:2], "unsloth")]
+        names = [name for name in names if name in self.chosen and (not self.tiny or name in (*names[:2], "unsloth"))]
         one.measure(cell, names, repeats, warm_up, self.threads, until, partial(self.keep, part))
 
     def grid(self, until):
-        grid.measure(self.grid_cells(until), grid.PEERS[:1], 2 if self.tiny else 8, threads=self.threads, until=until,
+        grid.measure(self.grid_cells(until), GRID_SIDES, 2 if self.tiny else 8, threads=self.threads, until=until,
                      keep=partial(self.keep, "grid"))  # fmt: skip
 
     def profiles(self, until):

@@ -2,7 +2,9 @@
 
 All are set here, for a block, and restored after it:
 
-tf32           products of float32 numbers read their inputs with 10 bits of mantissa; float32 products read all 23
+tf32           products of float32 numbers read their inputs with 10 bits of mantissa; float32 products read all 23.
+               Beside a bfloat16 base it is always so: there these products are an adapter's, whose inputs and results
+               have 7 bits anyway
 sums           products of bfloat16 numbers are summed in float32, never partly in bfloat16
 cuDNN          neither its attention, which plans anew for each padded length (seconds), nor timing of its algorithms
 deterministic  torch refuses, or replaces, operations whose sums change their order from run to run
@@ -83,7 +85,7 @@ def settings():
 def applied(cell):
     """Have torch compute with the precision of `cell` in this block."""
     wanted = {
-        "float32_products": "tf32" if cell.products == "tf32" else "ieee",
+        "float32_products": "tf32" if cell.products == "tf32" or cell.dtype == "bfloat16" else "ieee",
         "bfloat16_reduced_sums": False,
         "cudnn_attention": False,
         "cudnn_timing": False,

@@ -91,6 +91,9 @@ def test_what_a_gpus_record_says(monkeypatch):
             "deterministic": "off", "cublas_workspace": "torch's",
         }  # fmt: skip
         assert precision.stated(CPU) == {"deterministic": "off"}
+    for cell, wanted in ((Cell(dtype="bfloat16"), "tf32"), (Cell(), "ieee"), (Cell(products="bfloat16"), "ieee")):
+        with precision.applied(cell):
+            assert precision.stated(CUDA)["float32_products"] == wanted
 
 
 def test_tf32_is_refused_where_it_is_not(cell, tmp_path, monkeypatch):

@@ -43,8 +43,9 @@ class Cuda:
             try:
                 with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
                     outputs = function()
-            except RuntimeError as error:  # torch leaves its stream current, and random numbers as while recording
+            except RuntimeError as error:  # torch leaves its stream, its pool and random numbers as while recording
                 torch.cuda.set_stream(current)
+                self.pool = torch.cuda.graph_pool_handle()
                 random = torch.cuda.default_generators[self.device.index or 0]
                 random.graphsafe_set_state(random.clone_state())
                 raise (error.__context__ or error) from None  # the first: the end of a recording fails for it
