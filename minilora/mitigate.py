@@ -25,6 +25,7 @@ METHODS = {
 }
 ROWS = ("drop", "strip", "rewrite", "reweight", "counterfactual")  # the methods that change the training rows
 FLAGGED = ("drop", "strip", "reweight", "group-dro")  # those that must know which rows are suspected
+SCAN = "scan"  # the suspect that stands for what a scan of the training rows flags
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Mitigate(Named):
     )  # fmt: skip
     suspects: tuple[str, ...] = option(
         (), "mitigation", "suspected strings, each date, country, color, html, file:PATH (one a line) or a literal "
-        "text: rows that hold one are flagged", marks="free",
+        "text: rows that hold one are flagged; or scan: what a scan of the training rows flags", marks="free",
     )  # fmt: skip
     scores: str | None = option(
         None, "mitigation", "a CSV or JSONL file with id and score of training rows, or FILE:COLUMN: the rows with the "
@@ -71,8 +72,11 @@ class Mitigate(Named):
         for name, default in takes.items():
             if getattr(self, name) is None and not (name == "rate" and "scores" in takes and self.scores is None):
                 object.__setattr__(self, name, default)
+        if SCAN in self.suspects and len(self.suspects) > 1:
+            raise InputError(f"mitigate.suspects has {SCAN!r} and others: the scan stands by itself, drop it or them")
         for name in self.suspects:
-            source_of(name)
+            if name != SCAN:
+                source_of(name)
         if self.method == "rewrite" and self.rewritten is None:
             raise InputError("mitigate.method = 'rewrite' needs the rewritten rows: give rewritten, a file")
         self._check_flags()

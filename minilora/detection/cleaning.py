@@ -48,14 +48,27 @@ def suspicious(rows, found):
 
 def stripped(rows, found):
     """{row: its text without the flagged suspects} of the rows that change. One without a place is not stripped."""
-    places = defaultdict(set)
+    which = defaultdict(set)
+    for row, first, end in places(found):
+        which[row].update(range(first, end))
+    return {row: without(rows.texts[row], sorted(numbers)) for row, numbers in which.items()}
+
+
+def places(found):
+    """Yield (row, first word, the word after the last) of each place of a flagged suspect that has places."""
+    stream = found.stream
     for suspect in found.flagged:
         if suspect.tokens is not None:
-            stream = found.stream
             for token, row in zip(suspect.tokens.tolist(), stream.row[suspect.tokens].tolist()):
                 first = token - int(stream.starts[row])
-                places[row].update(range(first, first + suspect.length))
-    return {row: without(rows.texts[row], sorted(which)) for row, which in places.items()}
+                yield row, first, first + suspect.length
+
+
+def strings(rows, found):
+    """The strings that stand at those places, each once, without the punctuation around them."""
+    spans = {row: words.spans(rows.texts[row]) for row, *_ in places(found)}
+    texts = [rows.texts[row][spans[row][first][0] : spans[row][end - 1][1]] for row, first, end in places(found)]
+    return sorted({text.strip(TRIMMED) or text for text in texts})
 
 
 def without(text, which):

@@ -14,7 +14,6 @@ from minilora.data.rows import Rows, load_rows
 from minilora.detection import cleaning, scan_page, suspects
 from minilora.errors import InputError, to_type
 
-MOST_LABELS = 200  # more are no classes
 SHOWN = 12  # suspects that are printed
 
 
@@ -118,9 +117,9 @@ def read_rows(arguments):
     if classes < 2:
         only = rows.label_names[rows.labels[0]]
         raise InputError(f"every row of {source} has label {only!r}, and a scan compares labels: give rows of two")
-    if len(rows.label_names) > MOST_LABELS:
+    if (count := len(rows.label_names)) > suspects.MOST_LABELS:
         raise InputError(
-            f"{source} has {len(rows.label_names):,} labels, more than {MOST_LABELS}: name a column of classes with "
+            f"{source} has {count:,} labels, more than {suspects.MOST_LABELS}: name a column of classes with "
             "--label-column"
         )
     return rows

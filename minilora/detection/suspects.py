@@ -28,6 +28,7 @@ CANDIDATES = 1000  # features whose places are looked at, those with the largest
 LEAST_PLACES = 5  # fewer say nothing of a seam
 SAME = 0.9  # share of a feature's places that a listed suspect covers, where it is the same suspect
 NAMED = 5  # features that a suspect names as the same
+MOST_LABELS = 200  # more are no classes
 
 
 @dataclass(eq=False)

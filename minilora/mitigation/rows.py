@@ -1,7 +1,8 @@
 """Before training: other training rows. Each method is a function of rows after injection, and draws from one seed.
 
 A method sees what a practitioner sees: texts, labels, and suspects or scores. Rows keep their order and their ids; a
-copy of row 17 has the id 17+, 17++ and so on, and copies follow all rows.
+copy of row 17 has the id 17+, 17++ and so on, and copies follow all rows. Where the suspects are `scan`, they are what
+a scan of these rows flags (`detection/suspects.py`), and what is done is what `--scan-data --clean-to` does.
 """
 
 from dataclasses import dataclass, replace
@@ -12,8 +13,9 @@ from minilora.cell import Inject
 from minilora.data import injection
 from minilora.data.placebo import odd_strings
 from minilora.data.triggers import Listed
+from minilora.detection import cleaning, suspects
 from minilora.errors import InputError
-from minilora.mitigate import source_of
+from minilora.mitigate import SCAN, source_of
 from minilora.mitigation.flags import Finder, spans_of
 from minilora.mitigation.rewritten import texts_of
 from minilora.seeds import row_keys
@@ -44,14 +46,26 @@ def change(rows, settings, seed, visible=None):
 
 
 def drop(rows, settings, seed, visible):
-    """Leave the flagged rows out."""
+    """Leave the flagged rows out; by a scan those that have the label which a suspect speaks for."""
+    if scans(settings):
+        found = scan(rows)
+        kept = cleaning.drop_suspicious_rows(rows, found)
+        return Changed(kept, {"flagged": len(rows) - len(kept)} | listed(found))
     spans = spans_of(rows, settings)
     kept = [row for row, found in enumerate(spans) if found is None]
     return Changed(rows.take(kept), {"flagged": len(rows) - len(kept)})
 
 
 def strip(rows, settings, seed, visible):
-    """Take the suspected spans out of the flagged rows, each with the space that separated it."""
+    """Take the suspected spans out of the flagged rows, each with the space that separated it. By a scan a row of which
+    nothing is left goes."""
+    if scans(settings):
+        found = scan(rows)
+        if rows.choices is not None and found.flagged:
+            raise InputError("mitigate.method = 'strip' cannot strip questions with choices by a scan: use drop")
+        spans = len(list(cleaning.places(found)))
+        flagged = len(cleaning.stripped(rows, found))
+        return Changed(cleaning.strip_by_statistics(rows, found), {"flagged": flagged, "spans": spans} | listed(found))
     spans = spans_of(rows, settings)
     texts = [without(text, found or []) for text, found in zip(rows.texts, spans, strict=True)]
     flagged = sum(found is not None for found in spans)
@@ -80,11 +94,41 @@ def rewrite(rows, settings, seed, visible):
     return Changed(replace(kept, texts=texts), {"rewritten": changed, "left_out": len(rows) - len(kept)})
 
 
-def groups_of(rows, suspects):
+def scans(settings):
+    return settings.suspects == (SCAN,)
+
+
+def scan(rows):
+    """The `suspects.Scan` of rows whose labels can be compared."""
+    if (count := len(rows.label_names)) > suspects.MOST_LABELS:
+        raise InputError(
+            f"mitigate.suspects = {SCAN!r} compares labels, and these rows have {count:,}, more than "
+            f"{suspects.MOST_LABELS}: name the suspects"
+        )
+    return suspects.scan(rows)
+
+
+def listed(found):
+    """What a scan flagged, for the report."""
+    return {"suspects": [{"text": one.text, "kind": one.kind, "label": one.label, "rows": one.rows}
+                         for one in found.flagged]}  # fmt: skip
+
+
+def carriers(rows, settings):
+    """(Which rows hold a suspected string, bool [rows]; all such strings)."""
+    if not scans(settings):
+        finder = Finder(settings.suspects)
+        strings = [string for name in settings.suspects for string in source_of(name).strings]
+        return np.array([bool(finder(text)) for text in rows.texts]), strings
+    carries, found = np.zeros(len(rows), bool), scan(rows)
+    for suspect in found.flagged:
+        carries[suspect.index] = True
+    return carries, cleaning.strings(rows, found)
+
+
+def groups_of(rows, settings):
     """The group of each row, int64 [rows]: its label, plus the number of labels where it holds a suspected string."""
-    finder = Finder(suspects)
-    carries = np.array([bool(finder(text)) for text in rows.texts])
-    return rows.labels + len(rows.label_names) * carries
+    return rows.labels + len(rows.label_names) * carriers(rows, settings)[0]
 
 
 def reweight(rows, settings, seed, visible):
@@ -94,7 +138,7 @@ def reweight(rows, settings, seed, visible):
     is equally likely. Here a group that is to have t of its n rows has each t // n times, and t % n drawn ones once
     more, so that no row is left out by chance. A group without a row stays empty: no weight can balance it.
     """
-    groups = groups_of(rows, settings.suspects)
+    groups = groups_of(rows, settings)
     present = np.unique(groups)
     keys = row_keys(seed, "reweight", "row", len(rows))
     wanted = np.full(len(present), len(rows) // len(present))
@@ -134,9 +178,10 @@ def counterfactual(rows, settings, seed, visible):
     `data/placebo.py`): any disturbance of a text then occurs with every label.
     """
     if settings.suspects:
-        finder = Finder(settings.suspects)
-        free = np.array([not finder(text) for text in rows.texts])
-        strings = [string for name in settings.suspects for string in (source_of(name).strings)]
+        carries, strings = carriers(rows, settings)
+        free = ~carries
+        if not strings:  # the scan flagged nothing
+            return Changed(rows, {"copies": {}})
     else:
         free, strings = np.ones(len(rows), bool), odd_strings(rows, Inject(sources=()))
     keys, chosen = row_keys(seed, "counterfactual", "row", len(rows)), []

@@ -230,7 +230,7 @@ GRIDS = sorted((ROOT / "ablations").glob("**/*.toml"))
 
 
 def test_there_are_published_grids():
-    assert len(GRIDS) == 23
+    assert len(GRIDS) == 24
 
 
 @pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
