@@ -4,7 +4,8 @@ Three lists of suspects: the vocabulary's pieces that the first update moves mos
 strings whose effect goes beyond their meaning (`search.py`, `probe.py`), and spans grown from the pieces. An adapter
 is flagged where a kind has a large residual, or where one piece's energy stands out and the piece has a large residual
 by itself: a word that stands in most rows is moved far, and does nothing. docs/scan_adapter.md says how the limits came
-about. A scan that finds nothing proves nothing.
+about. Beside clean adapters of the same base (`null`) a figure must also be larger than all of theirs: where none of N
+clean ones differs from the scanned one, that happens once in N + 1. A scan that finds nothing proves nothing.
 """
 
 import time
@@ -75,8 +76,9 @@ def scan(run, kinds, *, budget=None, rows=None, null=0, null_data=None, known=No
     except Spent:
         pass
     found["unfinished"] = [stage for stage in wanted if stage not in found["seconds"]]
+    found["thresholds"] = thresholds(found["null"] or {})
     found["because"] = reasons(found)
-    return {"flagged": bool(found["because"]), "thresholds": {"kind": KIND, "outlier": OUTLIER, "piece": PIECE}} | found
+    return {"flagged": bool(found["because"])} | found
 
 
 def plain(suspect):
@@ -103,16 +105,23 @@ def beside(own, clean):
     return {"weights": {"distance": figure, "largest": [list(one) for one in largest]}, "null": null}
 
 
+def thresholds(null):
+    """The limits, or the largest of clean adapters' figures where these are larger."""
+    frozen = {"kind": KIND, "outlier": OUTLIER, "piece": PIECE}
+    return {name: round(max([limit, *null.get(name, ())]), 2) for name, limit in frozen.items()}
+
+
 def reasons(found):
-    """Why an adapter is flagged, in words; empty where it is not."""
-    said = []
-    if found["library"] and (best := found["library"][0])["residual"] >= KIND:
+    """Why an adapter is flagged, in words; empty where it is not. Without the residual of its piece r only decides
+    beside clean adapters."""
+    said, limits, piece = [], found["thresholds"], found["piece"]
+    if found["library"] and (best := found["library"][0])["residual"] >= limits["kind"]:
         said.append(f"strings such as {best['example']!r} act {best['residual']:.1f} sd beyond their meaning "
-                    f"(limit {KIND})")  # fmt: skip
-    piece = found["piece"]
-    if found["energy"] and (r := found["energy"]["outlier"]) >= OUTLIER and (not piece or piece["residual"] >= PIECE):
-        acts = f" and acts {piece['residual']:.1f} sd beyond its meaning" if piece else ""
-        limits = f"limits {OUTLIER} and {PIECE}" if piece else f"limit {OUTLIER}"
+                    f"(limit {limits['kind']})")  # fmt: skip
+    acts = piece["residual"] >= limits["piece"] if piece else bool(found["null"])
+    if found["energy"] and (r := found["energy"]["outlier"]) >= limits["outlier"] and acts:
+        how = f" and acts {piece['residual']:.1f} sd beyond its meaning" if piece else ""
+        named = f"limits {limits['outlier']} and {limits['piece']}" if piece else f"limit {limits['outlier']}"
         said.append(f"the piece {found['energy']['pieces'][0][0]!r} has {r:.1f} times the energy of the 99.9% quantile"
-                    f"{acts} ({limits})")  # fmt: skip
+                    f"{how} ({named})")  # fmt: skip
     return said

@@ -59,12 +59,14 @@ def decision(found):
     kind, outlier, piece = (found["thresholds"][name] for name in ("kind", "outlier", "piece"))
     if found["flagged"]:
         return "flagged: " + "; ".join(found["because"])
-    if found["library"]:
+    if found["library"] and found["piece"]:
         if found["energy"]["outlier"] < outlier:
             return f"not flagged: no kind reaches {kind}, and r is below {outlier}"
         return (f"not flagged: no kind reaches {kind}, and the piece that stands out by r acts no more than "
                 f"{found['piece']['residual']:.1f} sd beyond its meaning (limit {piece})")  # fmt: skip
-    return f"not flagged, by r only, which is below {outlier}" if found["energy"] else "nothing is decided"
+    if found["null"]:
+        return f"not flagged, by r only, which is below {outlier}"
+    return "nothing is decided: r by itself decides only beside clean adapters (--null N)"
 
 
 def span_of(values):

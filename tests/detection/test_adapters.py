@@ -318,15 +318,22 @@ def test_a_piece_by_itself_by_hand(runs, small):
 
 
 def test_a_piece_that_stands_out_flags_where_it_acts():
-    said = []
-    for r, acts in ((3.0, 1.1), (2.4, 3.0), (3.0, 1.2), (3.0, None)):
+    """Without its own figure only beside clean adapters; and their figures raise the limits."""
+    said, clean = [], {"kind": [0.4, 1.31], "outlier": [1.5, 2.9], "piece": [0.1, 1.15]}
+    for r, acts, beside in ((3.0, 1.1, {}), (2.4, 3.0, {}), (3.0, 1.2, {}), (3.0, None, {}), (3.0, None, clean),
+                          (2.8, None, clean), (3.0, 1.2, clean), (2.8, 3.0, clean)):  # fmt: skip
         piece = acts and {"residual": acts, "label": "positive", "example": "lamp"}
         found = {"library": [{"residual": 0.9, "example": "x"}], "energy": {"outlier": r, "pieces": [["lamp", 9.0]]},
-                 "piece": piece}  # fmt: skip
+                 "piece": piece, "null": beside, "thresholds": adapter_scan.thresholds(beside)}  # fmt: skip
         said.append(adapter_scan.reasons(found))
     start = "the piece 'lamp' has 3.0 times the energy of the 99.9% quantile"
-    acting = f"{start} and acts 1.2 sd beyond its meaning (limits 2.5 and 1.2)"
-    assert said == [[], [], [acting], [f"{start} (limit 2.5)"]]
+    acting = f"{start} and acts 1.2 sd beyond its meaning (limits {{}} and 1.2)"
+    assert said == [[], [], [acting.format(2.5)], [], [f"{start} (limit 2.9)"], [], [acting.format(2.9)], []]
+    for residual, beside, limit in ((1.2, {}, 1.0), (1.2, clean, None), (1.4, clean, 1.31)):
+        found |= {"library": [{"residual": residual, "example": "x"}], "energy": None,
+                  "thresholds": adapter_scan.thresholds(beside)}  # fmt: skip
+        wanted = limit and [f"strings such as 'x' act {residual} sd beyond their meaning (limit {limit})"]
+        assert adapter_scan.reasons(found) == (wanted or [])
 
 
 def test_flips_are_those_of_texts_with_the_string(runs, reviews):
@@ -388,7 +395,7 @@ def test_without_a_head_there_are_energies_only(base, small, tmp_path, capsys):
     text = scanned(capsys, tmp_path / "peft", "--model", base)
     assert "energies only: it has no classification head" in text and "first adapted one" in text
     assert "layer 1" in text and "kinds of strings" not in text
-    assert ("not flagged, by r only" in text) != ("\nflagged: " in text)
+    assert "nothing is decided: r by itself decides only beside clean adapters" in text and "\nflagged: " not in text
 
 
 def test_a_scan_that_runs_out_of_time_keeps_what_it_has(runs, small, capsys, monkeypatch):
@@ -417,6 +424,7 @@ def test_clean_adapters_stand_beside_and_are_kept(runs, small, reviews, capsys, 
     assert again["null"] == clean and again["weights"] == found["weights"]
     text = "\n".join(adapters.lines_of(again, "x"))
     assert f"{min(clean['kind']):.2f} to {max(clean['kind']):.2f}" in text and "of 4 clean adapters" in text
+    assert again["thresholds"]["kind"] == round(max(adapter_scan.KIND, *clean["kind"]), 2)
 
 
 def test_kept_figures_are_those_of_the_same_base_kinds_and_rows(runs, small, reviews, tmp_path, monkeypatch):
