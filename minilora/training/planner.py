@@ -17,6 +17,7 @@ from minilora.training.population import Population, strip
 from minilora.training.state import Flat
 
 GAIN = 1.05  # of the rows a second, below which a larger population is not worth its memory
+LEVEL = 0.98  # the same on a GPU, where each population records its own graphs: some 1.2 s of an H200
 SHARE = 0.8  # of the free memory that a population may take
 MOST = 256  # members that are measured together
 
@@ -56,9 +57,9 @@ def size(members, base):
             say(f"planner    {count} at once: not enough memory")
             break
         say(f"planner    {count} at once: {rate:,.0f} rows/s")
-        if rate < GAIN * best:
+        if rate < (GAIN if memory is None else LEVEL) * best:
             break
-        best, found = rate, count
+        best, found = max(best, rate), count
         if memory is not None and 2 * memory > SHARE * free_memory(members[0].setting.device):
             break
         count = len(members) if count < len(members) < 2 * count else 2 * count

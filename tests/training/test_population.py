@@ -245,7 +245,7 @@ def test_an_interrupted_member_goes_on_alone(cell, tmp_path, monkeypatch):
 class Stub:
     def __init__(self, step, steps, seed=0):
         self.meters, self.schedule = {"step": step}, type("Schedule", (), {"steps": steps})
-        self.parameters, self.cell = {}, Cell(seed_order=seed)
+        self.parameters, self.cell, self.setting = {}, Cell(seed_order=seed), type("Setting", (), {"device": None})
 
     def hold(self):
         return contextlib.nullcontext()
@@ -289,16 +289,20 @@ def test_members_that_stopped_at_different_steps_begin_again():
 
 
 def test_the_planner_takes_what_is_measured_to_be_fastest(monkeypatch):
-    def found(rates, count):
+    def found(rates, count, memory=None):
         tried = []
+        monkeypatch.setattr(planner, "free_memory", lambda device: 100)
         monkeypatch.setattr(
-            planner, "trial", lambda members, base: (tried.append(len(members)) or rates[len(members)], None)
+            planner, "trial", lambda members, base: (tried.append(len(members)) or rates[len(members)], memory)
         )
         return planner.size([Stub(0, 9)] * count, None), tried
 
     assert found({1: 100, 2: 90}, 9) == (1, [1, 2])
     assert found({1: 100, 2: 190, 4: 300, 8: 310}, 9) == (4, [1, 2, 4, 8])
     assert found({1: 100, 2: 190, 4: 300, 6: 500}, 6) == (6, [1, 2, 4, 6])
+    # On a GPU the largest that is as fast; several small steps down do not add up.
+    assert found({1: 100, 2: 190, 4: 300, 8: 297, 16: 296, 32: 292}, 40, 9) == (16, [1, 2, 4, 8, 16, 32])
+    assert found({1: 100, 2: 190, 4: 300}, 40, 41) == (1, [1])  # twice that is more than there is
 
 
 def test_trials_leave_the_members_as_they_were(cell, tmp_path):
