@@ -115,6 +115,11 @@ class Mitigate(Named):
 
 def source_of(name):
     """The `triggers.Source` of a suspect. Raises InputError for a name that is no source."""
+    if name == SCAN:
+        raise InputError(
+            f"suspects: {SCAN!r} stands for a scan of the training rows, before training only: name strings, or "
+            f"text:{SCAN} for the word"
+        )
     try:
         return possible(f"{name}:any")[0][0]
     except InputError as error:

@@ -202,6 +202,8 @@ def test_fine_pruning_keeps_what_clean_rows_use(run):
 
 
 def test_what_is_refused(run, folder):
+    with pytest.raises(InputError, match="'scan' stands for a scan of the training rows, before training only"):
+        inputs.directions_of(run, ["scan"], ["a good film"])
     with pytest.raises(InputError, match="rank 3"):
         after.truncate(run, 4)
     with pytest.raises(InputError, match="must be 'top' or 'tail'"):

@@ -81,6 +81,7 @@ def test_where_nothing_is_flagged_nothing_is_done(clean):
 def test_what_is_refused(clean):
     with pytest.raises(InputError, match="'scan' and others: the scan stands by itself"):
         Cell(mitigate=dict(method="drop", suspects=["scan", "date"]))
+    assert Cell(mitigate=dict(method="drop", suspects=["text:scan"])).mitigate.suspects == ("text:scan",)  # the word
     many = Rows([str(n) for n in range(202)], ["x"] * 202, np.arange(202) % 201, tuple(map(str, range(201))))
     with pytest.raises(InputError, match="compares labels, and these rows have 201, more than 200: name the suspects"):
         change(many, method="strip")
