@@ -26,6 +26,7 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "RESULTS.md"
 BEGIN, END = "<!-- claims: written by ablations/results.py -->", "<!-- end of claims -->"
 FIGURES = ("effects", "dose_response", "heat_maps", "counts")  # those that are kept here
+MOST_BYTES = 1 << 20  # a larger picture has more rows than can be read
 HEADS = ("claim", "decided by", "found", "clean", "placebo", "seeds", "verdict", "Holm p", "after Holm")
 
 
@@ -57,8 +58,9 @@ def section(name, record):
     table = markup.Table(name, "Claims", "", HEADS, [list(map(str, claim)) for claim in record["claims"]])
     rows = "\n".join(markup.markdown(table).splitlines()[2:]).strip()
     run = f"python train.py --grid ablations/{record['file']}{size} --out grids/{name}"
-    picture = HERE / name / "effects.png"
-    drawn = f"![Effects](ablations/{name}/effects.png)\n\n" if picture.is_file() else ""
+    shown = {"effects": "Effects", "dose_response": "Attack success against injected rows"}
+    there = [figure for figure in shown if (HERE / name / f"{figure}.png").is_file()]
+    drawn = "".join(f"![{shown[figure]}](ablations/{name}/{figure}.png)\n\n" for figure in there[:1])
     return (
         f"### {record['title']}\n\n```\n{run}\npython evaluate.py grids/{name}\n```\n\n{rows}\n\n{drawn}"
         f"{record['cells']} cells, intervals of 95% over {record['over']}. Base {record['model']}, data "
@@ -77,7 +79,7 @@ def gather(folder, name, commit, today):
     sources = [folder.path / "table.csv", folder.path / "claims.md"]
     sources += [folder.path / "figures" / f"{figure}.png" for figure in FIGURES]
     for source in sources:
-        if source.is_file():
+        if source.is_file() and source.stat().st_size < MOST_BYTES:
             with files.replacing(kept / source.name) as temporary:
                 temporary.write_bytes(source.read_bytes())
     return record
