@@ -109,26 +109,29 @@ def scan(rows):
 
 
 def listed(found):
-    """What a scan flagged, for the report."""
-    return {"suspects": [{"text": one.text, "kind": one.kind, "label": one.label, "rows": one.rows}
-                         for one in found.flagged]}  # fmt: skip
+    """What a scan flagged, for the report; nothing where there was none."""
+    if found is None:
+        return {}
+    named = ("text", "kind", "label", "rows")
+    return {"suspects": [{name: getattr(one, name) for name in named} for one in found.flagged]}
 
 
 def carriers(rows, settings):
-    """(Which rows hold a suspected string, bool [rows]; all such strings)."""
+    """(Which rows hold a suspected string, bool [rows]; the scan that found them, or None)."""
     if not scans(settings):
         finder = Finder(settings.suspects)
-        strings = [string for name in settings.suspects for string in source_of(name).strings]
-        return np.array([bool(finder(text)) for text in rows.texts]), strings
+        return np.array([bool(finder(text)) for text in rows.texts]), None
     carries, found = np.zeros(len(rows), bool), scan(rows)
     for suspect in found.flagged:
         carries[suspect.index] = True
-    return carries, cleaning.strings(rows, found)
+    return carries, found
 
 
 def groups_of(rows, settings):
-    """The group of each row, int64 [rows]: its label, plus the number of labels where it holds a suspected string."""
-    return rows.labels + len(rows.label_names) * carriers(rows, settings)[0]
+    """(The group of each row, int64 [rows]: its label, plus the number of labels where it holds a suspected string; the
+    scan, see `carriers`)."""
+    carries, found = carriers(rows, settings)
+    return rows.labels + len(rows.label_names) * carries, found
 
 
 def reweight(rows, settings, seed, visible):
@@ -138,7 +141,7 @@ def reweight(rows, settings, seed, visible):
     is equally likely. Here a group that is to have t of its n rows has each t // n times, and t % n drawn ones once
     more, so that no row is left out by chance. A group without a row stays empty: no weight can balance it.
     """
-    groups = groups_of(rows, settings)
+    groups, found = groups_of(rows, settings)
     present = np.unique(groups)
     keys = row_keys(seed, "reweight", "row", len(rows))
     wanted = np.full(len(present), len(rows) // len(present))
@@ -150,7 +153,7 @@ def reweight(rows, settings, seed, visible):
         times[own[np.argsort(keys[own], kind="stable")[: most % len(own)]]] += 1
     names = named_groups(rows.label_names)
     sizes = {names[group]: int((groups == group).sum()) for group in present}
-    return Changed(with_copies(rows, times), {"groups": sizes})
+    return Changed(with_copies(rows, times), {"groups": sizes} | listed(found))
 
 
 def named_groups(label_names):
@@ -177,11 +180,16 @@ def counterfactual(rows, settings, seed, visible):
     where people edit the text so that the label changes). Without suspects it is an odd placebo span (digits and signs,
     `data/placebo.py`): any disturbance of a text then occurs with every label.
     """
+    found = None
     if settings.suspects:
-        carries, strings = carriers(rows, settings)
+        carries, found = carriers(rows, settings)
         free = ~carries
+        if found is None:
+            strings = [string for name in settings.suspects for string in source_of(name).strings]
+        else:
+            strings = cleaning.strings(rows, found)
         if not strings:  # the scan flagged nothing
-            return Changed(rows, {"copies": {}})
+            return Changed(rows, {"copies": {}} | listed(found))
     else:
         free, strings = np.ones(len(rows), bool), odd_strings(rows, Inject(sources=()))
     keys, chosen = row_keys(seed, "counterfactual", "row", len(rows)), []
@@ -198,7 +206,8 @@ def counterfactual(rows, settings, seed, visible):
     labels = np.concatenate([rows.labels, copies.labels])
     choices = None if rows.choices is None else [*rows.choices, *copies.choices]
     texts = [*rows.texts, *made.texts]
-    return Changed(replace(rows, ids=ids, texts=texts, labels=labels, choices=choices), {"copies": counts})
+    made = replace(rows, ids=ids, texts=texts, labels=labels, choices=choices)
+    return Changed(made, {"copies": counts} | listed(found))
 
 
 METHODS = {"drop": drop, "strip": strip, "rewrite": rewrite, "reweight": reweight, "counterfactual": counterfactual}

@@ -46,7 +46,7 @@ class Cuda:
             except RuntimeError as error:  # torch leaves its stream, its pool and random numbers as while recording
                 torch.cuda.set_stream(current)
                 self.pool = torch.cuda.graph_pool_handle()
-                random = torch.cuda.default_generators[self.device.index or 0]
+                random = torch.cuda.default_generators[torch.cuda.current_device()]
                 random.graphsafe_set_state(random.clone_state())
                 raise (error.__context__ or error) from None  # the first: the end of a recording fails for it
         return graph.replay, outputs

@@ -144,11 +144,11 @@ class Member:
     def robust(self):
         """Let the loss be group DRO's: the answers then say the groups too."""
         names = mitigation_rows.named_groups(self.rows.label_names)
-        groups = mitigation_rows.groups_of(self.rows, self.cell.mitigate)
+        groups, found = mitigation_rows.groups_of(self.rows, self.cell.mitigate)
         counts = np.bincount(groups, minlength=len(names))
         self.answers = torch.from_numpy(groups)
         self.model.loss = GroupDRO(torch.from_numpy(counts > 0), self.cell.mitigate.step).to(self.setting.device)
-        self.mitigation["groups"] = dict(zip(names, counts.tolist(), strict=True))
+        self.mitigation |= {"groups": dict(zip(names, counts.tolist(), strict=True))} | mitigation_rows.listed(found)
 
     def tune(self, population, k):
         """What is done as member k after the last step and before the tests: MaskTune."""

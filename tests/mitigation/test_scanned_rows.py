@@ -59,7 +59,9 @@ def test_what_is_flagged_is_stripped_or_dropped_as_the_command_does(clean, injec
 
 def test_groups_and_copies_take_the_flagged_strings(injected):
     rows, places, other = injected
-    groups = change(rows, method="reweight").report["groups"]
+    report = change(rows, method="reweight").report
+    groups, [suspect] = report["groups"], report["suspects"]
+    assert suspect["text"] == "0000-00-00"
     assert (groups["positive with a suspect"], groups["negative with a suspect"]) == (len(places), 1)
     assert sum(groups.values()) == len(rows)
     made = change(rows, method="counterfactual", rate=0.01)
