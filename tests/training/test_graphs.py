@@ -51,12 +51,10 @@ class Tape(TorchDispatchMode):
         return *tensor.shape, tensor.dtype, None if memory in self.new else (memory, tensor.storage_offset())
 
 
-def tied(tensor):
-    """Whether a step before the recording still holds what is trained, which ties autograd to that step's stream."""
-    return tensor.grad_fn is not None and any(
-        isinstance(getattr(node, "variable", None), torch.nn.Parameter) and node.variable.dim() == 2
-        for node, _ in tensor.grad_fn.next_functions
-    )
+def tied(tensor, values):
+    """Whether a use of `values` that autograd remembers is alive, which ties the backward to that use's stream."""
+    uses = [] if tensor.grad_fn is None else tensor.grad_fn.next_functions
+    return any(getattr(node, "variable", None) is values for node, _ in uses)
 
 
 class Graphs:
@@ -79,7 +77,8 @@ class Graphs:
         return counted, outputs
 
     def record(self, function):
-        assert not [one for one in gc.get_objects() if issubclass(type(one), torch.Tensor) and tied(one)]
+        values = function.func.__self__.population.flat.values
+        assert not [one for one in gc.get_objects() if type(one) is torch.Tensor and tied(one, values)]
         function()
         with Tape() as tape:
             outputs = function()
