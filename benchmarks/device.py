@@ -50,7 +50,8 @@ SMALL_PEERS = ("minilora", peers.BASELINE, "minilora-eager", "minilora-bfloat16"
                "peft-trainer-tuned-bf16")  # fmt: skip
 LLAMA_PEERS = ("minilora", peers.BASELINE, "minilora-eager", "peft-loop", "unsloth")
 COMPILED_PEERS = ("minilora-compiled", "peft-trainer-tuned-compiled")
-EVERY_PEER = tuple(dict.fromkeys((*SMALL_PEERS, *LLAMA_PEERS, *COMPILED_PEERS)))
+PEERS_OF = {"small": SMALL_PEERS, "llama": LLAMA_PEERS, "compiled": COMPILED_PEERS}
+EVERY_PEER = tuple(dict.fromkeys(name for names in PEERS_OF.values() for name in names))
 GRID_SIDES = ("minilora-bfloat16", peers.BASELINE)
 AT_LEAST = {"small": 2.0, "llama": 1.5, "model_flop_use": 0.6, "over_unsloth": 1.1, "grid": 20.0}  # the aims
 
@@ -64,7 +65,7 @@ def main(argv):
                         help=f"only these of {', '.join(SHARES)} (default: all but compiled)")  # fmt: skip
     parser.add_argument("--grid-rows", type=int, default=2000, metavar="N",
                         help="training rows of each cell of the grid (default: 2000)")  # fmt: skip
-    parser.add_argument("--peers", nargs="+", choices=EVERY_PEER, default=EVERY_PEER, metavar="PEER",
+    parser.add_argument("--peers", nargs="+", choices=EVERY_PEER, metavar="PEER",
                         help=f"of small, llama and compiled only these of {', '.join(EVERY_PEER)}")  # fmt: skip
     parser.add_argument("--device", default="cuda", help="cuda, or cpu to try the command itself (default: cuda)")
     parser.add_argument("--tiny", action="store_true", help="tiny bases throughout, to try the command itself")
@@ -76,10 +77,14 @@ def main(argv):
         raise InputError("torch finds no CUDA GPU here, and this measures one: run it on a machine that has one")
     if arguments.budget <= 0 or arguments.grid_rows < 2:
         raise InputError("--budget must be more than 0, and --grid-rows at least 2")
+    for name in arguments.peers or ():
+        if not any(name in PEERS_OF.get(phase, ()) for phase in arguments.phases):
+            phases = ", ".join(arguments.phases)
+            raise InputError(f"--peers {name} is in none of the phases {phases}: name another phase")
     Path(arguments.out).mkdir(parents=True, exist_ok=True)  # refused now rather than after the runs
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(arguments.out, folder, arguments.device, arguments.budget, arguments.grid_rows, arguments.tiny,
-                      arguments.peers)  # fmt: skip
+                      arguments.peers or EVERY_PEER)  # fmt: skip
         bench.run(arguments.phases)
     if any(phase["state"] == "failed" for phase in bench.results["phases"].values()):
         sys.exit(1)
@@ -231,6 +236,8 @@ class Bench:
         """The first 20 steps are no part of a rate: on a GPU the clock is read every 20."""
         repeats, warm_up = (1, 2) if self.tiny else (repeats, 20)
         names = [name for name in names if name in self.chosen and (not self.tiny or name in (*names[:2], "unsloth"))]
+        if not names:
+            return console.say(f"{part}: none of --peers is measured here")
         one.measure(cell, names, repeats, warm_up, self.threads, until, partial(self.keep, part))
 
     def grid(self, until):

@@ -348,14 +348,14 @@ class Fake:
 def play(tmp_path, monkeypatch, capsys):
     """A function: the results of a run with a budget on such a clock, as they lie in results.json, and the table."""
 
-    def run(fake, budget, phases=tuple(device.SHARES)):
+    def run(fake, budget, phases=tuple(device.SHARES), **more):
         out, folder = tmp_path / f"out{len(list(tmp_path.iterdir()))}", tmp_path / f"in{len(list(tmp_path.iterdir()))}"
         folder.mkdir()
         for name in ("run", "wait", "now"):
             monkeypatch.setattr(alone, name, getattr(fake, name))
         monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
         out.mkdir()
-        bench = device.Bench(out, folder, "cpu", budget, tiny=True)
+        bench = device.Bench(out, folder, "cpu", budget, tiny=True, **more)
         capsys.readouterr()
         try:
             bench.run(phases)
@@ -382,6 +382,18 @@ def test_a_run_within_its_budget(play):
                                     "llama compiled"]  # fmt: skip
     assert "2.00x" in table and "profile llama: 300 kernels a step" in table
     assert max(map(len, table.splitlines())) <= 80
+
+
+def test_only_the_named_peers_are_measured(play, tmp_path):
+    fake = Fake()
+    found, _ = play(fake, 500, ("small", "llama", "compiled"), chosen=("minilora", "minilora-compiled"))
+    peers_run = [one for one in fake.begun if one.startswith("peers ")]
+    assert peers_run == ["peers minilora"] * 2 + ["peers minilora-compiled"] * 2
+    assert list(found["parts"]) == ["small", "llama", "small compiled", "llama compiled"]
+    found, _ = play(Fake(), 500, ("small", "llama"), chosen=("unsloth",))  # of which the phase small has none
+    assert states(found) == {"small": "done", "llama": "done"} and list(found["parts"]) == ["llama"]
+    with pytest.raises(InputError, match="--peers unsloth is in none of the phases small, grid: name another phase"):
+        device.main(["--phases", "small", "grid", "--peers", "unsloth", "--device", "cpu", "--out", str(tmp_path)])
 
 
 def test_a_phase_may_use_what_those_before_it_left():

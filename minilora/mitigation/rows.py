@@ -57,15 +57,15 @@ def drop(rows, settings, seed, visible):
 
 
 def strip(rows, settings, seed, visible):
-    """Take the suspected spans out of the flagged rows, each with the space that separated it. By a scan a row of which
-    nothing is left goes."""
+    """Take the suspected spans out of the flagged rows, each with the space that separated it. A row of which a scan
+    leaves no text is left out."""
     if scans(settings):
         found = scan(rows)
         if rows.choices is not None and found.flagged:
             raise InputError("mitigate.method = 'strip' cannot strip questions with choices by a scan: use drop")
-        spans = len(list(cleaning.places(found)))
-        flagged = len(cleaning.stripped(rows, found))
-        return Changed(cleaning.strip_by_statistics(rows, found), {"flagged": flagged, "spans": spans} | listed(found))
+        places = [row for row, *_ in cleaning.places(found)]
+        report = {"flagged": len(set(places)), "spans": len(places)} | listed(found)
+        return Changed(cleaning.strip_by_statistics(rows, found), report)
     spans = spans_of(rows, settings)
     texts = [without(text, found or []) for text, found in zip(rows.texts, spans, strict=True)]
     flagged = sum(found is not None for found in spans)
